@@ -1,0 +1,175 @@
+"""The manifest.json that passes between stages: what a folder holds, and what is true of it.
+
+`export` writes one beside the ONNX graphs, `build` beside the engines, `repo` into the model repository. Each names
+every file with its size and SHA-256, so that a stage can tell a whole folder from a damaged or half-copied one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ditforge import __version__
+from ditforge.errors import UserError
+from ditforge.model import Model
+
+FILE_NAME = "manifest.json"
+FORMAT = 1
+
+Kind = Literal["onnx", "engines", "repository"]
+NEXT_COMMAND = {
+    "onnx": "ditforge export CHECKPOINT --out DIR",
+    "engines": "ditforge build ONNX_DIR --gpu GPU --out DIR",
+    "repository": "ditforge repo ENGINE_DIR --out DIR",
+}
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class File(_Record):
+    """A file of a component: its size in bytes and its SHA-256 in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+class Tensor(_Record):
+    """An input or output: Triton's data type name (FP32, INT32, BYTES, …) and its shape, batch first.
+
+    A dimension is a number, or a name where it varies.
+    """
+
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class Component(_Record):
+    """One network (or the tokenizer): its files by path relative to the manifest, precision, inputs and outputs."""
+
+    files: dict[str, File]
+    precision: str
+    reason: str
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+
+class Engine(_Record):
+    """How a component's engine was made: the compiler, for what device, and the key under which it is cached."""
+
+    compiler: str
+    compiler_version: str
+    target: str
+    cache_key: dict[str, str]
+
+
+class Manifest(_Record):
+    """What a folder holds. `components` are in the order in which data flows; `engines` only after `build`."""
+
+    format: int = FORMAT
+    kind: Kind
+    ditforge: str = __version__
+    model: Model
+    components: dict[str, Component]
+    engines: dict[str, Engine] = {}
+
+
+def read(folder: Path, kind: Kind) -> Manifest:
+    """The manifest of `folder`, which must be of `kind`. Raises UserError if it is missing, of another kind or unreadable."""
+    path = folder / FILE_NAME
+    make = f"{NEXT_COMMAND[kind]}   makes such a folder"
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder", make)
+    if not path.is_file():
+        raise UserError(f"{folder} has no {FILE_NAME}, so it is not a folder of {kind}", make)
+    manifest = parse(path)
+    if manifest.kind != kind:
+        raise UserError(f"{folder} holds {manifest.kind}, but {kind} is wanted here", make)
+    return manifest
+
+
+def parse(path: Path) -> Manifest:
+    """The manifest in the file `path`, of whatever kind. Raises UserError if it is not one that this version reads."""
+    try:
+        content = json.loads(path.read_bytes())
+        if content.get("format") != FORMAT:
+            raise UserError(
+                f"{path} has format {content.get('format')!r}, this ditforge {__version__} reads format {FORMAT}",
+                "make the folder again with this version",
+            )
+        return Manifest.model_validate(content)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from error
+    except (ValueError, AttributeError, ValidationError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"{path} is damaged: {first}", "make the folder again") from error
+
+
+def write(manifest: Manifest, folder: Path) -> None:
+    """Write `manifest` into `folder` (last of all its files: a folder with a manifest is whole)."""
+    (folder / FILE_NAME).write_text(manifest.model_dump_json(indent=2) + "\n")
+
+
+def describe(path: Path) -> File:
+    """Size and SHA-256 of the file at `path`."""
+    with path.open("rb") as stream:
+        digest = _sha256(stream)
+    return File(size=path.stat().st_size, sha256=digest)
+
+
+def _sha256(stream) -> str:  # hashlib.file_digest is Python 3.11
+    digest = hashlib.sha256()
+    while chunk := stream.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_files(folder: Path, files: dict[str, File], fix: str, *, digests: bool = True) -> None:
+    """Check that every file is there, whole and (with `digests`) unchanged. Raises UserError for the first that is not."""
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing", fix)
+        size = path.stat().st_size
+        if size != expected.size:
+            raise UserError(f"{path} has {size} bytes, the manifest says {expected.size}", fix)
+        if digests and describe(path).sha256 != expected.sha256:
+            raise UserError(f"{path} is damaged: its SHA-256 is not the manifest's", fix)
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place when the block ends without an error, and vanishes otherwise.
+
+    An existing `target` is replaced only if it is empty or holds a manifest: nobody's other files are deleted.
+    """
+    target = Path(os.path.abspath(target))
+    if target.exists() and not (
+        target.is_dir() and ((target / FILE_NAME).is_file() or not any(target.iterdir()))
+    ):
+        raise UserError(f"{target} exists and was not made by ditforge", "choose another --out, or remove it first")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}", "choose another --out") from error
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}", "free some space, or choose another --out") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,55 @@
+"""What a client must know of a model: it rides in the manifests and in the parameters of the `dit` model's config."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Schedule(_Record):
+    """How a model spaces its noise levels.
+
+    N levels fall evenly from 1 to sigma_min (None: 1 / N). Each s is then shifted towards noise, to
+    a s / (1 + (a - 1) s) (Esser et al. 2024, arXiv:2403.03206, section 5.3.2). kind "fixed": a is `shift`. kind
+    "dynamic": mu goes linearly from base_shift at base_tokens image tokens to max_shift at max_tokens, and on beyond;
+    a is exp(mu) (time_shift "exponential") or mu ("linear"). A token is patch_size x patch_size latent cells.
+
+    sigma_min is for models whose pipeline leaves the spacing to diffusers' FlowMatchEulerDiscreteScheduler: it is that
+    scheduler's own `sigma_min`, which with a fixed shift is already shifted once.
+    """
+
+    kind: Literal["fixed", "dynamic"]
+    shift: float = 1.0
+    sigma_min: float | None = None
+    time_shift: Literal["exponential", "linear"] = "exponential"
+    base_tokens: int = 256
+    max_tokens: int = 4096
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    patch_size: int = 2
+
+
+class Model(_Record):
+    """A text-to-image model, as far as the sampler loop is concerned.
+
+    Sizes are in pixels. `guidance` says what the number that users call guidance does: `embedded` is an input of the DiT
+    (guidance-distilled models), `none` means that the model takes none. `max_tokens` is how much of a prompt each text
+    encoder reads, special tokens included, in the order of the tokenizer's counts.
+    """
+
+    name: str
+    latent_channels: int
+    vae_factor: int
+    size_multiple: int
+    default_size: int
+    max_size: int
+    default_steps: int
+    guidance: Literal["embedded", "none"]
+    default_guidance: float
+    schedule: Schedule
+    max_tokens: dict[str, int]

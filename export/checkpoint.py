@@ -1,0 +1,67 @@
+"""A checkpoint as a diffusers folder: which networks it names, their configurations, and where their weights are."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ditforge.errors import UserError
+from ditforge.export.weights import Weights, open_weights
+
+INDEX = "model_index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A diffusers folder. `pipeline` is the class that its model_index.json names, e.g. FluxPipeline."""
+
+    folder: Path
+    pipeline: str
+
+    @property
+    def name(self) -> str:
+        """The folder's name, by which people know the model."""
+        return self.folder.resolve().name
+
+    def config(self, component: str, file: str = "config.json") -> dict[str, Any]:
+        """The configuration of a component (`transformer`, `vae`, …) as its file has it."""
+        return read_json(self.folder / component / file)
+
+    def weights(self, component: str) -> Weights:
+        """The weights of a component, opened and checked for completeness, none of them read."""
+        return open_weights(self.folder / component)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open the diffusers folder. Raises UserError if it is none."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder", "give the folder of a checkpoint in diffusers' layout")
+    if not (folder / INDEX).is_file():
+        raise UserError(
+            f"{folder} has no {INDEX}, so it is not a checkpoint in diffusers' layout",
+            "download the whole repository of the model, with its subfolders transformer, vae, text_encoder, …",
+        )
+    return Checkpoint(folder, read_json(folder / INDEX).get("_class_name", ""))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file `path`. Raises UserError if the file is missing or holds something else."""
+    fix = f"copy {path.name} again from where the checkpoint came from"
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"the checkpoint lacks {path} ({error.strerror})", fix) from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}", fix) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a JSON object", fix)
+    return content
+
+
+def with_defaults(cls: type, config: dict[str, Any]) -> dict[str, Any]:
+    """`config` with the defaults of the constructor of `cls` for the keys that it leaves out, as diffusers reads it."""
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    return {p.name: p.default for p in parameters if p.default is not p.empty} | config

@@ -1,0 +1,163 @@
+"""The FLUX.1 family (dev, schnell and their fine-tunes): its DiT as a network, and the networks it consists of.
+
+Packing of latents into tokens, position ids and rotary tables are in the graph. Source: black-forest-labs/flux
+(model.py, math.py) and diffusers' FluxPipeline and FluxTransformer2DModel, whose module is the one traced.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+
+from ditforge.export import clip, t5, vae
+from ditforge.export.checkpoint import Checkpoint, with_defaults
+from ditforge.export.network import BATCH, Dim, Network, Port
+from ditforge.export.precision import network_dtype, text_dtype
+from ditforge.export.schedule import flow_schedule
+from ditforge.export.tokenization import Tokenizer, read_tokenizer
+from ditforge.model import Model
+
+PIPELINE = "FluxPipeline"
+PATCH = 2  # a token is a patch of 2×2 latents
+MAX_SIZE_RATIO = 4  # to the size it was trained at: beyond, pictures fall apart while attention costs 256 times as much
+SCHNELL_TOKENS = 256  # the authors' length of T5's input where guidance is not embedded; 512 where it is
+
+
+class RotaryTables(nn.Module):
+    """Cosine and sine of the rotary position embedding, [tokens, head_dim] float32 (Su et al. 2021, arXiv:2104.09864).
+
+    Takes the place of diffusers' FluxPosEmbed, which computes in float64: TensorRT has no such type. The frequencies are
+    computed in double precision here, once, and only their product with a position is rounded to float32.
+    """
+
+    def __init__(self, theta: float, axes_dim: tuple[int, ...]) -> None:
+        super().__init__()
+        self.theta = theta
+        self.axes_dim = axes_dim
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles = []
+        for axis, dim in enumerate(self.axes_dim):
+            frequencies = torch.tensor([self.theta ** (-i / dim) for i in range(0, dim, 2)], dtype=torch.float32)
+            angles.append((ids[:, axis, None] * frequencies).repeat_interleave(2, dim=1))
+        angle = torch.cat(angles, dim=1)
+        return angle.cos(), angle.sin()
+
+
+class FluxVelocity(nn.Module):
+    """The contract's `dit`: latents [B, C, h, w], timestep [B], … → velocity float32 [B, C, h, w]."""
+
+    def __init__(self, module: FluxTransformer2DModel) -> None:
+        super().__init__()
+        module.pos_embed = RotaryTables(module.pos_embed.theta, tuple(module.pos_embed.axes_dim))
+        self.module = module
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        prompt_embeds: Tensor,
+        pooled_embeds: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        dtype = self.module.dtype
+        batch, channels, height, width = latents.shape
+        rows, columns = height // PATCH, width // PATCH
+        patches = latents.reshape(batch, channels, rows, PATCH, columns, PATCH)
+        tokens = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * PATCH * PATCH)
+        velocity = self.module(
+            hidden_states=tokens.to(dtype),
+            encoder_hidden_states=prompt_embeds.to(dtype),
+            pooled_projections=pooled_embeds.to(dtype),
+            timestep=timestep,
+            guidance=guidance,
+            img_ids=image_positions(rows, columns),
+            txt_ids=torch.zeros(prompt_embeds.shape[1], 3),
+            return_dict=False,
+        )[0].float()
+        patches = velocity.reshape(batch, rows, columns, channels, PATCH, PATCH)
+        return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
+
+
+def image_positions(rows: int, columns: int) -> Tensor:
+    """Position ids of the image tokens, float32 [rows * columns, 3]: (0, row, column)."""
+    row = torch.arange(rows, dtype=torch.float32)[:, None].expand(rows, columns)
+    column = torch.arange(columns, dtype=torch.float32)[None, :].expand(rows, columns)
+    return torch.stack((torch.zeros(rows, columns), row, column), dim=-1).reshape(rows * columns, 3)
+
+
+def dit(config: dict[str, Any], tokens: int, precision: str) -> Network:
+    """The DiT with diffusers' configuration `config`, for `tokens` text tokens."""
+    dtype, reason = network_dtype(precision, "narrow")
+    if dtype == torch.float16:
+        reason += "; the residual streams are clamped to fp16's range"
+    channels = config["in_channels"] // PATCH**2
+    latents = Port(torch.float32, (BATCH, channels, Dim("latent_height", PATCH), Dim("latent_width", PATCH)))
+    text = text_dtype(precision)
+    inputs = {
+        "latents": latents,
+        "timestep": Port(torch.float32, (BATCH,)),
+        "prompt_embeds": Port(text, (BATCH, tokens, config["joint_attention_dim"])),
+        "pooled_embeds": Port(text, (BATCH, config["pooled_projection_dim"])),
+    }
+    if config["guidance_embeds"]:
+        inputs["guidance"] = Port(torch.float32, (BATCH,))
+    return Network(
+        name="dit",
+        build=lambda: FluxVelocity(FluxTransformer2DModel.from_config(config)),
+        inputs=inputs,
+        outputs={"velocity": latents},
+        weights="transformer",
+        dtype=dtype,
+        reason=reason,
+    )
+
+
+def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The DiT's configuration."""
+    return with_defaults(FluxTransformer2DModel, checkpoint.config("transformer"))
+
+
+def networks(checkpoint: Checkpoint, precision: str) -> list[Network]:
+    """All networks of the checkpoint, in the order in which data flows."""
+    tokenizers = {tokenizer.name: tokenizer for tokenizer in read_tokenizers(checkpoint)}
+    length = tokenizers["t5"].max_tokens
+    return [
+        clip.clip_pooled(checkpoint.config("text_encoder"), "text_encoder", tokenizers["clip"].max_tokens, precision),
+        t5.t5_hidden_states(checkpoint.config("text_encoder_2"), "text_encoder_2", length, precision),
+        dit(read_config(checkpoint), length, precision),
+        *vae.vae(vae.read_config(checkpoint), precision),
+    ]
+
+
+def read_tokenizers(checkpoint: Checkpoint) -> list[Tokenizer]:
+    """CLIP's and T5's tokenizers."""
+    embedded = read_config(checkpoint)["guidance_embeds"]
+    return [
+        read_tokenizer(checkpoint, "tokenizer", "clip"),
+        read_tokenizer(checkpoint, "tokenizer_2", "t5", limit=None if embedded else SCHNELL_TOKENS),
+    ]
+
+
+def model(checkpoint: Checkpoint) -> Model:
+    """What a client must know. Steps and guidance are those that the authors recommend for dev and for schnell."""
+    transformer, autoencoder = read_config(checkpoint), vae.read_config(checkpoint)
+    scheduler = checkpoint.config("scheduler", "scheduler_config.json")
+    embedded = transformer["guidance_embeds"]
+    pixels = vae.factor(autoencoder)
+    return Model(
+        name=checkpoint.name,
+        latent_channels=autoencoder["latent_channels"],
+        vae_factor=pixels,
+        size_multiple=pixels * PATCH,
+        default_size=autoencoder["sample_size"],
+        max_size=autoencoder["sample_size"] * MAX_SIZE_RATIO,
+        default_steps=28 if embedded else 4,
+        guidance="embedded" if embedded else "none",
+        default_guidance=3.5 if embedded else 0.0,
+        schedule=flow_schedule(scheduler, scheduler.get("_class_name", ""), PATCH),
+        max_tokens={tokenizer.name: tokenizer.max_tokens for tokenizer in read_tokenizers(checkpoint)},
+    )

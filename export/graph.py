@@ -1,0 +1,103 @@
+"""What is done to a traced graph: weights stored as they are multiplied, values attached, constants folded, written."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
+
+from ditforge.errors import UserError
+from ditforge.export.weights import Weights
+
+DATA_SUFFIX = ".data"
+
+
+def store_transposed(model: ir.Model) -> set[str]:
+    """Drop every Transpose of a weight matrix and declare the weight transposed instead; returns those weights' names.
+
+    Otherwise constant folding would hold a second copy of them in memory, and nothing may stand between a quantised
+    weight and its MatMul.
+    """
+    transposed = set()
+    for node in list(model.graph):
+        weight = node.inputs[0] if node.inputs else None
+        if node.op_type != "Transpose" or weight is None or not weight.is_initializer() or weight.const_value is not None:
+            continue
+        if len(weight.uses()) != 1 or len(weight.shape) != 2:
+            continue
+        node.outputs[0].replace_all_uses_with(weight)
+        model.graph.remove(node, safe=True)
+        weight.shape = ir.Shape(tuple(weight.shape)[::-1])
+        transposed.add(weight.name)
+    return transposed
+
+
+def attach_weights(
+    model: ir.Model, aliases: dict[str, list[str]], transposed: set[str], weights: Weights, prefixes: tuple[str, ...]
+) -> None:
+    """Give every initializer without a value the checkpoint's tensor, in the graph's dtype, read only when written.
+
+    Raises UserError if the checkpoint lacks a tensor or has one of another shape.
+    """
+    for name, names in aliases.items():
+        value = model.graph.initializers[name]
+        key = weights.find(names, prefixes)
+        if key is None:
+            raise UserError(
+                f"{weights.folder} lacks the tensor {names[0]}",
+                "its config.json is not the one of these weights, or a shard is missing: copy the folder again",
+            )
+        shape = tuple(value.shape)[::-1] if name in transposed else tuple(value.shape)
+        if weights.shapes[key] != shape:
+            raise UserError(
+                f"{weights.shards[key]}: {key} has shape {list(weights.shapes[key])}, its config.json implies {list(shape)}",
+                "its config.json is not the one of these weights: copy the folder again",
+            )
+
+        def read(key=key, dtype=to_torch_dtype(value.dtype), flip=name in transposed, name=name) -> TorchTensor:
+            tensor = weights.read(key).to(dtype)
+            return TorchTensor(tensor.T.contiguous() if flip else tensor, name=name)
+
+        value.const_value = ir.LazyTensor(read, dtype=value.dtype, shape=value.shape, name=name)
+
+
+def simplify(model: ir.Model) -> None:
+    """Fold constants and drop what does nothing. Weights are not touched, nor read."""
+    import onnxscript.optimizer
+
+    logger = logging.getLogger("onnxscript")
+    logger.setLevel(logging.ERROR)
+    onnxscript.optimizer.optimize(model)
+    for node in model.graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = None  # the tracer's own names of dimensions, which are not those of the inputs
+                value.metadata_props.clear()
+        node.metadata_props.clear()  # stack traces of the machine that exported
+
+
+def save(model: ir.Model, path: Path) -> list[Path]:
+    """Write the graph to `path` and its weights beside it, one tensor at a time; returns the files written.
+
+    The result has passed onnx.checker with full shape inference.
+    """
+    data = path.with_name(path.name + DATA_SUFFIX)
+    ir.save(model, path, external_data=data.name)
+    onnx.checker.check_model(path, full_check=True)
+    return [file for file in (path, data) if file.is_file()]
+
+
+def assert_no_float64(model: ir.Model) -> None:
+    """TensorRT has no float64: a graph that computes in it is a mistake of ours."""
+    wide = [value.name for node in model.graph for value in node.outputs if value.dtype == ir.DataType.DOUBLE]
+    wide += [name for name, value in model.graph.initializers.items() if value.dtype == ir.DataType.DOUBLE]
+    assert not wide, f"float64 in the graph: {wide[:5]}"
+
+
+def parameter_count(model: ir.Model) -> int:
+    """How many numbers the initializers hold."""
+    return sum(torch.Size(value.shape.numpy()).numel() for value in model.graph.initializers.values())

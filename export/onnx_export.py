@@ -1,0 +1,96 @@
+"""`ditforge export`: a checkpoint's networks, one after the other, into a folder of ONNX graphs with a manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from ditforge import manifest
+from ditforge.errors import UserError
+from ditforge.export import graph
+from ditforge.export.checkpoint import Checkpoint, open_checkpoint
+from ditforge.export.families import family_of
+from ditforge.export.network import Dim, Network, Port
+from ditforge.export.precision import PRECISIONS, precision_name
+from ditforge.export.tokenization import Tokenizer
+from ditforge.export.trace import trace
+from ditforge.manifest import Component, Manifest, Tensor
+
+TRITON_DTYPES = {
+    torch.float32: "FP32",
+    torch.float16: "FP16",
+    torch.int32: "INT32",
+    torch.uint8: "UINT8",
+}
+
+Progress = Callable[[str, int, int], None]
+
+
+def export_checkpoint(checkpoint: Path, out: Path, precision: str = "fp32", progress: Progress | None = None) -> Manifest:
+    """Export the checkpoint in the folder `checkpoint` to ONNX in the folder `out`, and return what was written.
+
+    `progress` is called with (component, how many are done, how many there are) before each component and at the end.
+    Raises UserError for a checkpoint that is incomplete or of no known family; then `out` is as it was before.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"unknown precision {precision!r}", f"use one of: {', '.join(PRECISIONS)}")
+    opened = open_checkpoint(checkpoint)
+    family = family_of(opened)
+    try:
+        model, tokenizers, networks = family.model(opened), family.read_tokenizers(opened), family.networks(opened, precision)
+    except KeyError as error:
+        raise UserError(f"a config.json of {checkpoint} lacks {error}", "copy the checkpoint's folder again") from error
+    for network in networks:  # all of them are looked at before the first one is written
+        opened.weights(network.weights)
+    report = progress or (lambda component, done, total: None)
+    with manifest.written_whole(out) as folder:
+        components = {"tokenizer": export_tokenizers(tokenizers, folder)}
+        for done, network in enumerate(networks):
+            report(network.name, done, len(networks))
+            components[network.name] = export_network(network, opened, folder)
+        report("done", len(networks), len(networks))
+        result = Manifest(kind="onnx", model=model, components=components)
+        manifest.write(result, folder)
+    return result
+
+
+def export_network(network: Network, checkpoint: Checkpoint, folder: Path) -> Component:
+    """Trace one network, give it its weights and write it to `folder`/NAME.onnx."""
+    model, aliases = trace(network)
+    transposed = graph.store_transposed(model)
+    graph.attach_weights(model, aliases, transposed, checkpoint.weights(network.weights), network.key_prefixes)
+    graph.simplify(model)
+    graph.assert_no_float64(model)
+    files = graph.save(model, folder / f"{network.name}.onnx")
+    return Component(
+        files={file.name: manifest.describe(file) for file in files},
+        precision=precision_name(network.dtype),
+        reason=network.reason,
+        inputs={name: describe(port) for name, port in network.inputs.items()},
+        outputs={name: describe(port) for name, port in network.outputs.items()},
+    )
+
+
+def export_tokenizers(tokenizers: list[Tokenizer], folder: Path) -> Component:
+    """Write every tokenizer to `folder`/tokenizer/NAME.json."""
+    (folder / "tokenizer").mkdir()
+    paths = {tokenizer.name: folder / "tokenizer" / f"{tokenizer.name}.json" for tokenizer in tokenizers}
+    for tokenizer in tokenizers:
+        tokenizer.save(paths[tokenizer.name])
+    outputs = {f"{t.name}_ids": Tensor(dtype="INT32", shape=("batch", t.max_tokens)) for t in tokenizers}
+    return Component(
+        files={f"tokenizer/{path.name}": manifest.describe(path) for path in paths.values()},
+        precision="none",
+        reason="text to token ids",
+        inputs={"prompt": Tensor(dtype="BYTES", shape=("batch", 1))},
+        outputs={**outputs, "prompt_tokens": Tensor(dtype="INT32", shape=("batch", len(tokenizers)))},
+    )
+
+
+def describe(port: Port) -> Tensor:
+    """The port as the manifest writes it."""
+    shape = tuple(dim.name if isinstance(dim, Dim) else dim for dim in port.shape)
+    return Tensor(dtype=TRITON_DTYPES[port.dtype], shape=shape)

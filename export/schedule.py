@@ -1,0 +1,35 @@
+"""The noise schedule of a checkpoint, from its scheduler's configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ditforge.errors import UserError
+from ditforge.model import Schedule
+
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+UNKNOWN_OPTIONS = ("shift_terminal", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
+
+def flow_schedule(config: dict[str, Any], class_name: str, patch_size: int) -> Schedule:
+    """The schedule that diffusers' FlowMatchEulerDiscreteScheduler has with `config`, where the pipeline passes sigmas.
+
+    Raises UserError for another scheduler, or an option that would place the noise levels otherwise.
+    """
+    fix = "use the scheduler folder that the model's authors ship"
+    if class_name != SCHEDULER:
+        raise UserError(f"the checkpoint's scheduler is {class_name or 'unnamed'}; only {SCHEDULER} is known", fix)
+    for option in UNKNOWN_OPTIONS:
+        if config.get(option):
+            raise UserError(f"the checkpoint's scheduler has {option} {config[option]!r}, which is not known", fix)
+    if not config.get("use_dynamic_shifting", False):
+        return Schedule(kind="fixed", shift=config.get("shift", 1.0), patch_size=patch_size)
+    return Schedule(
+        kind="dynamic",
+        time_shift=config.get("time_shift_type", "exponential"),
+        base_tokens=config.get("base_image_seq_len", 256),
+        max_tokens=config.get("max_image_seq_len", 4096),
+        base_shift=config.get("base_shift", 0.5),
+        max_shift=config.get("max_shift", 1.15),
+        patch_size=patch_size,
+    )

@@ -22,3 +22,7 @@ class UserError(DitforgeError):
     """The input was wrong (an option, a file, a folder, an address); exit code 2."""
 
     exit_code = 2
+
+
+class DitforgeWarning(UserWarning):
+    """Something that the user should know, said once; the work goes on."""

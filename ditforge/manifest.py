@@ -74,7 +74,10 @@ class Engine(_Record):
 
 
 class Manifest(_Record):
-    """What a folder holds. `components` are in the order in which data flows; `engines` only after `build`."""
+    """What a folder holds. `components` are in the order in which data flows; `engines` only after `build`.
+
+    `source` tells what an export was made from, so that the same one is not made twice.
+    """
 
     format: int = FORMAT
     kind: Kind
@@ -82,6 +85,7 @@ class Manifest(_Record):
     model: Model
     components: dict[str, Component]
     engines: dict[str, Engine] = {}
+    source: dict[str, str] = {}
 
 
 def read(folder: Path, kind: Kind) -> Manifest:
@@ -134,8 +138,14 @@ def _sha256(stream) -> str:  # hashlib.file_digest is Python 3.11
     return digest.hexdigest()
 
 
-def check_files(folder: Path, files: dict[str, File], fix: str, *, digests: bool = True) -> None:
-    """Check that every file is there, whole and (with `digests`) unchanged. Raises UserError for the first that is not."""
+def is_whole(folder: Path, components: dict[str, Component]) -> bool:
+    """Whether every file of the components is in `folder`, in its size."""
+    files = [item for component in components.values() for item in component.files.items()]
+    return all((folder / name).is_file() and (folder / name).stat().st_size == file.size for name, file in files)
+
+
+def check_files(folder: Path, files: dict[str, File], fix: str) -> None:
+    """Check that every file is there and unchanged. Raises UserError, with the hint `fix`, for the first that is not."""
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
@@ -143,7 +153,7 @@ def check_files(folder: Path, files: dict[str, File], fix: str, *, digests: bool
         size = path.stat().st_size
         if size != expected.size:
             raise UserError(f"{path} has {size} bytes, the manifest says {expected.size}", fix)
-        if digests and describe(path).sha256 != expected.sha256:
+        if describe(path).sha256 != expected.sha256:
             raise UserError(f"{path} is damaged: its SHA-256 is not the manifest's", fix)
 
 
@@ -154,9 +164,7 @@ def written_whole(target: Path) -> Iterator[Path]:
     An existing `target` is replaced only if it is empty or holds a manifest: nobody's other files are deleted.
     """
     target = Path(os.path.abspath(target))
-    if target.exists() and not (
-        target.is_dir() and ((target / FILE_NAME).is_file() or not any(target.iterdir()))
-    ):
+    if target.exists() and not (target.is_dir() and ((target / FILE_NAME).is_file() or not any(target.iterdir()))):
         raise UserError(f"{target} exists and was not made by ditforge", "choose another --out, or remove it first")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -170,6 +178,8 @@ def written_whole(target: Path) -> Iterator[Path]:
             shutil.rmtree(target)
         temporary.rename(target)
     except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}", "free some space, or choose another --out") from error
+        raise UserError(
+            f"cannot write {target}: {error.strerror or error}", "free some space, or choose another --out"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -25,7 +25,12 @@ def store_transposed(model: ir.Model) -> set[str]:
     transposed = set()
     for node in list(model.graph):
         weight = node.inputs[0] if node.inputs else None
-        if node.op_type != "Transpose" or weight is None or not weight.is_initializer() or weight.const_value is not None:
+        if (
+            node.op_type != "Transpose"
+            or weight is None
+            or not weight.is_initializer()
+            or weight.const_value is not None
+        ):
             continue
         if len(weight.uses()) != 1 or len(weight.shape) != 2:
             continue

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
-from ditforge import manifest
+from ditforge import __version__, manifest
 from ditforge.errors import UserError
 from ditforge.export import graph
 from ditforge.export.checkpoint import Checkpoint, open_checkpoint
@@ -29,18 +30,36 @@ TRITON_DTYPES = {
 Progress = Callable[[str, int, int], None]
 
 
-def export_checkpoint(checkpoint: Path, out: Path, precision: str = "fp32", progress: Progress | None = None) -> Manifest:
-    """Export the checkpoint in the folder `checkpoint` to ONNX in the folder `out`, and return what was written.
+@dataclass(frozen=True)
+class Exported:
+    """What an export did: the manifest, and whether it was there already (`fresh`), so that nothing was written."""
 
-    `progress` is called with (component, how many are done, how many there are) before each component and at the end.
+    manifest: Manifest
+    fresh: bool
+
+
+def export_checkpoint(
+    checkpoint: Path, out: Path, precision: str = "fp32", progress: Progress | None = None
+) -> Exported:
+    """Export the checkpoint in the folder `checkpoint` to ONNX in the folder `out`.
+
+    If `out` holds the same export of the same files, nothing is written. `progress` is called with (component, how many are done, how many there are) before each component and at the end.
     Raises UserError for a checkpoint that is incomplete or of no known family; then `out` is as it was before.
     """
     if precision not in PRECISIONS:
         raise UserError(f"unknown precision {precision!r}", f"use one of: {', '.join(PRECISIONS)}")
     opened = open_checkpoint(checkpoint)
+    source = {"precision": precision, "exporter": f"torch {torch.__version__}", "checkpoint": fingerprint(checkpoint)}
+    before = previous_export(out)
+    if before and before.source == source and before.ditforge == __version__:
+        return Exported(before, fresh=True)
     family = family_of(opened)
     try:
-        model, tokenizers, networks = family.model(opened), family.read_tokenizers(opened), family.networks(opened, precision)
+        model, tokenizers, networks = (
+            family.model(opened),
+            family.read_tokenizers(opened),
+            family.networks(opened, precision),
+        )
     except KeyError as error:
         raise UserError(f"a config.json of {checkpoint} lacks {error}", "copy the checkpoint's folder again") from error
     for network in networks:  # all of them are looked at before the first one is written
@@ -52,9 +71,25 @@ def export_checkpoint(checkpoint: Path, out: Path, precision: str = "fp32", prog
             report(network.name, done, len(networks))
             components[network.name] = export_network(network, opened, folder)
         report("done", len(networks), len(networks))
-        result = Manifest(kind="onnx", model=model, components=components)
+        result = Manifest(kind="onnx", model=model, components=components, source=source)
         manifest.write(result, folder)
-    return result
+    return Exported(result, fresh=False)
+
+
+def fingerprint(checkpoint: Path) -> str:
+    """A digest of the checkpoint's files by name, size and time of change, which tells whether it is still the same."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    listed = [(str(path.relative_to(checkpoint)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return sha256(repr(listed).encode()).hexdigest()
+
+
+def previous_export(out: Path) -> Manifest | None:
+    """The manifest of an earlier, whole export in `out`, if there is one that this version reads."""
+    try:
+        before = manifest.read(out, "onnx")
+    except UserError:
+        return None
+    return before if manifest.is_whole(out, before.components) else None
 
 
 def export_network(network: Network, checkpoint: Checkpoint, folder: Path) -> Component:

@@ -9,7 +9,25 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-WORDS = "a an the red green blue small large circle square on above below left right of background".split()
+WORDS = [
+    "a",
+    "an",
+    "the",
+    "red",
+    "green",
+    "blue",
+    "small",
+    "large",
+    "circle",
+    "square",
+    "on",
+    "above",
+    "below",
+    "left",
+    "right",
+    "of",
+    "background",
+]
 
 
 def schnell(seed: int = 0) -> FluxPipeline:
@@ -28,7 +46,13 @@ def schnell(seed: int = 0) -> FluxPipeline:
         pad_token_id=clip_tokenizer.pad_token_id,
     )
     t5 = T5Config(
-        vocab_size=len(t5_tokenizer), d_model=56, d_kv=12, d_ff=96, num_layers=2, num_heads=5, feed_forward_proj="gated-gelu"
+        vocab_size=len(t5_tokenizer),
+        d_model=56,
+        d_kv=12,
+        d_ff=96,
+        num_layers=2,
+        num_heads=5,
+        feed_forward_proj="gated-gelu",
     )
     transformer = FluxTransformer2DModel(
         in_channels=64,

@@ -1,0 +1,39 @@
+"""`ditforge inspect`: what a folder holds, or what made a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ditforge import manifest, terminal
+from ditforge.errors import UserError
+
+
+def show(path: Path) -> None:
+    """Print the manifest of a folder or the parameters of a picture. Raises UserError for anything else."""
+    if path.is_dir():
+        show_folder(path)
+    elif path.is_file():
+        from ditforge.client.picture import read_parameters
+
+        terminal.table(("parameter", "value"), [(key, str(value)) for key, value in read_parameters(path).items()])
+    else:
+        raise UserError(f"{path} does not exist", "give a folder that a stage wrote, or a PNG file that ditforge made")
+
+
+def show_folder(folder: Path) -> None:
+    """Print what is in a folder that `export`, `build` or `repo` wrote."""
+    if not (folder / manifest.FILE_NAME).is_file():
+        raise UserError(f"{folder} has no {manifest.FILE_NAME}: no stage of ditforge wrote it", "give another folder")
+    found = manifest.parse(folder / manifest.FILE_NAME)
+    terminal.say(f"{folder}: {found.kind} of {found.model.name}, written by ditforge {found.ditforge}")
+    rows = []
+    for name, component in found.components.items():
+        engine = found.engines.get(name)
+        made = f"{engine.compiler} {engine.compiler_version} for {engine.target}" if engine else ""
+        size = sum(file.size for file in component.files.values())
+        ports = [f"{port} {t.dtype} {list(t.shape)}" for port, t in (component.inputs | component.outputs).items()]
+        rows.append((name, component.precision, component.reason, f"{size / 1e6:.1f} MB", made, ports))
+    headings = ("component", "precision", "why", "size", *(("engine",) if found.engines else ()))
+    terminal.table(headings, [row[: len(headings)] for row in rows])
+    terminal.say("")
+    terminal.table(("component", "inputs and outputs"), [(row[0], "\n".join(row[5])) for row in rows])

@@ -1,0 +1,20 @@
+"""Engines are loaded and run here, whatever compiled them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ditforge import manifest
+from ditforge.engines.compiler import Engine, find_compiler
+from ditforge.manifest import File
+
+
+def load_engine(folder: Path, files: dict[str, File], compiler: str, target: str) -> Engine:
+    """Load an engine that `compiler` made for `target` from its files in `folder`.
+
+    Raises UserError if a file is missing or not what the manifest says.
+    """
+    manifest.check_files(
+        folder, files, fix="ditforge build ONNX_DIR --gpu GPU --out DIR   again, and then ditforge repo"
+    )
+    return find_compiler(compiler).load([folder / name for name in files], target)

@@ -1,0 +1,357 @@
+"""Runs Triton Inference Server on a model repository: the container's `tritonserver`, or the nvidia-pytriton wheel's.
+
+What a running server needs beside its log lies in /dev/shm under one prefix: a folder of links, and the shared
+memory of its Python models. Both go when the server ends; where its owner was killed too, the next start() sweeps up.
+"""
+
+import contextlib
+import errno
+import importlib.util
+import math
+import os
+import re
+import secrets
+import shutil
+import signal
+import site
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, wait as wait_for
+from dataclasses import asdict, dataclass
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+
+from ditforge.errors import DitforgeError, UserError
+
+SHM = Path("/dev/shm")  # where glibc's shm_open(3) keeps its regions
+PREFIX = "ditforge-triton-"
+STUB = "triton_python_backend_stub"  # the program that runs a Python model, linked against one libpython:
+LIBPYTHON = re.compile(rb"libpython3(?:-\w+)?(\.\d+)\.so[.\d]*")
+
+# PR_SET_PDEATHSIG (1) makes the kernel stop Triton with its parent, even one killed by SIGKILL. It is set in a process
+# of its own, which then becomes tritonserver: a preexec_fn can deadlock where the parent has threads.
+LAUNCH = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+@dataclass(frozen=True)
+class Ports:
+    grpc: int
+    http: int
+    metrics: int
+
+
+class Server:
+    """A running tritonserver, made by start(); a context manager that stops it."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        prefix: str,
+        url: str,
+        ports: Ports,
+        log: Path,
+        grace: float,
+    ) -> None:
+        self.ports = ports
+        self.log = log
+        self.url = url
+        self._grace = grace
+        self._lock = threading.Lock()
+        self._process: Future[subprocess.Popen[bytes]] = Future()
+        self._exit: Future[int] = Future()
+        threading.Thread(target=self._run, args=(command, env, prefix), name="tritonserver", daemon=True).start()
+        self.pid = self._process.result().pid
+
+    def _run(self, command: Sequence[str], env: Mapping[str, str], prefix: str) -> None:
+        # PR_SET_PDEATHSIG fires when the *thread* that forked ends, so this one lives as long as the server.
+        try:
+            with open(self.log, "ab") as log:
+                # A session of its own: Ctrl-C in the terminal reaches the owner only, whose stop() then drains.
+                process = subprocess.Popen(
+                    [sys.executable, "-ISc", LAUNCH, str(os.getpid()), *command],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=env,
+                    start_new_session=True,
+                )
+        except BaseException as error:
+            self._process.set_exception(error)
+            return
+        self._process.set_result(process)
+        # Until it is reaped, no other process can get the dead server's pid, nor so its group the wrong members.
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with self._lock:
+            code = process.wait()
+        _remove(prefix)
+        self._exit.set_result(code)
+
+    @property
+    def running(self) -> bool:
+        return not self._exit.done()
+
+    def wait(self) -> int:
+        """Blocks until the server ends, by itself or by stop(); its exit code, -N where signal N killed it."""
+        return self._exit.result()
+
+    def stop(self, grace: float | None = None) -> None:
+        """Lets requests in flight finish, for `grace` seconds (None: start()'s), then kills. Does nothing twice.
+
+        Triton ends its drain after start()'s `grace`, so a longer one here changes nothing.
+        """
+        try:
+            self._signal(signal.SIGTERM)
+            # Where Triton gives up at its own limit, it still has models to unload.
+            wait_for([self._exit], self._grace + 5 if grace is None else grace)
+        finally:  # a second Ctrl-C too
+            self._signal(signal.SIGKILL)
+            self._exit.result()
+
+    def _signal(self, number: int) -> None:
+        with self._lock:
+            if self._process.result().returncode is None:
+                os.kill(self.pid, number)
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+
+def start(
+    repo: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8001,
+    http_port: int = 0,
+    metrics_port: int = 0,
+    log: Path | None = None,
+    timeout: float = 120,
+    grace: float = 30,
+    shm_bytes: int = 8 << 20,
+    shm_growth: int = 16 << 20,
+    extra_args: Sequence[str] = (),
+) -> Server:
+    """Starts Triton on `repo` and returns once every model is loaded and gRPC, HTTP and metrics answer.
+
+    host: an IPv4 address or name of this machine; `0.0.0.0` is every network. A port of 0 is a free one.
+    log: appended to; None is a new file in the temporary folder, which stays. Server.log names it.
+    timeout: seconds until ready. grace: seconds that requests in flight get once the server is told to stop.
+    shm_bytes, shm_growth: what each instance of a Python model takes of /dev/shm from the start, and at a time when
+        that is too little, for good. Docker gives a container 64 MiB in all; `--shm-size` gives more.
+    extra_args: more of tritonserver's own, such as `--cache-config=local,size=1048576`.
+
+    Raises UserError where the repository, an address or the installation is at fault, and DitforgeError with the
+    reason from Triton's log where it does not get ready; nothing is left running then.
+    """
+    repo = repo.resolve()
+    if not any(repo.glob("*/config.pbtxt")):
+        state = "holds no model (no MODEL/config.pbtxt)" if repo.is_dir() else "is not a folder"
+        raise UserError(f"the model repository {repo} {state}", f"ditforge repo ENGINE_DIR --out {repo}")
+    tritonserver, wheel = _installation()
+    address, ports = _claim(host, {"gRPC": port, "HTTP": http_port, "metrics": metrics_port})
+    url = f"{'127.0.0.1' if address == '0.0.0.0' else address}:{ports.grpc}"
+    if log is None:
+        log = Path(tempfile.mkdtemp(prefix=PREFIX), "tritonserver.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    earlier = log.stat().st_size if log.exists() else 0
+
+    _sweep()
+    prefix = f"{_namespace()}{os.getpid()}-{secrets.token_hex(4)}-"
+    folder = SHM / f"{prefix}files"
+    folder.mkdir(mode=0o700)
+    try:
+        models = repo
+        if not re.fullmatch(r"[\w/.+@-]+", str(repo), re.ASCII):  # Triton hands it to `bash -c`, unquoted
+            models = folder / "models"
+            models.symlink_to(repo)
+        args = [f"--model-repository={models}", "--exit-on-error=true", f"--exit-timeout-secs={math.ceil(grace)}"]
+        for endpoint, number in asdict(ports).items():
+            args += [f"--{endpoint}-address={address}", f"--{endpoint}-port={number}"]
+        args += ["--allow-sagemaker=false", "--allow-vertex-ai=false"]
+        args += [f"--backend-config=python,shm-region-prefix-name={prefix}"]
+        args += [f"--backend-config=python,shm-default-byte-size={shm_bytes}"]
+        args += [f"--backend-config=python,shm-growth-byte-size={shm_growth}"]
+        env = os.environ | {"PATH": f"{_environment(folder)}:{os.environ.get('PATH', os.defpath)}"}
+        if wheel:
+            backends, libraries = _backends(folder, wheel)
+            args += [f"--backend-directory={backends}", f"--cache-directory={wheel / 'caches'}"]
+            env["LD_LIBRARY_PATH"] = ":".join(filter(None, [*libraries, os.environ.get("LD_LIBRARY_PATH")]))
+        server = Server([str(tritonserver), *args, *extra_args], env, prefix, url, ports, log, grace)
+    except BaseException:
+        _remove(prefix)
+        raise
+    try:
+        deadline = time.monotonic() + timeout
+        while server.running and time.monotonic() < deadline:
+            if _ready(url, ports):
+                return server
+            time.sleep(0.05)
+        end = f"was not ready after {timeout:g} s" if server.running else f"ended with exit code {server.wait()}"
+        raise _failure(end, log, earlier)
+    except BaseException:
+        server.stop(grace=0)
+        raise
+
+
+def _installation() -> tuple[Path, Path | None]:
+    """The tritonserver to run and, where it is nvidia-pytriton's, the wheel's folder around it."""
+    fix = "pip install 'ditforge[serve]', or run in the container nvcr.io/nvidia/tritonserver"
+    version = sysconfig.get_python_version()
+    if importlib.util.find_spec("tritonclient") is None:
+        raise UserError("tritonclient, which asks Triton whether it is ready, is not installed", fix)
+    if found := shutil.which("tritonserver"):
+        binary = Path(found).resolve()
+        stub = binary.parents[1] / "backends" / "python" / STUB
+        linked = LIBPYTHON.search(stub.read_bytes()) if stub.is_file() else None
+        if linked and (built := f"3{linked[1].decode()}") != version:
+            problem = f"{binary} runs Python models in Python {built}, and this is Python {version}"
+            raise UserError(problem, f"install and run ditforge in Python {built}")
+        return binary, None
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or spec.origin is None:
+        raise UserError("no Triton: no tritonserver is on PATH, and nvidia-pytriton is not installed", fix)
+    wheel = Path(spec.origin).parent / "tritonserver"
+    known = [stub.parent.name for stub in wheel.glob(f"python_backend_stubs/*/{STUB}")]
+    if version not in known:
+        names = ", ".join(sorted(known, key=lambda name: int(name.partition(".")[2])))
+        raise UserError(f"nvidia-pytriton runs Python models in Python {names}; this is Python {version}", fix)
+    return wheel / "bin" / "tritonserver", wheel
+
+
+def _backends(folder: Path, wheel: Path) -> tuple[Path, list[str]]:
+    """A backend directory of links, with this Python's stub where Triton looks for it; the folders of its libraries."""
+    stub = wheel / "python_backend_stubs" / sysconfig.get_python_version() / STUB
+    backend = folder / "backends" / "python"
+    backend.mkdir(parents=True)
+    for file in (stub, *(wheel / "backends" / "python").iterdir()):
+        if file.is_file():  # __pycache__ is not: Python would write into the wheel's
+            (backend / file.name).symlink_to(file)
+    bundled = wheel.parents[1] / "nvidia_pytriton.libs"
+    linked = LIBPYTHON.search(stub.read_bytes())
+    name = linked[0].decode() if linked else "libpython"
+    libdir, multiarch = (sysconfig.get_config_var(key) or "" for key in ("LIBDIR", "MULTIARCH"))
+    folders = [bundled, Path(libdir), Path(libdir, multiarch), Path(sys.base_prefix, "lib")]
+    library = next((path / name for path in folders if (path / name).exists()), None)
+    if library is None:
+        problem = f"{sys.executable} comes without the {name} that Triton runs Python models with"
+        raise UserError(problem, f"apt install {name.partition('.so')[0]}, or use the Python of uv, conda or pyenv")
+    # A link to this one file: a whole folder of libraries could replace others that Triton was built with.
+    (folder / "lib" / name).symlink_to(library)
+    return backend.parent, [f"{folder / 'lib'}", f"{bundled}"]
+
+
+def _environment(folder: Path) -> Path:
+    """A virtual environment that imports what this Python imports; returns its `bin`, for the front of PATH.
+
+    The stub finds its Python as the first python3 on PATH, and as it isolates it (PEP 587), it would read neither
+    PYTHONPATH nor the user's site-packages. addsitedir() also runs the import hooks of editable installs.
+    """
+    packages = folder / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
+    packages.mkdir(parents=True)
+    paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sites = site.getsitepackages() + ([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])
+    lines = [f"import sys; sys.path.append({path!a})" for path in paths]
+    lines += [f"import site; site.addsitedir({path!a})" for path in sites]
+    (packages / "ditforge.pth").write_text("\n".join(lines) + "\n")
+    home = Path(sys.base_exec_prefix, "bin")
+    (folder / "pyvenv.cfg").write_text(f"home = {home}\ninclude-system-site-packages = false\n", encoding="utf-8")
+    (folder / "bin").mkdir()
+    (folder / "bin" / "python3").symlink_to(sys.executable)
+    return folder / "bin"
+
+
+def _claim(host: str, wanted: Mapping[str, int]) -> tuple[str, Ports]:
+    """The IPv4 address of `host`, and the ports wanted there: all free a moment ago, 0 replaced by a free one."""
+    try:
+        address = socket.gethostbyname(host)
+    except OSError:
+        raise UserError(
+            f"{host!r} is no IPv4 address or host name", "127.0.0.1, or 0.0.0.0 for every network"
+        ) from None
+    with contextlib.ExitStack() as held:
+        numbers = []
+        for endpoint, number in wanted.items():
+            try:
+                listener = held.enter_context(socket.create_server((address, number)))
+            except (OSError, OverflowError) as error:
+                if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+                    raise _taken(f"port {number} ({endpoint}) is in use", number) from None
+                problem = f"cannot listen on {host}, port {number} ({endpoint}): {error}"
+                raise UserError(
+                    problem, "a port of 1024 to 65535 (0 is a free one), on an address of this machine"
+                ) from None
+            numbers.append(listener.getsockname()[1])
+    return address, Ports(*numbers)
+
+
+def _taken(problem: str, number: int | str) -> UserError:
+    return UserError(problem, f"another port (0 is a free one), or stop what listens: ss -ltnp 'sport = :{number}'")
+
+
+def _ready(url: str, ports: Ports) -> bool:
+    """Whether gRPC says so; only asked once metrics, the last of the three endpoints to come up, answers too."""
+    from tritonclient.grpc import InferenceServerClient  # type: ignore[import-untyped]
+    from tritonclient.utils import InferenceServerException  # type: ignore[import-untyped]
+
+    try:
+        with contextlib.closing(HTTPConnection(url.partition(":")[0], ports.metrics, timeout=5)) as metrics:
+            metrics.request("GET", "/metrics")
+            if metrics.getresponse().status != 200:
+                return False
+        with InferenceServerClient(url, channel_args=[("grpc.enable_http_proxy", 0)]) as client:
+            return client.is_server_ready(client_timeout=5)
+    except (OSError, HTTPException, InferenceServerException):
+        return False
+
+
+def _failure(end: str, log: Path, earlier: int) -> DitforgeError:
+    """What the log says from byte `earlier` on: why the models failed to load, else its errors, else its last lines."""
+    with open(log, "rb") as file:
+        file.seek(earlier)
+        text = file.read().decode(errors="replace")
+    if taken := re.search(r"Socket '\S+:(\d+)' already in use", text):
+        return _taken(f"port {taken[1]} was taken while the models loaded", taken[1])
+    entries = re.findall(r'^E\d{4} [\d:.]+ +\d+ \S+\] +"?(.*?)"?\s*$', text, re.MULTILINE)
+    errors = [entry for entry in entries if not entry.startswith("CudaDriverHelper")]  # every start without a GPU
+    plain = [line for line in text.splitlines() if line.strip() and line[0] not in "+|"]
+    lines = [entry for entry in errors if entry.startswith("failed to load")] or errors or plain
+    reason = "\n".join(dict.fromkeys(lines[-10:])).replace("\\n", "\n").strip() or "it wrote nothing"
+    return DitforgeError(f"tritonserver {end}\n{reason}", f"the whole log is {log}")
+
+
+def _namespace() -> str:
+    """How names in /dev/shm begin here; containers can share it, and their process ids mean nothing to each other."""
+    return f"{PREFIX}{os.stat('/proc/self/ns/pid').st_ino}-"
+
+
+def _sweep() -> None:
+    """Removes what is left of servers that were killed together with the process that started them."""
+    for path in SHM.glob(f"{_namespace()}*"):
+        owner = path.name.removeprefix(_namespace()).partition("-")[0]
+        if not Path("/proc", owner).exists():
+            _remove(path.name)
+
+
+def _remove(prefix: str) -> None:
+    for path in SHM.glob(f"{prefix}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):  # another user's, or gone meanwhile
+                path.unlink()

@@ -1,0 +1,51 @@
+"""What Triton's Python backend executes for the tokenizer: prompts become token ids, for every text encoder at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils  # exists inside Triton's Python backend only
+from tokenizers import Tokenizer
+
+from ditforge.triton_repo.engine_model import spans
+
+COUNTS = "prompt_tokens"
+
+
+class TritonPythonModel:
+    """Triton's interface to a Python model (github.com/triton-inference-server/python_backend)."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        folder = Path(args["model_repository"]) / args["model_version"]
+        outputs = [tensor["name"] for tensor in json.loads(args["model_config"])["output"]]
+        self.outputs = [name for name in outputs if name != COUNTS]
+        files = [str(folder / f"{name.removesuffix('_ids')}.json") for name in self.outputs]
+        self.tokenizers = [Tokenizer.from_file(file) for file in files]
+        self.counters = [Tokenizer.from_file(file) for file in files]
+        for counter in self.counters:  # how long the prompts are before they are cut
+            counter.no_truncation()
+            counter.no_padding()
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Prompts BYTES [B, 1], UTF-8 → ids int32 [B, T] for each encoder, and their counts before the cut, [B, encoders]."""
+        batches = [
+            [
+                prompt.decode("utf-8", "replace")
+                for prompt in pb_utils.get_input_tensor_by_name(r, "prompt").as_numpy()[:, 0]
+            ]
+            for r in requests
+        ]
+        prompts = [prompt for batch in batches for prompt in batch]
+        tensors = {
+            name: np.array([e.ids for e in tokenizer.encode_batch(prompts)], np.int32)
+            for name, tokenizer in zip(self.outputs, self.tokenizers, strict=True)
+        }
+        counts = [[len(e.ids) for e in counter.encode_batch(prompts)] for counter in self.counters]
+        tensors[COUNTS] = np.array(counts, np.int32).T.copy()
+        return [
+            pb_utils.InferenceResponse([pb_utils.Tensor(name, value[start:end]) for name, value in tensors.items()])
+            for start, end in spans([len(batch) for batch in batches])
+        ]

@@ -165,7 +165,7 @@ def run(connection: Connection, request: Request, callback: Callback | None = No
 
 
 def encode_prompts(connection: Connection, prompts: Sequence[str]) -> Arrays:
-    """`prompt_embeds` and `pooled_embeds` of the prompts. Warns once if a text encoder does not read all of a prompt."""
+    """`prompt_embeds` and `pooled_embeds` of the prompts. Warns once if a text encoder does not read all of one."""
     encoded = connection.infer("text_encoders", {"prompt": np.array([[p.encode()] for p in prompts], np.object_)})
     longest = encoded.pop("prompt_tokens").max(axis=0)
     limits = connection.model.max_tokens

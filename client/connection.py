@@ -1,4 +1,4 @@
-"""A connection to a Triton server that serves a model made by ditforge: arrays in, arrays out, errors in plain words."""
+"""A connection to a Triton server that serves a model of ditforge: arrays in, arrays out, errors in plain words."""
 
 from __future__ import annotations
 

@@ -105,7 +105,9 @@ def verify(
     if against is not None:
         with terminal.progress("verify") as report:
             rows = compare(engines, against, report)
-        terminal.table(("component", "output", "largest difference", "relative error", "cosine"), rows)
+        terminal.table(
+            ("component", "output", "largest difference", "relative error", "cosine"), [row.row() for row in rows]
+        )
 
 
 @app.command()

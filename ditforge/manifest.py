@@ -89,7 +89,7 @@ class Manifest(_Record):
 
 
 def read(folder: Path, kind: Kind) -> Manifest:
-    """The manifest of `folder`, which must be of `kind`. Raises UserError if it is missing, of another kind or unreadable."""
+    """The manifest of `folder`. Raises UserError if it is missing, of another kind than `kind`, or unreadable."""
     path = folder / FILE_NAME
     make = f"{NEXT_COMMAND[kind]}   makes such a folder"
     if not folder.is_dir():
@@ -145,7 +145,7 @@ def is_whole(folder: Path, components: dict[str, Component]) -> bool:
 
 
 def check_files(folder: Path, files: dict[str, File], fix: str) -> None:
-    """Check that every file is there and unchanged. Raises UserError, with the hint `fix`, for the first that is not."""
+    """Check that every file is there and unchanged. Raises UserError, with `fix`, for the first that is not."""
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
@@ -159,7 +159,7 @@ def check_files(folder: Path, files: dict[str, File], fix: str) -> None:
 
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when the block ends without an error, and vanishes otherwise.
+    """A temporary folder beside `target` that takes its place when the block ends, and vanishes if it fails.
 
     An existing `target` is replaced only if it is empty or holds a manifest: nobody's other files are deleted.
     """

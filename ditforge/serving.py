@@ -13,7 +13,7 @@ from ditforge.errors import DitforgeError
 
 
 def serve(repository: Path, host: str, port: int, log: Path | None) -> None:
-    """Run Triton on `repository` until SIGINT or SIGTERM, then let it drain. Raises DitforgeError if it dies by itself."""
+    """Run Triton on `repository` until SIGINT or SIGTERM, then let it drain. Raises DitforgeError if it dies."""
     from ditforge.triton_repo.server import start
 
     def stop(number: int, frame: FrameType | None) -> None:

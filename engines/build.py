@@ -31,9 +31,9 @@ def build(
 ) -> Built:
     """Compile the graphs in the folder `onnx` for `target` into the folder `out`.
 
-    An engine whose cache key is unchanged is kept; if all are, nothing is written. `progress` is called with (component,
-    how many are done, how many there are). Raises UserError if the target cannot execute a component, or if a graph is
-    damaged; then `out` is as it was before.
+    An engine whose cache key is unchanged is kept; if all are, nothing is written. `progress` is called with
+    (component, how many are done, how many there are). Raises UserError if the target cannot execute a component, or
+    if a graph is damaged; then `out` is as it was before.
     """
     source = manifest.read(onnx, "onnx")
     compiler = find_compiler(compiler_name)

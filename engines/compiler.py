@@ -1,4 +1,4 @@
-"""What a compiler and a loaded engine are to the rest of ditforge. A new compiler is one file and a line in COMPILERS."""
+"""What compilers and engines are to the rest of ditforge. A new compiler is one file and a line in COMPILERS."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def load(files: list[Path], target: str) -> Session:
 
 
 def session_options() -> onnxruntime.SessionOptions:
-    """Options for all sessions: only errors are logged, and idle threads do not spin: Triton and its clients need the cores."""
+    """Options for all sessions: only errors are logged; idle threads do not spin, since Triton needs the cores."""
     import onnxruntime as ort
 
     settings = ort.SessionOptions()

@@ -15,7 +15,7 @@ def family_of(checkpoint: Checkpoint) -> ModuleType:
     families = {module.PIPELINE: module for module in (flux,)}
     if checkpoint.pipeline not in families:
         raise UserError(
-            f"{checkpoint.folder} is a {checkpoint.pipeline or 'checkpoint of no named class'}, which cannot be exported",
+            f"{checkpoint.folder} is a {checkpoint.pipeline or 'model of no named class'}, which cannot be exported",
             f"use a checkpoint of one of: {', '.join(families)}",
         )
     return families[checkpoint.pipeline]

@@ -21,7 +21,7 @@ from ditforge.export.tokenization import Tokenizer, read_tokenizer
 from ditforge.model import Model
 
 PIPELINE = "FluxPipeline"
-PATCH = 2  # a token is a patch of 2×2 latents
+PATCH = 2  # a token is a patch of 2 by 2 latents
 MAX_SIZE_RATIO = 4  # to the size it was trained at: beyond, pictures fall apart while attention costs 256 times as much
 SCHNELL_TOKENS = 256  # the authors' length of T5's input where guidance is not embedded; 512 where it is
 
@@ -29,8 +29,8 @@ SCHNELL_TOKENS = 256  # the authors' length of T5's input where guidance is not 
 class RotaryTables(nn.Module):
     """Cosine and sine of the rotary position embedding, [tokens, head_dim] float32 (Su et al. 2021, arXiv:2104.09864).
 
-    Takes the place of diffusers' FluxPosEmbed, which computes in float64: TensorRT has no such type. The frequencies are
-    computed in double precision here, once, and only their product with a position is rounded to float32.
+    Takes the place of diffusers' FluxPosEmbed, which computes in float64: TensorRT has no such type. The frequencies
+    are computed in double precision here, once; only their product with a position is rounded to float32.
     """
 
     def __init__(self, theta: float, axes_dim: tuple[int, ...]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
-import torch
 from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
 
 from ditforge.errors import UserError
@@ -59,24 +60,27 @@ def attach_weights(
         shape = tuple(value.shape)[::-1] if name in transposed else tuple(value.shape)
         if weights.shapes[key] != shape:
             raise UserError(
-                f"{weights.shards[key]}: {key} has shape {list(weights.shapes[key])}, its config.json implies {list(shape)}",
+                f"{weights.shards[key]}: {key} has shape {list(weights.shapes[key])}, config.json says {list(shape)}",
                 "its config.json is not the one of these weights: copy the folder again",
             )
 
-        def read(key=key, dtype=to_torch_dtype(value.dtype), flip=name in transposed, name=name) -> TorchTensor:
-            tensor = weights.read(key).to(dtype)
-            return TorchTensor(tensor.T.contiguous() if flip else tensor, name=name)
-
+        read = partial(read_tensor, weights, key, value.dtype, name in transposed, name)
         value.const_value = ir.LazyTensor(read, dtype=value.dtype, shape=value.shape, name=name)
+
+
+def read_tensor(weights: Weights, key: str, dtype: ir.DataType, flip: bool, name: str) -> TorchTensor:
+    """The checkpoint's tensor `key` as the graph's initializer `name`: converted, and transposed if `flip`."""
+    tensor = weights.read(key).to(to_torch_dtype(dtype))
+    return TorchTensor(tensor.T.contiguous() if flip else tensor, name=name)
 
 
 def simplify(model: ir.Model) -> None:
     """Fold constants and drop what does nothing. Weights are not touched, nor read."""
     import onnxscript.optimizer
 
-    logger = logging.getLogger("onnxscript")
-    logger.setLevel(logging.ERROR)
-    onnxscript.optimizer.optimize(model)
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    with np.errstate(all="ignore"):  # it evaluates both sides of every Where
+        onnxscript.optimizer.optimize(model)
     for node in model.graph:
         for value in node.outputs:
             if not value.is_graph_output():
@@ -101,8 +105,3 @@ def assert_no_float64(model: ir.Model) -> None:
     wide = [value.name for node in model.graph for value in node.outputs if value.dtype == ir.DataType.DOUBLE]
     wide += [name for name, value in model.graph.initializers.items() if value.dtype == ir.DataType.DOUBLE]
     assert not wide, f"float64 in the graph: {wide[:5]}"
-
-
-def parameter_count(model: ir.Model) -> int:
-    """How many numbers the initializers hold."""
-    return sum(torch.Size(value.shape.numpy()).numel() for value in model.graph.initializers.values())

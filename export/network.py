@@ -35,8 +35,8 @@ class Network:
     """One ONNX graph to be.
 
     `build` makes the module; it runs under fake tensors and with `dtype` as the default dtype, so it takes no memory.
-    Its parameters are `module.KEY`, where KEY is what the checkpoint calls them in the folder `weights`; a checkpoint may
-    also write KEY behind one of `key_prefixes`. `reason` says why `dtype` is the safe one for this network.
+    Its parameters are `module.KEY`, where KEY is what the checkpoint calls them in the folder `weights`; a checkpoint
+    may also write KEY behind one of `key_prefixes`. `reason` says why `dtype` is the safe one for this network.
     """
 
     name: str

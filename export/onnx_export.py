@@ -43,7 +43,8 @@ def export_checkpoint(
 ) -> Exported:
     """Export the checkpoint in the folder `checkpoint` to ONNX in the folder `out`.
 
-    If `out` holds the same export of the same files, nothing is written. `progress` is called with (component, how many are done, how many there are) before each component and at the end.
+    If `out` holds the same export of the same files, nothing is written. `progress` is called with (component, how
+    many are done, how many there are) before each component and at the end.
     Raises UserError for a checkpoint that is incomplete or of no known family; then `out` is as it was before.
     """
     if precision not in PRECISIONS:

@@ -30,7 +30,7 @@ class Tokenizer:
 
 
 def read_tokenizer(checkpoint: Checkpoint, component: str, name: str, limit: int | None = None) -> Tokenizer:
-    """The tokenizer in the checkpoint's folder `component`, for prompts of its own maximal length, or `limit` if less."""
+    """The tokenizer in the checkpoint's folder `component`, for prompts of its own length, or `limit` if less."""
     from transformers import AutoTokenizer
 
     folder = checkpoint.folder / component

@@ -7,10 +7,8 @@ memory of its Python models. Both go when the server ends; where its owner was k
 import contextlib
 import errno
 import importlib.util
-import math
 import os
 import re
-import secrets
 import shutil
 import signal
 import site
@@ -26,19 +24,22 @@ from concurrent.futures import Future, wait as wait_for
 from dataclasses import asdict, dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
+from typing import BinaryIO
 
 from ditforge.errors import DitforgeError, UserError
 
 SHM = Path("/dev/shm")  # where glibc's shm_open(3) keeps its regions
 PREFIX = "ditforge-triton-"
+INSTALL = "pip install 'ditforge[serve]', or run in the container nvcr.io/nvidia/tritonserver"
 STUB = "triton_python_backend_stub"  # the program that runs a Python model, linked against one libpython:
 LIBPYTHON = re.compile(rb"libpython3(?:-\w+)?(\.\d+)\.so[.\d]*")
 
-# PR_SET_PDEATHSIG (1) makes the kernel stop Triton with its parent, even one killed by SIGKILL. It is set in a process
-# of its own, which then becomes tritonserver: a preexec_fn can deadlock where the parent has threads.
+# PR_SET_PDEATHSIG (1) has the kernel kill Triton when its parent dies, of whatever; its models see that and end. Not
+# SIGTERM: Triton drains then, without end where a model hangs. The call is made in a process of its own, which then
+# becomes tritonserver, because a preexec_fn can deadlock where the parent has threads.
 LAUNCH = """
 import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 if os.getppid() == int(sys.argv[1]):
     os.execv(sys.argv[2], sys.argv[2:])
 """
@@ -55,38 +56,31 @@ class Server:
     """A running tritonserver, made by start(); a context manager that stops it."""
 
     def __init__(
-        self,
-        command: Sequence[str],
-        env: Mapping[str, str],
-        prefix: str,
-        url: str,
-        ports: Ports,
-        log: Path,
-        grace: float,
+        self, command: list[str], env: dict[str, str], folder: Path, url: str, ports: Ports, log: BinaryIO, grace: float
     ) -> None:
         self.ports = ports
-        self.log = log
+        self.log = Path(log.name)
         self.url = url
         self._grace = grace
         self._lock = threading.Lock()
         self._process: Future[subprocess.Popen[bytes]] = Future()
         self._exit: Future[int] = Future()
-        threading.Thread(target=self._run, args=(command, env, prefix), name="tritonserver", daemon=True).start()
+        threading.Thread(target=self._run, args=(command, env, folder, log), daemon=True).start()
         self.pid = self._process.result().pid
 
-    def _run(self, command: Sequence[str], env: Mapping[str, str], prefix: str) -> None:
+    def _run(self, command: list[str], env: dict[str, str], folder: Path, log: BinaryIO) -> None:
         # PR_SET_PDEATHSIG fires when the *thread* that forked ends, so this one lives as long as the server.
         try:
-            with open(self.log, "ab") as log:
-                # A session of its own: Ctrl-C in the terminal reaches the owner only, whose stop() then drains.
-                process = subprocess.Popen(
-                    [sys.executable, "-ISc", LAUNCH, str(os.getpid()), *command],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=env,
-                    start_new_session=True,
-                )
+            # A session of its own: Ctrl-C in the terminal reaches the owner only, whose stop() then drains.
+            process = subprocess.Popen(
+                [sys.executable, "-ISc", LAUNCH, str(os.getpid()), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=env,
+                cwd="/",  # the stub puts its working directory before everything else that Python imports from
+                start_new_session=True,
+            )
         except BaseException as error:
             self._process.set_exception(error)
             return
@@ -97,7 +91,7 @@ class Server:
             os.killpg(process.pid, signal.SIGKILL)
         with self._lock:
             code = process.wait()
-        _remove(prefix)
+        _remove(folder)
         self._exit.set_result(code)
 
     @property
@@ -154,7 +148,7 @@ def start(
     timeout: seconds until ready. grace: seconds that requests in flight get once the server is told to stop.
     shm_bytes, shm_growth: what each instance of a Python model takes of /dev/shm from the start, and at a time when
         that is too little, for good. Docker gives a container 64 MiB in all; `--shm-size` gives more.
-    extra_args: more of tritonserver's own, such as `--cache-config=local,size=1048576`.
+    extra_args: more of tritonserver's own, such as `--cache-config=local,size=1048576`, with absolute paths.
 
     Raises UserError where the repository, an address or the installation is at fault, and DitforgeError with the
     reason from Triton's log where it does not get ready; nothing is left running then.
@@ -163,40 +157,31 @@ def start(
     if not any(repo.glob("*/config.pbtxt")):
         state = "holds no model (no MODEL/config.pbtxt)" if repo.is_dir() else "is not a folder"
         raise UserError(f"the model repository {repo} {state}", f"ditforge repo ENGINE_DIR --out {repo}")
-    tritonserver, wheel = _installation()
+    try:
+        import tritonclient.grpc  # type: ignore[import-untyped, unused-ignore]  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"tritonclient, which asks Triton whether it is ready, is missing: {error}", INSTALL) from None
     address, ports = _claim(host, {"gRPC": port, "HTTP": http_port, "metrics": metrics_port})
     url = f"{'127.0.0.1' if address == '0.0.0.0' else address}:{ports.grpc}"
-    if log is None:
-        log = Path(tempfile.mkdtemp(prefix=PREFIX), "tritonserver.log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    earlier = log.stat().st_size if log.exists() else 0
-
     _sweep()
-    prefix = f"{_namespace()}{os.getpid()}-{secrets.token_hex(4)}-"
-    folder = SHM / f"{prefix}files"
-    folder.mkdir(mode=0o700)
+    folder, server = Path(tempfile.mkdtemp(prefix=f"{_namespace()}{os.getpid()}-", dir=SHM)), None
     try:
         models = repo
         if not re.fullmatch(r"[\w/.+@-]+", str(repo), re.ASCII):  # Triton hands it to `bash -c`, unquoted
             models = folder / "models"
             models.symlink_to(repo)
-        args = [f"--model-repository={models}", "--exit-on-error=true", f"--exit-timeout-secs={math.ceil(grace)}"]
+        env = os.environ | {"PATH": f"{_environment(folder)}:{os.environ.get('PATH', os.defpath)}"}
+        args = [*_tritonserver(folder, env), f"--model-repository={models}", "--exit-on-error=true"]
+        args += ["--allow-sagemaker=false", "--allow-vertex-ai=false", f"--exit-timeout-secs={grace:.0f}"]
         for endpoint, number in asdict(ports).items():
             args += [f"--{endpoint}-address={address}", f"--{endpoint}-port={number}"]
-        args += ["--allow-sagemaker=false", "--allow-vertex-ai=false"]
-        args += [f"--backend-config=python,shm-region-prefix-name={prefix}"]
+        args += [f"--backend-config=python,shm-region-prefix-name={folder.name}-"]
         args += [f"--backend-config=python,shm-default-byte-size={shm_bytes}"]
         args += [f"--backend-config=python,shm-growth-byte-size={shm_growth}"]
-        env = os.environ | {"PATH": f"{_environment(folder)}:{os.environ.get('PATH', os.defpath)}"}
-        if wheel:
-            backends, libraries = _backends(folder, wheel)
-            args += [f"--backend-directory={backends}", f"--cache-directory={wheel / 'caches'}"]
-            env["LD_LIBRARY_PATH"] = ":".join(filter(None, [*libraries, os.environ.get("LD_LIBRARY_PATH")]))
-        server = Server([str(tritonserver), *args, *extra_args], env, prefix, url, ports, log, grace)
-    except BaseException:
-        _remove(prefix)
-        raise
-    try:
+        log = log or Path(tempfile.mkdtemp(prefix=PREFIX), "tritonserver.log")
+        with _appended(log) as output:
+            earlier = output.tell()
+            server = Server([*args, *extra_args], env, folder, url, ports, output, grace)
         deadline = time.monotonic() + timeout
         while server.running and time.monotonic() < deadline:
             if _ready(url, ports):
@@ -205,55 +190,58 @@ def start(
         end = f"was not ready after {timeout:g} s" if server.running else f"ended with exit code {server.wait()}"
         raise _failure(end, log, earlier)
     except BaseException:
-        server.stop(grace=0)
+        if server:
+            server.stop(grace=0)
+        _remove(folder)
         raise
 
 
-def _installation() -> tuple[Path, Path | None]:
-    """The tritonserver to run and, where it is nvidia-pytriton's, the wheel's folder around it."""
-    fix = "pip install 'ditforge[serve]', or run in the container nvcr.io/nvidia/tritonserver"
+def _appended(log: Path) -> BinaryIO:
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        return open(log, "ab")
+    except OSError as error:
+        raise UserError(f"cannot write the log {log}: {error.strerror}", "--log names another file") from None
+
+
+def _tritonserver(folder: Path, env: dict[str, str]) -> list[str]:
+    """The command on PATH, or nvidia-pytriton's with what it needs put into `folder` and into env's LD_LIBRARY_PATH."""
     version = sysconfig.get_python_version()
-    if importlib.util.find_spec("tritonclient") is None:
-        raise UserError("tritonclient, which asks Triton whether it is ready, is not installed", fix)
     if found := shutil.which("tritonserver"):
-        binary = Path(found).resolve()
-        stub = binary.parents[1] / "backends" / "python" / STUB
+        stub = Path(found).resolve().parent.parent / "backends" / "python" / STUB
         linked = LIBPYTHON.search(stub.read_bytes()) if stub.is_file() else None
         if linked and (built := f"3{linked[1].decode()}") != version:
-            problem = f"{binary} runs Python models in Python {built}, and this is Python {version}"
+            problem = f"{found} runs Python models in Python {built}, and this is Python {version}"
             raise UserError(problem, f"install and run ditforge in Python {built}")
-        return binary, None
+        return [os.path.abspath(found)]
     spec = importlib.util.find_spec("pytriton")
     if spec is None or spec.origin is None:
-        raise UserError("no Triton: no tritonserver is on PATH, and nvidia-pytriton is not installed", fix)
+        raise UserError("no Triton: no tritonserver is on PATH, and nvidia-pytriton is not installed", INSTALL)
     wheel = Path(spec.origin).parent / "tritonserver"
-    known = [stub.parent.name for stub in wheel.glob(f"python_backend_stubs/*/{STUB}")]
-    if version not in known:
-        names = ", ".join(sorted(known, key=lambda name: int(name.partition(".")[2])))
-        raise UserError(f"nvidia-pytriton runs Python models in Python {names}; this is Python {version}", fix)
-    return wheel / "bin" / "tritonserver", wheel
+    stubs = {stub.parent.name: stub for stub in wheel.glob(f"python_backend_stubs/*/{STUB}")}
+    if version not in stubs:
+        known = ", ".join(sorted(stubs, key=lambda name: int(name.partition(".")[2])))
+        raise UserError(f"nvidia-pytriton runs Python models in Python {known}; this is Python {version}", INSTALL)
 
-
-def _backends(folder: Path, wheel: Path) -> tuple[Path, list[str]]:
-    """A backend directory of links, with this Python's stub where Triton looks for it; the folders of its libraries."""
-    stub = wheel / "python_backend_stubs" / sysconfig.get_python_version() / STUB
     backend = folder / "backends" / "python"
     backend.mkdir(parents=True)
-    for file in (stub, *(wheel / "backends" / "python").iterdir()):
+    for file in (stubs[version], *(wheel / "backends" / "python").iterdir()):
         if file.is_file():  # __pycache__ is not: Python would write into the wheel's
             (backend / file.name).symlink_to(file)
     bundled = wheel.parents[1] / "nvidia_pytriton.libs"
-    linked = LIBPYTHON.search(stub.read_bytes())
+    linked = LIBPYTHON.search(stubs[version].read_bytes())
     name = linked[0].decode() if linked else "libpython"
     libdir, multiarch = (sysconfig.get_config_var(key) or "" for key in ("LIBDIR", "MULTIARCH"))
-    folders = [bundled, Path(libdir), Path(libdir, multiarch), Path(sys.base_prefix, "lib")]
+    folders = (bundled, Path(libdir), Path(libdir, multiarch), Path(sys.base_prefix, "lib"))
     library = next((path / name for path in folders if (path / name).exists()), None)
     if library is None:
         problem = f"{sys.executable} comes without the {name} that Triton runs Python models with"
         raise UserError(problem, f"apt install {name.partition('.so')[0]}, or use the Python of uv, conda or pyenv")
     # A link to this one file: a whole folder of libraries could replace others that Triton was built with.
     (folder / "lib" / name).symlink_to(library)
-    return backend.parent, [f"{folder / 'lib'}", f"{bundled}"]
+    env["LD_LIBRARY_PATH"] = ":".join(filter(None, [f"{folder}/lib", f"{bundled}", env.get("LD_LIBRARY_PATH")]))
+    binary = wheel / "bin" / "tritonserver"
+    return [str(binary), f"--backend-directory={backend.parent}", f"--cache-directory={wheel / 'caches'}"]
 
 
 def _environment(folder: Path) -> Path:
@@ -269,8 +257,8 @@ def _environment(folder: Path) -> Path:
     lines = [f"import sys; sys.path.append({path!a})" for path in paths]
     lines += [f"import site; site.addsitedir({path!a})" for path in sites]
     (packages / "ditforge.pth").write_text("\n".join(lines) + "\n")
-    home = Path(sys.base_exec_prefix, "bin")
-    (folder / "pyvenv.cfg").write_text(f"home = {home}\ninclude-system-site-packages = false\n", encoding="utf-8")
+    settings = f"home = {sys.base_exec_prefix}/bin\ninclude-system-site-packages = false\n"
+    (folder / "pyvenv.cfg").write_text(settings, encoding="utf-8")
     (folder / "bin").mkdir()
     (folder / "bin" / "python3").symlink_to(sys.executable)
     return folder / "bin"
@@ -278,36 +266,29 @@ def _environment(folder: Path) -> Path:
 
 def _claim(host: str, wanted: Mapping[str, int]) -> tuple[str, Ports]:
     """The IPv4 address of `host`, and the ports wanted there: all free a moment ago, 0 replaced by a free one."""
-    try:
-        address = socket.gethostbyname(host)
-    except OSError:
-        raise UserError(
-            f"{host!r} is no IPv4 address or host name", "127.0.0.1, or 0.0.0.0 for every network"
-        ) from None
+    numbers = []
     with contextlib.ExitStack() as held:
-        numbers = []
         for endpoint, number in wanted.items():
             try:
-                listener = held.enter_context(socket.create_server((address, number)))
+                listener = held.enter_context(socket.create_server((host, number)))
             except (OSError, OverflowError) as error:
-                if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+                if getattr(error, "errno", None) == errno.EADDRINUSE:
                     raise _taken(f"port {number} ({endpoint}) is in use", number) from None
-                problem = f"cannot listen on {host}, port {number} ({endpoint}): {error}"
-                raise UserError(
-                    problem, "a port of 1024 to 65535 (0 is a free one), on an address of this machine"
-                ) from None
-            numbers.append(listener.getsockname()[1])
+                problem = f"cannot listen on {host!r}, port {number} ({endpoint}): {error}"
+                raise UserError(problem, "an IPv4 address of this machine, and a port of 1024 to 65535 or 0") from None
+            address, port = listener.getsockname()
+            numbers.append(port)
     return address, Ports(*numbers)
 
 
 def _taken(problem: str, number: int | str) -> UserError:
-    return UserError(problem, f"another port (0 is a free one), or stop what listens: ss -ltnp 'sport = :{number}'")
+    return UserError(problem, f"--port names another (0 a free one); what listens: ss -ltnp 'sport = :{number}'")
 
 
 def _ready(url: str, ports: Ports) -> bool:
     """Whether gRPC says so; only asked once metrics, the last of the three endpoints to come up, answers too."""
-    from tritonclient.grpc import InferenceServerClient  # type: ignore[import-untyped]
-    from tritonclient.utils import InferenceServerException  # type: ignore[import-untyped]
+    from tritonclient.grpc import InferenceServerClient  # type: ignore[import-untyped, unused-ignore]
+    from tritonclient.utils import InferenceServerException  # type: ignore[import-untyped, unused-ignore]
 
     try:
         with contextlib.closing(HTTPConnection(url.partition(":")[0], ports.metrics, timeout=5)) as metrics:
@@ -341,17 +322,15 @@ def _namespace() -> str:
 
 
 def _sweep() -> None:
-    """Removes what is left of servers that were killed together with the process that started them."""
+    """Removes what is left of servers whose owner was killed: then nobody is there to call _remove."""
     for path in SHM.glob(f"{_namespace()}*"):
         owner = path.name.removeprefix(_namespace()).partition("-")[0]
         if not Path("/proc", owner).exists():
-            _remove(path.name)
+            _remove(path)
 
 
-def _remove(prefix: str) -> None:
-    for path in SHM.glob(f"{prefix}*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):  # another user's, or gone meanwhile
-                path.unlink()
+def _remove(folder: Path) -> None:
+    """Removes a server's folder and its shared memory beside it, as far as they are there and ours."""
+    for path in SHM.glob(f"{folder.name}*"):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -30,7 +30,7 @@ class TritonPythonModel:
             counter.no_padding()
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Prompts BYTES [B, 1], UTF-8 → ids int32 [B, T] for each encoder, and their counts before the cut, [B, encoders]."""
+        """Prompts BYTES [B, 1] → ids int32 [B, T] for each encoder, their counts before the cut [B, encoders]."""
         batches = [
             [
                 prompt.decode("utf-8", "replace")

@@ -310,7 +310,7 @@ def test_the_callback_sees_every_step_once_and_changes_nothing(sample):
     for step in seen:
         expected = inputs[step.sigma] - step.sigma * curved(inputs[step.sigma], step.sigma)
         np.testing.assert_allclose(step.denoised, expected, rtol=0, atol=1e-6)
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         seen[0].index = 1
 
 

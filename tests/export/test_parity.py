@@ -13,14 +13,13 @@ from diffusers import FluxPipeline
 from ditforge import manifest
 
 SIZES = [(1, 4, 4), (3, 6, 10)]  # batch, latent height and width over 2
-TOLERANCE = {"fp32": 1e-4}
 
 
-@pytest.fixture(scope="module", params=["schnell_onnx", "flux_tiny_onnx"])
+@pytest.fixture(scope="module", params=["schnell", "tiny"])
 def exported(request: pytest.FixtureRequest) -> tuple[FluxPipeline, Path]:
     """A checkpoint as diffusers runs it, and its fp32 export."""
-    checkpoint, folder = request.getfixturevalue(request.param)
-    return FluxPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32), folder
+    stages = request.getfixturevalue(request.param)
+    return FluxPipeline.from_pretrained(stages.checkpoint, torch_dtype=torch.float32), stages.onnx
 
 
 def run(folder: Path, component: str, **inputs: torch.Tensor) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A FLUX checkpoint of any size with random weights, in diffusers' layout: wiring that is fixed to one model breaks on it."""
+"""A FLUX checkpoint of other sizes, with random weights: wiring that is fixed to one model breaks on it."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ from ditforge.errors import DitforgeWarning
 from ditforge.model import Model
 
 DEFAULT_URL = "localhost:8001"
+DEFAULT_SAMPLER = "euler"
 
 
 class Options(TypedDict, total=False):
@@ -58,18 +59,26 @@ class Client:
     @overload
     def generate(self, prompt: str, **options: Unpack[Options]) -> Image.Image: ...
     @overload
-    def generate(self, prompt: Sequence[str], **options: Unpack[Options]) -> list[Image.Image]: ...
+    def generate(self, prompt: list[str], **options: Unpack[Options]) -> list[Image.Image]: ...
 
-    def generate(self, prompt: str | Sequence[str], **options: Unpack[Options]) -> Image.Image | list[Image.Image]:
+    def generate(self, prompt: str | list[str], **options: Unpack[Options]) -> Image.Image | list[Image.Image]:
         """A picture for a prompt, or a list of pictures for a list of prompts, made as one batch.
 
         The prompt number i gets the seed `seed` + i: each picture is the one that it would be alone. Each carries its
         parameters in `info`. Raises UserError for an option that the model cannot take, and DitforgeError if the server
         fails on the way.
         """
-        callback = options.pop("callback", None)
-        request = make_request(self.model, [prompt] if isinstance(prompt, str) else list(prompt), **options)
-        images = run(self._connection, request, callback)
+        request = make_request(
+            self.model,
+            [prompt] if isinstance(prompt, str) else prompt,
+            seed=options.get("seed"),
+            steps=options.get("steps"),
+            height=options.get("height"),
+            width=options.get("width"),
+            guidance=options.get("guidance"),
+            sampler=options.get("sampler", DEFAULT_SAMPLER),
+        )
+        images = run(self._connection, request, options.get("callback"))
         return images[0] if isinstance(prompt, str) else images
 
     def close(self) -> None:
@@ -107,11 +116,9 @@ class AsyncClient:
     @overload
     async def generate(self, prompt: str, **options: Unpack[Options]) -> Image.Image: ...
     @overload
-    async def generate(self, prompt: Sequence[str], **options: Unpack[Options]) -> list[Image.Image]: ...
+    async def generate(self, prompt: list[str], **options: Unpack[Options]) -> list[Image.Image]: ...
 
-    async def generate(
-        self, prompt: str | Sequence[str], **options: Unpack[Options]
-    ) -> Image.Image | list[Image.Image]:
+    async def generate(self, prompt: str | list[str], **options: Unpack[Options]) -> Image.Image | list[Image.Image]:
         """As Client.generate. `callback` is called in the thread that makes the picture."""
         client = await self.connect()
         cancelled = threading.Event()
@@ -125,7 +132,7 @@ class AsyncClient:
 
         options["callback"] = step_or_stop
         try:
-            return await asyncio.to_thread(client.generate, prompt, **options)
+            return await asyncio.to_thread(lambda: client.generate(prompt, **options))
         finally:
             cancelled.set()
 

@@ -45,12 +45,13 @@ class Request:
 def make_request(
     model: Model,
     prompts: Sequence[str],
-    seed: int | None = None,
-    steps: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    guidance: float | None = None,
-    sampler: str = "euler",
+    *,
+    seed: int | None,
+    steps: int | None,
+    height: int | None,
+    width: int | None,
+    guidance: float | None,
+    sampler: str,
 ) -> Request:
     """A request with the model's defaults for what is None (a random seed), or UserError for what the model cannot do.
 

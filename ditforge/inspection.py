@@ -26,14 +26,15 @@ def show_folder(folder: Path) -> None:
         raise UserError(f"{folder} has no {manifest.FILE_NAME}: no stage of ditforge wrote it", "give another folder")
     found = manifest.parse(folder / manifest.FILE_NAME)
     terminal.say(f"{folder}: {found.kind} of {found.model.name}, written by ditforge {found.ditforge}")
-    rows = []
+    rows, ports = [], []
     for name, component in found.components.items():
         engine = found.engines.get(name)
         made = f"{engine.compiler} {engine.compiler_version} for {engine.target}" if engine else ""
         size = sum(file.size for file in component.files.values())
-        ports = [f"{port} {t.dtype} {list(t.shape)}" for port, t in (component.inputs | component.outputs).items()]
-        rows.append((name, component.precision, component.reason, f"{size / 1e6:.1f} MB", made, ports))
+        rows.append((name, component.precision, component.reason, f"{size / 1e6:.1f} MB", made))
+        for direction, tensors in (("in", component.inputs), ("out", component.outputs)):
+            ports += [(name, direction, key, t.dtype, str(list(t.shape))) for key, t in tensors.items()]
     headings = ("component", "precision", "why", "size", *(("engine",) if found.engines else ()))
     terminal.table(headings, [row[: len(headings)] for row in rows])
     terminal.say("")
-    terminal.table(("component", "inputs and outputs"), [(row[0], "\n".join(row[5])) for row in rows])
+    terminal.table(("component", "", "tensor", "dtype", "shape"), ports)

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -131,7 +131,7 @@ def describe(path: Path) -> File:
     return File(size=path.stat().st_size, sha256=digest)
 
 
-def _sha256(stream) -> str:  # hashlib.file_digest is Python 3.11
+def _sha256(stream: BinaryIO) -> str:  # hashlib.file_digest is Python 3.11
     digest = hashlib.sha256()
     while chunk := stream.read(1 << 20):
         digest.update(chunk)

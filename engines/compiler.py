@@ -52,4 +52,4 @@ def find_compiler(name: str) -> Compiler:
     """The compiler called `name`; raises UserError if there is none."""
     if name not in COMPILERS:
         raise UserError(f"unknown compiler {name!r}", f"use one of: {', '.join(COMPILERS)}")
-    return import_module(COMPILERS[name])  # type: ignore[return-value]
+    return import_module(COMPILERS[name])

@@ -13,6 +13,7 @@ from ditforge.engines.build import TOKENIZER
 from ditforge.engines.compiler import Arrays
 from ditforge.engines.runtime import load_engine
 from ditforge.manifest import Component, Manifest, Tensor
+from ditforge.model import Model
 
 PROMPTS = ("a photograph of a lighthouse at night", "")
 LATENT_SIZE = (16, 24)  # height and width of the latents that are compared: not square
@@ -49,12 +50,18 @@ def compare(engines: Path, onnx: Path, progress: Callable[[str, int, int], None]
     """
     built, reference = manifest.read(engines, "engines"), manifest.read(onnx, "onnx")
     report = progress or (lambda component, done, total: None)
+    height, width = LATENT_SIZE
+    pixels = {"height": height * reference.model.vae_factor, "width": width * reference.model.vae_factor}
+    sizes = {"batch": len(PROMPTS), "latent_height": height, "latent_width": width, **pixels}
     tensors = tokenize(onnx, reference)
     differences = []
     for done, name in enumerate(built.engines):
         report(name, done, len(built.engines))
         component = built.components[name]
-        inputs = {key: tensors.get(key, example(key, tensor, reference)) for key, tensor in component.inputs.items()}
+        inputs = {
+            key: tensors[key] if key in tensors else example(key, tensor, sizes, reference.model)
+            for key, tensor in component.inputs.items()
+        }
         expected = run_graph(onnx / f"{name}.onnx", reference.components[name], inputs)
         engine = load_engine(engines, component.files, built.engines[name].compiler, built.engines[name].target)
         actual = engine.run(as_declared(inputs, component))
@@ -73,18 +80,14 @@ def tokenize(onnx: Path, reference: Manifest) -> Arrays:
     return {f"{name}_ids": np.array([e.ids for e in encodings], np.int32) for name, encodings in encoded.items()}
 
 
-def example(name: str, tensor: Tensor, reference: Manifest) -> np.ndarray:
-    """A random input of the contract: latents, timestep, guidance or image."""
-    height, width = LATENT_SIZE
-    factor = reference.model.vae_factor
-    sizes = {"batch": len(PROMPTS), "latent_height": height, "latent_width": width}
-    sizes |= {"height": height * factor, "width": width * factor}
+def example(name: str, tensor: Tensor, sizes: dict[str, int], model: Model) -> np.ndarray:
+    """A random input of the contract (latents, timestep, guidance, image, embeddings), its dimensions from `sizes`."""
     shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape)
     random = np.random.default_rng(0)
     if tensor.dtype == "UINT8":
         return random.integers(0, 256, shape, np.uint8)
     if name == "guidance":
-        return np.full(shape, reference.model.default_guidance, np.float32)
+        return np.full(shape, model.default_guidance, np.float32)
     return (random.random(shape) if name == "timestep" else random.standard_normal(shape)).astype(np.float32)
 
 

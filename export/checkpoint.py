@@ -61,7 +61,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def with_defaults(cls: type, config: dict[str, Any]) -> dict[str, Any]:
+def with_defaults(cls: Any, config: dict[str, Any]) -> dict[str, Any]:
     """`config` with the defaults of the constructor of `cls` for the keys that it leaves out, as diffusers reads it."""
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
     return {p.name: p.default for p in parameters if p.default is not p.empty} | config

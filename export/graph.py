@@ -33,12 +33,12 @@ def store_transposed(model: ir.Model) -> set[str]:
             or weight.const_value is not None
         ):
             continue
-        if len(weight.uses()) != 1 or len(weight.shape) != 2:
+        if len(weight.uses()) != 1 or weight.shape is None or len(weight.shape) != 2:
             continue
         node.outputs[0].replace_all_uses_with(weight)
         model.graph.remove(node, safe=True)
         weight.shape = ir.Shape(tuple(weight.shape)[::-1])
-        transposed.add(weight.name)
+        transposed.add(weight.name or "")
     return transposed
 
 
@@ -51,6 +51,8 @@ def attach_weights(
     """
     for name, names in aliases.items():
         value = model.graph.initializers[name]
+        assert value.shape is not None, f"the tracer left {name} without a shape"
+        assert value.dtype is not None, f"the tracer left {name} without a dtype"
         key = weights.find(names, prefixes)
         if key is None:
             raise UserError(

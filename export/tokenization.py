@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ditforge.errors import UserError
 from ditforge.export.checkpoint import Checkpoint
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -19,7 +16,7 @@ class Tokenizer:
 
     name: str
     max_tokens: int
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: Any  # transformers' PreTrainedTokenizerFast
 
     def save(self, path: Path) -> None:
         """Write it to the file `path` in the Hugging Face tokenizers format."""

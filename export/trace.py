@@ -38,15 +38,15 @@ def trace(network: Network) -> tuple[ir.Model, dict[str, list[str]]]:
     _name_ports(model, network)
     names = _parameter_names(module)
     aliases: dict[str, list[str]] = {}
-    for value in list(model.graph.initializers.values()):
+    for name, value in list(model.graph.initializers.items()):
         if not isinstance(getattr(value.const_value, "raw", None), FakeTensor):
             continue  # a constant that tracing computed: its value is known
         value.const_value = None
-        aliases_of = names[value.name]
-        model.graph.initializers.pop(value.name)
-        value.name = aliases_of[0]
+        key = names[name][0]
+        model.graph.initializers.pop(name)
+        value.name = key
         model.graph.initializers.add(value)
-        aliases[value.name] = aliases_of
+        aliases[key] = names[name]
     return model, aliases
 
 
@@ -115,4 +115,5 @@ def _name_ports(model: ir.Model, network: Network) -> None:
         assert value.dtype == ir.tensor(torch.zeros((), dtype=port.dtype)).dtype, f"{name} is {value.dtype}"
     ports = {**network.inputs, **network.outputs}
     for value in (*graph.inputs, *graph.outputs):
-        value.shape = ir.Shape([dim.name if isinstance(dim, Dim) else dim for dim in ports[value.name].shape])
+        port = ports[value.name or ""]
+        value.shape = ir.Shape([dim.name if isinstance(dim, Dim) else dim for dim in port.shape])

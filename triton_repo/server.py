@@ -6,16 +6,13 @@ memory of its Python models. Both go when the server ends; where its owner was k
 
 import contextlib
 import errno
-import importlib.util
 import os
 import re
 import shutil
 import signal
-import site
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import threading
 import time
@@ -27,12 +24,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ditforge.errors import DitforgeError, UserError
+from ditforge.triton_repo.installation import INSTALL, python_environment, tritonserver_command
 
 SHM = Path("/dev/shm")  # where glibc's shm_open(3) keeps its regions
 PREFIX = "ditforge-triton-"
-INSTALL = "pip install 'ditforge[serve]', or run in the container nvcr.io/nvidia/tritonserver"
-STUB = "triton_python_backend_stub"  # the program that runs a Python model, linked against one libpython:
-LIBPYTHON = re.compile(rb"libpython3(?:-\w+)?(\.\d+)\.so[.\d]*")
 
 # PR_SET_PDEATHSIG (1) has the kernel kill Triton when its parent dies, of whatever; its models see that and end. Not
 # SIGTERM: Triton drains then, without end where a model hangs. The call is made in a process of its own, which then
@@ -158,7 +153,7 @@ def start(
         state = "holds no model (no MODEL/config.pbtxt)" if repo.is_dir() else "is not a folder"
         raise UserError(f"the model repository {repo} {state}", f"ditforge repo ENGINE_DIR --out {repo}")
     try:
-        import tritonclient.grpc  # type: ignore[import-untyped, unused-ignore]  # noqa: F401
+        import tritonclient.grpc  # noqa: F401
     except ImportError as error:
         raise UserError(f"tritonclient, which asks Triton whether it is ready, is missing: {error}", INSTALL) from None
     address, ports = _claim(host, {"gRPC": port, "HTTP": http_port, "metrics": metrics_port})
@@ -170,8 +165,8 @@ def start(
         if not re.fullmatch(r"[\w/.+@-]+", str(repo), re.ASCII):  # Triton hands it to `bash -c`, unquoted
             models = folder / "models"
             models.symlink_to(repo)
-        env = os.environ | {"PATH": f"{_environment(folder)}:{os.environ.get('PATH', os.defpath)}"}
-        args = [*_tritonserver(folder, env), f"--model-repository={models}", "--exit-on-error=true"]
+        env = os.environ | {"PATH": f"{python_environment(folder)}:{os.environ.get('PATH', os.defpath)}"}
+        args = [*tritonserver_command(folder, env), f"--model-repository={models}", "--exit-on-error=true"]
         args += ["--allow-sagemaker=false", "--allow-vertex-ai=false", f"--exit-timeout-secs={grace:.0f}"]
         for endpoint, number in asdict(ports).items():
             args += [f"--{endpoint}-address={address}", f"--{endpoint}-port={number}"]
@@ -204,66 +199,6 @@ def _appended(log: Path) -> BinaryIO:
         raise UserError(f"cannot write the log {log}: {error.strerror}", "--log names another file") from None
 
 
-def _tritonserver(folder: Path, env: dict[str, str]) -> list[str]:
-    """The command on PATH, or nvidia-pytriton's with what it needs put into `folder` and into env's LD_LIBRARY_PATH."""
-    version = sysconfig.get_python_version()
-    if found := shutil.which("tritonserver"):
-        stub = Path(found).resolve().parent.parent / "backends" / "python" / STUB
-        linked = LIBPYTHON.search(stub.read_bytes()) if stub.is_file() else None
-        if linked and (built := f"3{linked[1].decode()}") != version:
-            problem = f"{found} runs Python models in Python {built}, and this is Python {version}"
-            raise UserError(problem, f"install and run ditforge in Python {built}")
-        return [os.path.abspath(found)]
-    spec = importlib.util.find_spec("pytriton")
-    if spec is None or spec.origin is None:
-        raise UserError("no Triton: no tritonserver is on PATH, and nvidia-pytriton is not installed", INSTALL)
-    wheel = Path(spec.origin).parent / "tritonserver"
-    stubs = {stub.parent.name: stub for stub in wheel.glob(f"python_backend_stubs/*/{STUB}")}
-    if version not in stubs:
-        known = ", ".join(sorted(stubs, key=lambda name: int(name.partition(".")[2])))
-        raise UserError(f"nvidia-pytriton runs Python models in Python {known}; this is Python {version}", INSTALL)
-
-    backend = folder / "backends" / "python"
-    backend.mkdir(parents=True)
-    for file in (stubs[version], *(wheel / "backends" / "python").iterdir()):
-        if file.is_file():  # __pycache__ is not: Python would write into the wheel's
-            (backend / file.name).symlink_to(file)
-    bundled = wheel.parents[1] / "nvidia_pytriton.libs"
-    linked = LIBPYTHON.search(stubs[version].read_bytes())
-    name = linked[0].decode() if linked else "libpython"
-    libdir, multiarch = (sysconfig.get_config_var(key) or "" for key in ("LIBDIR", "MULTIARCH"))
-    folders = (bundled, Path(libdir), Path(libdir, multiarch), Path(sys.base_prefix, "lib"))
-    library = next((path / name for path in folders if (path / name).exists()), None)
-    if library is None:
-        problem = f"{sys.executable} comes without the {name} that Triton runs Python models with"
-        raise UserError(problem, f"apt install {name.partition('.so')[0]}, or use the Python of uv, conda or pyenv")
-    # A link to this one file: a whole folder of libraries could replace others that Triton was built with.
-    (folder / "lib" / name).symlink_to(library)
-    env["LD_LIBRARY_PATH"] = ":".join(filter(None, [f"{folder}/lib", f"{bundled}", env.get("LD_LIBRARY_PATH")]))
-    binary = wheel / "bin" / "tritonserver"
-    return [str(binary), f"--backend-directory={backend.parent}", f"--cache-directory={wheel / 'caches'}"]
-
-
-def _environment(folder: Path) -> Path:
-    """A virtual environment that imports what this Python imports; returns its `bin`, for the front of PATH.
-
-    The stub finds its Python as the first python3 on PATH, and as it isolates it (PEP 587), it would read neither
-    PYTHONPATH nor the user's site-packages. addsitedir() also runs the import hooks of editable installs.
-    """
-    packages = folder / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
-    packages.mkdir(parents=True)
-    paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    sites = site.getsitepackages() + ([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])
-    lines = [f"import sys; sys.path.append({path!a})" for path in paths]
-    lines += [f"import site; site.addsitedir({path!a})" for path in sites]
-    (packages / "ditforge.pth").write_text("\n".join(lines) + "\n")
-    settings = f"home = {sys.base_exec_prefix}/bin\ninclude-system-site-packages = false\n"
-    (folder / "pyvenv.cfg").write_text(settings, encoding="utf-8")
-    (folder / "bin").mkdir()
-    (folder / "bin" / "python3").symlink_to(sys.executable)
-    return folder / "bin"
-
-
 def _claim(host: str, wanted: Mapping[str, int]) -> tuple[str, Ports]:
     """The IPv4 address of `host`, and the ports wanted there: all free a moment ago, 0 replaced by a free one."""
     numbers = []
@@ -273,7 +208,8 @@ def _claim(host: str, wanted: Mapping[str, int]) -> tuple[str, Ports]:
                 listener = held.enter_context(socket.create_server((host, number)))
             except (OSError, OverflowError) as error:
                 if getattr(error, "errno", None) == errno.EADDRINUSE:
-                    raise _taken(f"port {number} ({endpoint}) is in use", number) from None
+                    fix = f"--port names another (0 a free one); what listens: ss -ltnp 'sport = :{number}'"
+                    raise UserError(f"port {number} ({endpoint}) is in use", fix) from None
                 problem = f"cannot listen on {host!r}, port {number} ({endpoint}): {error}"
                 raise UserError(problem, "an IPv4 address of this machine, and a port of 1024 to 65535 or 0") from None
             address, port = listener.getsockname()
@@ -281,14 +217,10 @@ def _claim(host: str, wanted: Mapping[str, int]) -> tuple[str, Ports]:
     return address, Ports(*numbers)
 
 
-def _taken(problem: str, number: int | str) -> UserError:
-    return UserError(problem, f"--port names another (0 a free one); what listens: ss -ltnp 'sport = :{number}'")
-
-
 def _ready(url: str, ports: Ports) -> bool:
     """Whether gRPC says so; only asked once metrics, the last of the three endpoints to come up, answers too."""
-    from tritonclient.grpc import InferenceServerClient  # type: ignore[import-untyped, unused-ignore]
-    from tritonclient.utils import InferenceServerException  # type: ignore[import-untyped, unused-ignore]
+    from tritonclient.grpc import InferenceServerClient
+    from tritonclient.utils import InferenceServerException
 
     try:
         with contextlib.closing(HTTPConnection(url.partition(":")[0], ports.metrics, timeout=5)) as metrics:
@@ -307,7 +239,7 @@ def _failure(end: str, log: Path, earlier: int) -> DitforgeError:
         file.seek(earlier)
         text = file.read().decode(errors="replace")
     if taken := re.search(r"Socket '\S+:(\d+)' already in use", text):
-        return _taken(f"port {taken[1]} was taken while the models loaded", taken[1])
+        return UserError(f"port {taken[1]} was taken while the models loaded", "start again, or on another port")
     entries = re.findall(r'^E\d{4} [\d:.]+ +\d+ \S+\] +"?(.*?)"?\s*$', text, re.MULTILINE)
     errors = [entry for entry in entries if not entry.startswith("CudaDriverHelper")]  # every start without a GPU
     plain = [line for line in text.splitlines() if line.strip() and line[0] not in "+|"]

@@ -1,12 +1,14 @@
 """A real tritonserver on small repositories of Python models: its start, its end, and what it leaves behind."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +22,7 @@ from tritonclient.grpc import InferenceServerClient, InferInput, model_config_pb
 
 import ditforge
 from ditforge.errors import DitforgeError, UserError
-from ditforge.triton_repo import server
+from ditforge.triton_repo import installation, server
 from ditforge.triton_repo.server import SHM, start
 
 ADD_ONE = """
@@ -65,15 +67,17 @@ def repository(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left() -> Iterator[None]:
-    """Fails a test of which shared memory or processes remain."""
+def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails a test of which shared memory or processes remain; logs go where pytest removes them."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     yield
     assert own_entries(os.getpid()) == []
     assert [pid for pid in processes() if f"-{os.getpid()}-".encode() in command(pid)] == []
 
 
 def own_entries(owner: int) -> list[str]:
-    return [path.name for path in SHM.glob(f"{server._namespace()}{owner}-*")]
+    return [path.name for path in SHM.glob(f"{server.PREFIX}*-{owner}-*")]
 
 
 def processes() -> list[int]:
@@ -119,6 +123,8 @@ def test_serves_and_leaves_nothing(repository: Callable[..., Path], tmp_path: Pa
     cache = ["--cache-config=local,size=1048576"]
     with start(repository("a repo; of models", add=ADD_ONE), port=0, log=log, extra_args=cache) as running:
         np.testing.assert_array_equal(infer(running.url, "add", 1, 2), [2, 3])
+        large = np.zeros(5 << 20, np.float32)  # 20 MiB: more shared memory than a model starts with
+        np.testing.assert_array_equal(infer(running.url, "add", *large), large + 1)
         assert running.url == f"127.0.0.1:{running.ports.grpc}"
         assert len(group(running.pid)) == 2  # tritonserver and the model's process
         assert len(own_entries(os.getpid())) == 2  # the folder of links and the model's shared memory
@@ -140,7 +146,7 @@ def test_models_import_what_this_process_imports(
     with start(repository(where=WHERE), port=0) as running:
         files = bytes(infer(running.url, "where", 0).astype(np.uint8)).decode()
     wanted = [ditforge.__file__, server.__file__, np.__file__, str(tmp_path / "path" / "elsewhere.py")]
-    assert files == f"[{', '.join(f'{chr(34)}{file}{chr(34)}' for file in wanted)}]"
+    assert json.loads(files) == wanted
 
 
 def test_two_servers_at_once(repository: Callable[..., Path]) -> None:
@@ -259,24 +265,20 @@ time.sleep(600)
     assert own_entries(owner.pid) == []
 
 
-def test_sweeps_only_what_has_no_owner(repository: Callable[..., Path]) -> None:
+def test_sweeps_only_what_has_no_owner(repository: Callable[..., Path], tmp_path: Path) -> None:
     dead = subprocess.Popen(["true"])
     dead.wait()
-    left, mine, foreign = (
-        SHM / f"{prefix}abc-region"
-        for prefix in (
-            f"{server._namespace()}{dead.pid}-",
-            f"{server._namespace()}{os.getpid()}-",
-            f"{server.PREFIX}1-{dead.pid}-",
-        )
-    )
+    here = os.stat("/proc/self/ns/pid").st_ino  # elsewhere, in a container, the same process id may be in use
+    owners = (f"{here}-{dead.pid}", f"{here}-{os.getpid()}", f"1-{dead.pid}")
+    left, mine, foreign = paths = [SHM / f"{server.PREFIX}{owner}-a_region" for owner in owners]
     try:
-        for path in (left, mine, foreign):
+        for path in paths:
             path.touch()
-        start(repository(add=ADD_ONE), port=0).stop()
-        assert [path.exists() for path in (left, mine, foreign)] == [False, True, True]
+        with pytest.raises(UserError):  # even a start that fails
+            start(repository(add=ADD_ONE), port=0, log=tmp_path)
+        assert (left.exists(), mine.exists(), foreign.exists()) == (False, True, True)
     finally:
-        for path in (left, mine, foreign):
+        for path in paths:
             path.unlink(missing_ok=True)
 
 
@@ -291,7 +293,7 @@ def test_tritonserver_on_path_comes_first(
     repo = repository(add=ADD_ONE)
     with pytest.raises(DitforgeError, match=f"exit code 3\nhere with .*--model-repository={repo}"):
         start(repo, port=0)
-    stub = tmp_path / "opt" / "backends" / "python" / server.STUB
+    stub = tmp_path / "opt" / "backends" / "python" / installation.STUB
     stub.parent.mkdir(parents=True)
     stub.write_bytes(b"\x7fELF\0libpython3.99.so.1.0\0")
     with pytest.raises(UserError, match=r"Python 3\.99"):

@@ -1,0 +1,35 @@
+# `make demo` and `make test` each suffice on a fresh Debian or Ubuntu with Python 3.10 to 3.13 and make.
+PYTHON ?= python3
+# On the package index, torch is a CUDA build of several gigabytes. For a small one, or one for your CUDA version:
+# make TORCH="torch==2.13.0 --index-url URL", with the URL that pytorch.org/get-started shows.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.PHONY: demo test lint bench clean
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/first_picture.py models/flux-tiny --out out/demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf $(VENV)/typed && $(BIN)/pip install --quiet --no-deps --target $(VENV)/typed .
+	cd $(VENV)/typed && PYTHONPATH=. ../bin/mypy --config-file ../../pyproject.toml -p ditforge
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/first_picture.py models/flux-tiny --out benchmarks/first_picture.md
+
+$(INSTALLED): pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV) || { echo "fix:   apt install python3-venv"; exit 1; }
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable '.[all,test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) out build *.egg-info

@@ -1,0 +1,142 @@
+"""How fast a picture is, beside diffusers on the same cores, and what serving adds to each step: `make bench`.
+
+    python benchmarks/first_picture.py models/flux-tiny --out benchmarks/first_picture.md
+
+Both sides of each comparison are measured in one run, in turn, so that a drift of the machine meets both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline
+
+from ditforge import manifest
+from ditforge.client import Client
+from ditforge.client.connection import Connection
+from ditforge.engines.build import build
+from ditforge.engines.runtime import load_engine
+from ditforge.engines.verify import example
+from ditforge.export.onnx_export import export_checkpoint
+from ditforge.triton_repo.repository import write_repository
+from ditforge.triton_repo.server import start
+
+PROMPT = "a large red circle above a small blue square on a white background"
+STEPS = 20
+PICTURES = 15
+CALLS = 300
+TARGET_SPEEDUP = 1.5
+TARGET_OVERHEAD_MS = 2.0
+
+
+def in_turn(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each call, made one after the other, `rounds` times after a warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 3):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            if turn >= 3:
+                times[name].append(1000 * (time.perf_counter() - started))
+    return times
+
+
+def pictures(client: Client, pipeline: FluxPipeline) -> dict[str, list[float]]:
+    """Whole pictures of the same prompt, seed and steps, at the model's own size."""
+    size, tokens = client.model.default_size, client.model.max_tokens["t5"]
+
+    def with_diffusers() -> None:
+        pipeline(
+            PROMPT,
+            height=size,
+            width=size,
+            num_inference_steps=STEPS,
+            guidance_scale=client.model.default_guidance,
+            max_sequence_length=tokens,
+            generator=torch.Generator("cpu").manual_seed(0),
+        )
+
+    return in_turn(
+        {"diffusers": with_diffusers, "ditforge": lambda: client.generate(PROMPT, seed=0, steps=STEPS)}, PICTURES
+    )
+
+
+def steps(url: str, engines: Path) -> dict[str, list[float]]:
+    """The same step through the client, gRPC and Triton, and as a call of the engine in this process."""
+    built = manifest.read(engines, "engines")
+    component, engine = built.components["dit"], built.engines["dit"]
+    size = built.model.default_size // built.model.vae_factor
+    sizes = {"batch": 1, "latent_height": size, "latent_width": size}
+    inputs = {name: example(name, tensor, sizes, built.model) for name, tensor in component.inputs.items()}
+    loaded = load_engine(engines, component.files, engine.compiler, engine.target)
+    connection = Connection(url)
+    served = connection.infer("dit", inputs)["velocity"]
+    assert np.allclose(served, loaded.run(inputs)["velocity"], atol=1e-4), "the two sides compute different things"
+    return in_turn({"in process": lambda: loaded.run(inputs), "served": lambda: connection.infer("dit", inputs)}, CALLS)
+
+
+def report(picture: dict[str, list[float]], step: dict[str, list[float]]) -> str:
+    """The figures as Markdown, each target beside its measurement."""
+    median = {name: statistics.median(times) for name, times in (picture | step).items()}
+    speedup = median["diffusers"] / median["ditforge"]
+    overhead = median["served"] - median["in process"]
+
+    def row(name: str, times: list[float]) -> str:
+        return f"| {name} | {statistics.median(times):.1f} | {min(times):.1f} | {max(times):.1f} |"
+
+    def verdict(met: bool) -> str:
+        return "met" if met else "MISSED"
+
+    return "\n".join(
+        [
+            f"{date.today()}, {os.cpu_count()} cores, {platform.processor() or platform.machine()}, "
+            f"Python {platform.python_version()}, torch {torch.__version__} with {torch.get_num_threads()} threads",
+            "",
+            f"| a picture, {STEPS} steps, fp32 | median ms | min | max |",
+            "| --- | --- | --- | --- |",
+            *(row(name, times) for name, times in picture.items()),
+            "",
+            f"{speedup:.2f} times as fast as diffusers; target {TARGET_SPEEDUP}: {verdict(speedup >= TARGET_SPEEDUP)}",
+            "",
+            "| a step, batch 1 | median ms | min | max |",
+            "| --- | --- | --- | --- |",
+            *(row(name, times) for name, times in step.items()),
+            "",
+            f"client, gRPC and Triton add {overhead:.2f} ms to a step; target at most {TARGET_OVERHEAD_MS}: "
+            f"{verdict(overhead <= TARGET_OVERHEAD_MS)}",
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    """Run all stages in a temporary folder, measure, print and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    pipeline = FluxPipeline.from_pretrained(options.checkpoint, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    with tempfile.TemporaryDirectory() as folder:
+        onnx, engines, repository = (Path(folder) / name for name in ("onnx", "engines", "repo"))
+        export_checkpoint(options.checkpoint, onnx, "fp32")
+        build(onnx, engines, "cpu")
+        write_repository(engines, repository)
+        with start(repository, port=0) as server, Client(server.url) as client:
+            text = report(pictures(client, pipeline), steps(server.url, engines))
+    print(text)
+    options.out.write_text(f"# {options.checkpoint.name}: speed\n\nWritten by `make bench`.\n\n{text}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""`python -m ditforge` is `ditforge`."""
+
+from ditforge.cli import main
+
+main()

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
 
 from ditforge.errors import UserError
+from ditforge.export.network import Network
 from ditforge.export.weights import Weights
 
 DATA_SUFFIX = ".data"
@@ -76,8 +77,8 @@ def read_tensor(weights: Weights, key: str, dtype: ir.DataType, flip: bool, name
     return TorchTensor(tensor.T.contiguous() if flip else tensor, name=name)
 
 
-def simplify(model: ir.Model) -> None:
-    """Fold constants and drop what does nothing. Weights are not touched, nor read."""
+def simplify(model: ir.Model, network: Network) -> None:
+    """Fold constants, drop what does nothing, and name dimensions as the contract does. Weights are not read."""
     import onnxscript.optimizer
 
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
@@ -89,6 +90,9 @@ def simplify(model: ir.Model) -> None:
                 value.shape = None  # the tracer's own names of dimensions, which are not those of the inputs
                 value.metadata_props.clear()
         node.metadata_props.clear()  # stack traces of the machine that exported
+    ports = {**network.inputs, **network.outputs}
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.shape = ir.Shape(ports[value.name or ""].names())
 
 
 def save(model: ir.Model, path: Path) -> list[Path]:

@@ -29,6 +29,10 @@ class Port:
     dtype: torch.dtype
     shape: tuple[int | Dim, ...]
 
+    def names(self) -> tuple[int | str, ...]:
+        """The shape with the names of the dimensions that vary."""
+        return tuple(dim.name if isinstance(dim, Dim) else dim for dim in self.shape)
+
 
 @dataclass(frozen=True)
 class Network:

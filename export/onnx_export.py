@@ -14,7 +14,7 @@ from ditforge.errors import UserError
 from ditforge.export import graph
 from ditforge.export.checkpoint import Checkpoint, open_checkpoint
 from ditforge.export.families import family_of
-from ditforge.export.network import Dim, Network, Port
+from ditforge.export.network import Network, Port
 from ditforge.export.precision import PRECISIONS, precision_name
 from ditforge.export.tokenization import Tokenizer
 from ditforge.export.trace import trace
@@ -98,7 +98,7 @@ def export_network(network: Network, checkpoint: Checkpoint, folder: Path) -> Co
     model, aliases = trace(network)
     transposed = graph.store_transposed(model)
     graph.attach_weights(model, aliases, transposed, checkpoint.weights(network.weights), network.key_prefixes)
-    graph.simplify(model)
+    graph.simplify(model, network)
     graph.assert_no_float64(model)
     files = graph.save(model, folder / f"{network.name}.onnx")
     return Component(
@@ -128,5 +128,4 @@ def export_tokenizers(tokenizers: list[Tokenizer], folder: Path) -> Component:
 
 def describe(port: Port) -> Tensor:
     """The port as the manifest writes it."""
-    shape = tuple(dim.name if isinstance(dim, Dim) else dim for dim in port.shape)
-    return Tensor(dtype=TRITON_DTYPES[port.dtype], shape=shape)
+    return Tensor(dtype=TRITON_DTYPES[port.dtype], shape=port.names())

@@ -107,13 +107,9 @@ def _parameter_names(module: torch.nn.Module) -> dict[str, list[str]]:
 
 
 def _name_ports(model: ir.Model, network: Network) -> None:
-    """Give the graph's inputs and outputs the contract's names and dimensions."""
+    """Give the graph's outputs the contract's names; the inputs have them from the module's arguments."""
     graph = model.graph
     assert [value.name for value in graph.inputs] == list(network.inputs), "the tracer reordered the inputs"
     for value, (name, port) in zip(graph.outputs, network.outputs.items(), strict=True):
         value.name = name
         assert value.dtype == ir.tensor(torch.zeros((), dtype=port.dtype)).dtype, f"{name} is {value.dtype}"
-    ports = {**network.inputs, **network.outputs}
-    for value in (*graph.inputs, *graph.outputs):
-        port = ports[value.name or ""]
-        value.shape = ir.Shape([dim.name if isinstance(dim, Dim) else dim for dim in port.shape])

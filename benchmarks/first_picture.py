@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    pipeline = FluxPipeline.from_pretrained(options.checkpoint, torch_dtype=torch.float32)
+    pipeline = FluxPipeline.from_pretrained(options.checkpoint, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     with tempfile.TemporaryDirectory() as folder:
         onnx, engines, repository = (Path(folder) / name for name in ("onnx", "engines", "repo"))

@@ -44,7 +44,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"{folder} has no {INDEX}, so it is not a checkpoint in diffusers' layout",
             "download the whole repository of the model, with its subfolders transformer, vae, text_encoder, …",
         )
-    return Checkpoint(folder, read_json(folder / INDEX).get("_class_name", ""))
+    return Checkpoint(folder, str(read_json(folder / INDEX).get("_class_name", "")))
 
 
 def read_json(path: Path) -> dict[str, Any]:

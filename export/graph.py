@@ -11,7 +11,6 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
 
-from ditforge.errors import UserError
 from ditforge.export.network import Network
 from ditforge.export.weights import Weights
 
@@ -48,25 +47,14 @@ def attach_weights(
 ) -> None:
     """Give every initializer without a value the checkpoint's tensor, in the graph's dtype, read only when written.
 
-    Raises UserError if the checkpoint lacks a tensor or has one of another shape.
+    That they fit has been checked by fit.check_weights.
     """
     for name, names in aliases.items():
         value = model.graph.initializers[name]
         assert value.shape is not None, f"the tracer left {name} without a shape"
         assert value.dtype is not None, f"the tracer left {name} without a dtype"
         key = weights.find(names, prefixes)
-        if key is None:
-            raise UserError(
-                f"{weights.folder} lacks the tensor {names[0]}",
-                "its config.json is not the one of these weights, or a shard is missing: copy the folder again",
-            )
-        shape = tuple(value.shape)[::-1] if name in transposed else tuple(value.shape)
-        if weights.shapes[key] != shape:
-            raise UserError(
-                f"{weights.shards[key]}: {key} has shape {list(weights.shapes[key])}, config.json says {list(shape)}",
-                "its config.json is not the one of these weights: copy the folder again",
-            )
-
+        assert key is not None, f"{weights.folder} lacks {names[0]}"
         read = partial(read_tensor, weights, key, value.dtype, name in transposed, name)
         value.const_value = ir.LazyTensor(read, dtype=value.dtype, shape=value.shape, name=name)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from ditforge import __version__, manifest
-from ditforge.errors import UserError
-from ditforge.export import graph
+from ditforge.errors import DitforgeError, UserError
+from ditforge.export import fit, graph
 from ditforge.export.checkpoint import Checkpoint, open_checkpoint
 from ditforge.export.families import family_of
 from ditforge.export.network import Network, Port
@@ -61,12 +61,17 @@ def export_checkpoint(
             family.read_tokenizers(opened),
             family.networks(opened, precision),
         )
-    except KeyError as error:
-        raise UserError(f"a config.json of {checkpoint} lacks {error}", "copy the checkpoint's folder again") from error
+    except DitforgeError:
+        raise
+    except Exception as error:  # the libraries' configuration classes raise many kinds
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        problem = f"a configuration in {checkpoint} cannot be used: {reason}"
+        raise UserError(problem, "copy the checkpoint's folder again") from error
+    fit.check_ports(networks)
     for network in networks:  # all of them are looked at before the first one is written
-        opened.weights(network.weights)
+        fit.check_weights(network, opened.weights(network.weights))
     report = progress or (lambda component, done, total: None)
-    with manifest.written_whole(out) as folder:
+    with manifest.written_whole(out, "onnx") as folder:
         components = {"tokenizer": export_tokenizers(tokenizers, folder)}
         for done, network in enumerate(networks):
             report(network.name, done, len(networks))

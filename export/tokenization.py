@@ -9,6 +9,9 @@ from typing import Any
 from ditforge.errors import UserError
 from ditforge.export.checkpoint import Checkpoint
 
+# Without one of these, transformers makes a tokenizer that knows no words, and says nothing.
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
+
 
 @dataclass(frozen=True)
 class Tokenizer:
@@ -31,8 +34,9 @@ def read_tokenizer(checkpoint: Checkpoint, component: str, name: str, limit: int
     from transformers import AutoTokenizer
 
     folder = checkpoint.folder / component
-    if not folder.is_dir():
-        raise UserError(f"the checkpoint lacks {folder}", f"copy the folder {component} again")
+    if not any(all((folder / file).is_file() for file in files) for files in VOCABULARIES):
+        wanted = ", ".join(" with ".join(files) for files in VOCABULARIES)
+        raise UserError(f"{folder} has no vocabulary (one of: {wanted})", f"copy the folder {component} again")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises many kinds, and all of them mean the same to the user

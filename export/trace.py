@@ -27,7 +27,7 @@ def trace(network: Network) -> tuple[ir.Model, dict[str, list[str]]]:
 
     Initializers are named as in the checkpoint; where modules share a parameter, all its names are given.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), default_dtype(network.dtype), torch.no_grad(), quiet():
+    with fake(network), quiet():
         module = network.build().eval()
         sizes = _example_sizes(network)
         example = {name: _example(port, sizes) for name, port in network.inputs.items()}
@@ -50,6 +50,26 @@ def trace(network: Network) -> tuple[ir.Model, dict[str, list[str]]]:
     return model, aliases
 
 
+def dry_run(network: Network) -> list[tuple[list[str], tuple[int, ...]]]:
+    """Make and run the network without values, which raises whatever is wrong with its configuration.
+
+    Returns its parameters: the names that each may have in the checkpoint, and its shape.
+    """
+    with fake(network), quiet():
+        module = network.build().eval()
+        sizes = _example_sizes(network)
+        module(**{name: _example(port, sizes) for name, port in network.inputs.items()})
+    names = _parameter_names(module)
+    return [(names[name], tuple(parameter.shape)) for name, parameter in module.named_parameters()]
+
+
+@contextmanager
+def fake(network: Network) -> Iterator[None]:
+    """Tensors that are made inside have shapes and dtypes, but no values; parameters have the network's dtype."""
+    with FakeTensorMode(allow_non_fake_inputs=True), default_dtype(network.dtype), torch.no_grad():
+        yield
+
+
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Modules that are made inside have parameters of `dtype` (converting fake ones afterwards fails)."""
@@ -64,15 +84,17 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep the exporter's remarks to its developers (missing torchvision, deprecations of its own) from the user."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch._subclasses.fake_tensor")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _example_sizes(network: Network) -> dict[str, int]:

@@ -26,7 +26,8 @@ class Decoder(nn.Module):
         config = self.module.config
         unscaled = latents / config.scaling_factor + (config.shift_factor or 0.0)
         image = self.module.decode(unscaled.to(self.module.dtype), return_dict=False)[0].float()
-        return ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        pixels = ((image / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
+        return pixels.to(torch.uint8)  # last: TensorRT has uint8 at an engine's ports only
 
 
 class Encoder(nn.Module):
@@ -38,7 +39,7 @@ class Encoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         config = self.module.config
-        pixels = (image.permute(0, 3, 1, 2).float() / 127.5 - 1).to(self.module.dtype)
+        pixels = (image.float().permute(0, 3, 1, 2) / 127.5 - 1).to(self.module.dtype)
         latents = self.module.encode(pixels, return_dict=False)[0].mode().float()
         return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
 

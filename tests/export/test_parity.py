@@ -19,7 +19,7 @@ SIZES = [(1, 4, 4), (3, 6, 10)]  # batch, latent height and width over 2
 def exported(request: pytest.FixtureRequest) -> tuple[FluxPipeline, Path]:
     """A checkpoint as diffusers runs it, and its fp32 export."""
     stages = request.getfixturevalue(request.param)
-    return FluxPipeline.from_pretrained(stages.checkpoint, torch_dtype=torch.float32), stages.onnx
+    return FluxPipeline.from_pretrained(stages.checkpoint, dtype=torch.float32), stages.onnx
 
 
 def run(folder: Path, component: str, **inputs: torch.Tensor) -> np.ndarray:

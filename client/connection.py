@@ -38,15 +38,19 @@ class Connection:
 
     def _describe(self) -> tuple[Model, int]:
         try:
-            ready = {name: self._client.is_model_ready(name, client_timeout=CONNECT_TIMEOUT) for name in NEEDED}
-            if not any(ready.values()) and not self._client.is_server_live(client_timeout=CONNECT_TIMEOUT):
-                raise DitforgeError(f"the server at {self.url} is not live yet", "wait for it, and look at its log")
-            config = self._client.get_model_config("dit", client_timeout=CONNECT_TIMEOUT).config
+            index = self._client.get_model_repository_index(client_timeout=CONNECT_TIMEOUT)
+            known = sorted(model.name for model in index.models)
             for name in NEEDED:
-                if not ready[name]:
+                if name not in known:
+                    serves = ", ".join(known) or "nothing"
+                    raise UserError(
+                        f"the Triton server at {self.url} has no model {name}: it has {serves}", START_SERVER
+                    )
+                if not self._client.is_model_ready(name, client_timeout=CONNECT_TIMEOUT):
                     raise DitforgeError(
                         f"the model {name} at {self.url} is not ready", "wait for it, and look at the server's log"
                     )
+            config = self._client.get_model_config("dit", client_timeout=CONNECT_TIMEOUT).config
         except InferenceServerException as error:
             raise connect_error(self.url, error) from error
         if MODEL_PARAMETER not in config.parameters:
@@ -96,7 +100,7 @@ def encode(name: str, value: np.ndarray) -> triton.InferInput:
 def check_url(url: str) -> str:
     """HOST:PORT as it is. Raises UserError for anything else."""
     host, _, port = url.rpartition(":")
-    if "/" in url or not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+    if "/" in url or not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 1 << 16:
         raise UserError(f"{url!r} is not HOST:PORT of a gRPC server", "--url localhost:8001")
     return url
 
@@ -108,8 +112,6 @@ def connect_error(url: str, error: InferenceServerException) -> DitforgeError:
         return UserError(f"no gRPC server answers at {url}: {message}", START_SERVER)
     if status == "DEADLINE_EXCEEDED":
         return UserError(f"{url} does not answer within {CONNECT_TIMEOUT:.0f} s", START_SERVER)
-    if status == "NOT_FOUND":
-        return UserError(f"the Triton server at {url} serves no model made by ditforge: {message}", START_SERVER)
     if status in ("UNIMPLEMENTED", "UNKNOWN", "INTERNAL"):
         return UserError(f"the server at {url} is not a Triton server: {message}", START_SERVER)
     return DitforgeError(f"the server at {url} refused: {status} {message}", "look at the server's log")
@@ -118,7 +120,7 @@ def connect_error(url: str, error: InferenceServerException) -> DitforgeError:
 def infer_error(url: str, name: str, error: InferenceServerException) -> DitforgeError:
     """Why a model could not be run."""
     status, message = status_of(error), first_line(error)
-    if status in ("UNAVAILABLE", "CANCELLED") and "unknown model" not in message:
+    if status in ("UNAVAILABLE", "CANCELLED", "NOT_FOUND"):  # killed, or stopping: then it has unloaded the model
         return DitforgeError(
             f"the server at {url} went away during {name}: {message}", "start it again, and repeat the request"
         )
@@ -133,5 +135,5 @@ def status_of(error: InferenceServerException) -> str:
 def first_line(error: InferenceServerException) -> str:
     """The first line of the error's message."""
     with suppress(IndexError):
-        return str(error.message()).strip().splitlines()[0]
+        return str(error.message()).strip().splitlines()[0].rpartition("; last error: ")[2]
     return "no reason given"

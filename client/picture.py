@@ -19,12 +19,12 @@ COMMON_KEY = "parameters"  # the same as one text, where the gallery programs of
 
 def check_writable(path: Path) -> None:
     """Raise UserError if no picture can be written to `path`: found out before one is made, not after."""
-    if path.suffix.lower() != ".png":
-        raise UserError(f"{path} is not a .png file", f"--out {path.with_suffix('.png')}")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder", f"--out {path / 'picture.png'}")
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
+        if path.is_dir():
+            raise UserError(f"{path} is a folder", f"--out {path / 'picture.png'}")
+        if path.suffix.lower() != ".png":
+            raise UserError(f"{path} is not a .png file", f"--out {path.with_suffix('.png')}")
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
             pass
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}", "choose another --out") from error
@@ -55,13 +55,14 @@ def read_parameters(path: Path) -> dict[str, Any]:
     try:
         with Image.open(path) as image:
             text = image.info.get(METADATA_KEY)
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        parameters = json.loads(text or "null")
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         raise UserError(f"{path} is not a picture: {error}", "give a PNG file that ditforge made") from error
-    if text is None:
+    if not isinstance(parameters, dict):
         raise UserError(
             f"{path} has no parameters in it: ditforge did not make it", "give a PNG file that ditforge made"
         )
-    return json.loads(text)
+    return parameters
 
 
 def common_text(parameters: dict[str, Any]) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from ditforge.client.noise import check_seed
 from ditforge.client.sampling import check_steps, find_sampler
@@ -64,6 +64,10 @@ def make_request(
             raise UserError(
                 f"a prompt is a {type(prompt).__name__}, not a string", "give a string, or a list of strings"
             )
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the prompt {prompt!r} is not text: {error.reason}", "give it in UTF-8") from error
     first = secrets.randbits(32) if seed is None else check_seed(seed)
     find_sampler(sampler)
     return Request(
@@ -80,7 +84,7 @@ def make_request(
 def check_size(name: str, value: int, model: Model) -> int:
     """`value` in pixels, if the model can make a picture of that height or width."""
     multiple = model.size_multiple
-    if not isinstance(value, int) or isinstance(value, bool) or not multiple <= value <= model.max_size:
+    if not isinstance(value, Integral) or isinstance(value, bool) or not multiple <= value <= model.max_size:
         raise UserError(
             f"{name} must be from {multiple} to {model.max_size} pixels, got {value!r}",
             f"--{name} {model.default_size}",
@@ -88,14 +92,14 @@ def check_size(name: str, value: int, model: Model) -> int:
     if value % multiple:
         near = min(max(round(value / multiple), 1) * multiple, model.max_size // multiple * multiple)
         raise UserError(f"{name} must be divisible by {multiple}, got {value}", f"--{name} {near}")
-    return value
+    return int(value)
 
 
 def check_guidance(guidance: float | None, model: Model) -> float:
     """The guidance to use: the model's default for None. A model without guidance says so once, and uses none."""
     if guidance is None:
         return model.default_guidance
-    if not isinstance(guidance, (int, float)) or not math.isfinite(guidance) or not 0 <= guidance <= MAX_GUIDANCE:
+    if not isinstance(guidance, Real) or isinstance(guidance, bool) or not 0 <= guidance <= MAX_GUIDANCE:
         fix = f"--guidance {model.default_guidance}"
         raise UserError(f"guidance must be a number from 0 to {MAX_GUIDANCE:g}, got {guidance!r}", fix)
     if model.guidance == "none":

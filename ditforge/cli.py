@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -15,7 +17,6 @@ from ditforge.errors import DitforgeError, DitforgeWarning
 app = typer.Typer(
     name="ditforge",
     help="Text-to-image diffusion transformers as engines for one GPU, served by Triton.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -32,12 +33,21 @@ Host = Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 for a
 Log = Annotated[Path | None, typer.Option(help="The server's log file; by default a temporary file.")]
 
 
+# Any mistake in the arguments, of which BadParameter is one: typer has no public name for it before it took click in.
+USAGE_ERROR: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
+
+
 @app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
     """Checkpoint → export → build → repo → serve → generate."""
     if version:
         print(f"ditforge {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -210,25 +220,38 @@ def inspect(path: Annotated[Path, typer.Argument(help="A folder that a stage wro
     inspection.show(path)
 
 
+def usage_problem(error: typer.BadParameter) -> str:
+    """What is wrong with the arguments. Typer 0.29 does not say which value it could not convert; its cause does."""
+    causes: list[dict[str, object]] = getattr(error.__cause__, "errors", list)()
+    return error.format_message() + "".join(f", got {cause['input']!r}" for cause in causes)
+
+
 def main() -> None:
-    """Run the command line. Exit code 0, 2 for the user's mistakes, 1 for ours, 130 after Ctrl-C."""
+    """Run the command line. Exit code 0, 2 for the user's mistakes, 1 for ours, 130 after Ctrl-C, 143 after SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that temporary files are removed
     warnings.simplefilter("ignore")  # the libraries' remarks to their developers
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.simplefilter("default", DitforgeWarning)
     warnings.showwarning = lambda message, *args, **kwargs: print(f"warning: {message}", file=sys.stderr)
     try:
-        app()
+        code = app(standalone_mode=False)
+        if code == 130:  # which is how typer reports Ctrl-C
+            print("interrupted", file=sys.stderr)
+        sys.exit(code)
     except DitforgeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except USAGE_ERROR as error:
+        command = error.ctx.command_path if error.ctx else "ditforge"
+        print(f"error: {usage_problem(error)}\nfix:   {command} --help", file=sys.stderr)
+        sys.exit(2)
     except ModuleNotFoundError as error:
         from ditforge.doctor import extra_for
 
-        extra = extra_for(error.name or "")
+        module = (error.name or "").split(".")[0]
+        extra = extra_for(module)
         if extra is None:
             raise
-        print(f"error: this command needs {error.name}, which is not installed", file=sys.stderr)
+        print(f"error: this command needs {module}, which is not installed", file=sys.stderr)
         print(f"fix:   pip install 'ditforge[{extra}]'", file=sys.stderr)
         sys.exit(2)

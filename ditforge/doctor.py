@@ -19,9 +19,8 @@ EXTRAS = {
 
 
 def extra_for(module: str) -> str | None:
-    """The extra of ditforge that installs the module, if there is one."""
-    top = module.split(".")[0]
-    return next((extra for extra, modules in EXTRAS.items() if top in modules), None)
+    """The extra of ditforge that installs the top-level module, if there is one."""
+    return next((extra for extra, modules in EXTRAS.items() if module in modules), None)
 
 
 def findings() -> list[tuple[str, str, str]]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ditforge.client import Client
+from ditforge.client.client import run
+from ditforge.client.connection import Connection
 from ditforge.client.picture import check_writable, read_info, save_picture
+from ditforge.client.request import make_request
 from ditforge.client.sampling import Step
 from ditforge.errors import UserError
+
+MAX_COUNT = 1000  # all of them are in memory at once
 
 
 def generate(prompt: str, url: str, out: Path | None, count: int, options: dict[str, Any]) -> list[Path]:
@@ -19,22 +24,24 @@ def generate(prompt: str, url: str, out: Path | None, count: int, options: dict[
 
     Everything that can be wrong with the paths is found out before the first step.
     """
-    if count < 1:
-        raise UserError(f"the number of pictures must be at least 1, got {count}", "--count 1")
+    if not 1 <= count <= MAX_COUNT:
+        raise UserError(f"the number of pictures must be from 1 to {MAX_COUNT}, got {count}", "--count 1")
     check_writable(out or Path("picture.png"))
-    with Client(url) as client, bar() as progress:
-        task = progress.add_task(client.model.name, total=None, each="")
-        last = progress.get_time()
+    with closing(Connection(url)) as connection:
+        request = make_request(connection.model, [prompt] * count, **options)
+        with bar() as progress:
+            task = progress.add_task(connection.model.name, total=request.steps, each="")
+            last = progress.get_time()
 
-        def show(step: Step) -> None:
-            nonlocal last
-            now = progress.get_time()
-            each = f"{(now - last) * 1000:.0f} ms a step" if step.index else ""
-            last = now
-            progress.update(task, total=step.total, completed=step.index, each=each)
+            def show(step: Step) -> None:
+                nonlocal last
+                now = progress.get_time()
+                each = f"{(now - last) * 1000:.0f} ms a step" if step.index else ""
+                last = now
+                progress.update(task, completed=step.index, each=each)
 
-        images = client.generate([prompt] * count, callback=show, **options)
-        progress.update(task, completed=progress.tasks[0].total)
+            images = run(connection, request, show)
+            progress.update(task, completed=request.steps)
     paths = []
     for index, image in enumerate(images):
         path = out or Path(f"picture-{read_info(image)['seed']}.png")

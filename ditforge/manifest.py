@@ -11,12 +11,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from ditforge import __version__
 from ditforge.errors import UserError
@@ -26,6 +26,7 @@ FILE_NAME = "manifest.json"
 FORMAT = 1
 
 Kind = Literal["onnx", "engines", "repository"]
+OTHER_OUT = "choose another --out, or remove it first"
 NEXT_COMMAND = {
     "onnx": "ditforge export CHECKPOINT --out DIR",
     "engines": "ditforge build ONNX_DIR --gpu GPU --out DIR",
@@ -62,6 +63,14 @@ class Component(_Record):
     reason: str
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
+
+    @field_validator("files")
+    @classmethod
+    def _inside(cls, files: dict[str, File]) -> dict[str, File]:
+        for name in files:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ValueError(f"{name} is outside the folder")
+        return files
 
 
 class Engine(_Record):
@@ -106,6 +115,8 @@ def parse(path: Path) -> Manifest:
     """The manifest in the file `path`, of whatever kind. Raises UserError if it is not one that this version reads."""
     try:
         content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not an object")
         if content.get("format") != FORMAT:
             raise UserError(
                 f"{path} has format {content.get('format')!r}, this ditforge {__version__} reads format {FORMAT}",
@@ -114,9 +125,12 @@ def parse(path: Path) -> Manifest:
         return Manifest.model_validate(content)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from error
-    except (ValueError, AttributeError, ValidationError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"{path} is damaged: {first}", "make the folder again") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(key) for key in first["loc"])
+        raise UserError(f"{path} is damaged: {where}: {first['msg']}", "make the folder again") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}", "make the folder again") from error
 
 
 def write(manifest: Manifest, folder: Path) -> None:
@@ -157,20 +171,43 @@ def check_files(folder: Path, files: dict[str, File], fix: str) -> None:
             raise UserError(f"{path} is damaged: its SHA-256 is not the manifest's", fix)
 
 
+def check_replaceable(target: Path, kind: Kind, own: Iterable[str]) -> None:
+    """Raise UserError if anything would be lost when a folder of `kind` took the place of `target`."""
+    if target.is_file():
+        raise UserError(f"{target} is a file", OTHER_OUT)
+    names = sorted(entry.name for entry in target.iterdir()) if target.exists() else []
+    if os.path.ismount(target):
+        raise UserError(f"{target} is a mount point, which cannot be replaced", f"--out {target / kind}")
+    if not names:
+        return
+    if FILE_NAME not in names:
+        raise UserError(f"{target} holds {names[0]}, and was not made by ditforge", OTHER_OUT)
+    try:
+        before = parse(target / FILE_NAME)
+    except UserError as error:
+        raise UserError(f"{target} cannot be replaced: {error.problem}", OTHER_OUT) from error
+    if before.kind != kind:
+        raise UserError(f"{target} holds {before.kind}, which would be lost", OTHER_OUT)
+    made = {PurePosixPath(name).parts[0] for component in before.components.values() for name in component.files}
+    foreign = [name for name in names if name not in {FILE_NAME, *made, *own}]
+    if foreign:
+        raise UserError(f"{target} holds {foreign[0]}, which ditforge did not write", OTHER_OUT)
+
+
 @contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
+def written_whole(target: Path, kind: Kind, own: Iterable[str] = ()) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place when the block ends, and vanishes if it fails.
 
-    An existing `target` is replaced only if it is empty or holds a manifest: nobody's other files are deleted.
+    An existing `target` is replaced only if it is empty, or a folder of the same kind that holds nothing but what its
+    manifest names, and what is called like one of `own`: nobody's other files are deleted.
     """
-    target = Path(os.path.abspath(target))
-    if target.exists() and not (target.is_dir() and ((target / FILE_NAME).is_file() or not any(target.iterdir()))):
-        raise UserError(f"{target} exists and was not made by ditforge", "choose another --out, or remove it first")
+    target = Path(os.path.realpath(target))
     try:
+        check_replaceable(target, kind, own)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror}", "choose another --out") from error
+        raise UserError(f"cannot write {target}: {error.strerror}", OTHER_OUT) from error
     try:
         yield temporary
         temporary.chmod(0o755)

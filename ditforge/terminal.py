@@ -14,23 +14,27 @@ Report = Callable[[str, int, int], None]
 
 @contextmanager
 def progress(title: str) -> Iterator[Report]:
-    """A bar that is fed with (what is being done, how many are done, how many there are)."""
+    """A bar that is fed with (what is being done, how many are done, how many there are); shown from then on."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = None
+    bar, task = Progress(*columns, console=Console(stderr=True)), None
 
-        def report(doing: str, done: int, total: int) -> None:
-            nonlocal task
-            if task is None:
-                task = bar.add_task(title, total=total)
-            bar.update(task, description=f"{title} {doing}", completed=done)
+    def report(doing: str, done: int, total: int) -> None:
+        nonlocal task
+        if task is None:
+            bar.start()
+            task = bar.add_task(title, total=total)
+        bar.update(task, description=f"{title} {doing}", completed=done)
 
+    try:
         yield report
+    finally:
+        if task is not None:
+            bar.stop()
 
 
 def say(line: str) -> None:
-    """One line of results."""
-    print(line)
+    """One line of results, at once: a log file or a program that waits for it reads it as it is said."""
+    print(line, flush=True)
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

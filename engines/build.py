@@ -46,8 +46,10 @@ def build(
     if before and not reasons and before.model == source.model and manifest.is_whole(out, before.components):
         return Built(before, {})
 
+    for name in reasons:  # all of them are looked at before the first one is compiled
+        manifest.check_files(onnx, networks[name].files, fix="ditforge export CHECKPOINT --out DIR   again")
     report = progress or (lambda component, done, total: None)
-    with manifest.written_whole(out) as folder:
+    with manifest.written_whole(out, "engines") as folder:
         components = {TOKENIZER: copy_component(source.components[TOKENIZER], onnx, folder)}
         for done, name in enumerate(networks):
             report(name, done, len(networks))
@@ -106,7 +108,6 @@ def rebuild_reason(before: Manifest | None, out: Path, name: str, key: dict[str,
 
 def compile_component(compiler: Compiler, name: str, component: Component, onnx: Path, folder: Path) -> Component:
     """Compile one graph into `folder`/NAME…, and describe the engine's files."""
-    manifest.check_files(onnx, component.files, fix="ditforge export CHECKPOINT --out DIR   again")
     files = compiler.compile(onnx / f"{name}.onnx", folder / name)
     return component.model_copy(update={"files": {file.name: manifest.describe(file) for file in files}})
 

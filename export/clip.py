@@ -29,7 +29,7 @@ def clip_pooled(config: dict[str, Any], weights: str, tokens: int, precision: st
     """CLIP with the configuration `config` (transformers' CLIPTextConfig), reading `tokens` tokens a prompt."""
     dtype, reason = network_dtype(precision, "narrow")
     out = text_dtype(precision)
-    settings = CLIPTextConfig(**config)
+    settings = CLIPTextConfig.from_dict(config)
     return Network(
         name="clip",
         build=lambda: PooledText(CLIPTextModel(settings), out),

@@ -37,4 +37,4 @@ def check_ports(networks: Iterable[Network]) -> None:
             first, known = seen.setdefault(name, (network.weights, port))
             if port.names() != known.names():
                 sizes = f"{list(known.names())} in {first}, {list(port.names())} in {network.weights}"
-                raise UserError(f"{name} is {sizes}: the folders come from two checkpoints", "copy both again")
+                raise UserError(f"{name} is {sizes}, which do not fit", "take both folders from one checkpoint")

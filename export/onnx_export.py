@@ -67,9 +67,9 @@ def export_checkpoint(
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         problem = f"a configuration in {checkpoint} cannot be used: {reason}"
         raise UserError(problem, "copy the checkpoint's folder again") from error
-    fit.check_ports(networks)
     for network in networks:  # all of them are looked at before the first one is written
         fit.check_weights(network, opened.weights(network.weights))
+    fit.check_ports(networks)
     report = progress or (lambda component, done, total: None)
     with manifest.written_whole(out, "onnx") as folder:
         components = {"tokenizer": export_tokenizers(tokenizers, folder)}

@@ -28,7 +28,7 @@ def t5_hidden_states(config: dict[str, Any], weights: str, tokens: int, precisio
     """T5 with the configuration `config` (transformers' T5Config), reading `tokens` tokens a prompt."""
     dtype, reason = network_dtype(precision, "wide")
     out = text_dtype(precision)
-    settings = T5Config(**config)
+    settings = T5Config.from_dict(config)
     settings._attn_implementation = "eager"  # under fake tensors, the other one's strides break the exporter
     return Network(
         name="t5",

@@ -28,7 +28,7 @@ def write_repository(engines: Path, out: Path, max_batch: int = DEFAULT_MAX_BATC
     if max_batch < 1:
         raise UserError(f"the largest batch must be at least 1, got {max_batch}", "--max-batch 8")
     source = manifest.read(engines, "engines")
-    with manifest.written_whole(out) as folder:
+    with manifest.written_whole(out, "repository", own=(TEXT_ENCODERS,)) as folder:
         components = {name: write_model(source, name, engines, folder, max_batch) for name in source.components}
         text = {name: component for name, component in source.components.items() if name not in NOT_TEXT}
         write_config(config.ensemble(TEXT_ENCODERS, text, max_batch), folder)

@@ -1,0 +1,208 @@
+"""The client against a real server: pictures, their parameters, batches, and many at once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import calls, eventually
+from PIL import Image
+
+from ditforge.client import AsyncClient, Client
+from ditforge.client.picture import read_info, read_parameters, save_picture
+from ditforge.client.sampling import SAMPLERS, Step
+from ditforge.errors import DitforgeError, DitforgeWarning, UserError
+from ditforge.triton_repo.server import Server
+
+SMALL = {"height": 32, "width": 48}
+PROMPTS = ["a large red circle", "", "blue square above green", "a"]
+
+
+@pytest.fixture(scope="module")
+def client(schnell_server: Server) -> Iterator[Client]:
+    with Client(schnell_server.url) as client:
+        yield client
+
+
+def assert_same(a: Image.Image, b: Image.Image) -> None:
+    """Equal but for the last bit, which a batch may round otherwise."""
+    assert a.size == b.size
+    assert np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max() <= 1
+
+
+def assert_different(a: Image.Image, b: Image.Image) -> None:
+    assert np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max() > 8
+
+
+def test_prompt_gives_a_picture_and_list_a_list(client: Client) -> None:
+    image = client.generate("a", seed=0, **SMALL)
+    assert (image.mode, image.size) == ("RGB", (48, 32))
+    images = client.generate(["a"], seed=0, **SMALL)
+    assert isinstance(images, list)
+    assert_same(images[0], image)
+    assert_different(client.generate("a", seed=1, **SMALL), image)
+    assert_different(client.generate("a large red circle", seed=0, **SMALL), image)
+
+
+def test_defaults_are_the_models(client: Client) -> None:
+    image = client.generate("a", seed=0)
+    assert image.size == (96, 96)
+    assert read_info(image)["steps"] == client.model.default_steps == 4
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_batch_is_what_its_pictures_are_alone(client: Client, sampler: str) -> None:
+    images = client.generate(PROMPTS, seed=3, steps=3, sampler=sampler, **SMALL)
+    for i, prompt in enumerate(PROMPTS):
+        assert_same(images[i], client.generate(prompt, seed=3 + i, steps=3, sampler=sampler, **SMALL))
+
+
+def test_samplers_differ(client: Client) -> None:
+    euler, heun, dpmpp = (client.generate("a", seed=0, sampler=name, **SMALL) for name in ("euler", "heun", "dpmpp_2m"))
+    assert_different(euler, heun)
+    assert_different(euler, dpmpp)
+
+
+def test_batch_larger_than_the_server_takes(client: Client, schnell_server: Server) -> None:
+    before = calls(schnell_server.url)
+    prompts = [f"{word} circle" for word in ("red", "green", "blue")] * 3
+    images = client.generate(prompts, seed=0, steps=2, **SMALL)
+    assert calls(schnell_server.url) - before == 2 * 2  # 8 and 1, in each of 2 steps
+    for i in (0, 7, 8):
+        assert_same(images[i], client.generate(prompts[i], seed=i, steps=2, **SMALL))
+
+
+def test_parameters_come_with_the_picture(client: Client, tmp_path: Path) -> None:
+    images = client.generate(["a", 'ein "großer" 圆 🔴\n'], seed=41, steps=2, sampler="heun", **SMALL)
+    expected = {"prompt": 'ein "großer" 圆 🔴\n', "seed": 42, "steps": 2, "height": 32, "width": 48, "guidance": 0.0}
+    expected |= {"sampler": "heun", "model": "random-schnell"}
+    assert read_info(images[1]) == expected
+    save_picture(images[1], tmp_path / "picture.png")
+    assert read_parameters(tmp_path / "picture.png") == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
+    with Image.open(tmp_path / "picture.png") as saved:
+        assert saved.info["parameters"].startswith('ein "großer" 圆 🔴\n')
+        assert "Steps: 2, Sampler: heun, CFG scale: 0.0, Seed: 42, Size: 48x32" in saved.info["parameters"]
+        np.testing.assert_array_equal(np.asarray(saved), np.asarray(images[1]))
+    again = read_parameters(tmp_path / "picture.png")
+    again.pop("model")
+    again.pop("guidance")
+    assert_same(client.generate(again.pop("prompt"), **again), images[1])
+
+
+def test_random_seed_is_recorded(client: Client) -> None:
+    first, second = client.generate("a", **SMALL), client.generate("a", **SMALL)
+    assert read_info(first)["seed"] != read_info(second)["seed"]
+    assert_same(client.generate("a", seed=read_info(first)["seed"], **SMALL), first)
+
+
+@pytest.mark.parametrize("prompt", ["", " ", "円 ✓ שלום 🎨", "a\0b", "\n\t", "'\"\\{}%s"])
+def test_any_prompt(client: Client, prompt: str) -> None:
+    assert read_info(client.generate(prompt, steps=1, **SMALL))["prompt"] == prompt
+
+
+def test_long_prompt_is_cut_with_one_warning(client: Client) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cut, _ = client.generate(["red circle " * 10_000, "blue " * 100], seed=0, steps=2, **SMALL)
+        same = client.generate("red circle " * 1_000, seed=0, steps=2, **SMALL)
+        client.generate("a red circle", steps=1, **SMALL)
+    assert [w.category for w in caught] == [DitforgeWarning] * 2  # one a call, none for the short prompt
+    assert "clip reads 33 of 90002 tokens, t5 reads 40 of 20002 tokens" in str(caught[0].message)
+    assert caught[0].filename == __file__
+    assert_same(cut, same)
+
+
+def test_callback_is_called_once_a_step(client: Client) -> None:
+    steps: list[Step] = []
+    client.generate(["a", "b"], steps=5, callback=steps.append, sampler="heun", **SMALL)
+    assert [(step.index, step.total) for step in steps] == [(i, 5) for i in range(5)]
+    assert [step.sigma for step in steps] == sorted((step.sigma for step in steps), reverse=True)
+    assert {step.denoised.shape for step in steps} == {(2, 16, 4, 6)}
+
+
+def test_error_in_a_callback_ends_the_loop(client: Client, schnell_server: Server) -> None:
+    before = calls(schnell_server.url)
+
+    def fail(step: Step) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        client.generate("a", steps=500, callback=fail, **SMALL)
+    assert calls(schnell_server.url) == before + 1
+    client.generate("a", steps=1, **SMALL)  # and the connection can go on
+
+
+def test_bad_request_leaves_the_connection_usable(client: Client) -> None:
+    with pytest.raises(UserError):
+        client.generate("a", steps=0)
+    client.generate("a", steps=1, **SMALL)
+
+
+def test_context_manager_closes(schnell_server: Server) -> None:
+    with Client(schnell_server.url) as client:
+        client.generate("a", steps=1, **SMALL)
+    client.close()  # twice does no harm
+    with pytest.raises((DitforgeError, ValueError)):
+        client.generate("a", steps=1, **SMALL)
+
+
+def test_async_gives_the_same_pictures(client: Client, schnell_server: Server) -> None:
+    async def main() -> list[Image.Image]:
+        async with AsyncClient(schnell_server.url) as concurrent:
+            tasks = [concurrent.generate(prompt, seed=i, steps=6, **SMALL) for i, prompt in enumerate(PROMPTS * 2)]
+            return await asyncio.gather(*tasks)
+
+    images = asyncio.run(main())
+    for i, prompt in enumerate(PROMPTS * 2):
+        assert_same(images[i], client.generate(prompt, seed=i, steps=6, **SMALL))
+        assert read_info(images[i])["seed"] == i
+
+
+def test_async_takes_lists_and_callbacks(client: Client, schnell_server: Server) -> None:
+    steps: list[int] = []
+
+    async def main() -> list[Image.Image]:
+        async with AsyncClient(schnell_server.url) as concurrent:
+            options = {"seed": 9, "steps": 3, "callback": lambda step: steps.append(step.index), **SMALL}
+            return await concurrent.generate(PROMPTS[:2], **options)
+
+    images = asyncio.run(main())
+    assert steps == [0, 1, 2]
+    assert_same(images[1], client.generate(PROMPTS[1], seed=10, steps=3, **SMALL))
+
+
+def test_async_errors(schnell_server: Server) -> None:
+    async def ask(url: str, **options: int) -> None:
+        async with AsyncClient(url) as concurrent:
+            await concurrent.generate("a", **options)
+
+    with pytest.raises(UserError, match="steps"):
+        asyncio.run(ask(schnell_server.url, steps=0))
+    with pytest.raises(UserError, match="HOST:PORT"):
+        asyncio.run(ask("localhost"))
+
+
+def test_cancelled_task_stops_at_once(client: Client, schnell_server: Server) -> None:
+    url = schnell_server.url
+
+    async def main() -> tuple[float, int]:
+        async with AsyncClient(url) as concurrent:
+            before = calls(url)
+            task = asyncio.create_task(concurrent.generate("a", steps=1000, height=384, width=384))
+            await asyncio.to_thread(eventually, lambda: calls(url) > before + 3)
+            task.cancel()
+            started = time.monotonic()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            return time.monotonic() - started, calls(url)
+
+    waited, at_cancel = asyncio.run(main())
+    assert waited < 1
+    client.generate("a", steps=30, **SMALL)  # meanwhile, a loop that went on would go on
+    assert calls(url) - at_cancel <= 30 + 2  # one step in flight, and the one that it was at

@@ -1,0 +1,72 @@
+"""The command line as a user runs it, in a process of its own, and what is asked of its errors."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tritonclient.grpc import InferenceServerClient
+
+COMMAND = [sys.executable, "-m", "ditforge"]
+BAR = re.compile(r"━| \d+/\d+ .*\d:\d\d:\d\d|-:--:--")
+
+
+@dataclass(frozen=True)
+class Result:
+    """Exit code, and what was printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+def ditforge(*args: str | Path, cwd: Path, timeout: float = 60) -> Result:
+    """Run `ditforge ARGS` in the folder `cwd`."""
+    done = subprocess.run([*COMMAND, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def popen(*args: str | Path, cwd: Path) -> subprocess.Popen[str]:
+    """Start `ditforge ARGS` in the folder `cwd`."""
+    return subprocess.Popen(
+        [*COMMAND, *map(str, args)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def assert_error(result: Result, *mentions: str | Path, code: int = 2) -> None:
+    """One error and one way out, in a few lines, without a traceback, that mention what they should."""
+    said = [line for line in result.err.splitlines() if line.strip() and not BAR.search(line)]
+    assert result.code == code, result.err
+    assert "Traceback" not in result.err
+    assert result.out == ""
+    assert 1 <= len(said) <= 3, result.err
+    assert said[0].startswith("error: "), result.err
+    assert sum(line.startswith("fix:   ") for line in said) == 1, result.err
+    for mention in mentions:
+        assert str(mention) in result.err
+
+
+def tree(folder: Path) -> dict[str, int]:
+    """Every path below `folder`, hidden ones too, with its time of change."""
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} | {
+        f"{path.relative_to(folder)}/": 0 for path in folder.rglob("*") if path.is_dir()
+    }
+
+
+def eventually(condition: Callable[[], object], seconds: float = 30) -> None:
+    """Wait until `condition` holds; fails after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.02)
+
+
+def calls(url: str, model: str = "dit") -> int:
+    """How many requests for the model the server at `url` has answered."""
+    with InferenceServerClient(url) as client:
+        return client.get_inference_statistics(model).model_stats[0].inference_stats.success.count

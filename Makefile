@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench accuracy clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/first_picture.py models/flux-tiny --out out/demo
@@ -23,6 +23,9 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/first_picture.py models/flux-tiny --out benchmarks/first_picture.md
+
+accuracy: $(INSTALLED)
+	$(BIN)/python benchmarks/accuracy.py models/flux-tiny --out docs/accuracy.md
 
 $(INSTALLED): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV) || { echo "fix:   apt install python3-venv"; exit 1; }

@@ -129,7 +129,7 @@ def main() -> None:
     pipeline.set_progress_bar_config(disable=True)
     with tempfile.TemporaryDirectory() as folder:
         onnx, engines, repository = (Path(folder) / name for name in ("onnx", "engines", "repo"))
-        export_checkpoint(options.checkpoint, onnx, "fp32")
+        export_checkpoint(options.checkpoint, onnx)
         build(onnx, engines, "cpu")
         write_repository(engines, repository)
         with start(repository, port=0) as server, Client(server.url) as client:

@@ -70,23 +70,38 @@ def make_request(
             raise UserError(f"the prompt {prompt!r} is not text: {error.reason}", "give it in UTF-8") from error
     first = secrets.randbits(32) if seed is None else check_seed(seed)
     find_sampler(sampler)
+    height, width = choose_size(height, width, model)
     return Request(
         prompts=tuple(prompts),
         seeds=tuple(check_seed(first + i) for i in range(len(prompts))),
         steps=check_steps(model.default_steps if steps is None else steps),
-        height=check_size("height", model.default_size if height is None else height, model),
-        width=check_size("width", model.default_size if width is None else width, model),
+        height=height,
+        width=width,
         guidance=check_guidance(guidance, model),
         sampler=sampler,
     )
 
 
+def choose_size(height: int | None, width: int | None, model: Model) -> tuple[int, int]:
+    """Height and width in pixels, by default the model's, if the model can make a picture of that size."""
+    if not model.sizes:
+        height = check_size("height", model.default_size if height is None else height, model)
+        return height, check_size("width", model.default_size if width is None else width, model)
+    for size in model.sizes:
+        if height in (None, size[0]) and width in (None, size[1]):
+            return size
+    made = " or ".join(f"--height {height} --width {width}" for height, width in model.sizes)
+    asked = f"{'any' if height is None else height} x {'any' if width is None else width}"
+    raise UserError(f"the engines were built for fixed sizes, and {asked} (height x width) is none of them", made)
+
+
 def check_size(name: str, value: int, model: Model) -> int:
     """`value` in pixels, if the model can make a picture of that height or width."""
     multiple = model.size_multiple
-    if not isinstance(value, Integral) or isinstance(value, bool) or not multiple <= value <= model.max_size:
+    smallest = max(multiple, model.min_size)
+    if not isinstance(value, Integral) or isinstance(value, bool) or not smallest <= value <= model.max_size:
         raise UserError(
-            f"{name} must be from {multiple} to {model.max_size} pixels, got {value!r}",
+            f"{name} must be from {smallest} to {model.max_size} pixels, got {value!r}",
             f"--{name} {model.default_size}",
         )
     if value % multiple:

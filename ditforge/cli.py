@@ -24,10 +24,20 @@ app = typer.Typer(
 )
 
 Out = Annotated[Path, typer.Option("--out", help="The folder to write; it appears whole or not at all.")]
-Precision = Annotated[str, typer.Option(help="fp32, fp16 or bf16, where a network can bear it.")]
-Gpu = Annotated[str, typer.Option("--gpu", help="The device to compile for: cpu.")]
-Compiler = Annotated[str, typer.Option(help="onnxruntime.")]
-MaxBatch = Annotated[int, typer.Option(help="The most samples that Triton puts into one call.")]
+PRECISION_HELP = "fp32, fp16, bf16; for the DiT's linears also fp8, fp8-weights, int8-weights."
+Precision = Annotated[str, typer.Option(help=PRECISION_HELP)]
+GPU_HELP = "What to compile for: a name that ditforge gpus lists, sm_89, several (sm_86,sm_89), local, or cpu."
+Gpu = Annotated[str, typer.Option("--gpu", help=GPU_HELP)]
+Compiler = Annotated[str | None, typer.Option(help="onnxruntime, tensorrt-rtx or tensorrt; by default the GPU's.")]
+Resolutions = Annotated[
+    str | None, typer.Option(metavar="MIN-MAX", help="Heights and widths in pixels, or MIN-BEST-MAX.")
+]
+Static = Annotated[
+    str | None, typer.Option(metavar="WxH", help="Only these sizes, each with a profile; or W1xH1,W2xH2.")
+]
+Batch = Annotated[int | None, typer.Option(help="The largest batch that the engines take.")]
+MAX_BATCH_HELP = "The most samples that Triton puts into one call; by default 8, or what the engines take."
+MaxBatch = Annotated[int | None, typer.Option(help=MAX_BATCH_HELP)]
 Port = Annotated[int, typer.Option(help="The gRPC port; 0 picks a free one.")]
 Host = Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 for all.")]
 Log = Annotated[Path | None, typer.Option(help="The server's log file; by default a temporary file.")]
@@ -55,22 +65,57 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's folder in diffusers' layout.")],
     out: Out,
     precision: Precision = "fp32",
+    activations: Annotated[str, typer.Option(help="What surrounds 8-bit weights: bf16, fp16 or fp32.")] = "bf16",
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What calibrate wrote; fp8 needs it.")
+    ] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Keep the worst linears 16-bit until the velocity errs no more, e.g. 0.02.")
+    ] = None,
 ) -> None:
     """Checkpoint to ONNX.
 
-    Example: ditforge export models/flux-tiny --out out/onnx
+    Example: ditforge export models/flux-tiny --out out/onnx --precision fp8-weights
     """
     from ditforge import terminal
     from ditforge.export.onnx_export import export_checkpoint
+    from ditforge.export.precision import parse_precision
 
     with terminal.progress("export") as report:
-        exported = export_checkpoint(checkpoint, out, precision, report)
+        asked = parse_precision(precision, activations)
+        exported = export_checkpoint(checkpoint, out, asked, calibration, max_error, report)
     if exported.fresh:
         terminal.say(f"{out} is up to date")
         return
     for name, component in exported.manifest.components.items():
-        if component.precision not in ("none", precision):
+        if component.layers or component.precision not in ("none", precision):
             terminal.say(f"{name} is {component.precision}: {component.reason}")
+    if exported.choice:
+        errors, keep = exported.choice.errors, exported.choice.keep
+        rows = [(name, f"{error:.4f}", asked.base if name in keep else asked.name) for name, error in errors.items()]
+        terminal.table(("linear", "error in 8 bits", "becomes"), rows)
+        terminal.say(f"relative error of the velocity: {exported.choice.velocity:.4f}")
+
+
+@app.command()
+def calibrate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's folder in diffusers' layout.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The JSON file to write.")],
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="One a line; by default 128 of ours.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampler steps; by default the model's.")] = None,
+) -> None:
+    """Activation ranges for fp8: runs the checkpoint over prompts and notes the largest inputs.
+
+    Example: ditforge calibrate models/flux-tiny --out out/ranges.json
+    """
+    from ditforge import terminal
+    from ditforge.export import calibration
+
+    with terminal.progress("calibrate") as report:
+        ranges = calibration.calibrate(checkpoint, out, calibration.read_prompts(prompts), steps, report)
+    terminal.say(
+        f"{out}: ranges of {len(ranges.amax)} linears over {ranges.prompts} prompts, {ranges.steps} steps each"
+    )
 
 
 @app.command()
@@ -78,18 +123,20 @@ def build(
     onnx: Annotated[Path, typer.Argument(metavar="ONNX_DIR", help="What export wrote.")],
     out: Out,
     gpu: Gpu = "cpu",
-    compiler: Compiler = "onnxruntime",
+    compiler: Compiler = None,
+    resolutions: Resolutions = None,
+    static: Static = None,
+    batch: Batch = None,
 ) -> None:
     """ONNX to engines for one device; engines that are there already are kept.
 
-    Example: ditforge build out/onnx --gpu cpu --out out/engines
+    Example: ditforge build out/onnx --gpu rtx4090 --resolutions 512-1536 --out out/engines
     """
     from ditforge import terminal
     from ditforge.engines import build as building
-    from ditforge.engines.targets import find_target
 
     with terminal.progress("build") as report:
-        built = building.build(onnx, out, find_target(gpu), compiler, report)
+        built = building.build(onnx, out, gpu, compiler, report, resolutions=resolutions, static=static, batch=batch)
     for name, reason in built.rebuilt.items():
         terminal.say(f"built {name}: {reason}")
     if not built.rebuilt:
@@ -98,33 +145,29 @@ def build(
 
 @app.command()
 def verify(
-    engines: Annotated[Path, typer.Argument(metavar="ENGINE_DIR", help="What build wrote.")],
-    against: Annotated[
-        Path | None, typer.Option(metavar="ONNX_DIR", help="Compare outputs with these graphs'.")
-    ] = None,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What build or export wrote.")],
+    against: Annotated[Path | None, typer.Option(metavar="ONNX_DIR", help="Compare with this fp32 export.")] = None,
 ) -> None:
-    """Check that a build is undamaged, and what its engines compute.
+    """Check that engines or an export are undamaged, and what they compute.
 
     Example: ditforge verify out/engines --against out/onnx
     """
     from ditforge import terminal
-    from ditforge.engines.verify import compare, verify_files
+    from ditforge.engines.verify import HEADINGS, compare, verify_files
 
-    count = verify_files(engines)
-    terminal.say(f"{engines}: {count} files, all as the manifest says")
+    count = verify_files(folder)
+    terminal.say(f"{folder}: {count} files, all as the manifest says")
     if against is not None:
         with terminal.progress("verify") as report:
-            rows = compare(engines, against, report)
-        terminal.table(
-            ("component", "output", "largest difference", "relative error", "cosine"), [row.row() for row in rows]
-        )
+            rows = compare(folder, against, report)
+        terminal.table(HEADINGS, [row.row() for row in rows])
 
 
 @app.command()
 def repo(
     engines: Annotated[Path, typer.Argument(metavar="ENGINE_DIR", help="What build wrote.")],
     out: Out,
-    max_batch: MaxBatch = 8,
+    max_batch: MaxBatch = None,
 ) -> None:
     """Engines to a Triton model repository.
 
@@ -180,8 +223,11 @@ def generate(
 def up(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's folder in diffusers' layout.")],
     gpu: Gpu = "cpu",
-    precision: Precision = "fp32",
-    max_batch: MaxBatch = 8,
+    precision: Annotated[str | None, typer.Option(help=f"{PRECISION_HELP} By default the GPU's.")] = None,
+    compiler: Compiler = None,
+    resolutions: Resolutions = None,
+    static: Static = None,
+    max_batch: MaxBatch = None,
     port: Port = 8001,
     host: Host = "127.0.0.1",
     log: Log = None,
@@ -193,8 +239,23 @@ def up(
     """
     from ditforge import serving
 
-    repository = serving.prepare(checkpoint, gpu, precision, max_batch, cache)
+    repository = serving.prepare(
+        checkpoint, gpu, precision, max_batch, cache, compiler=compiler, resolutions=resolutions, static=static
+    )
     serving.serve(repository, host, port, log)
+
+
+@app.command()
+def gpus() -> None:
+    """The GPUs by name: what they can do, and what is chosen for them.
+
+    Example: ditforge gpus
+    """
+    from ditforge import terminal
+    from ditforge.engines.gpus import table
+
+    headings = ("--gpu", "product", "capability", "memory", "FP8", "compilers", "default precision")
+    terminal.table(headings, table())
 
 
 @app.command()

@@ -22,9 +22,7 @@ def show(path: Path) -> None:
 
 def show_folder(folder: Path) -> None:
     """Print what is in a folder that `export`, `build` or `repo` wrote."""
-    if not (folder / manifest.FILE_NAME).is_file():
-        raise UserError(f"{folder} has no {manifest.FILE_NAME}: no stage of ditforge wrote it", "give another folder")
-    found = manifest.parse(folder / manifest.FILE_NAME)
+    found = manifest.read_any(folder)
     terminal.say(f"{folder}: {found.kind} of {found.model.name}, written by ditforge {found.ditforge}")
     rows, ports = [], []
     for name, component in found.components.items():
@@ -38,3 +36,7 @@ def show_folder(folder: Path) -> None:
     terminal.table(headings, [row[: len(headings)] for row in rows])
     terminal.say("")
     terminal.table(("component", "", "tensor", "dtype", "shape"), ports)
+    layers = [(name, layer, p) for name, component in found.components.items() for layer, p in component.layers.items()]
+    if layers:
+        terminal.say("")
+        terminal.table(("component", "layer", "precision"), layers)

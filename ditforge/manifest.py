@@ -56,13 +56,19 @@ class Tensor(_Record):
 
 
 class Component(_Record):
-    """One network (or the tokenizer): its files by path relative to the manifest, precision, inputs and outputs."""
+    """One network (or the tokenizer): its files by path relative to the manifest, precision, inputs and outputs.
+
+    `precision` is the name that users know; `dtype` what is computed in where nothing is 8-bit (fp32, fp16 or bf16).
+    `layers` gives the precision of each layer that a quantisation looked at.
+    """
 
     files: dict[str, File]
     precision: str
+    dtype: str = ""
     reason: str
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
+    layers: dict[str, str] = {}
 
     @field_validator("files")
     @classmethod
@@ -74,12 +80,16 @@ class Component(_Record):
 
 
 class Engine(_Record):
-    """How a component's engine was made: the compiler, for what device, and the key under which it is cached."""
+    """How a component's engine was made: the compiler, for what device, and the key under which it is cached.
+
+    `max_batch` is the largest batch that it takes (None: any).
+    """
 
     compiler: str
     compiler_version: str
     target: str
     cache_key: dict[str, str]
+    max_batch: int | None = None
 
 
 class Manifest(_Record):
@@ -109,6 +119,13 @@ def read(folder: Path, kind: Kind) -> Manifest:
     if manifest.kind != kind:
         raise UserError(f"{folder} holds {manifest.kind}, but {kind} is wanted here", make)
     return manifest
+
+
+def read_any(folder: Path) -> Manifest:
+    """The manifest of a folder that any stage wrote. Raises UserError if there is none."""
+    if not (folder / FILE_NAME).is_file():
+        raise UserError(f"{folder} has no {FILE_NAME}: no stage of ditforge wrote it", "give another folder")
+    return parse(folder / FILE_NAME)
 
 
 def parse(path: Path) -> Manifest:

@@ -37,9 +37,10 @@ class Schedule(_Record):
 class Model(_Record):
     """A text-to-image model, as far as the sampler loop is concerned.
 
-    Sizes are in pixels. `guidance` says what the number that users call guidance does: `embedded` is an input of the
-    DiT (guidance-distilled models), `none` means that the model takes none. `max_tokens` is how much of a prompt each
-    text encoder reads, special tokens included, in the order of the tokenizer's counts.
+    Sizes are in pixels; where `sizes` has any, these (height, width) are the only ones. `guidance` says what the number
+    that users call guidance does: `embedded` is an input of the DiT (guidance-distilled models), `none` means that the
+    model takes none. `max_tokens` is how much of a prompt each text encoder reads, special tokens included, in the
+    order of the tokenizer's counts.
     """
 
     name: str
@@ -48,6 +49,8 @@ class Model(_Record):
     size_multiple: int
     default_size: int
     max_size: int
+    min_size: int = 1
+    sizes: tuple[tuple[int, int], ...] = ()
     default_steps: int
     guidance: Literal["embedded", "none"]
     default_guidance: float

@@ -29,22 +29,58 @@ def serve(repository: Path, host: str, port: int, log: Path | None) -> None:
         terminal.say("stopped")
 
 
-def prepare(checkpoint: Path, gpu: str, precision: str, max_batch: int, cache: Path | None) -> Path:
-    """Export, build and repo into a cache folder of this checkpoint, each only where something changed."""
+def prepare(
+    checkpoint: Path,
+    gpu: str,
+    precision: str | None,
+    max_batch: int | None,
+    cache: Path | None,
+    *,
+    compiler: str | None = None,
+    resolutions: str | None = None,
+    static: str | None = None,
+) -> Path:
+    """Export, build and repo into a cache folder of this checkpoint, each only where something changed.
+
+    Precision and compiler are by default the GPU's. Raises UserError for what the GPU cannot do, before the export.
+    """
+    from ditforge.engines import gpus
+    from ditforge.export.precision import EIGHT_BIT, parse_precision
+
+    target = gpus.find_target(gpu)
+    compiler = compiler or gpus.default_compiler(target)
+    if precision is None:
+        precision, reason = gpus.default_precision(target)
+        if target.capabilities:
+            terminal.say(f"precision {precision}: {reason}")
+    activations = gpus.default_activations(target)
+    if target.capabilities:
+        gpus.check_compiler(compiler, target)
+        gpus.check_precision("dit", precision, activations if precision in EIGHT_BIT else precision, target)
+
     from ditforge.engines.build import build
-    from ditforge.engines.targets import find_target
     from ditforge.export.onnx_export import export_checkpoint
     from ditforge.triton_repo.repository import write_repository
 
-    target = find_target(gpu)
     key = sha256(str(checkpoint.resolve()).encode()).hexdigest()[:8]
-    folder = (cache or default_cache()) / f"{checkpoint.resolve().name}-{key}" / precision
+    exported = f"{precision}-{activations}" if precision in EIGHT_BIT else precision
+    folder = (cache or default_cache()) / f"{checkpoint.resolve().name}-{key}" / exported
     with terminal.progress("export") as report:
-        export_checkpoint(checkpoint, folder / "onnx", precision, report)
+        export_checkpoint(checkpoint, folder / "onnx", parse_precision(precision, activations), progress=report)
+    made, batch = folder / str(target), max_batch if target.capabilities else None
     with terminal.progress("build") as report:
-        build(folder / "onnx", folder / target / "engines", target, progress=report)
-    write_repository(folder / target / "engines", folder / target / "repo", max_batch)
-    return folder / target / "repo"
+        build(
+            folder / "onnx",
+            made / "engines",
+            gpu,
+            compiler,
+            report,
+            resolutions=resolutions,
+            static=static,
+            batch=batch,
+        )
+    write_repository(made / "engines", made / "repo", max_batch)
+    return made / "repo"
 
 
 def default_cache() -> Path:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+WIDE = 200
 Report = Callable[[str, int, int], None]
 
 
@@ -23,7 +24,7 @@ def progress(title: str) -> Iterator[Report]:
         if task is None:
             bar.start()
             task = bar.add_task(title, total=total)
-        bar.update(task, description=f"{title} {doing}", completed=done)
+        bar.update(task, description=f"{title} {doing}", completed=done, total=total)
 
     try:
         yield report
@@ -44,4 +45,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         shown.add_column(heading, overflow="fold")
     for row in rows:
         shown.add_row(*row)
-    Console(soft_wrap=False).print(shown)
+    console = Console(soft_wrap=False)
+    if not console.is_terminal:
+        console.width = WIDE  # a program that reads rows wants them whole
+    console.print(shown)

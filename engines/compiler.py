@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from ditforge.engines.gpus import Target
 from ditforge.errors import UserError
 from ditforge.manifest import Component
 
 Arrays = dict[str, np.ndarray]
+Shape = tuple[int, ...]
+Ranges = dict[str, tuple[Shape, Shape, Shape]]
+Progress = Callable[[str, int, int], None]
 
-COMPILERS = {"onnxruntime": "ditforge.engines.ort"}
+COMPILERS = {
+    "onnxruntime": "ditforge.engines.ort",
+    "tensorrt-rtx": "ditforge.engines.tensorrt_rtx",
+    "tensorrt": "ditforge.engines.tensorrt",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One network to compile: the ONNX file `graph` into the file `engine` (a path without suffix), for `target`.
+
+    `shapes` has, for each profile, the smallest, best and largest shape of every input that varies. `progress` is
+    called with (what is being done, how many steps are done, how many there are).
+    """
+
+    name: str
+    component: Component
+    graph: Path
+    engine: Path
+    target: Target
+    shapes: list[Ranges]
+    progress: Progress
 
 
 class Engine(Protocol):
@@ -23,9 +50,15 @@ class Engine(Protocol):
         """Outputs by name for inputs by name, each with the batch dimension first."""
         ...
 
+    def run_batch(self, parts: list[Arrays]) -> Arrays:
+        """The outputs of several requests of equal shapes as one batch. On a GPU, arrays may be of its memory."""
+        ...
+
 
 class Compiler(Protocol):
     """A module that compiles one ONNX graph for one device, and loads what it compiled."""
+
+    PROFILES: bool  # whether engines are for ranges of shapes, rather than for all
 
     def version(self) -> str:
         """The version of the compiler, as it goes into the cache key; without importing anything heavy."""
@@ -35,16 +68,19 @@ class Compiler(Protocol):
         """Settings that change what comes out, for the cache key."""
         ...
 
-    def check(self, name: str, component: Component, target: str) -> None:
+    def check(self, name: str, component: Component, target: Target) -> None:
         """Raise UserError, with what would be possible, if `target` cannot execute the component called `name`."""
         ...
 
-    def compile(self, graph: Path, engine: Path) -> list[Path]:
-        """Compile the ONNX file `graph` to the file `engine` (a path without suffix); returns the files written."""
+    def compile(self, job: Job) -> list[Path]:
+        """Compile a graph; returns the files written."""
         ...
 
-    def load(self, files: list[Path], target: str) -> Engine:
-        """Load what `compile` wrote, ready to run on `target`."""
+    def load(self, files: list[Path], target: str, version: str) -> Engine:
+        """Load what `compile` of the compiler's `version` wrote, ready to run on `target`.
+
+        Raises UserError if it cannot be run here.
+        """
         ...
 
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from importlib.metadata import PackageNotFoundError, version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ditforge.errors import UserError
+import numpy as np
+
+from ditforge.engines.gpus import Target, default_compiler
+from ditforge.errors import DitforgeError, UserError
 from ditforge.manifest import Component
 
 if TYPE_CHECKING:
     import onnxruntime
 
-    from ditforge.engines.compiler import Arrays
+    from ditforge.engines.compiler import Arrays, Job
 
+PROFILES = False
 PROVIDERS = ["CPUExecutionProvider"]
 EXTERNAL_MIN_BYTES = 1024
 
@@ -30,23 +37,30 @@ def version() -> str:
 
 def options() -> dict[str, str]:
     """The optimisation level: fusions are done offline, layouts that suit one CPU only are left to loading."""
-    return {"optimization": "extended"}
+    return {"optimization": "extended", "quantisation": "computed as floats"}
 
 
-def check(name: str, component: Component, target: str) -> None:
-    """Refuse bf16: ONNX Runtime has no kernels for it on a CPU."""
-    if component.precision == "bf16":
+def check(name: str, component: Component, target: Target) -> None:
+    """Refuse GPUs, and bf16: ONNX Runtime has no kernels for it on a CPU."""
+    if target.capabilities:
+        raise UserError(
+            f"onnxruntime compiles for the CPU, not for {target}",
+            f"--compiler {default_compiler(target)}, or --gpu cpu",
+        )
+    if "bf16" in (component.precision, component.dtype):
+        eight_bit = component.precision != "bf16"
+        fix = f"--precision {component.precision} --activations fp32" if eight_bit else "--precision fp32"
         raise UserError(
             f"{name} is exported in bf16, which ONNX Runtime cannot execute on a CPU",
-            "ditforge export CHECKPOINT --precision fp32   (or fp16)",
+            f"ditforge export CHECKPOINT {fix}   (or fp16)",
         )
 
 
-def compile(graph: Path, engine: Path) -> list[Path]:
-    """Optimise `graph` and write it to `engine`.onnx, with the weights in `engine`.onnx.data."""
+def compile(job: Job) -> list[Path]:
+    """Optimise the graph and write it to ENGINE.onnx, with the weights in ENGINE.onnx.data."""
     import onnxruntime as ort
 
-    path = engine.with_name(engine.name + ".onnx")
+    path = job.engine.with_name(job.engine.name + ".onnx")
     data = path.with_name(path.name + ".data")
     settings = session_options()
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
@@ -55,11 +69,17 @@ def compile(graph: Path, engine: Path) -> list[Path]:
     settings.add_session_config_entry(
         "session.optimized_model_external_initializers_min_size_in_bytes", str(EXTERNAL_MIN_BYTES)
     )
-    ort.InferenceSession(graph, settings, providers=PROVIDERS)
+    try:
+        ort.InferenceSession(job.graph, settings, providers=PROVIDERS)
+    except Exception as error:  # ONNX Runtime's errors have no common class
+        if shutil.disk_usage(path.parent).free < sum(file.size for file in job.component.files.values()):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        reason = " ".join(str(error).split())[:1000]
+        raise DitforgeError(f"ONNX Runtime cannot compile {job.name}: {reason}", "report it with the export") from error
     return [file for file in (path, data) if file.is_file()]
 
 
-def load(files: list[Path], target: str) -> Session:
+def load(files: list[Path], target: str, version: str) -> Session:
     """Load the optimised graph among `files`."""
     import onnxruntime as ort
 
@@ -74,6 +94,8 @@ def session_options() -> onnxruntime.SessionOptions:
     settings = ort.SessionOptions()
     settings.log_severity_level = 3
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Q/DQ pairs are computed as they stand: rewritten into integer products, those of FP8 are invalid.
+    settings.add_session_config_entry("session.disable_quant_qdq", "1")
     return settings
 
 
@@ -87,3 +109,9 @@ class Session:
     def run(self, inputs: Arrays) -> Arrays:
         """Outputs by name for inputs by name."""
         return dict(zip(self.outputs, self.session.run(self.outputs, inputs), strict=True))
+
+    def run_batch(self, parts: list[Arrays]) -> Arrays:
+        """The outputs of several requests as one batch; a single request's inputs are not copied."""
+        if len(parts) == 1:
+            return self.run(parts[0])
+        return self.run({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})

@@ -1,10 +1,15 @@
-"""`ditforge verify`: are a build's files undamaged, and do its engines compute what the graphs compute?"""
+"""`ditforge verify`: are a folder's files undamaged, and does what is in it compute what a reference computes?
+
+The reference is an fp32 export. Engines that this machine cannot execute are verified through the export that they were
+built from: its graphs, quantised ones too, run in ONNX Runtime on the CPU.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -12,6 +17,7 @@ from ditforge import manifest
 from ditforge.engines.build import TOKENIZER
 from ditforge.engines.compiler import Arrays
 from ditforge.engines.runtime import load_engine
+from ditforge.engines.twin import write_twin
 from ditforge.manifest import Component, Manifest, Tensor
 from ditforge.model import Model
 
@@ -22,52 +28,64 @@ NUMPY_DTYPES = {"FP32": np.float32, "FP16": np.float16, "INT32": np.int32, "UINT
 
 @dataclass(frozen=True)
 class Difference:
-    """How an engine's output differs from the reference: largest absolute and relative L2 difference, and cosine."""
+    """How an output differs from the reference's.
+
+    largest: of the absolute differences. relative: L2 norm of the difference over that of the reference. psnr: in dB,
+    its peak the reference's range.
+    """
 
     component: str
+    precision: str
     output: str
     largest: float
     relative: float
     cosine: float
+    psnr: float
 
     def row(self) -> tuple[str, ...]:
-        """As text."""
-        return self.component, self.output, f"{self.largest:.3g}", f"{self.relative:.3g}", f"{self.cosine:.7f}"
+        """As text, under HEADINGS."""
+        figures = f"{self.largest:.3g}", f"{self.relative:.3g}", f"{self.cosine:.7f}", f"{self.psnr:.1f}"
+        return self.component, self.precision, self.output, *figures
 
 
-def verify_files(engines: Path) -> int:
-    """Check every file of the build in the folder `engines`, and return how many there are. Raises UserError."""
-    built = manifest.read(engines, "engines")
-    for component in built.components.values():
-        manifest.check_files(engines, component.files, fix="ditforge build ONNX_DIR --gpu GPU --out DIR   again")
-    return sum(len(component.files) for component in built.components.values())
+HEADINGS = ("component", "precision", "output", "largest difference", "relative error", "cosine", "PSNR")
 
 
-def compare(engines: Path, onnx: Path, progress: Callable[[str, int, int], None] | None = None) -> list[Difference]:
-    """Run every engine, and the graph of the same name in the folder `onnx`, on the same inputs.
+def verify_files(folder: Path) -> int:
+    """Check every file that a stage wrote into `folder`, and return how many there are. Raises UserError."""
+    found = manifest.read_any(folder)
+    for component in found.components.values():
+        manifest.check_files(folder, component.files, fix=f"{manifest.NEXT_COMMAND[found.kind]}   again")
+    return sum(len(component.files) for component in found.components.values())
+
+
+def compare(folder: Path, onnx: Path, progress: Callable[[str, int, int], None] | None = None) -> list[Difference]:
+    """Run what is in `folder` (engines, or an export) and the graphs of the fp32 export `onnx` on the same inputs.
 
     Prompts go through the reference's own tokenizer and text encoders, so that each network sees real embeddings.
+    Raises UserError for engines that this machine cannot execute.
     """
-    built, reference = manifest.read(engines, "engines"), manifest.read(onnx, "onnx")
+    found, reference = manifest.read_any(folder), manifest.read(onnx, "onnx")
+    networks = [name for name in found.components if name != TOKENIZER]
     report = progress or (lambda component, done, total: None)
     height, width = LATENT_SIZE
     pixels = {"height": height * reference.model.vae_factor, "width": width * reference.model.vae_factor}
     sizes = {"batch": len(PROMPTS), "latent_height": height, "latent_width": width, **pixels}
     tensors = tokenize(onnx, reference)
     differences = []
-    for done, name in enumerate(built.engines):
-        report(name, done, len(built.engines))
-        component = built.components[name]
+    for done, name in enumerate(networks):
+        report(name, done, len(networks))
+        component = found.components[name]
         inputs = {
             key: tensors[key] if key in tensors else example(key, tensor, sizes, reference.model)
             for key, tensor in component.inputs.items()
         }
         expected = run_graph(onnx / f"{name}.onnx", reference.components[name], inputs)
-        engine = load_engine(engines, component.files, built.engines[name].compiler, built.engines[name].target)
-        actual = engine.run(as_declared(inputs, component))
-        differences += [difference(name, key, actual[key], expected[key]) for key in expected]
+        actual = run_component(folder, found, name, inputs)
+        precision = component.precision
+        differences += [difference(name, precision, key, actual[key], expected[key]) for key in expected]
         tensors |= {key: value for key, value in expected.items() if key not in reference.components["dit"].outputs}
-    report("done", len(built.engines), len(built.engines))
+    report("done", len(networks), len(networks))
     return differences
 
 
@@ -91,11 +109,27 @@ def example(name: str, tensor: Tensor, sizes: dict[str, int], model: Model) -> n
     return (random.random(shape) if name == "timestep" else random.standard_normal(shape)).astype(np.float32)
 
 
+def run_component(folder: Path, found: Manifest, name: str, inputs: Arrays) -> Arrays:
+    """Run the engine called `name`; in an export its graph, a bf16 one as its fp32 twin."""
+    component = found.components[name]
+    if found.kind == "engines":
+        engine = found.engines[name]
+        loaded = load_engine(folder, component.files, engine.compiler, engine.target)
+        return loaded.run(as_declared(inputs, component))
+    graph = folder / f"{name}.onnx"
+    if component.dtype != "bf16":
+        return run_graph(graph, component, inputs)
+    with TemporaryDirectory() as temporary:
+        return run_graph(write_twin(graph, Path(temporary)), component, inputs)
+
+
 def run_graph(graph: Path, component: Component, inputs: Arrays) -> Arrays:
     """Run an exported graph as it is in ONNX Runtime."""
     import onnxruntime as ort
 
-    session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.disable_quant_qdq", "1")  # no rewriting into integer products
+    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     names = list(component.outputs)
     return dict(zip(names, session.run(names, as_declared(inputs, component)), strict=True))
 
@@ -105,14 +139,16 @@ def as_declared(inputs: Arrays, component: Component) -> Arrays:
     return {key: inputs[key].astype(NUMPY_DTYPES[tensor.dtype]) for key, tensor in component.inputs.items()}
 
 
-def difference(component: str, output: str, actual: np.ndarray, expected: np.ndarray) -> Difference:
+def difference(component: str, precision: str, output: str, actual: np.ndarray, expected: np.ndarray) -> Difference:
     """Compare two outputs."""
     a, b = actual.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
-    norms = np.linalg.norm(a), np.linalg.norm(b)
+    norms, mse = (np.linalg.norm(a), np.linalg.norm(b)), np.mean((a - b) ** 2)
     return Difference(
         component,
+        precision,
         output,
         largest=float(np.abs(a - b).max()),
         relative=float(np.linalg.norm(a - b) / norms[1]),
         cosine=float(a @ b / (norms[0] * norms[1])),
+        psnr=float(10 * np.log10(np.ptp(b) ** 2 / mse)) if mse else np.inf,
     )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ditforge.export.network import BATCH, Network, Port
-from ditforge.export.precision import network_dtype, text_dtype
+from ditforge.export.precision import Precision, network_dtype, text_dtype
 
 
 class PooledText(nn.Module):
@@ -25,7 +25,7 @@ class PooledText(nn.Module):
         return self.module(input_ids=clip_ids, position_ids=positions).pooler_output.to(self.dtype)
 
 
-def clip_pooled(config: dict[str, Any], weights: str, tokens: int, precision: str) -> Network:
+def clip_pooled(config: dict[str, Any], weights: str, tokens: int, precision: Precision) -> Network:
     """CLIP with the configuration `config` (transformers' CLIPTextConfig), reading `tokens` tokens a prompt."""
     dtype, reason = network_dtype(precision, "narrow")
     out = text_dtype(precision)

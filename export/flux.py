@@ -6,16 +6,17 @@ Packing of latents into tokens, position ids and rotary tables are in the graph.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
 from ditforge.export import clip, t5, vae
 from ditforge.export.checkpoint import Checkpoint, with_defaults
 from ditforge.export.network import BATCH, Dim, Network, Port
-from ditforge.export.precision import network_dtype, text_dtype
+from ditforge.export.precision import Precision, network_dtype, text_dtype
 from ditforge.export.schedule import flow_schedule
 from ditforge.export.tokenization import Tokenizer, read_tokenizer
 from ditforge.model import Model
@@ -23,6 +24,9 @@ from ditforge.model import Model
 PIPELINE = "FluxPipeline"
 PATCH = 2  # a token is a patch of 2 by 2 latents
 MAX_SIZE_RATIO = 4  # to the size it was trained at: beyond, pictures fall apart while attention costs 256 times as much
+# The linears of the blocks, but for the modulation (norm…), whose errors reach every token; the embedders and the final
+# layers stay high too, as in NVIDIA's recipe (TensorRT-Model-Optimizer, diffusers example).
+LINEARS = re.compile(r"(single_)?transformer_blocks\.\d+\.(?!.*norm).*\.weight")
 SCHNELL_TOKENS = 256  # the authors' length of T5's input where guidance is not embedded; 512 where it is
 
 
@@ -89,7 +93,7 @@ def image_positions(rows: int, columns: int) -> Tensor:
     return torch.stack((torch.zeros(rows, columns), row, column), dim=-1).reshape(rows * columns, 3)
 
 
-def dit(config: dict[str, Any], tokens: int, precision: str) -> Network:
+def dit(config: dict[str, Any], tokens: int, precision: Precision) -> Network:
     """The DiT with diffusers' configuration `config`, for `tokens` text tokens."""
     dtype, reason = network_dtype(precision, "narrow")
     if dtype == torch.float16:
@@ -113,6 +117,7 @@ def dit(config: dict[str, Any], tokens: int, precision: str) -> Network:
         weights="transformer",
         dtype=dtype,
         reason=reason,
+        linears=LINEARS,
     )
 
 
@@ -121,7 +126,7 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return with_defaults(FluxTransformer2DModel, checkpoint.config("transformer"))
 
 
-def networks(checkpoint: Checkpoint, precision: str) -> list[Network]:
+def networks(checkpoint: Checkpoint, precision: Precision) -> list[Network]:
     """All networks of the checkpoint, in the order in which data flows."""
     tokenizers = {tokenizer.name: tokenizer for tokenizer in read_tokenizers(checkpoint)}
     length = tokenizers["t5"].max_tokens
@@ -160,4 +165,27 @@ def model(checkpoint: Checkpoint) -> Model:
         default_guidance=3.5 if embedded else 0.0,
         schedule=flow_schedule(scheduler, scheduler.get("_class_name", ""), PATCH),
         max_tokens={tokenizer.name: tokenizer.max_tokens for tokenizer in read_tokenizers(checkpoint)},
+    )
+
+
+def load_pipeline(checkpoint: Checkpoint) -> FluxPipeline:
+    """diffusers' own pipeline, to calibrate with: bf16 on a GPU, fp32 without one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    pipeline = FluxPipeline.from_pretrained(checkpoint.folder, dtype=dtype).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def run_pipeline(pipeline: FluxPipeline, model: Model, prompt: str, steps: int, seed: int) -> None:
+    """All steps of a picture, without decoding it."""
+    pipeline(
+        prompt,
+        height=model.default_size,
+        width=model.default_size,
+        num_inference_steps=steps,
+        guidance_scale=model.default_guidance,
+        max_sequence_length=model.max_tokens["t5"],
+        generator=torch.Generator("cpu").manual_seed(seed),
+        output_type="latent",
     )

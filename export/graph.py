@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import torch
 from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
 
 from ditforge.export.network import Network
 from ditforge.export.weights import Weights
 
 DATA_SUFFIX = ".data"
+SOURCE = "source"  # in an initializer's meta: reads the checkpoint's tensor, in its own dtype
 
 
 def store_transposed(model: ir.Model) -> set[str]:
@@ -55,14 +58,21 @@ def attach_weights(
         assert value.dtype is not None, f"the tracer left {name} without a dtype"
         key = weights.find(names, prefixes)
         assert key is not None, f"{weights.folder} lacks {names[0]}"
-        read = partial(read_tensor, weights, key, value.dtype, name in transposed, name)
-        value.const_value = ir.LazyTensor(read, dtype=value.dtype, shape=value.shape, name=name)
+        source = partial(read_tensor, weights, key, name in transposed)
+        value.meta[SOURCE] = source
+        convert = partial(converted, source, value.dtype, name)
+        value.const_value = ir.LazyTensor(convert, dtype=value.dtype, shape=value.shape, name=name)
 
 
-def read_tensor(weights: Weights, key: str, dtype: ir.DataType, flip: bool, name: str) -> TorchTensor:
-    """The checkpoint's tensor `key` as the graph's initializer `name`: converted, and transposed if `flip`."""
-    tensor = weights.read(key).to(to_torch_dtype(dtype))
-    return TorchTensor(tensor.T.contiguous() if flip else tensor, name=name)
+def read_tensor(weights: Weights, key: str, flip: bool) -> torch.Tensor:
+    """The checkpoint's tensor `key` in its own dtype, transposed if `flip`."""
+    tensor = weights.read(key)
+    return tensor.T.contiguous() if flip else tensor
+
+
+def converted(source: Callable[[], torch.Tensor], dtype: ir.DataType, name: str) -> TorchTensor:
+    """The tensor as the graph's initializer `name`."""
+    return TorchTensor(source().to(to_torch_dtype(dtype)), name=name)
 
 
 def simplify(model: ir.Model, network: Network) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -40,7 +41,8 @@ class Network:
 
     `build` makes the module; it runs under fake tensors and with `dtype` as the default dtype, so it takes no memory.
     Its parameters are `module.KEY`, where KEY is what the checkpoint calls them in the folder `weights`; a checkpoint
-    may also write KEY behind one of `key_prefixes`. `reason` says why `dtype` is the safe one for this network.
+    may also write KEY behind one of `key_prefixes`. `reason` says why `dtype` is the safe one for this network. Weights
+    that match `linears` bear 8 bits; None where none does.
     """
 
     name: str
@@ -51,3 +53,8 @@ class Network:
     dtype: torch.dtype
     reason: str
     key_prefixes: tuple[str, ...] = ()
+    linears: re.Pattern[str] | None = None
+
+    def may_be_8_bit(self, weight: str) -> bool:
+        """Whether the weight of that name may be quantised."""
+        return self.linears is not None and self.linears.fullmatch(weight) is not None

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+import onnx_ir as ir
 import torch
 
 from ditforge import __version__, manifest
 from ditforge.errors import DitforgeError, UserError
 from ditforge.export import fit, graph
+from ditforge.export.calibration import Calibration, find_linears, read_prompts, read_ranges
 from ditforge.export.checkpoint import Checkpoint, open_checkpoint
 from ditforge.export.families import family_of
 from ditforge.export.network import Network, Port
-from ditforge.export.precision import PRECISIONS, precision_name
+from ditforge.export.precision import Precision, dtype_name
+from ditforge.export.quantise import SCHEMES, quantise_linears
+from ditforge.export.sensitivity import SAMPLES, Call, Choice, choose_linears, recorded_calls
 from ditforge.export.tokenization import Tokenizer
 from ditforge.export.trace import trace
 from ditforge.manifest import Component, Manifest, Tensor
@@ -27,30 +31,50 @@ TRITON_DTYPES = {
     torch.uint8: "UINT8",
 }
 
+FP32 = Precision("fp32")
+MEASURED_PROMPTS = 4  # of those that ship with ditforge, to measure what each linear loses to 8 bits
+
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export did: the manifest, and whether it was there already (`fresh`), so that nothing was written."""
+    """What an export did: the manifest, and whether it was there already (`fresh`), so that nothing was written.
+
+    `choice` tells which linears were kept from 8 bits and why, where that was measured.
+    """
 
     manifest: Manifest
     fresh: bool
+    choice: Choice | None = None
 
 
 def export_checkpoint(
-    checkpoint: Path, out: Path, precision: str = "fp32", progress: Progress | None = None
+    checkpoint: Path,
+    out: Path,
+    precision: Precision = FP32,
+    calibration: Path | None = None,
+    max_error: float | None = None,
+    progress: Progress | None = None,
 ) -> Exported:
     """Export the checkpoint in the folder `checkpoint` to ONNX in the folder `out`.
 
-    If `out` holds the same export of the same files, nothing is written. `progress` is called with (component, how
-    many are done, how many there are) before each component and at the end.
+    `calibration` is a file that `ditforge calibrate` wrote for this checkpoint; fp8 needs one. With `max_error`, the
+    linears with the largest 8-bit errors stay 16-bit until the velocity's relative error is no larger. If `out` holds
+    the same export of the same files, nothing is written. `progress` is called with (component, how many are done, how
+    many there are) before each component and at the end.
     Raises UserError for a checkpoint that is incomplete or of no known family; then `out` is as it was before.
     """
-    if precision not in PRECISIONS:
-        raise UserError(f"unknown precision {precision!r}", f"use one of: {', '.join(PRECISIONS)}")
     opened = open_checkpoint(checkpoint)
-    source = {"precision": precision, "exporter": f"torch {torch.__version__}", "checkpoint": fingerprint(checkpoint)}
+    ranges = read_ranges(calibration, opened, precision)
+    source = {
+        "precision": precision.name,
+        "base": precision.base,
+        "calibration": manifest.describe(calibration).sha256 if calibration else "none",
+        "max_error": str(max_error),
+        "exporter": f"torch {torch.__version__}",
+        "checkpoint": fingerprint(checkpoint),
+    }
     before = previous_export(out)
     if before and before.source == source and before.ditforge == __version__:
         return Exported(before, fresh=True)
@@ -71,15 +95,44 @@ def export_checkpoint(
         fit.check_weights(network, opened.weights(network.weights))
     fit.check_ports(networks)
     report = progress or (lambda component, done, total: None)
+    choice = measure_linears(opened, precision, ranges, max_error, report)
     with manifest.written_whole(out, "onnx") as folder:
         components = {"tokenizer": export_tokenizers(tokenizers, folder)}
         for done, network in enumerate(networks):
             report(network.name, done, len(networks))
-            components[network.name] = export_network(network, opened, folder)
+            components[network.name] = export_network(
+                network, opened, folder, precision.scheme, ranges, choice.keep if choice else ()
+            )
         report("done", len(networks), len(networks))
         result = Manifest(kind="onnx", model=model, components=components, source=source)
         manifest.write(result, folder)
-    return Exported(result, fresh=False)
+    return Exported(result, fresh=False, choice=choice)
+
+
+def measure_linears(
+    checkpoint: Checkpoint,
+    precision: Precision,
+    ranges: Calibration | None,
+    max_error: float | None,
+    report: Progress,
+) -> Choice | None:
+    """Run the checkpoint on a few prompts and choose the linears to keep; None where no `max_error` is asked for."""
+    if max_error is None:
+        return None
+    if precision.scheme is None:
+        raise UserError(f"{precision.name} quantises nothing", "leave out --max-error, or --precision fp8-weights")
+    family = family_of(checkpoint)
+    model, pipeline = family.model(checkpoint), family.load_pipeline(checkpoint)
+    calls: list[Call] = []
+    for seed, prompt in enumerate(read_prompts(None)[:MEASURED_PROMPTS]):
+        report(prompt[:30], seed, MEASURED_PROMPTS)
+        seen: list[Call] = []
+        with recorded_calls(pipeline.transformer, seen):
+            family.run_pipeline(pipeline, model, prompt, model.default_steps, seed)
+        calls += seen[:: max(1, len(seen) // SAMPLES)][:SAMPLES]
+    linears = find_linears(pipeline.transformer, family.LINEARS)
+    scheme, amax = SCHEMES[precision.scheme], ranges.amax if ranges else {}
+    return choose_linears(pipeline.transformer, linears, calls, scheme, amax, max_error, report)
 
 
 def fingerprint(checkpoint: Path) -> str:
@@ -98,21 +151,45 @@ def previous_export(out: Path) -> Manifest | None:
     return before if manifest.is_whole(out, before.components) else None
 
 
-def export_network(network: Network, checkpoint: Checkpoint, folder: Path) -> Component:
-    """Trace one network, give it its weights and write it to `folder`/NAME.onnx."""
+def export_network(
+    network: Network,
+    checkpoint: Checkpoint,
+    folder: Path,
+    scheme: str | None = None,
+    ranges: Calibration | None = None,
+    keep: Collection[str] = (),
+) -> Component:
+    """Trace one network, give it its weights, quantise what bears it but `keep`, and write it to `folder`/NAME.onnx."""
     model, aliases = trace(network)
     transposed = graph.store_transposed(model)
     graph.attach_weights(model, aliases, transposed, checkpoint.weights(network.weights), network.key_prefixes)
     graph.simplify(model, network)
     graph.assert_no_float64(model)
+    base, layers = dtype_name(network.dtype), {}
+    if scheme and network.linears:
+        layers = quantise(model, network, scheme, ranges, keep)
     files = graph.save(model, folder / f"{network.name}.onnx")
+    count = list(layers.values()).count(scheme or "")
     return Component(
         files={file.name: manifest.describe(file) for file in files},
-        precision=precision_name(network.dtype),
-        reason=network.reason,
+        precision=scheme if scheme and layers else base,
+        dtype=base,
+        reason=f"{count} of {len(layers)} linears are {scheme}, the rest {base}" if layers else network.reason,
+        layers=layers,
         inputs={name: describe(port) for name, port in network.inputs.items()},
         outputs={name: describe(port) for name, port in network.outputs.items()},
     )
+
+
+def quantise(
+    model: ir.Model, network: Network, scheme: str, ranges: Calibration | None, keep: Collection[str]
+) -> dict[str, str]:
+    """Quantise the network's linears but `keep`; returns the precision of each, in the graph's order."""
+    linears = [name for name in model.graph.initializers if network.may_be_8_bit(name)]
+    chosen = {name for name in linears if name not in keep}
+    done = quantise_linears(model, chosen, SCHEMES[scheme], ranges.amax if ranges else {})
+    assert set(done) == chosen, f"not quantised: {sorted(chosen - set(done))[:3]}"
+    return {name: scheme if name in chosen else dtype_name(network.dtype) for name in linears}
 
 
 def export_tokenizers(tokenizers: list[Tokenizer], folder: Path) -> Component:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 from ditforge.export.network import BATCH, Network, Port
-from ditforge.export.precision import network_dtype, text_dtype
+from ditforge.export.precision import Precision, network_dtype, text_dtype
 
 
 class HiddenStates(nn.Module):
@@ -24,7 +24,7 @@ class HiddenStates(nn.Module):
         return self.module(input_ids=t5_ids).last_hidden_state.to(self.dtype)
 
 
-def t5_hidden_states(config: dict[str, Any], weights: str, tokens: int, precision: str) -> Network:
+def t5_hidden_states(config: dict[str, Any], weights: str, tokens: int, precision: Precision) -> Network:
     """T5 with the configuration `config` (transformers' T5Config), reading `tokens` tokens a prompt."""
     dtype, reason = network_dtype(precision, "wide")
     out = text_dtype(precision)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ditforge.export.checkpoint import Checkpoint, with_defaults
 from ditforge.export.network import BATCH, Dim, Network, Port
-from ditforge.export.precision import network_dtype
+from ditforge.export.precision import Precision, network_dtype
 
 WEIGHTS = "vae"
 
@@ -54,7 +54,7 @@ def factor(config: dict[str, Any]) -> int:
     return 2 ** (len(config["block_out_channels"]) - 1)
 
 
-def vae(config: dict[str, Any], precision: str) -> tuple[Network, Network]:
+def vae(config: dict[str, Any], precision: Precision) -> tuple[Network, Network]:
     """Decoder and encoder of the AutoencoderKL with diffusers' configuration `config`."""
     dtype, reason = network_dtype(precision, "wide")
     channels, pixels = config["latent_channels"], factor(config)

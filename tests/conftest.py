@@ -43,7 +43,7 @@ def run_stages(checkpoint: Path, out: Path) -> Stages:
     from ditforge.triton_repo.repository import write_repository
 
     stages = Stages(checkpoint, out / "onnx", out / "engines", out / "repo")
-    export_checkpoint(checkpoint, stages.onnx, "fp32")
+    export_checkpoint(checkpoint, stages.onnx)
     build(stages.onnx, stages.engines, "cpu")
     write_repository(stages.engines, stages.repository)
     return stages

@@ -11,32 +11,80 @@ from pydantic import BaseModel
 from tritonclient.grpc import model_config_pb2 as pb
 
 from ditforge.manifest import Component, File, Tensor
+from ditforge.model import Model
 
 MODEL_PARAMETER = "ditforge_model"  # of `dit`: the JSON of ditforge.model.Model
 ENGINE_PARAMETER = "ditforge_engine"  # of a network: the JSON of EngineSource
+CPU_INSTANCE = pb.ModelInstanceGroup(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
+GPU_INSTANCE = pb.ModelInstanceGroup(count=1, kind=pb.ModelInstanceGroup.KIND_GPU, gpus=[0])
 
 
 class EngineSource(BaseModel):
     """Which files beside model.py are the engine, and what made them; it travels in the model's parameters."""
 
     compiler: str
+    compiler_version: str
     target: str
     files: dict[str, File]
 
 
-def python_model(name: str, component: Component, max_batch: int, parameters: dict[str, str]) -> pb.ModelConfig:
-    """A model of the Python backend with one instance, whose requests Triton may batch."""
+def python_model(
+    name: str, component: Component, max_batch: int, parameters: dict[str, str], gpu: bool = False
+) -> pb.ModelConfig:
+    """A model of the Python backend with one instance, whose requests Triton may batch.
+
+    On a GPU, tensors that are in its memory are handed over there.
+    """
     config = pb.ModelConfig(
         name=name,
         backend="python",
         max_batch_size=max_batch,
         input=[_input(tensor, component.inputs[tensor]) for tensor in component.inputs],
         output=[_output(tensor, component.outputs[tensor]) for tensor in component.outputs],
-        instance_group=[pb.ModelInstanceGroup(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)],
+        instance_group=[GPU_INSTANCE if gpu else CPU_INSTANCE],
+        dynamic_batching=pb.ModelDynamicBatching(),
+    )
+    for key, value in (parameters | ({"FORCE_CPU_ONLY_INPUT_TENSORS": "no"} if gpu else {})).items():
+        config.parameters[key].string_value = value
+    return config
+
+
+def tensorrt_model(
+    name: str, component: Component, max_batch: int, parameters: dict[str, str], plan: str, model: Model
+) -> pb.ModelConfig:
+    """A model of Triton's own TensorRT backend, for the file `plan`; warmed up in each size before it is ready.
+
+    Where sizes are fixed, each is replayed as a CUDA graph, for one sample. Source:
+    https://github.com/triton-inference-server/server/blob/main/docs/user_guide/optimization.md
+    """
+    config = pb.ModelConfig(
+        name=name,
+        platform="tensorrt_plan",
+        default_model_filename=plan,
+        max_batch_size=max_batch,
+        input=[_input(tensor, component.inputs[tensor]) for tensor in component.inputs],
+        output=[_output(tensor, component.outputs[tensor]) for tensor in component.outputs],
+        instance_group=[GPU_INSTANCE],
         dynamic_batching=pb.ModelDynamicBatching(),
     )
     for key, value in parameters.items():
         config.parameters[key].string_value = value
+    samples: list[dict[str, list[int]]] = []
+    for height, width in model.sizes or [(model.default_size, model.default_size)]:
+        sample = {key: _sample(tensor, height, width, model) for key, tensor in component.inputs.items()}
+        if sample not in samples:  # a text encoder's do not depend on the size
+            samples.append(sample)
+    for number, sample in enumerate(samples):
+        warmup = config.model_warmup.add(name=f"{name} {number}", batch_size=1)
+        for tensor in config.input:
+            zeros = warmup.inputs[tensor.name]
+            zeros.data_type, zeros.zero_data = tensor.data_type, True
+            zeros.dims.extend(sample[tensor.name] or [1])
+        if model.sizes:
+            graph = config.optimization.cuda.graph_spec.add(batch_size=1)
+            for key, dims in sample.items():
+                graph.input[key].dim.extend(dims)
+    config.optimization.cuda.graphs = bool(model.sizes)
     return config
 
 
@@ -82,3 +130,10 @@ def _shape(tensor: Tensor) -> dict[str, Any]:
     """The dimensions after the batch. Triton wants at least one: a number a sample travels as [B, 1]."""
     dims = [dim if isinstance(dim, int) else -1 for dim in tensor.shape[1:]]
     return {"dims": dims} if dims else {"dims": [1], "reshape": pb.ModelTensorReshape(shape=[])}
+
+
+def _sample(tensor: Tensor, height: int, width: int, model: Model) -> list[int]:
+    """The dimensions of one sample's tensor, without the batch, for a picture of that size in pixels."""
+    sizes = {"height": height, "width": width}
+    sizes |= {"latent_height": height // model.vae_factor, "latent_width": width // model.vae_factor}
+    return [dim if isinstance(dim, int) else sizes[dim] for dim in tensor.shape[1:]]

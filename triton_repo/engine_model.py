@@ -22,7 +22,7 @@ class TritonPythonModel:
         source = EngineSource.model_validate_json(config["parameters"][ENGINE_PARAMETER]["string_value"])
         folder = Path(args["model_repository"]) / args["model_version"]
         try:
-            self.engine = load_engine(folder, source.files, source.compiler, source.target)
+            self.engine = load_engine(folder, source.files, source.compiler, source.target, source.compiler_version)
         except DitforgeError as error:
             raise pb_utils.TritonModelException(str(error)) from error
         self.inputs = [tensor["name"] for tensor in config["input"]]
@@ -30,26 +30,33 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> list[Any]:
         """One engine call for all requests: Triton only batches equal shapes."""
         parts = [
-            {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs}
+            {name: read(pb_utils.get_input_tensor_by_name(request, name)) for name in self.inputs}
             for request in requests
         ]
         sizes = [len(part[self.inputs[0]]) for part in parts]
         try:
-            outputs = self.engine.run(concatenate(parts))
+            outputs = self.engine.run_batch(parts)
         except Exception as error:  # an engine's errors are of many kinds; the server must answer all the same
             failure = pb_utils.TritonError(str(error))
             return [pb_utils.InferenceResponse(error=failure) for _ in requests]
         return [
-            pb_utils.InferenceResponse([pb_utils.Tensor(name, value[start:end]) for name, value in outputs.items()])
+            pb_utils.InferenceResponse([write(name, value[start:end]) for name, value in outputs.items()])
             for start, end in spans(sizes)
         ]
 
 
-def concatenate(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The requests' inputs as one batch; a single request's as they are, not copied."""
-    if len(parts) == 1:
-        return parts[0]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+def read(tensor: Any) -> Any:
+    """A tensor of Triton's as NumPy's array, or as CuPy's where it lies: on the GPU, and not copied."""
+    if tensor.is_cpu():
+        return tensor.as_numpy()
+    import cupy
+
+    return cupy.from_dlpack(tensor)
+
+
+def write(name: str, array: Any) -> Any:
+    """An array of NumPy's or CuPy's as Triton's tensor; the latter stays on the GPU."""
+    return pb_utils.Tensor(name, array) if isinstance(array, np.ndarray) else pb_utils.Tensor.from_dlpack(name, array)
 
 
 def spans(sizes: list[int]) -> list[tuple[int, int]]:

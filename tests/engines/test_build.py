@@ -15,7 +15,6 @@ from ditforge.engines import ort as ort_compiler
 from ditforge.engines.build import build
 from ditforge.engines.compiler import find_compiler
 from ditforge.engines.runtime import load_engine
-from ditforge.engines.targets import find_target
 from ditforge.engines.verify import compare, verify_files
 from ditforge.errors import UserError
 
@@ -61,7 +60,9 @@ def test_engines_are_optimised_graphs(schnell) -> None:
 
 
 def test_a_change_rebuilds_what_changed_and_says_why(schnell, engines: Path, monkeypatch) -> None:
-    monkeypatch.setattr(ort_compiler, "options", lambda: {"optimization": "basic"})
+    monkeypatch.setattr(
+        ort_compiler, "options", lambda: {"optimization": "basic", "quantisation": "computed as floats"}
+    )
     built = build(schnell.onnx, engines, "cpu")
     assert set(built.rebuilt) == set(built.manifest.engines)
     assert built.rebuilt["dit"] == "optimization was extended, is basic"
@@ -160,7 +161,5 @@ def test_bf16_is_refused_on_a_cpu(onnx: Path, tmp_path: Path) -> None:
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(UserError, match="rtx4090"):
-        find_target("rtx4090")
     with pytest.raises(UserError, match="onnxruntime"):
         find_compiler("tensorflow")

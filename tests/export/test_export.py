@@ -16,12 +16,13 @@ from ditforge.errors import UserError
 from ditforge.export import flux
 from ditforge.export.checkpoint import open_checkpoint
 from ditforge.export.network import Network
-from ditforge.export.onnx_export import export_checkpoint, export_network
+from ditforge.export.onnx_export import FP32, export_checkpoint, export_network
+from ditforge.export.precision import parse_precision
 from ditforge.export.trace import OPSET
 
 
 def network(checkpoint: Path, name: str, precision: str) -> Network:
-    return next(n for n in flux.networks(open_checkpoint(checkpoint), precision) if n.name == name)
+    return next(n for n in flux.networks(open_checkpoint(checkpoint), parse_precision(precision)) if n.name == name)
 
 
 def graphs(folder: Path) -> list[onnx.ModelProto]:
@@ -48,8 +49,8 @@ def test_components_and_tensors_are_the_contract(schnell) -> None:
 def test_guidance_is_an_input_where_it_is_embedded(random_schnell: Path) -> None:
     checkpoint = open_checkpoint(random_schnell)
     config = flux.read_config(checkpoint) | {"guidance_embeds": True}
-    assert "guidance" in flux.dit(config, 40, "fp32").inputs
-    assert "guidance" not in flux.dit(flux.read_config(checkpoint), 40, "fp32").inputs
+    assert "guidance" in flux.dit(config, 40, FP32).inputs
+    assert "guidance" not in flux.dit(flux.read_config(checkpoint), 40, FP32).inputs
 
 
 def test_graphs_name_their_dimensions_as_the_manifest_does(schnell) -> None:
@@ -98,7 +99,7 @@ def test_nothing_stands_between_a_weight_and_its_product(schnell) -> None:
     ],
 )
 def test_each_network_gets_the_precision_that_is_safe_for_it(random_schnell: Path, precision, expected) -> None:
-    networks = flux.networks(open_checkpoint(random_schnell), precision)
+    networks = flux.networks(open_checkpoint(random_schnell), parse_precision(precision))
     assert {n.name: n.dtype for n in networks} == expected
     for n in networks:
         assert ("overflow" in n.reason) == (precision == "fp16" and n.dtype == torch.float32)
@@ -138,7 +139,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(schnell, tmp_path: Path) -> No
 
 def test_an_export_is_not_made_twice(schnell) -> None:
     before = (schnell.onnx / "manifest.json").stat().st_mtime_ns
-    assert export_checkpoint(schnell.checkpoint, schnell.onnx, "fp32").fresh
+    assert export_checkpoint(schnell.checkpoint, schnell.onnx).fresh
     assert (schnell.onnx / "manifest.json").stat().st_mtime_ns == before
 
 
@@ -150,7 +151,7 @@ def test_an_interrupted_export_leaves_what_was_there(random_schnell: Path, tmp_p
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        export_checkpoint(random_schnell, out, "fp32", interrupt)
+        export_checkpoint(random_schnell, out, progress=interrupt)
     assert not list(tmp_path.iterdir())
 
 
@@ -158,10 +159,13 @@ def test_a_changed_checkpoint_is_exported_again(schnell, tmp_path: Path) -> None
     checkpoint = shutil.copytree(schnell.checkpoint, tmp_path / "checkpoint")
     (checkpoint / "transformer" / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json"):  # it looks, instead of trusting the export that is there
-        export_checkpoint(checkpoint, schnell.onnx, "fp32")
+        export_checkpoint(checkpoint, schnell.onnx)
     assert manifest.read(schnell.onnx, "onnx")
 
 
-def test_unknown_precision(random_schnell: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="fp8"):
-        export_checkpoint(random_schnell, tmp_path / "onnx", "fp8")
+def test_unknown_precision() -> None:
+    with pytest.raises(UserError, match="fp7") as error:
+        parse_precision("fp7")
+    assert "int8-weights" in error.value.fix
+    with pytest.raises(UserError, match="fp64"):
+        parse_precision("fp8", "fp64")

@@ -12,13 +12,13 @@ from transformers import CLIPTextModel
 
 from ditforge.export import fit, flux
 from ditforge.export.checkpoint import open_checkpoint
-from ditforge.export.onnx_export import export_network
+from ditforge.export.onnx_export import FP32, export_network
 
 
 def export_clip(folder: Path, out: Path) -> dict[str, bytes]:
     """CLIP's graph and weights as `ditforge export` checks and writes them."""
     checkpoint = open_checkpoint(folder)
-    clip = next(network for network in flux.networks(checkpoint, "fp32") if network.name == "clip")
+    clip = next(network for network in flux.networks(checkpoint, FP32) if network.name == "clip")
     fit.check_weights(clip, checkpoint.weights(clip.weights))
     out.mkdir()
     export_network(clip, checkpoint, out)

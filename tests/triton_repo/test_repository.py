@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from google.protobuf import text_format
@@ -11,6 +15,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from ditforge import manifest
 from ditforge.errors import UserError
 from ditforge.model import Model
+from ditforge.triton_repo.config import EngineSource
 from ditforge.triton_repo.repository import write_repository
 
 
@@ -64,3 +69,120 @@ def test_a_folder_of_another_stage_is_refused(schnell, tmp_path: Path) -> None:
         write_repository(schnell.onnx, tmp_path / "repo")
     assert "ditforge build" in error.value.fix
     assert not list(tmp_path.iterdir())
+
+
+# TensorRT's engines: their plans are executed by docs/gpu-checklist.md; here are the configurations
+
+
+def compiled(engines: Path, out: Path, compiler: str, model: dict[str, Any]) -> Path:
+    """A build as `compiler` would have written it, for batches of up to 4: plans in the place of graphs."""
+    source = manifest.read(engines, "engines")
+    shutil.copytree(engines / "tokenizer", out / "tokenizer")
+    components, made = {}, {}
+    for name, component in source.components.items():
+        if name in source.engines:
+            (out / f"{name}.plan").write_bytes(name.encode())
+            files = {f"{name}.plan": manifest.describe(out / f"{name}.plan")}
+            component = component.model_copy(update={"files": files})
+            update = {"compiler": compiler, "compiler_version": "9", "target": "sm_89", "max_batch": 4}
+            made[name] = source.engines[name].model_copy(update=update)
+        components[name] = component
+    announced = source.model.model_copy(update=model)
+    manifest.write(source.model_copy(update={"model": announced, "components": components, "engines": made}), out)
+    return out
+
+
+@pytest.fixture
+def tritonserver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Triton on PATH, whose folder of TensorRT's backend is returned."""
+    binary = tmp_path / "opt" / "bin" / "tritonserver"
+    binary.parent.mkdir(parents=True)
+    binary.touch(0o755)
+    monkeypatch.setenv("PATH", str(binary.parent), prepend=os.pathsep)
+    backend = tmp_path / "opt" / "backends" / "tensorrt"
+    backend.mkdir(parents=True)
+    return backend
+
+
+def shapes(inputs: Mapping[str, Any]) -> dict[str, list[int]]:
+    return {
+        name: list(described.dims if hasattr(described, "dims") else described.dim)
+        for name, described in inputs.items()
+    }
+
+
+def test_a_plan_is_tritons_own_model(schnell, tmp_path: Path, tritonserver: Path) -> None:
+    sizes = ((64, 96), (128, 128))
+    engines = compiled(schnell.engines, tmp_path / "engines", "tensorrt", {"sizes": sizes, "default_size": 96})
+    write_repository(engines, tmp_path / "repo")
+    for name in ("clip", "t5", "dit", "vae_decoder", "vae_encoder"):
+        config = read_config(tmp_path / "repo", name)
+        assert (config.platform, config.backend, config.max_batch_size) == ("tensorrt_plan", "", 4)
+        assert [path.name for path in (tmp_path / "repo" / name / "1").iterdir()] == [config.default_model_filename]
+        (group,) = config.instance_group
+        assert (group.kind, group.count, list(group.gpus)) == (pb.ModelInstanceGroup.KIND_GPU, 1, [0])
+        assert config.optimization.cuda.graphs
+        counts = (len(config.model_warmup), len(config.optimization.cuda.graph_spec))
+        assert counts == ((1, 1) if name in ("clip", "t5") else (2, 2))
+    config = read_config(tmp_path / "repo", "dit")
+    first, second = config.optimization.cuda.graph_spec
+    assert first.batch_size == second.batch_size == 1
+    assert shapes(second.input) == {
+        "latents": [16, 16, 16],
+        "timestep": [],
+        "prompt_embeds": [40, 56],
+        "pooled_embeds": [48],
+    }
+    warmup = config.model_warmup[0]
+    assert shapes(warmup.inputs) == {
+        "latents": [16, 8, 12],
+        "timestep": [1],  # as it travels
+        "prompt_embeds": [40, 56],
+        "pooled_embeds": [48],
+    }
+    assert all(tensor.zero_data and tensor.data_type == pb.TYPE_FP32 for tensor in warmup.inputs.values())
+    assert Model.model_validate_json(config.parameters["ditforge_model"].string_value).sizes == sizes
+    assert read_config(tmp_path / "repo", "tokenizer").backend == "python"
+
+
+def test_dynamic_shapes_have_no_graphs(schnell, tmp_path: Path, tritonserver: Path) -> None:
+    engines = compiled(schnell.engines, tmp_path / "engines", "tensorrt", {})
+    write_repository(engines, tmp_path / "repo")
+    config = read_config(tmp_path / "repo", "vae_decoder")
+    assert not config.optimization.cuda.graphs and not config.optimization.cuda.graph_spec
+    assert shapes(config.model_warmup[0].inputs) == {"latents": [16, 12, 12]}
+
+
+@pytest.mark.parametrize("compiler", ["tensorrt-rtx", "tensorrt"])
+def test_python_runs_what_triton_has_no_backend_for(schnell, tmp_path: Path, tritonserver: Path, compiler: str) -> None:
+    tritonserver.rmdir()
+    engines = compiled(schnell.engines, tmp_path / "engines", compiler, {})
+    write_repository(engines, tmp_path / "repo")
+    config = read_config(tmp_path / "repo", "dit")
+    assert (config.backend, config.instance_group[0].kind) == ("python", pb.ModelInstanceGroup.KIND_GPU)
+    assert config.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value == "no"
+    source = EngineSource.model_validate_json(config.parameters["ditforge_engine"].string_value)
+    assert (source.compiler, source.compiler_version, source.target) == (compiler, "9", "sm_89")
+    assert {path.name for path in (tmp_path / "repo" / "dit" / "1").iterdir()} == {"model.py", "dit.plan"}
+
+
+def test_batches_that_the_engines_do_not_take(schnell, tmp_path: Path) -> None:
+    engines = compiled(schnell.engines, tmp_path / "engines", "tensorrt-rtx", {})
+    with pytest.raises(UserError, match="up to 4, not 8") as error:
+        write_repository(engines, tmp_path / "repo", max_batch=8)
+    assert "--max-batch 4" in error.value.fix and "--batch 8" in error.value.fix
+
+
+def test_what_was_compiled_on_the_gpu_is_kept(schnell, tmp_path: Path) -> None:
+    engines = compiled(schnell.engines, tmp_path / "engines", "tensorrt-rtx", {})
+    write_repository(engines, tmp_path / "repo")
+    caches = {name: tmp_path / "repo" / name / "1" / f"{name}.runtime-cache" for name in ("clip", "dit")}
+    for cache in caches.values():
+        cache.write_bytes(b"kernels")
+    (engines / "dit.plan").write_bytes(b"another engine")
+    source = manifest.read(engines, "engines")
+    files = {"dit.plan": manifest.describe(engines / "dit.plan")}
+    dit = source.components["dit"].model_copy(update={"files": files})
+    manifest.write(source.model_copy(update={"components": {**source.components, "dit": dit}}), engines)
+    write_repository(engines, tmp_path / "repo")
+    assert {name for name, cache in caches.items() if cache.exists()} == {"clip"}

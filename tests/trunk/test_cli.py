@@ -20,7 +20,7 @@ from ditforge.engines import build as building
 from ditforge.export import onnx_export
 from ditforge.triton_repo.server import SHM, Server
 
-COMMANDS = ["export", "build", "verify", "repo", "serve", "generate", "up", "doctor", "inspect"]
+COMMANDS = ["export", "calibrate", "build", "verify", "repo", "serve", "generate", "up", "gpus", "doctor", "inspect"]
 HEAVY = {"torch", "numpy", "onnx", "onnxruntime", "grpc", "tritonclient", "diffusers", "transformers", "PIL"}
 
 
@@ -188,7 +188,7 @@ def test_up_keeps_what_is_there(schnell, tmp_path: Path, monkeypatch: pytest.Mon
     """The first time is prepared in this process, with the session's export in place of another one."""
     cache = tmp_path / "cache"
     with monkeypatch.context() as first:
-        first.setattr(onnx_export, "export_checkpoint", lambda checkpoint, out, *_: shutil.copytree(schnell.onnx, out))
+        first.setattr(onnx_export, "export_checkpoint", lambda _, out, *__, **___: shutil.copytree(schnell.onnx, out))
         repository = serving.prepare(schnell.checkpoint, "cpu", "fp32", 8, cache)
     before = tree(cache)
     started = time.monotonic()

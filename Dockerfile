@@ -1,0 +1,31 @@
+# Builds engines for the GPU it finds, and serves them: NVIDIA's Triton with its TensorRT backend, and ditforge.
+#
+#   docker build -t ditforge .
+#   docker run --gpus all -p 8001:8001 -v /path/to/checkpoint:/checkpoint:ro -v ditforge-cache:/cache ditforge
+#
+# Engines are kept in the volume /cache: the second start builds nothing.
+ARG TRITON=25.09
+FROM nvcr.io/nvidia/tritonserver:${TRITON}-py3 AS build
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends python3-venv && rm -rf /var/lib/apt/lists/*
+WORKDIR /src
+COPY . .
+# PyTorch only traces and reads checkpoints here, for which its CPU build does. A plan is loaded only by the TensorRT
+# that compiled it, so the Python package is that of the image (TRT_VERSION).
+RUN python3 -m venv /opt/ditforge \
+    && /opt/ditforge/bin/pip install --no-cache-dir --index-url "${TORCH_INDEX}" torch==2.13.0 \
+    && /opt/ditforge/bin/pip install --no-cache-dir ".[client,export,engines,tensorrt-rtx,gpu]" \
+        "tensorrt-cu13==${TRT_VERSION%%+*}"
+
+FROM nvcr.io/nvidia/tritonserver:${TRITON}-py3
+COPY --from=build /opt/ditforge /opt/ditforge
+RUN useradd --create-home --uid 10001 ditforge && install --directory --owner=10001 --group=10001 /cache
+ENV PATH=/opt/ditforge/bin:${PATH} XDG_CACHE_HOME=/cache PYTHONUNBUFFERED=1
+USER 10001
+WORKDIR /home/ditforge
+VOLUME /cache
+EXPOSE 8001
+HEALTHCHECK --interval=10s --start-period=1h CMD ["python", "-c", "import sys, tritonclient.grpc as triton; sys.exit(not triton.InferenceServerClient('localhost:8001').is_server_ready())"]
+ENTRYPOINT ["ditforge"]
+CMD ["up", "/checkpoint", "--gpu", "local", "--host", "0.0.0.0"]

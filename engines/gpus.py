@@ -1,0 +1,241 @@
+"""The GPU table, and what can be compiled for: the value of `--gpu`.
+
+Compute capabilities: https://developer.nvidia.com/cuda-gpus. Memory in GB as NVIDIA's data sheets give it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from ditforge.errors import UserError
+
+CPU = "cpu"
+LOCAL = "local"
+BF16_MEMORY_GB = 40  # of a DiT of 12 billion parameters, 16-bit weights and the text encoders fit
+DATA_CENTRE = ("sm_90", "sm_100", "sm_103")
+NAMES = "ditforge gpus   lists the names; --gpu also takes sm_89, several (sm_86,sm_89), local, and cpu"
+
+# name, product, memory in GB
+PRODUCTS = {
+    "sm_75": """
+        rtx2060, GeForce RTX 2060, 6 | rtx2060super, GeForce RTX 2060 SUPER, 8 | rtx2070, GeForce RTX 2070, 8
+        rtx2070super, GeForce RTX 2070 SUPER, 8 | rtx2080, GeForce RTX 2080, 8
+        rtx2080super, GeForce RTX 2080 SUPER, 8 | rtx2080ti, GeForce RTX 2080 Ti, 11 | titanrtx, TITAN RTX, 24
+        quadrortx4000, Quadro RTX 4000, 8 | quadrortx5000, Quadro RTX 5000, 16
+        quadrortx6000, Quadro RTX 6000, 24 | quadrortx8000, Quadro RTX 8000, 48 | t4, T4, 16
+    """,
+    "sm_80": "a30, A30, 24 | a100, A100 40GB, 40 | a100-80gb, A100 80GB, 80",
+    "sm_86": """
+        rtx3050, GeForce RTX 3050, 8 | rtx3060, GeForce RTX 3060, 12 | rtx3060ti, GeForce RTX 3060 Ti, 8
+        rtx3070, GeForce RTX 3070, 8 | rtx3070ti, GeForce RTX 3070 Ti, 8 | rtx3080, GeForce RTX 3080, 10
+        rtx3080ti, GeForce RTX 3080 Ti, 12 | rtx3090, GeForce RTX 3090, 24 | rtx3090ti, GeForce RTX 3090 Ti, 24
+        rtxa2000, RTX A2000, 12 | rtxa4000, RTX A4000, 16 | rtxa4500, RTX A4500, 20 | rtxa5000, RTX A5000, 24
+        rtxa6000, RTX A6000, 48 | a2, A2, 16 | a10, A10, 24 | a10g, A10G, 24 | a16, A16, 16 | a40, A40, 48
+    """,
+    "sm_89": """
+        rtx4060, GeForce RTX 4060, 8 | rtx4060ti, GeForce RTX 4060 Ti, 8 | rtx4070, GeForce RTX 4070, 12
+        rtx4070super, GeForce RTX 4070 SUPER, 12 | rtx4070ti, GeForce RTX 4070 Ti, 12
+        rtx4070tisuper, GeForce RTX 4070 Ti SUPER, 16 | rtx4080, GeForce RTX 4080, 16
+        rtx4080super, GeForce RTX 4080 SUPER, 16 | rtx4090, GeForce RTX 4090, 24
+        rtx2000ada, RTX 2000 Ada Generation, 16 | rtx4000ada, RTX 4000 Ada Generation, 20
+        rtx4500ada, RTX 4500 Ada Generation, 24 | rtx5000ada, RTX 5000 Ada Generation, 32
+        rtx6000ada, RTX 6000 Ada Generation, 48 | l4, L4, 24 | l40, L40, 48 | l40s, L40S, 48
+    """,
+    "sm_90": "h100, H100, 80 | h100nvl, H100 NVL, 94 | h200, H200, 141 | gh200, GH200 Grace Hopper, 96",
+    "sm_100": "b200, B200, 180 | gb200, GB200 Grace Blackwell, 186",
+    "sm_103": "b300, B300, 288 | gb300, GB300 Grace Blackwell, 288",
+    "sm_120": """
+        rtx5050, GeForce RTX 5050, 8 | rtx5060, GeForce RTX 5060, 8 | rtx5060ti, GeForce RTX 5060 Ti, 16
+        rtx5070, GeForce RTX 5070, 12 | rtx5070ti, GeForce RTX 5070 Ti, 16 | rtx5080, GeForce RTX 5080, 16
+        rtx5090, GeForce RTX 5090, 32 | rtxpro2000, RTX PRO 2000 Blackwell, 16
+        rtxpro4000, RTX PRO 4000 Blackwell, 24 | rtxpro4500, RTX PRO 4500 Blackwell, 32
+        rtxpro5000, RTX PRO 5000 Blackwell, 48 | rtxpro6000, RTX PRO 6000 Blackwell, 96
+    """,
+    "sm_121": "gb10, GB10 (DGX Spark), 128",
+}
+
+# The compute capability from which a number format can be computed with, and what those before it lack.
+SINCE = {"fp32": 75, "fp16": 75, "int8-weights": 75, "bf16": 80, "fp8": 89, "fp8-weights": 89}
+LACKS = {"bf16": "no bf16 arithmetic", "fp8": "no FP8 tensor cores", "fp8-weights": "no FP8 tensor cores"}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A product: what `--gpu` calls it, its name in the shop, compute capability, and memory in GB."""
+
+    name: str
+    product: str
+    capability: str
+    memory_gb: int
+
+
+def _gpu(entry: str, capability: str) -> Gpu:
+    name, product, memory = entry.split(", ")
+    return Gpu(name, product, capability, int(memory))
+
+
+GPUS = [
+    _gpu(entry.strip(), capability)
+    for capability, entries in PRODUCTS.items()
+    for entry in entries.strip().replace("\n", "|").split("|")
+]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to compile for: how the user called it, compute capabilities (none for the CPU), the least memory in GB.
+
+    The memory is None where it is not known. As text: `cpu`, or the capabilities (`sm_86,sm_89`), which is all of a
+    target that changes an engine.
+    """
+
+    name: str
+    capabilities: tuple[str, ...] = ()
+    memory_gb: int | None = None
+
+    def __str__(self) -> str:
+        return ",".join(self.capabilities) or CPU
+
+
+def number(capability: str) -> int:
+    """The number in a compute capability: 89 for `sm_89`."""
+    return int(capability.removeprefix("sm_"))
+
+
+def find_target(name: str) -> Target:
+    """The target that the user calls `name`: products, compute capabilities, `cpu`, `local`; several with commas.
+
+    Raises UserError for an unknown one, with the nearest names.
+    """
+    if name.strip().lower() == CPU:
+        return Target(CPU)
+    found = [_find_one(part) for part in name.split(",")]
+    capabilities = {capability for target in found for capability in target.capabilities}
+    memories = [target.memory_gb for target in found if target.memory_gb is not None]
+    memory = min(memories) if len(memories) == len(found) else None
+    return Target(",".join(target.name for target in found), tuple(sorted(capabilities, key=number)), memory)
+
+
+def _find_one(name: str) -> Target:
+    called = re.sub(r"nvidia|geforce|[\s_-]", "", name.lower())
+    if called == LOCAL:
+        return local_target()
+    for gpu in GPUS:
+        if called in (gpu.name.replace("-", ""), re.sub(r"geforce|\s", "", gpu.product.lower())):
+            return Target(gpu.name, (gpu.capability,), gpu.memory_gb)
+    if f"sm_{called[2:]}" in PRODUCTS and called.startswith("sm"):
+        return Target(f"sm_{called[2:]}", (f"sm_{called[2:]}",))
+    known = [gpu.name for gpu in GPUS] + list(PRODUCTS)
+    near = difflib.get_close_matches(called, known, n=3)
+    nearest = f" (did you mean {' or '.join(near)}?)" if near else ""
+    raise UserError(f"unknown GPU {name.strip()!r}{nearest}", NAMES)
+
+
+def local_target() -> Target:
+    """The first GPU of this machine, as its driver describes it. Raises UserError if there is none."""
+    try:
+        import pynvml
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "the driver cannot be asked for its GPU: nvidia-ml-py is not installed", "pip install nvidia-ml-py"
+        ) from error
+    try:
+        pynvml.nvmlInit()
+        try:
+            device = pynvml.nvmlDeviceGetHandleByIndex(0)
+            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(device)
+            memory = pynvml.nvmlDeviceGetMemoryInfo(device).total
+            product = pynvml.nvmlDeviceGetName(device)
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError as error:
+        raise UserError(
+            f"this machine has no NVIDIA GPU that its driver can find: {error}",
+            "name the GPU to compile for: --gpu rtx4090 (ditforge gpus lists names); or install NVIDIA's driver",
+        ) from error
+    return Target(str(product), (f"sm_{major}{minor}",), round(memory / 1e9))
+
+
+def precisions(capability: str) -> list[str]:
+    """The precisions that GPUs of a compute capability can compute with."""
+    return [precision for precision, since in SINCE.items() if number(capability) >= since]
+
+
+def compilers(capability: str) -> list[str]:
+    """The compilers whose engines such GPUs execute; the first is the default."""
+    rtx = ["tensorrt-rtx"] if capability not in DATA_CENTRE else []
+    return rtx + (["tensorrt"] if number(capability) >= 80 else [])
+
+
+def default_compiler(target: Target) -> str:
+    """The compiler to take where the user names none. Raises UserError if one does not do for all capabilities."""
+    if not target.capabilities:
+        return "onnxruntime"
+    for compiler in ("tensorrt-rtx", "tensorrt"):
+        if all(compiler in compilers(capability) for capability in target.capabilities):
+            return compiler
+    raise UserError(f"no compiler makes one engine for {target}", "build for each of them, into folders of their own")
+
+
+def default_precision(target: Target) -> tuple[str, str]:
+    """The precision to take where the user names none, and the reason."""
+    if not target.capabilities:
+        return "fp32", "ONNX Runtime computes 16-bit numbers in 32-bit on a CPU"
+    oldest = target.capabilities[0]
+    if number(oldest) >= SINCE["fp8-weights"]:
+        return "fp8-weights", f"{oldest} has FP8 tensor cores; half the memory of bf16, and no calibration"
+    if number(oldest) >= SINCE["bf16"] and (target.memory_gb or 0) >= BF16_MEMORY_GB:
+        return "bf16", f"{oldest} has no FP8 tensor cores, and {target.memory_gb} GB hold 16-bit weights"
+    held = f"{target.memory_gb} GB are" if target.memory_gb is not None else "an unknown memory may be"
+    return "int8-weights", f"{oldest} has no FP8 tensor cores, and {held} too little for 16-bit weights"
+
+
+def default_activations(target: Target) -> str:
+    """The number format to surround 8-bit weights with."""
+    if not target.capabilities:
+        return "fp32"
+    return "bf16" if all("bf16" in precisions(capability) for capability in target.capabilities) else "fp16"
+
+
+def check_precision(name: str, precision: str, dtype: str, target: Target) -> None:
+    """Raise UserError, with what is possible, if a capability cannot compute `precision` with `dtype` around it."""
+    for capability in target.capabilities:
+        able = precisions(capability)
+        lacking = next((wanted for wanted in (precision, dtype) if wanted in SINCE and wanted not in able), None)
+        if lacking is None:
+            continue
+        bf16 = "bf16" in able
+        around = "" if bf16 else " --activations fp16"
+        other = "bf16" if bf16 else "fp16"
+        raise UserError(
+            f"{capability} has {LACKS[lacking]}, and {name} is {precision}"
+            + (f" in {dtype}" if lacking != precision else ""),
+            f"ditforge export CHECKPOINT --precision int8-weights{around}   (or {other})",
+        )
+
+
+def check_compiler(compiler: str, target: Target) -> None:
+    """Raise UserError, with what is possible, if engines of `compiler` do not run on every capability of `target`."""
+    if not target.capabilities:
+        raise UserError(f"{compiler} compiles for GPUs, not for the CPU", "--compiler onnxruntime, or --gpu rtx4090")
+    for capability in target.capabilities:
+        able = compilers(capability)
+        if compiler not in able:
+            called = f" ({target.name})" if target.name != str(target) else ""
+            there = " on that machine" if able == ["tensorrt"] else ""
+            raise UserError(
+                f"engines of {compiler} do not run on {capability}{called}", f"use --compiler {able[0]}{there}"
+            )
+
+
+def table() -> list[tuple[str, ...]]:
+    """Rows of `ditforge gpus`: name, product, capability, memory, FP8, compilers, default precision."""
+    rows: list[tuple[str, ...]] = []
+    for gpu in GPUS:
+        precision, _ = default_precision(Target(gpu.name, (gpu.capability,), gpu.memory_gb))
+        fp8 = "yes" if "fp8" in precisions(gpu.capability) else "no"
+        able = ", ".join(compilers(gpu.capability))
+        rows.append((gpu.name, gpu.product, gpu.capability, f"{gpu.memory_gb} GB", fp8, able, precision))
+    return rows

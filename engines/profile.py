@@ -1,0 +1,120 @@
+"""Which sizes of pictures and batches an engine is compiled for.
+
+A compiler that wants ranges (TensorRT's optimisation profiles) gets the smallest, the best and the largest shape of
+each input; what a server then announces to clients are the sizes of the profile.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ditforge.engines.compiler import Shape
+from ditforge.errors import UserError
+from ditforge.manifest import Tensor
+from ditforge.model import Model
+
+DEFAULT_BATCH = 4
+RANGES = "--resolutions 512-1536, or with the best one --resolutions 512-1024-1536, in pixels"
+STATICS = "--static 1024x1024, or several: --static 1024x1024,1344x768 (width x height, in pixels)"
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Sizes in pixels, height and width: `smallest` to `largest`, fastest at `best`; batches of 1 to `max_batch`."""
+
+    smallest: Size
+    best: Size
+    largest: Size
+    max_batch: int
+
+    def shapes(self, tensor: Tensor, model: Model) -> tuple[Shape, Shape, Shape]:
+        """The smallest, best and largest shape of an input."""
+        return (
+            _shape(tensor, self.smallest, 1, model),
+            _shape(tensor, self.best, 1, model),
+            _shape(tensor, self.largest, self.max_batch, model),
+        )
+
+
+def _shape(tensor: Tensor, size: Size, batch: int, model: Model) -> Shape:
+    height, width = size
+    sizes = {"batch": batch, "height": height, "width": width}
+    sizes |= {"latent_height": height // model.vae_factor, "latent_width": width // model.vae_factor}
+    return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in tensor.shape)
+
+
+def make_profiles(model: Model, resolutions: str | None, static: str | None, batch: int | None) -> list[Profile]:
+    """The profiles for the options `--resolutions`, `--static` and `--batch`, None being the default.
+
+    Several static sizes are a profile each. Raises UserError if the model has no such sizes.
+    """
+    max_batch = DEFAULT_BATCH if batch is None else batch
+    if max_batch < 1:
+        raise UserError(f"the largest batch must be at least 1, got {max_batch}", f"--batch {DEFAULT_BATCH}")
+    if static is not None:
+        if resolutions is not None:
+            raise UserError("--static and --resolutions exclude each other", "give one of them")
+        sizes = [_parse_static(part, model) for part in static.split(",")]
+        return [Profile(size, size, size, max_batch) for size in dict.fromkeys(sizes)]
+    smallest, best, largest = default_range(model) if resolutions is None else _parse_range(resolutions, model)
+    return [Profile((smallest, smallest), (best, best), (largest, largest), max_batch)]
+
+
+def default_range(model: Model) -> tuple[int, int, int]:
+    """Half the model's default size, the default size, one and a half times it, as far as the model goes."""
+    multiple, best = model.size_multiple, model.default_size
+    smallest = max(best // 2 // multiple, 1) * multiple
+    largest = min(best * 3 // 2, model.max_size) // multiple * multiple
+    return smallest, best, max(largest, best)
+
+
+def _parse_range(text: str, model: Model) -> tuple[int, int, int]:
+    if not re.fullmatch(r"\d+-\d+(-\d+)?", text):
+        raise UserError(f"--resolutions {text} is not a range", RANGES)
+    numbers = [int(number) for number in text.split("-")]
+    smallest, largest = numbers[0], numbers[-1]
+    for number in numbers:
+        _check_size("--resolutions", number, model)
+    if smallest > largest:
+        raise UserError(
+            f"--resolutions {text}: the smallest, {smallest}, is above the largest, {largest}",
+            f"--resolutions {largest}-{smallest}",
+        )
+    best = numbers[1] if len(numbers) == 3 else min(max(model.default_size, smallest), largest)
+    if not smallest <= best <= largest:
+        raise UserError(f"--resolutions {text}: the best, {best}, is not from {smallest} to {largest}", RANGES)
+    return smallest, best, largest
+
+
+def _parse_static(text: str, model: Model) -> Size:
+    if not re.fullmatch(r"\d+x\d+", text.strip().lower()):
+        raise UserError(f"--static {text} is not a size", STATICS)
+    width, height = (_check_size("--static", int(number), model) for number in text.lower().split("x"))
+    return height, width
+
+
+def _check_size(option: str, size: int, model: Model) -> int:
+    multiple, largest = model.size_multiple, model.max_size // model.size_multiple * model.size_multiple
+    if not multiple <= size <= largest:
+        raise UserError(f"{option}: {model.name} makes {multiple} to {largest} pixels, got {size}", RANGES)
+    if size % multiple:
+        near = min(max(round(size / multiple), 1) * multiple, largest)
+        raise UserError(f"{option}: sizes must be divisible by {multiple}, got {size}", f"{near} is the nearest")
+    return size
+
+
+def announced(model: Model, profiles: list[Profile]) -> Model:
+    """The model as a server of these profiles announces it: its sizes are the profiles'."""
+    static = all(profile.smallest == profile.largest for profile in profiles)
+    first = profiles[0]
+    return model.model_copy(
+        update={
+            "default_size": max(first.best) if static else first.best[0],
+            "min_size": min(min(profile.smallest) for profile in profiles),
+            "max_size": max(max(profile.largest) for profile in profiles),
+            "sizes": tuple(profile.best for profile in profiles) if static else (),
+        }
+    )

@@ -1,0 +1,48 @@
+"""The fp32 twin of a bf16 graph: what ONNX Runtime executes on a CPU, where it has no bf16 kernels.
+
+8-bit weights and their Q/DQ pairs stay as they are; only what is computed in 16 bits is computed in 32. So the twin
+shows what quantisation does, and not what bf16 rounding adds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+NARROW, WIDE = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+
+
+def write_twin(graph: Path, out: Path) -> Path:
+    """Write the fp32 twin of the ONNX file `graph` into the folder `out`, one tensor at a time; returns its path."""
+    model = ir.load(graph)
+    for initializer in model.graph.initializers.values():
+        if initializer.dtype == NARROW:
+            initializer.const_value = widened(initializer)
+            initializer.dtype = WIDE
+    for node in model.graph:
+        for value in node.outputs:
+            if value.dtype == NARROW:
+                value.dtype = WIDE
+        for attribute in list(node.attributes.values()):
+            if attribute.type == ir.AttributeType.INT and attribute.name in ("to", "output_dtype"):
+                if attribute.as_int() == NARROW:
+                    node.attributes[attribute.name] = ir.AttrInt64(attribute.name, int(WIDE))
+            elif attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == NARROW:
+                wide = ir.tensor(attribute.as_tensor().numpy().astype(np.float32))
+                node.attributes[attribute.name] = ir.AttrTensor(attribute.name, wide)
+    path = out / graph.name
+    ir.save(model, path, external_data=f"{graph.name}.data")
+    return path
+
+
+def widened(initializer: ir.Value) -> ir.LazyTensor:
+    """The initializer's bf16 numbers in fp32, read when they are written."""
+    narrow = initializer.const_value
+    assert narrow is not None, f"{initializer.name} has no value"
+
+    def read() -> ir.TensorProtocol:
+        return ir.tensor(narrow.numpy().astype(np.float32), name=initializer.name)
+
+    return ir.LazyTensor(read, dtype=WIDE, shape=initializer.shape or ir.Shape(()), name=initializer.name)

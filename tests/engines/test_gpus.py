@@ -1,0 +1,185 @@
+"""The GPU table, what `--gpu` takes, and what is chosen and refused for it."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from command_line import assert_error, ditforge
+
+from ditforge.engines import gpus
+from ditforge.engines.gpus import GPUS, Target, find_target
+from ditforge.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("name", "capabilities", "memory"),
+    [
+        ("rtx4090", ("sm_89",), 24),
+        ("RTX 4090", ("sm_89",), 24),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", ("sm_89",), 16),
+        ("NVIDIA L40S", ("sm_89",), 48),
+        ("a100-80gb", ("sm_80",), 80),
+        ("h100", ("sm_90",), 80),
+        ("rtx-5090", ("sm_120",), 32),
+        ("sm_89", ("sm_89",), None),
+        ("SM120", ("sm_120",), None),
+        ("sm_120,sm_86,sm_89,sm_86", ("sm_86", "sm_89", "sm_120"), None),
+        ("rtx4090,rtx3060", ("sm_86", "sm_89"), 12),
+        ("rtx4090,sm_86", ("sm_86", "sm_89"), None),
+        ("cpu", (), None),
+    ],
+)
+def test_names(name: str, capabilities: tuple[str, ...], memory: int | None) -> None:
+    target = find_target(name)
+    assert (target.capabilities, target.memory_gb) == (capabilities, memory)
+    assert str(target) == (",".join(capabilities) or "cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("rtx4091", "rtx4090"), ("rtx 3900", "rtx3090"), ("h10", "h100"), ("sm_88", "sm_89")]
+)
+def test_an_unknown_gpu_gets_the_nearest_name(name: str, nearest: str) -> None:
+    with pytest.raises(UserError, match=f"unknown GPU '{name}' .*did you mean.*{nearest}") as error:
+        find_target(name)
+    assert "ditforge gpus" in error.value.fix
+
+
+@pytest.mark.parametrize("name", ["", "quantum", "cpu,sm_89", "sm_89,"])
+def test_no_gpu_at_all(name: str) -> None:
+    with pytest.raises(UserError, match="unknown GPU"):
+        find_target(name)
+
+
+def test_names_are_found_by_what_the_shop_calls_them() -> None:
+    assert len({gpu.name for gpu in GPUS}) == len(GPUS) > 60
+    for gpu in GPUS:
+        assert find_target(gpu.name) == find_target(f"NVIDIA {gpu.product}") == find_target(gpu.name.upper())
+
+
+def driver(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], name: str, memory: int) -> None:
+    """A driver that describes one GPU."""
+    nvml = ModuleType("pynvml")
+    calls = {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetCudaComputeCapability": lambda device: capability,
+        "nvmlDeviceGetMemoryInfo": lambda device: SimpleNamespace(total=memory),
+        "nvmlDeviceGetName": lambda device: name,
+        "NVMLError": RuntimeError,
+    }
+    for key, value in calls.items():
+        setattr(nvml, key, value)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+
+
+def test_the_local_gpu_is_the_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver(monkeypatch, (12, 0), "NVIDIA RTX of Next Year", 34_190_000_000)
+    assert find_target("local") == Target("NVIDIA RTX of Next Year", ("sm_120",), 34)
+
+
+def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    pynvml = pytest.importorskip("pynvml")
+
+    def fail() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", fail)
+    with pytest.raises(UserError, match=r"no NVIDIA GPU.*Not Found") as error:
+        find_target("local")
+    assert "--gpu rtx4090" in error.value.fix
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with pytest.raises(UserError, match="nvidia-ml-py is not installed"):
+        find_target("local")
+
+
+@pytest.mark.parametrize(
+    ("name", "compiler", "precision"),
+    [
+        ("rtx2080ti", "tensorrt-rtx", "int8-weights"),
+        ("rtx3090", "tensorrt-rtx", "int8-weights"),
+        ("a40", "tensorrt-rtx", "bf16"),
+        ("a100", "tensorrt-rtx", "bf16"),
+        ("quadrortx8000", "tensorrt-rtx", "int8-weights"),  # large, but without bf16
+        ("rtx4090", "tensorrt-rtx", "fp8-weights"),
+        ("l4", "tensorrt-rtx", "fp8-weights"),
+        ("h100", "tensorrt", "fp8-weights"),
+        ("b200", "tensorrt", "fp8-weights"),
+        ("rtx5070", "tensorrt-rtx", "fp8-weights"),
+        ("rtx3060,rtx5090", "tensorrt-rtx", "int8-weights"),  # the oldest decides
+        ("cpu", "onnxruntime", "fp32"),
+    ],
+)
+def test_what_is_chosen(name: str, compiler: str, precision: str) -> None:
+    target = find_target(name)
+    assert gpus.default_compiler(target) == compiler
+    chosen, reason = gpus.default_precision(target)
+    assert chosen == precision and reason
+    gpus.check_precision("dit", chosen, gpus.default_activations(target), target)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "dtype", "problem", "fix"),
+    [
+        ("rtx3090", "fp8", "bf16", "sm_86 has no FP8 tensor cores", "int8-weights   (or bf16)"),
+        ("a100", "fp8-weights", "bf16", "sm_80 has no FP8 tensor cores", "int8-weights   (or bf16)"),
+        ("rtx2080", "fp8", "fp16", "sm_75 has no FP8 tensor cores", "int8-weights --activations fp16   (or fp16)"),
+        ("rtx2080", "bf16", "bf16", "sm_75 has no bf16 arithmetic", "int8-weights --activations fp16   (or fp16)"),
+        ("t4", "int8-weights", "bf16", "sm_75 has no bf16 arithmetic, and dit is int8-weights in bf16", "fp16"),
+        ("sm_86,sm_89", "fp8", "bf16", "sm_86 has no FP8 tensor cores", "int8-weights"),
+    ],
+)
+def test_a_precision_that_the_gpu_lacks(name: str, precision: str, dtype: str, problem: str, fix: str) -> None:
+    with pytest.raises(UserError, match=problem) as error:
+        gpus.check_precision("dit", precision, dtype, find_target(name))
+    assert fix in error.value.fix
+
+
+@pytest.mark.parametrize(
+    ("compiler", "name", "problem", "fix"),
+    [
+        ("tensorrt-rtx", "h100", r"tensorrt-rtx do not run on sm_90 \(h100\)", "--compiler tensorrt on that machine"),
+        ("tensorrt-rtx", "b200", "sm_100", "--compiler tensorrt on that machine"),
+        ("tensorrt", "rtx2080", "sm_75", "--compiler tensorrt-rtx"),
+        ("tensorrt-rtx", "cpu", "not for the CPU", "--compiler onnxruntime"),
+    ],
+)
+def test_a_compiler_whose_engines_do_not_run_there(compiler: str, name: str, problem: str, fix: str) -> None:
+    with pytest.raises(UserError, match=problem) as error:
+        gpus.check_compiler(compiler, find_target(name))
+    assert fix in error.value.fix
+
+
+def test_one_engine_cannot_be_for_all() -> None:
+    with pytest.raises(UserError, match="no compiler makes one engine for sm_75,sm_90"):
+        gpus.default_compiler(find_target("t4,h100"))
+
+
+def test_the_command_prints_the_table(tmp_path) -> None:
+    result = ditforge("gpus", cwd=tmp_path)
+    assert result.code == 0
+    lines = result.out.splitlines()
+    assert len(lines) >= len(GPUS) + 1
+    row = next(line for line in lines if line.startswith("rtx4090 "))
+    for cell in ("GeForce RTX 4090", "sm_89", "24 GB", "yes", "tensorrt-rtx", "fp8-weights"):
+        assert cell in row
+
+
+@pytest.mark.parametrize(
+    ("gpu", "options", "mentions"),
+    [
+        ("rtx3090", ("--precision", "fp8"), ("sm_86 has no FP8 tensor cores", "int8-weights   (or bf16)")),
+        (
+            "h100",
+            ("--compiler", "tensorrt-rtx", "--precision", "bf16"),
+            ("sm_90 (h100)", "use --compiler tensorrt on that machine"),
+        ),
+        ("rtx3091", (), ("'rtx3091'", "did you mean rtx3090", "ditforge gpus")),
+    ],
+)
+def test_up_refuses_before_the_export(flux_tiny, tmp_path, gpu: str, options: tuple[str, ...], mentions) -> None:
+    result = ditforge("up", flux_tiny, "--gpu", gpu, *options, "--cache", "cache", cwd=tmp_path)
+    assert_error(result, *mentions)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,116 @@
+"""The sizes that engines are compiled for, and what a server announces of them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, strategies as st
+
+from ditforge.client.request import make_request
+from ditforge.engines.profile import announced, default_range, make_profiles
+from ditforge.errors import UserError
+from ditforge.manifest import Tensor
+from ditforge.model import Model, Schedule
+
+MODEL = Model(
+    name="dev",
+    latent_channels=16,
+    vae_factor=8,
+    size_multiple=16,
+    default_size=1024,
+    max_size=4096,
+    default_steps=28,
+    guidance="embedded",
+    default_guidance=3.5,
+    schedule=Schedule(kind="fixed"),
+    max_tokens={"clip": 77, "t5": 512},
+)
+LATENTS = Tensor(dtype="FP32", shape=("batch", 16, "latent_height", "latent_width"))
+IMAGE = Tensor(dtype="UINT8", shape=("batch", "height", "width", 3))
+
+
+def test_the_default_is_around_the_models_size() -> None:
+    (profile,) = make_profiles(MODEL, None, None, None)
+    assert profile.shapes(LATENTS, MODEL) == ((1, 16, 64, 64), (1, 16, 128, 128), (4, 16, 192, 192))
+    assert profile.shapes(IMAGE, MODEL) == ((1, 512, 512, 3), (1, 1024, 1024, 3), (4, 1536, 1536, 3))
+    assert profile.shapes(Tensor(dtype="INT32", shape=("batch", 77)), MODEL) == ((1, 77), (1, 77), (4, 77))
+
+
+@given(multiple=st.sampled_from([8, 16, 32]), default=st.integers(1, 64), ratio=st.integers(1, 4))
+def test_the_default_is_always_a_range_of_the_model(multiple: int, default: int, ratio: int) -> None:
+    sizes = {"size_multiple": multiple, "default_size": default * multiple, "max_size": default * multiple * ratio}
+    model = MODEL.model_copy(update=sizes)
+    smallest, best, largest = default_range(model)
+    assert multiple <= smallest <= best <= largest <= model.max_size
+    assert [size % multiple for size in (smallest, best, largest)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("resolutions", "sizes"),
+    [
+        ("512-1536", (512, 1024, 1536)),
+        ("512-768", (512, 768, 768)),
+        ("1280-2048", (1280, 1280, 2048)),
+        ("256-512-768", (256, 512, 768)),
+        ("1024-1024", (1024, 1024, 1024)),
+    ],
+)
+def test_resolutions(resolutions: str, sizes: tuple[int, int, int]) -> None:
+    (profile,) = make_profiles(MODEL, resolutions, None, 2)
+    assert (profile.smallest[0], profile.best[1], profile.largest[0]) == sizes
+    assert profile.max_batch == 2
+
+
+def test_static_sizes_are_a_profile_each_width_first() -> None:
+    profiles = make_profiles(MODEL, None, "1344x768, 1024x1024", None)
+    assert [profile.best for profile in profiles] == [(768, 1344), (1024, 1024)]
+    smallest, best, largest = profiles[0].shapes(LATENTS, MODEL)
+    assert smallest == best == (1, 16, 96, 168)
+    assert largest == (4, 16, 96, 168)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem", "fix"),
+    [
+        ({"resolutions": "1536-512"}, "the smallest, 1536, is above the largest, 512", "--resolutions 512-1536"),
+        ({"resolutions": "512-2048-1024"}, "the best, 2048, is not from 512 to 1024", "--resolutions"),
+        ({"resolutions": "500-1024"}, "divisible by 16, got 500", "496"),
+        ({"resolutions": "512-8192"}, "16 to 4096 pixels, got 8192", "--resolutions"),
+        ({"resolutions": "0-512"}, "got 0", "--resolutions"),
+        ({"resolutions": "large"}, "large is not a range", "512-1536"),
+        ({"resolutions": "-512"}, "not a range", "512-1536"),
+        ({"static": "1024"}, "1024 is not a size", "1024x1024"),
+        ({"static": "1024x1000"}, "divisible by 16, got 1000", "992|1008"),
+        ({"static": "512x512", "resolutions": "512-1024"}, "exclude each other", "one of them"),
+        ({"batch": 0}, "at least 1, got 0", "--batch 4"),
+    ],
+)
+def test_sizes_that_cannot_be(options: dict, problem: str, fix: str) -> None:
+    with pytest.raises(UserError, match=problem) as error:
+        make_profiles(MODEL, **({"resolutions": None, "static": None, "batch": None} | options))
+    assert any(part in error.value.fix for part in fix.split("|"))
+
+
+def ask(model: Model, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+    rest = {"seed": 0, "steps": 4, "guidance": None, "sampler": "euler"}
+    request = make_request(model, ["a"], height=height, width=width, **rest)
+    return request.height, request.width
+
+
+def test_a_client_is_kept_to_the_range() -> None:
+    model = announced(MODEL, make_profiles(MODEL, "256-512-768", None, None))
+    assert (model.min_size, model.default_size, model.max_size) == (256, 512, 768)
+    assert ask(model) == (512, 512)
+    assert ask(model, 256, 768) == (256, 768)
+    for size in (240, 784):
+        with pytest.raises(UserError, match=f"from 256 to 768 pixels, got {size}"):
+            ask(model, height=size)
+
+
+def test_a_client_is_kept_to_static_sizes() -> None:
+    model = announced(MODEL, make_profiles(MODEL, None, "1344x768,1024x1024", None))
+    assert ask(model) == (768, 1344)
+    assert ask(model, height=1024) == (1024, 1024)
+    assert ask(model, width=1344) == (768, 1344)
+    with pytest.raises(UserError, match="1024 x 1344") as error:
+        ask(model, 1024, 1344)
+    assert error.value.fix == "--height 768 --width 1344 or --height 1024 --width 1024"

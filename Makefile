@@ -3,11 +3,13 @@ PYTHON ?= python3
 # On the package index, torch is a CUDA build of several gigabytes. For a small one, or one for your CUDA version:
 # make TORCH="torch==2.13.0 --index-url URL", with the URL that pytorch.org/get-started shows.
 TORCH ?= torch==2.13.0
+# What `make gpu-check` runs engines with: gpu for TensorRT-RTX; gpu,tensorrt for data-centre GPUs.
+GPU_EXTRAS ?= gpu
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test lint bench accuracy clean
+.PHONY: demo test lint bench accuracy gpu-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/first_picture.py models/flux-tiny --out out/demo
@@ -26,6 +28,10 @@ bench: $(INSTALLED)
 
 accuracy: $(INSTALLED)
 	$(BIN)/python benchmarks/accuracy.py models/flux-tiny --out docs/accuracy.md
+
+gpu-check: $(INSTALLED)
+	$(BIN)/pip install --quiet --editable '.[all,test,$(GPU_EXTRAS)]'
+	$(BIN)/python examples/gpu_check.py models/flux-tiny --out out/gpu-check
 
 $(INSTALLED): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV) || { echo "fix:   apt install python3-venv"; exit 1; }

@@ -13,7 +13,10 @@ from pathlib import Path
 EXTRAS = {
     "client": ("numpy", "PIL", "tritonclient", "grpc"),
     "export": ("torch", "diffusers", "transformers", "safetensors", "onnxscript", "onnx_ir"),
-    "engines": ("onnx", "onnxruntime"),
+    "engines": ("onnx", "onnxruntime", "pynvml"),
+    "tensorrt-rtx": ("tensorrt_rtx",),
+    "tensorrt": ("tensorrt",),
+    "gpu": ("cupy",),
     "serve": ("pytriton", "tokenizers", "google"),
 }
 

@@ -114,7 +114,7 @@ def run_component(folder: Path, found: Manifest, name: str, inputs: Arrays) -> A
     component = found.components[name]
     if found.kind == "engines":
         engine = found.engines[name]
-        loaded = load_engine(folder, component.files, engine.compiler, engine.target)
+        loaded = load_engine(folder, component.files, engine.compiler, engine.target, engine.compiler_version)
         return loaded.run(as_declared(inputs, component))
     graph = folder / f"{name}.onnx"
     if component.dtype != "bf16":

@@ -6,15 +6,17 @@
 # Engines are kept in the volume /cache: the second start builds nothing.
 ARG TRITON=25.09
 FROM nvcr.io/nvidia/tritonserver:${TRITON}-py3 AS build
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Its CPU build is much smaller: --build-arg TORCH="torch==2.13.0 --index-url URL", as pytorch.org/get-started shows.
+ARG TORCH=torch==2.13.0
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends python3-venv && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY . .
-# PyTorch only traces and reads checkpoints here, for which its CPU build does. A plan is loaded only by the TensorRT
-# that compiled it, so the Python package is that of the image (TRT_VERSION).
+# PyTorch only traces and reads checkpoints here, for which any build does. A plan is loaded only by the TensorRT that
+# compiled it, so the Python package is that of the image (TRT_VERSION).
+# hadolint ignore=SC2086
 RUN python3 -m venv /opt/ditforge \
-    && /opt/ditforge/bin/pip install --no-cache-dir --index-url "${TORCH_INDEX}" torch==2.13.0 \
+    && /opt/ditforge/bin/pip install --no-cache-dir ${TORCH} \
     && /opt/ditforge/bin/pip install --no-cache-dir ".[client,export,engines,tensorrt-rtx,gpu]" \
         "tensorrt-cu13==${TRT_VERSION%%+*}"
 

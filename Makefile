@@ -20,6 +20,7 @@ test: lint
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/hadolint Dockerfile
 	rm -rf $(VENV)/typed && $(BIN)/pip install --quiet --no-deps --target $(VENV)/typed .
 	cd $(VENV)/typed && PYTHONPATH=. ../bin/mypy --config-file ../../pyproject.toml -p ditforge
 

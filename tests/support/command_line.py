@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -32,10 +33,20 @@ def ditforge(*args: str | Path, cwd: Path, timeout: float = 60) -> Result:
 
 
 def popen(*args: str | Path, cwd: Path) -> subprocess.Popen[str]:
-    """Start `ditforge ARGS` in the folder `cwd`."""
+    """Start `ditforge ARGS` in the folder `cwd`, heeding Ctrl-C even where the tests run in a shell's background."""
     return subprocess.Popen(
-        [*COMMAND, *map(str, args)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*COMMAND, *map(str, args)],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
     )
+
+
+def heed_interrupts() -> None:
+    """A shell has its background jobs ignore SIGINT, and what they start inherits that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def assert_error(result: Result, *mentions: str | Path, code: int = 2) -> None:

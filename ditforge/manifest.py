@@ -128,6 +128,14 @@ def read_any(folder: Path) -> Manifest:
     return parse(folder / FILE_NAME)
 
 
+def earlier(folder: Path, kind: Kind) -> Manifest | None:
+    """The manifest that an earlier run left in `folder`, if there is one of `kind` that this version reads."""
+    try:
+        return read(folder, kind)
+    except UserError:
+        return None
+
+
 def parse(path: Path) -> Manifest:
     """The manifest in the file `path`, of whatever kind. Raises UserError if it is not one that this version reads."""
     try:

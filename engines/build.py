@@ -10,7 +10,6 @@ from ditforge import manifest
 from ditforge.engines.compiler import Compiler, Job, Progress, Ranges, find_compiler
 from ditforge.engines.gpus import Target, default_compiler, find_target
 from ditforge.engines.profile import Profile, announced, make_profiles
-from ditforge.errors import UserError
 from ditforge.manifest import Component, Engine, Manifest
 from ditforge.model import Model
 
@@ -65,7 +64,7 @@ def build(
         for name, component in networks.items()
     }
     max_batch = profiles[0].max_batch if profiles else None
-    before = previous_build(out)
+    before = manifest.earlier(out, "engines")
     reasons = {name: reason for name in networks if (reason := rebuild_reason(before, out, name, keys[name]))}
     if before and not reasons and is_same(before, out, model, max_batch, keys):
         return Built(before, {})
@@ -140,14 +139,6 @@ def is_same(before: Manifest, out: Path, model: Model, max_batch: int | None, ke
     same = before.model == model and before.engines.keys() == keys.keys()
     same = same and all(engine.max_batch == max_batch for engine in before.engines.values())
     return same and manifest.is_whole(out, before.components)
-
-
-def previous_build(out: Path) -> Manifest | None:
-    """The manifest of an earlier build in `out`, if there is one that this version reads."""
-    try:
-        return manifest.read(out, "engines")
-    except UserError:
-        return None
 
 
 def rebuild_reason(before: Manifest | None, out: Path, name: str, key: dict[str, str]) -> str:

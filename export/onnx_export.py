@@ -75,8 +75,12 @@ def export_checkpoint(
         "exporter": f"torch {torch.__version__}",
         "checkpoint": fingerprint(checkpoint),
     }
-    before = previous_export(out)
-    if before and before.source == source and before.ditforge == __version__:
+    before = manifest.earlier(out, "onnx")
+    if (
+        before
+        and (before.source, before.ditforge) == (source, __version__)
+        and manifest.is_whole(out, before.components)
+    ):
         return Exported(before, fresh=True)
     family = family_of(opened)
     try:
@@ -140,15 +144,6 @@ def fingerprint(checkpoint: Path) -> str:
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     listed = [(str(path.relative_to(checkpoint)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return sha256(repr(listed).encode()).hexdigest()
-
-
-def previous_export(out: Path) -> Manifest | None:
-    """The manifest of an earlier, whole export in `out`, if there is one that this version reads."""
-    try:
-        before = manifest.read(out, "onnx")
-    except UserError:
-        return None
-    return before if manifest.is_whole(out, before.components) else None
 
 
 def export_network(

@@ -24,6 +24,7 @@ from ditforge.export.precision import Precision
 from ditforge.export.quantise import SCHEMES
 
 FORMAT = 1
+MAX_STEPS = 1000
 SEED = 0  # of the first prompt; the next ones count up
 HOW = "ditforge calibrate CHECKPOINT --out FILE, then export --calibration FILE; or: --precision fp8-weights"
 
@@ -108,6 +109,8 @@ def calibrate(
     """
     import torch
 
+    if steps is not None and not 1 <= steps <= MAX_STEPS:
+        raise UserError(f"steps must be from 1 to {MAX_STEPS}, got {steps}", "--steps 28, or leave it out")
     checkpoint = open_checkpoint(folder)
     family = family_of(checkpoint)
     model = family.model(checkpoint)

@@ -190,6 +190,13 @@ def test_prompts(tmp_path: Path) -> None:
         calibration.read_prompts(tmp_path / "missing.txt")
 
 
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_steps_that_no_schedule_has(random_schnell: Path, tmp_path: Path, steps: int) -> None:
+    with pytest.raises(UserError, match=str(steps)):
+        calibration.calibrate(random_schnell, tmp_path / "ranges.json", ["a"], steps)
+    assert not list(tmp_path.iterdir())
+
+
 def test_where_the_ranges_cannot_be_written_nothing_is_run(random_schnell: Path, tmp_path: Path) -> None:
     ran = []
     with pytest.raises(UserError, match="cannot write"):

@@ -24,7 +24,7 @@ GUIDANCE, STEPS = 3.5, 20
 
 def load_pipeline(folder: Path, device: str) -> DiffusionPipeline:
     """The folder's own pipeline class in float32, without a progress bar."""
-    pipeline = DiffusionPipeline.from_pretrained(str(folder), torch_dtype=torch.float32).to(device)
+    pipeline = DiffusionPipeline.from_pretrained(str(folder), dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -1,71 +1,49 @@
-"""What flux-tiny's training steps see: encoded pictures with their captions' ids, and noised batches of them."""
+"""What a transformer's training steps see: encoded pictures with their captions' ids, and noised batches of them.
 
+Nothing here knows a family: the text encoders are a function from captions to ids, the latents are as the autoencoder
+makes them.
+"""
+
+import math
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import FluxPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from flux_tiny import Models
+from diffusers import AutoencoderKL
 from training import Budget, Size, draw_pool, encode_pool
-from vocabulary import CLIP_LENGTH, T5_LENGTH
+from transformers import PreTrainedTokenizerBase
+from vocabulary import T5_LENGTH
 
-# The first size is the model's own; the others share a seventh of the steps.
+# The first size is the model's own; the others share a tenth of the steps.
 SIZES: tuple[Size, ...] = ((128, 128), (96, 160), (160, 96), (160, 160), (96, 96), (128, 192), (192, 128), (256, 256))
 LONG_TEXT = (128, 256, 512)  # token lengths beside 64 that a pipeline may pad T5's input to
-LONG_TEXT_SHARE = 0.04
-MAIN_SHARE = 0.85  # share of the batches of the first size
+LONG_TEXT_SHARE = 0.03
+MAIN_SHARE = 0.9  # share of the batches of the first size
 DROPOUT = 0.1  # share of prompts replaced by the empty one
+
+Ids = tuple[torch.Tensor, ...]  # int32 [N, length] of every text encoder, T5's last
+Tokenize = Callable[[Sequence[str]], Ids]
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Encoded pictures of one size. latents [N, tokens, 64] float16, mean 0 and spread 1; the ids int32."""
+    """Encoded pictures of one size: latents [N, 16, h, w] float16, mean 0 and spread 1, and their captions' ids."""
 
     latents: torch.Tensor
-    clip_ids: torch.Tensor  # [N, 77]
-    t5_ids: torch.Tensor  # [N, 64]
-    image_ids: torch.Tensor  # [tokens, 3]
+    ids: Ids
 
 
-def token_ids(models: Models, captions: list[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """CLIP's ids [N, 77] and T5's [N, 64], int32, padded as FluxPipeline pads them."""
-    lengths = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-    clip_ids = models.tokenizer(captions, max_length=CLIP_LENGTH, **lengths).input_ids
-    t5_ids = models.tokenizer_2(captions, max_length=T5_LENGTH, **lengths).input_ids
-    return clip_ids.int().to(device), t5_ids.int().to(device)
+@dataclass(frozen=True)
+class Kind:
+    """What shapes a batch has: the index of its size in SIZES, and the tokens that T5's input is padded to."""
+
+    size: int
+    length: int
 
 
-def encode_examples(models: Models, count: int, size: Size, seed: int, device: torch.device) -> Examples:
-    """Draws, captions and encodes `count` pictures; they stay on the device."""
-    pool = draw_pool(count, size, seed, device)
-    config = models.vae.config
-    latents = ((encode_pool(models.vae, pool.pixels).float() - config.shift_factor) * config.scaling_factor).half()
-    rows, columns = latents.shape[2] // 2, latents.shape[3] // 2
-    packed = FluxPipeline._pack_latents(latents, count, 16, 2 * rows, 2 * columns)
-    image_ids = FluxPipeline._prepare_latent_image_ids(1, rows, columns, device, torch.float32)
-    return Examples(packed, *token_ids(models, pool.captions, device), image_ids)
-
-
-def encode_all(models: Models, budget: Budget, seed: int, device: torch.device) -> list[Examples]:
-    """Examples of every size of SIZES, the first the most."""
-    others = max(4, budget.pictures // 16)
-    return [
-        encode_examples(models, budget.pictures if i == 0 else others, size, seed + 100 + i, device)
-        for i, size in enumerate(SIZES)
-    ]
-
-
-def sample_sigmas(count: int, tokens: int, device: torch.device) -> torch.Tensor:
-    """Noise levels [count]: four in five logit-normal (Esser et al. 2024, arXiv:2403.03206), the others uniform.
-
-    The mean of the logit is the shift that FluxPipeline applies to the schedule at this number of image tokens, and a
-    half: flat scenes of few tokens are decided at high noise.
-    """
-    logit_normal = torch.sigmoid(torch.randn(count, device=device) + calculate_shift(tokens) + 0.5)
-    uniform = torch.rand(count, device=device)
-    return torch.where(torch.rand(count, device=device) < 0.8, logit_normal, uniform)
+USUAL = Kind(0, T5_LENGTH)
 
 
 @dataclass(frozen=True)
@@ -74,40 +52,88 @@ class Noised:
 
     noisy: torch.Tensor
     velocity: torch.Tensor
-    timestep: torch.Tensor
-    clip_ids: torch.Tensor
-    t5_ids: torch.Tensor
-    image_ids: torch.Tensor
-    is_usual: bool  # the first size, and text of the usual length
+    timestep: torch.Tensor  # sigma [B], as the transformer is told
+    ids: Ids
+
+
+def padded_ids(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length: int) -> torch.Tensor:
+    """Ids [N, length] int32, padded as the pipelines pad them. Raises ValueError for a caption of more tokens."""
+    ids = tokenizer(list(captions), max_length=length, padding="max_length", return_tensors="pt").input_ids
+    if ids.shape[1] > length:
+        raise ValueError(f"a caption has {ids.shape[1]} tokens, more than {length}")
+    return ids.int()
+
+
+def encode_examples(
+    autoencoder: AutoencoderKL, tokenize: Tokenize, count: int, size: Size, seed: int, device: torch.device
+) -> Examples:
+    """Draws, captions and encodes `count` pictures; they stay on the device."""
+    pool = draw_pool(count, size, seed, device)
+    config = autoencoder.config
+    latents = (encode_pool(autoencoder, pool.pixels).float() - config.shift_factor) * config.scaling_factor
+    return Examples(latents.half(), tokenize(pool.captions))
+
+
+def encode_all(
+    autoencoder: AutoencoderKL, tokenize: Tokenize, budget: Budget, seed: int, device: torch.device
+) -> list[Examples]:
+    """Examples of every size of SIZES, the first the most."""
+    others = max(4, budget.pictures // 32)
+    return [
+        encode_examples(autoencoder, tokenize, others if i else budget.pictures, size, seed + 100 + i, device)
+        for i, size in enumerate(SIZES)
+    ]
+
+
+def sample_sigmas(count: int, shift: float, device: torch.device) -> torch.Tensor:
+    """Noise levels [count]: three in four logit-normal (Esser et al. 2024, arXiv:2403.03206), the rest uniform.
+
+    The mean of the logit is log(shift), where the sampler's schedule is densest, and 0.9: what flat scenes of few
+    tokens show is decided at high noise, and only there does the prompt matter.
+    """
+    logit_normal = torch.sigmoid(torch.randn(count, device=device) + math.log(shift) + 0.9)
+    uniform = torch.rand(count, device=device)
+    return torch.where(torch.rand(count, device=device) < 0.75, logit_normal, uniform)
+
+
+def draw_kind(rng: random.Random) -> Kind:
+    """The first size and the usual length of text in most cases; never both unusual."""
+    if rng.random() >= MAIN_SHARE:
+        return Kind(rng.randrange(1, len(SIZES)), T5_LENGTH)
+    return Kind(0, rng.choice(LONG_TEXT)) if rng.random() < LONG_TEXT_SHARE else USUAL
+
+
+def image_tokens(latents: torch.Tensor) -> int:
+    """Tokens of a picture: patches of 2 by 2 latents [.., h, w]."""
+    return latents.shape[-2] * latents.shape[-1] // 4
+
+
+def pad_text(ids: Ids, length: int) -> Ids:
+    """T5's ids padded to `length`; the others as they are."""
+    return (*ids[:-1], F.pad(ids[-1], (0, length - T5_LENGTH)))
 
 
 def draw_batch(
-    examples: list[Examples], batch: int, empty: tuple[torch.Tensor, torch.Tensor], rng: random.Random
+    examples: Sequence[Examples], kind: Kind, batch: int, empty: Ids, shift: Callable[[int], float]
 ) -> Noised:
-    """A batch of one size with prompt dropout; smaller where its pictures or its padded text are longer."""
-    chosen = examples[0] if rng.random() < MAIN_SHARE else rng.choice(examples[1:])
-    tokens, device = chosen.latents.shape[1], chosen.latents.device
-    length = rng.choice(LONG_TEXT) if rng.random() < LONG_TEXT_SHARE else T5_LENGTH
-    usual = examples[0].latents.shape[1] + T5_LENGTH
-    count = max(1, min(batch, batch * usual // (tokens + length)))
+    """A batch of this kind with prompt dropout; smaller where its pictures or its padded text are longer.
+
+    `empty` holds the ids [1, length] of the empty prompt; `shift` is the schedule's at a number of image tokens.
+    """
+    chosen, device = examples[kind.size], examples[0].latents.device
+    tokens, usual = image_tokens(chosen.latents), image_tokens(examples[0].latents) + T5_LENGTH
+    count = max(1, min(batch, batch * usual // (tokens + kind.length)))
     rows = torch.randint(len(chosen.latents), (count,), device=device)
     latents = chosen.latents[rows].float()
     noise = torch.randn_like(latents)
-    sigma = sample_sigmas(count, tokens, device)
+    sigma = sample_sigmas(count, shift(tokens), device)
     dropped = torch.rand(count, 1, device=device) < DROPOUT
-    clip_ids = torch.where(dropped, empty[0], chosen.clip_ids[rows])
-    t5_ids = torch.where(dropped, empty[1], chosen.t5_ids[rows])
+    ids = tuple(torch.where(dropped, nothing, some[rows]) for nothing, some in zip(empty, chosen.ids, strict=True))
     # A pipeline in bfloat16 rounds the timestep to eight bits: a quarter of the batch is told the rounded one.
     rounded = (sigma * 1000).bfloat16().float() / 1000
-    timestep = torch.where(torch.rand_like(sigma) < 0.25, rounded, sigma)
-    level = sigma[:, None, None]
-    noisy = torch.lerp(latents, noise, level)
     return Noised(
-        noisy=noisy,
+        noisy=torch.lerp(latents, noise, sigma[:, None, None, None]),
         velocity=noise - latents,
-        timestep=timestep,
-        clip_ids=clip_ids,
-        t5_ids=F.pad(t5_ids, (0, length - T5_LENGTH)),
-        image_ids=chosen.image_ids,
-        is_usual=chosen is examples[0] and length == T5_LENGTH,
+        timestep=torch.where(torch.rand_like(sigma) < 0.25, rounded, sigma),
+        ids=pad_text(ids, kind.length),
     )

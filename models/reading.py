@@ -13,6 +13,8 @@ from scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, Scene, captio
 from torch import nn
 from training import Budget, optimise
 
+from examples import Ids, Tokenize
+
 # The possible answers to each question, None where the caption leaves it open.
 ANSWERS: list[list[str | None]] = [
     [None, *COLOURS],
@@ -25,8 +27,7 @@ ANSWERS: list[list[str | None]] = [
     [None, *BACKGROUNDS],
 ]
 
-Tokenize = Callable[[list[str]], Sequence[torch.Tensor]]
-Encode = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
+Encode = Callable[[Ids], Sequence[torch.Tensor]]
 
 
 def facts(scene: Scene) -> list[int]:
@@ -43,7 +44,7 @@ def train_reading(
 ) -> float:
     """Trains the encoders in place; returns the share of fresh captions that every encoder reads without a fault.
 
-    `tokenize` gives one tensor of ids [N, length] for each encoder, `encode` one of states [B, states, width] for each.
+    `encode` gives states [B, states, width] of each encoder.
     The answers are read off by a linear layer for each encoder, which is thrown away afterwards.
     """
     torch.manual_seed(seed)
@@ -54,14 +55,14 @@ def train_reading(
     right = torch.tensor([facts(scene) for scene in scenes], device=device)
     sizes = [len(choices) for choices in ANSWERS]
     with torch.no_grad():
-        widths = [states.shape[-1] for states in encode([part[:1] for part in ids])]
+        widths = [states.shape[-1] for states in encode(tuple(part[:1] for part in ids))]
     heads = nn.ModuleList(nn.Linear(width, sum(sizes)) for width in widths).to(device)
 
     def read(rows: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-        states = encode([part[rows] for part in ids])
+        states = encode(tuple(part[rows] for part in ids))
         return [head(state.float().mean(1)).split(sizes, -1) for head, state in zip(heads, states, strict=True)]
 
-    def loss(step: int) -> torch.Tensor:
+    def loss(kind: None) -> torch.Tensor:
         rows = torch.randint(budget.pictures, (budget.batch,), device=device)
         total = torch.zeros((), device=device)
         for answers in read(rows):
@@ -69,7 +70,7 @@ def train_reading(
                 total = total + F.cross_entropy(logits, right[rows, question])
         return total
 
-    optimise([*encoders, heads], loss, budget.steps, 1e-3, "reading")
+    optimise([(module, 1e-3) for module in (*encoders, heads)], loss, budget.steps, "reading", lambda: None)
     with torch.no_grad():
         rows = torch.arange(budget.pictures, len(scenes), device=device)
         faultless = torch.ones(len(rows), dtype=torch.bool, device=device)

@@ -3,44 +3,58 @@
     python models/train_flux_tiny.py --out models/flux-tiny
 
 Four stages, each kept under --work so that a second run goes on where the first stopped: the autoencoder; the text
-encoders, which then stay as they are; the transformer by flow matching; guidance distillation. The result is a folder
-that `diffusers.FluxPipeline.from_pretrained` loads.
+encoders learn to read captions; text encoders and transformer together by flow matching; guidance distillation of the
+transformer. The result is a folder that `diffusers.FluxPipeline.from_pretrained` loads.
 """
 
 import argparse
-import json
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from flux_tiny import Models, build_models, save_pipeline
-from judge import judge
 from reading import train_reading
 from torch import nn
 from training import (
     Budget,
-    draw_pool,
+    compiled_twin,
     optimise,
-    reconstruct,
+    prepare_gpu,
     run_stage,
     train_autoencoder,
     working_type,
+    write_report,
 )
 from vocabulary import T5_LENGTH
+from watching import Velocity, judge_reconstructions, judge_samples
 
-from examples import SIZES, Noised, draw_batch, encode_all, token_ids
+from examples import (
+    SIZES,
+    USUAL,
+    Ids,
+    Kind,
+    Noised,
+    draw_batch,
+    draw_kind,
+    encode_all,
+    pad_text,
+    padded_ids,
+)
 
 BUDGETS = {
     "autoencoder": Budget(steps=4000, batch=64, pictures=65_536),
-    "reading": Budget(steps=4000, batch=512, pictures=196_608),
-    "flow": Budget(steps=9000, batch=512, pictures=196_608),
-    "guidance": Budget(steps=1500, batch=512, pictures=65_536),
+    "reading": Budget(steps=6000, batch=256, pictures=196_608),
+    "flow": Budget(steps=33_000, batch=256, pictures=196_608),
+    "guidance": Budget(steps=2500, batch=256, pictures=65_536),
 }
+# Captions have 20 at most. CLIP looks back only and is pooled at its end token: what pads to 77 changes nothing.
+CLIP_TOKENS = 24
 GUIDANCE = (1.0, 5.0)  # range of the distilled guidance; the teacher is always given the first
 
 
@@ -52,11 +66,15 @@ class Prompts:
     states: torch.Tensor
 
 
-@torch.no_grad()
-def encode_prompts(models: Models, clip_ids: torch.Tensor, t5_ids: torch.Tensor) -> Prompts:
-    """Both encoders, frozen, without a mask, as FluxPipeline calls them."""
-    pooled = models.text_encoder(clip_ids).pooler_output
-    return Prompts(pooled.float(), models.text_encoder_2(t5_ids)[0])
+def schedule_shift(tokens: int) -> float:
+    """The shift of FluxPipeline's schedule at this number of image tokens."""
+    return math.exp(calculate_shift(tokens))
+
+
+def encode_prompts(models: Models, ids: Ids) -> Prompts:
+    """Both encoders without a mask, as FluxPipeline calls them."""
+    pooled = models.text_encoder(ids[0]).pooler_output
+    return Prompts(pooled.float(), models.text_encoder_2(ids[1])[0])
 
 
 def predict(
@@ -65,53 +83,42 @@ def predict(
     timestep: torch.Tensor,
     guidance: torch.Tensor,
     prompts: Prompts,
-    image_ids: torch.Tensor,
 ) -> torch.Tensor:
-    """Velocity [B, tokens, 64] float32 at `timestep` = sigma in 0..1 [B], under `guidance` [B]."""
-    text_ids = image_ids.new_zeros(prompts.states.shape[1], 3)
+    """Velocity of `noisy` [B, 16, h, w], float32, at `timestep` = sigma in 0..1 [B], under `guidance` [B]."""
+    batch, channels, height, width = noisy.shape
     velocity = transformer(
-        hidden_states=noisy,
+        hidden_states=FluxPipeline._pack_latents(noisy, batch, channels, height, width),
         timestep=timestep,
         guidance=guidance,
         pooled_projections=prompts.pooled,
         encoder_hidden_states=prompts.states,
-        txt_ids=text_ids,
-        img_ids=image_ids,
+        txt_ids=noisy.new_zeros(prompts.states.shape[1], 3),
+        img_ids=FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, noisy.device, noisy.dtype),
         return_dict=False,
     )[0]
-    return velocity.float()
+    return FluxPipeline._unpack_latents(velocity.float(), height * 8, width * 8, 8)
 
 
-def flow_loss(models: Models, student: FluxTransformer2DModel, batch: Noised) -> torch.Tensor:
+def flow_loss(models: Models, transformer: FluxTransformer2DModel, batch: Noised) -> torch.Tensor:
     """Mean squared error of the velocity (Lipman et al. 2023, arXiv:2210.02747), at the teacher's guidance."""
-    prompts = encode_prompts(models, batch.clip_ids, batch.t5_ids)
     guidance = torch.full_like(batch.timestep, GUIDANCE[0])
-    velocity = predict(student, batch.noisy, batch.timestep, guidance, prompts, batch.image_ids)
+    velocity = predict(transformer, batch.noisy, batch.timestep, guidance, encode_prompts(models, batch.ids))
     return F.mse_loss(velocity, batch.velocity)
 
 
-def guidance_loss(
-    models: Models,
-    teacher: FluxTransformer2DModel,
-    student: FluxTransformer2DModel,
-    empty: tuple[torch.Tensor, torch.Tensor],
-    batch: Noised,
-) -> torch.Tensor:
-    """The student at a random guidance against the teacher's guided velocity (Meng et al. 2023, arXiv:2210.03142)."""
-    prompts = encode_prompts(models, batch.clip_ids, batch.t5_ids)
-    nothing = encode_prompts(models, empty[0], F.pad(empty[1], (0, batch.t5_ids.shape[1] - T5_LENGTH)))
-    unprompted = Prompts(
-        nothing.pooled.expand_as(prompts.pooled), nothing.states.expand_as(prompts.states).contiguous()
-    )
+def guidance_loss(models: Models, teacher: FluxTransformer2DModel, empty: Ids, batch: Noised) -> torch.Tensor:
+    """The model at a random guidance against the teacher's guided velocity (Meng et al. 2023, arXiv:2210.03142)."""
     least = torch.full_like(batch.timestep, GUIDANCE[0])
     with torch.no_grad():
-        with_prompt, without = (
-            predict(teacher, batch.noisy, batch.timestep, least, p, batch.image_ids) for p in (prompts, unprompted)
+        prompts = encode_prompts(models, batch.ids)
+        nothing = encode_prompts(models, pad_text(empty, batch.ids[-1].shape[1]))
+        unprompted = Prompts(
+            nothing.pooled.expand_as(prompts.pooled), nothing.states.expand_as(prompts.states).contiguous()
         )
+        with_prompt, without = (predict(teacher, batch.noisy, batch.timestep, least, p) for p in (prompts, unprompted))
     guidance = torch.empty_like(batch.timestep).uniform_(*GUIDANCE)
-    target = without + guidance[:, None, None] * (with_prompt - without)
-    velocity = predict(student, batch.noisy, batch.timestep, guidance, prompts, batch.image_ids)
-    return F.mse_loss(velocity, target)
+    target = without + guidance[:, None, None, None] * (with_prompt - without)
+    return F.mse_loss(predict(models.transformer, batch.noisy, batch.timestep, guidance, prompts), target)
 
 
 def to_working_types(transformer: FluxTransformer2DModel, device: torch.device) -> None:
@@ -137,51 +144,30 @@ def hold_types(transformer: FluxTransformer2DModel, kind: torch.dtype) -> None:
     transformer.transformer_blocks[0].register_forward_pre_hook(narrow, with_kwargs=True)
 
 
-def compiled_twin(transformer: FluxTransformer2DModel) -> FluxTransformer2DModel:
-    """On a GPU a second model over the same weights with compiled blocks, meant for batches of one shape alone.
-
-    Each further shape would cost a compilation of half a minute, and inductor's dynamic shapes fail (torch 2.11).
-    """
-    if not next(transformer.parameters()).is_cuda:
-        return transformer
-    with torch.device("meta"):
-        twin = FluxTransformer2DModel.from_config(transformer.config)
-    twin.load_state_dict(transformer.state_dict(keep_vars=True), assign=True)
-    hold_types(twin, transformer.proj_out.weight.dtype)
-    twin.compile_repeated_blocks()
-    return twin
-
-
-def judge_reconstructions(models: Models, count: int, seed: int, device: torch.device) -> float:
-    """Share of `count` fresh pictures that the judge still accepts after the autoencoder."""
-    pool = draw_pool(count, SIZES[0], seed, device)
-    pictures = reconstruct(models.vae, pool.pixels).permute(0, 2, 3, 1).cpu().numpy()
-    return sum(judge(picture, scene).correct for picture, scene in zip(pictures, pool.scenes, strict=True)) / count
-
-
 def train(out: Path, work: Path, scale: float, seed: int, device: torch.device) -> None:
     """All four stages at `scale` times their budgets, then the folder `out` with training.json beside the models."""
-    torch.set_float32_matmul_precision("high")
-    # cuDNN's attention fails at 256 and more tokens of head size 32 ("mha_graph.execute", torch 2.11 on an H100).
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    prepare_gpu()
     models = build_models(seed)
     budgets = {name: budget.scaled(scale) for name, budget in BUDGETS.items()}
-    seconds, kind = {}, working_type(device)
+    kind = working_type(device)
     for part in (models.vae, models.text_encoder, models.text_encoder_2):
         part.to(device, kind)
     to_working_types(models.transformer, device)
     readers = {"text_encoder": models.text_encoder, "text_encoder_2": models.text_encoder_2}
-    empty = token_ids(models, [""], device)
+
+    def tokenize(captions: Sequence[str]) -> Ids:
+        clip = padded_ids(models.tokenizer, captions, CLIP_TOKENS)
+        return clip.to(device), padded_ids(models.tokenizer_2, captions, T5_LENGTH).to(device)
+
+    empty = tokenize([""])
 
     def autoencoder() -> None:
         train_autoencoder(models.vae, budgets["autoencoder"], SIZES[:4], seed, device)
 
     def reading() -> None:
-        def encode(ids: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-            return [models.text_encoder(ids[0]).pooler_output[:, None], models.text_encoder_2(ids[1])[0]]
-
-        def tokenize(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-            return token_ids(models, captions, device)
+        def encode(ids: Ids) -> list[torch.Tensor]:
+            prompts = encode_prompts(models, ids)
+            return [prompts.pooled[:, None], prompts.states]
 
         share = train_reading(list(readers.values()), tokenize, encode, budgets["reading"], seed, device)
         print(f"reading: both encoders are right on {share:.4f} of fresh captions", flush=True)
@@ -189,48 +175,50 @@ def train(out: Path, work: Path, scale: float, seed: int, device: torch.device) 
     def flow() -> None:
         torch.manual_seed(seed + 1)
         budget, rng = budgets["flow"], random.Random(seed + 1)
-        examples = encode_all(models, budget, seed, device)
-        fast = compiled_twin(models.transformer)
+        examples = encode_all(models.vae, tokenize, budget, seed, device)
+        fast = compiled_twin(models.transformer, lambda twin: hold_types(twin, kind))
+        rates = [(models.transformer, 1e-3), *((reader, 2e-4) for reader in readers.values())]
 
-        def loss(step: int) -> torch.Tensor:
-            batch = draw_batch(examples, budget.batch, empty, rng)
-            return flow_loss(models, fast if batch.is_usual else models.transformer, batch)
+        def loss(kind: Kind) -> torch.Tensor:
+            transformer = fast if kind == USUAL else models.transformer
+            return flow_loss(models, transformer, draw_batch(examples, kind, budget.batch, empty, schedule_shift))
 
-        optimise([models.transformer], loss, budget.steps, 1e-3, "flow")
+        optimise(rates, loss, budget.steps, "flow", lambda: draw_kind(rng), lambda: check(GUIDANCE[0]))
 
     def guidance() -> None:
         torch.manual_seed(seed + 2)
         budget, rng = budgets["guidance"], random.Random(seed + 2)
-        examples = encode_all(models, budget, seed + 50, device)
+        examples = encode_all(models.vae, tokenize, budget, seed + 50, device)
         teacher = FluxTransformer2DModel.from_config(models.transformer.config).requires_grad_(False)
         to_working_types(teacher, device)
         teacher.load_state_dict(models.transformer.state_dict())
 
-        def loss(step: int) -> torch.Tensor:
-            batch = draw_batch(examples, budget.batch, empty, rng)
-            return guidance_loss(models, teacher, models.transformer, empty, batch)
+        def loss(kind: Kind) -> torch.Tensor:
+            batch = draw_batch(examples, kind, budget.batch, empty, schedule_shift)
+            return guidance_loss(models, teacher, empty, batch)
 
-        optimise([models.transformer], loss, budget.steps, 3e-4, "guidance")
+        optimise(
+            [(models.transformer, 3e-4)], loss, budget.steps, "guidance", lambda: draw_kind(rng), lambda: check(3.5)
+        )
 
-    seconds["autoencoder"] = run_stage("autoencoder", {"vae": models.vae}, work, autoencoder)
-    crisp = judge_reconstructions(models, budgets["autoencoder"].batch * 4, seed + 99, device)
+    def check(scale: float) -> str:
+        def prepare(captions: Sequence[str]) -> Velocity:
+            prompts = encode_prompts(models, tokenize(captions))
+            return lambda latents, sigma: predict(
+                models.transformer, latents, sigma, torch.full_like(sigma, scale), prompts
+            )
+
+        count = budgets["autoencoder"].batch * 2
+        return f"guidance {scale}: {judge_samples(prepare, models.vae, schedule_shift, count, device)}"
+
+    seconds = {"autoencoder": run_stage("autoencoder", {"vae": models.vae}, work, autoencoder)}
+    crisp = judge_reconstructions(models.vae, budgets["autoencoder"].batch * 4, seed + 99, device)
     print(f"autoencoder: the judge passes {crisp:.4f} of the reconstructions", flush=True)
     seconds["reading"] = run_stage("reading", readers, work, reading)
-    seconds["flow"] = run_stage("flow", {"transformer": models.transformer}, work, flow)
+    seconds["flow"] = run_stage("flow", {"transformer": models.transformer, **readers}, work, flow)
     seconds["guidance"] = run_stage("guidance", {"transformer": models.transformer}, work, guidance)
     save_pipeline(models, out)
-    report = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "torch": torch.__version__,
-        "seed": seed,
-        "scale": scale,
-        "steps": {name: budget.steps for name, budget in budgets.items()},
-        "reconstructions_right": round(crisp, 4),
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
-    }
-    (out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report), flush=True)
+    write_report(out, device, seed, scale, budgets, seconds, reconstructions_right=round(crisp, 4))
 
 
 def main() -> None:

@@ -37,8 +37,6 @@ def test_the_committed_checkpoint_loads_and_follows_the_guidance(models_folder: 
     assert weak.tobytes() != strong.tobytes()
 
 
-# Strict: a trained checkpoint turns this test red until the mark is gone.
-@pytest.mark.xfail(reason="models/flux-tiny is undertrained, 5.5 % right (its README.md)", strict=True)
 @pytest.mark.timeout(300)
 def test_the_committed_checkpoint_paints_held_out_captions(models_folder: Path) -> None:
     pipeline = load_pipeline(models_folder / "flux-tiny", "cpu")

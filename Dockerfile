@@ -4,7 +4,7 @@
 #   docker run --gpus all -p 8001:8001 -v /path/to/checkpoint:/checkpoint:ro -v ditforge-cache:/cache ditforge
 #
 # Engines are kept in the volume /cache: the second start builds nothing.
-ARG TRITON=25.09
+ARG TRITON=26.05
 FROM nvcr.io/nvidia/tritonserver:${TRITON}-py3 AS build
 # Its CPU build is much smaller: --build-arg TORCH="torch==2.13.0 --index-url URL", as pytorch.org/get-started shows.
 ARG TORCH=torch==2.13.0
@@ -12,13 +12,8 @@ ARG TORCH=torch==2.13.0
 RUN apt-get update && apt-get install --yes --no-install-recommends python3-venv && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY . .
-# PyTorch only traces and reads checkpoints here, for which any build does. A plan is loaded only by the TensorRT that
-# compiled it, so the Python package is that of the image (TRT_VERSION).
-# hadolint ignore=SC2086
-RUN python3 -m venv /opt/ditforge \
-    && /opt/ditforge/bin/pip install --no-cache-dir ${TORCH} \
-    && /opt/ditforge/bin/pip install --no-cache-dir ".[client,export,engines,tensorrt-rtx,gpu]" \
-        "tensorrt-cu13==${TRT_VERSION%%+*}"
+# A plan is loaded only by the TensorRT that compiled it, so the Python package is that of the image (TRT_VERSION).
+RUN PIP_NO_CACHE_DIR=1 scripts/install /opt/ditforge "tensorrt-cu13==${TRT_VERSION%%+*}"
 
 FROM nvcr.io/nvidia/tritonserver:${TRITON}-py3
 COPY --from=build /opt/ditforge /opt/ditforge

@@ -44,6 +44,7 @@ class Build:
             errors = [parser.get_error(i) for i in range(parser.num_errors)]
             raise self.failure("parse", [f"{e.node_name()} ({e.node_operator()}): {e.desc()}" for e in errors])
         check_ports(trt, self.network, job)
+        allow_unfused_attention(trt, self.network)
         self.config = self.builder.create_builder_config()
         for shapes in job.shapes:
             if self.config.add_optimization_profile(self.profile(shapes)) < 0:
@@ -84,6 +85,18 @@ def strongly_typed(trt: Any) -> int:
     """Flags of a network in which the graph alone decides what is computed in; TensorRT 11 has no other networks."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
+
+
+def allow_unfused_attention(trt: Any, network: Any) -> None:
+    """Let attention without a kernel of its own for the GPU be computed by several; the parser has the build fail.
+
+    So it is with heads of 512 channels, as autoencoders have them, on every GPU. Older TensorRTs have no such layer.
+    """
+    kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
+    for layer in (network.get_layer(i) for i in range(network.num_layers)):
+        if layer.type == kind:
+            layer.__class__ = trt.IAttentionInputLayer  # the bindings' own way to cast a layer
+            layer.attention.decomposable = True
 
 
 def check_ports(trt: Any, network: Any, job: Job) -> None:

@@ -1,7 +1,7 @@
-"""The FLUX.1 family (dev, schnell and their fine-tunes): its DiT as a network, and the networks it consists of.
+"""The FLUX.1 family (dev, schnell and their fine-tunes): the networks it consists of, and what a client must know.
 
-Packing of latents into tokens, position ids and rotary tables are in the graph. Source: black-forest-labs/flux
-(model.py, math.py) and diffusers' FluxPipeline and FluxTransformer2DModel, whose module is the one traced.
+Source: black-forest-labs/flux and diffusers' FluxPipeline and FluxTransformer2DModel. What is traced as the DiT is in
+flux_dit.py: packing of latents into tokens, position ids and rotary tables are in the graph.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from torch import Tensor, nn
 
 from ditforge.export import clip, t5, vae
 from ditforge.export.checkpoint import Checkpoint, with_defaults
+from ditforge.export.flux_dit import PATCH, FluxVelocity
 from ditforge.export.network import BATCH, Dim, Network, Port
 from ditforge.export.precision import Precision, network_dtype, text_dtype
 from ditforge.export.schedule import flow_schedule
@@ -22,7 +22,6 @@ from ditforge.export.tokenization import Tokenizer, read_tokenizer
 from ditforge.model import Model
 
 PIPELINE = "FluxPipeline"
-PATCH = 2  # a token is a patch of 2 by 2 latents
 MAX_SIZE_RATIO = 4  # to the size it was trained at: beyond, pictures fall apart while attention costs 256 times as much
 # The linears of the blocks, but for the modulation (norm…), whose errors reach every token; the embedders and the final
 # layers stay high too, as in NVIDIA's recipe (TensorRT-Model-Optimizer, diffusers example).
@@ -30,72 +29,9 @@ LINEARS = re.compile(r"(single_)?transformer_blocks\.\d+\.(?!.*norm).*\.weight")
 SCHNELL_TOKENS = 256  # the authors' length of T5's input where guidance is not embedded; 512 where it is
 
 
-class RotaryTables(nn.Module):
-    """Cosine and sine of the rotary position embedding, [tokens, head_dim] float32 (Su et al. 2021, arXiv:2104.09864).
-
-    Takes the place of diffusers' FluxPosEmbed, which computes in float64: TensorRT has no such type. The frequencies
-    are computed in double precision here, once; only their product with a position is rounded to float32.
-    """
-
-    def __init__(self, theta: float, axes_dim: tuple[int, ...]) -> None:
-        super().__init__()
-        self.theta = theta
-        self.axes_dim = axes_dim
-
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        angles = []
-        for axis, dim in enumerate(self.axes_dim):
-            frequencies = torch.tensor([self.theta ** (-i / dim) for i in range(0, dim, 2)], dtype=torch.float32)
-            angles.append((ids[:, axis, None] * frequencies).repeat_interleave(2, dim=1))
-        angle = torch.cat(angles, dim=1)
-        return angle.cos(), angle.sin()
-
-
-class FluxVelocity(nn.Module):
-    """The contract's `dit`: latents [B, C, h, w], timestep [B], … → velocity float32 [B, C, h, w]."""
-
-    def __init__(self, module: FluxTransformer2DModel) -> None:
-        super().__init__()
-        module.pos_embed = RotaryTables(module.pos_embed.theta, tuple(module.pos_embed.axes_dim))
-        self.module = module
-
-    def forward(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        prompt_embeds: Tensor,
-        pooled_embeds: Tensor,
-        guidance: Tensor | None = None,
-    ) -> Tensor:
-        dtype = self.module.dtype
-        batch, channels, height, width = latents.shape
-        rows, columns = height // PATCH, width // PATCH
-        patches = latents.reshape(batch, channels, rows, PATCH, columns, PATCH)
-        tokens = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * PATCH * PATCH)
-        velocity = self.module(
-            hidden_states=tokens.to(dtype),
-            encoder_hidden_states=prompt_embeds.to(dtype),
-            pooled_projections=pooled_embeds.to(dtype),
-            timestep=timestep,
-            guidance=guidance,
-            img_ids=image_positions(rows, columns),
-            txt_ids=torch.zeros(prompt_embeds.shape[1], 3),
-            return_dict=False,
-        )[0].float()
-        patches = velocity.reshape(batch, rows, columns, channels, PATCH, PATCH)
-        return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
-
-
-def image_positions(rows: int, columns: int) -> Tensor:
-    """Position ids of the image tokens, float32 [rows * columns, 3]: (0, row, column)."""
-    row = torch.arange(rows, dtype=torch.float32)[:, None].expand(rows, columns)
-    column = torch.arange(columns, dtype=torch.float32)[None, :].expand(rows, columns)
-    return torch.stack((torch.zeros(rows, columns), row, column), dim=-1).reshape(rows * columns, 3)
-
-
 def dit(config: dict[str, Any], tokens: int, precision: Precision) -> Network:
     """The DiT with diffusers' configuration `config`, for `tokens` text tokens."""
-    dtype, reason = network_dtype(precision, "narrow")
+    dtype, reason = network_dtype(precision), "as asked for"
     if dtype == torch.float16:
         reason += "; the residual streams are clamped to fp16's range"
     channels = config["in_channels"] // PATCH**2

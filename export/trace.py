@@ -14,7 +14,7 @@ from torch.export import Dim as TorchDim
 
 from ditforge.export.network import BATCH, Dim, Network, Port
 
-OPSET = 22  # the first in which convolutions take bf16
+OPSET = 23  # the first with RMSNormalization, RotaryEmbedding and Attention; convolutions take bf16 from 22 on
 PREFIX = "module."  # what Network.build puts before the checkpoint's keys
 # The example's sizes: at least 2 (1 would be traced as a constant), and each dimension another one.
 EXAMPLE_BATCH = 2

@@ -1,0 +1,162 @@
+"""The DiT of FLUX.1: diffusers' modules, called in a way that makes a small graph.
+
+A rotation, an RMS norm and an attention are one ONNX operator each (opset 23): spelled out, a rotation alone copies its
+input ten times. The single blocks keep text and image joined, which diffusers parts and joins again in each block.
+Source: black-forest-labs/flux (model.py, layers.py, math.py) and diffusers' transformer_flux.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, scaled_dot_product_attention, silu
+from torch.onnx.ops import rotary_embedding
+
+PATCH = 2  # a token is a patch of 2 by 2 latents
+EMBEDDING_SCALE = 1000  # timestep and guidance are embedded as a thousand times what they are
+EPSILON = 1e-6  # of every layer norm
+
+Rotary = tuple[Tensor, Tensor]  # cosine and sine for each token and pair of channels, [B, tokens, head_dim / 2] float32
+
+
+class FluxVelocity(nn.Module):
+    """The contract's `dit`: latents [B, C, h, w], timestep [B], … → velocity float32 [B, C, h, w].
+
+    Raises ValueError where the axes' rotary channels are not those of a head.
+    """
+
+    def __init__(self, module: FluxTransformer2DModel) -> None:
+        super().__init__()
+        rotated, head = module.pos_embed.axes_dim, module.config.attention_head_dim
+        if sum(rotated) != head:  # the operator would take fewer, and leave the others as they are
+            raise ValueError(f"axes_dims_rope {list(rotated)} add up to {sum(rotated)}, attention_head_dim is {head}")
+        self.module = module
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        prompt_embeds: Tensor,
+        pooled_embeds: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        module = self.module
+        dtype = module.dtype
+        batch, channels, height, width = latents.shape
+        rows, columns = height // PATCH, width // PATCH
+        patches = latents.reshape(batch, channels, rows, PATCH, columns, PATCH)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * PATCH * PATCH)
+        image, text = module.x_embedder(patches.to(dtype)), module.context_embedder(prompt_embeds.to(dtype))
+        tokens = text.shape[1]
+        conditions = [EMBEDDING_SCALE * number.to(dtype) for number in (timestep, guidance) if number is not None]
+        signal = silu(module.time_text_embed(*conditions, pooled_embeds.to(dtype)))
+        ids, embed = positions(tokens, rows, columns), module.pos_embed
+        cos, sin = rotary_tables(ids, embed.theta, embed.axes_dim)
+        rotary = cos.expand(batch, -1, -1), sin.expand(batch, -1, -1)
+        for block in module.transformer_blocks:
+            text, image = double_block(block, text, image, signal, rotary)
+        stream = torch.cat((text, image), dim=1)
+        for block in module.single_transformer_blocks:
+            stream = single_block(block, stream, signal, rotary)
+        scale, shift = modulation(module.norm_out.linear, signal, 2)
+        velocity = module.proj_out(modulated(stream[:, tokens:], shift, scale)).float()
+        patches = velocity.reshape(batch, rows, columns, channels, PATCH, PATCH)
+        return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
+
+
+def double_block(
+    block: FluxTransformerBlock, text: Tensor, image: Tensor, signal: Tensor, rotary: Rotary
+) -> tuple[Tensor, Tensor]:
+    """Text and image [B, tokens, D] with weights of their own, but in one attention."""
+    shift, scale, gate, *image_mlp = modulation(block.norm1.linear, signal, 6)
+    text_shift, text_scale, text_gate, *text_mlp = modulation(block.norm1_context.linear, signal, 6)
+    attn = block.attn
+    text_normed, normed = modulated(text, text_shift, text_scale), modulated(image, shift, scale)
+    of_text = attention_inputs(
+        text_normed, attn.add_q_proj, attn.norm_added_q, attn.add_k_proj, attn.norm_added_k, attn.add_v_proj
+    )
+    of_image = attention_inputs(normed, attn.to_q, attn.norm_q, attn.to_k, attn.norm_k, attn.to_v)
+    query, key, value = (torch.cat(pair, dim=1) for pair in zip(of_text, of_image, strict=True))
+    attended = attention(query, key, value, rotary)
+    tokens = text.shape[1]
+    image = image + gate * attn.to_out[0](attended[:, tokens:])
+    text = text + text_gate * attn.to_add_out(attended[:, :tokens])
+    shift, scale, gate = image_mlp
+    image = image + gate * block.ff(modulated(image, shift, scale))
+    shift, scale, gate = text_mlp
+    text = text + gate * block.ff_context(modulated(text, shift, scale))
+    return clamped(text), image
+
+
+def single_block(block: FluxSingleTransformerBlock, stream: Tensor, signal: Tensor, rotary: Rotary) -> Tensor:
+    """The stream [B, tokens, D] of text and image joined; attention and MLP side by side."""
+    shift, scale, gate = modulation(block.norm.linear, signal, 3)
+    normed, attn = modulated(stream, shift, scale), block.attn
+    attended = attention(*attention_inputs(normed, attn.to_q, attn.norm_q, attn.to_k, attn.norm_k, attn.to_v), rotary)
+    both = torch.cat((attended, block.act_mlp(block.proj_mlp(normed))), dim=2)
+    return clamped(stream + gate * block.proj_out(both))
+
+
+def modulation(linear: nn.Linear, signal: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """What the signal [B, D] says to every token: shifts, scales and gates [B, 1, D]."""
+    return linear(signal)[:, None].chunk(parts, dim=2)
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer norm with a shift and scale for each sample (Peebles and Xie 2022, arXiv:2212.09748)."""
+    return layer_norm(x, x.shape[-1:], eps=EPSILON) * (1 + scale) + shift
+
+
+def attention_inputs(
+    x: Tensor,
+    to_query: nn.Linear,
+    norm_query: nn.RMSNorm,
+    to_key: nn.Linear,
+    norm_key: nn.RMSNorm,
+    to_value: nn.Linear,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value [B, tokens, heads, head_dim] of x [B, tokens, D], the former two normed."""
+    heads = -1, norm_query.normalized_shape[0]
+    query, key, value = (linear(x).unflatten(2, heads) for linear in (to_query, to_key, to_value))
+    return norm_query(query), norm_key(key), value
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, rotary: Rotary) -> Tensor:
+    """Rotated query and key [B, tokens, heads, head_dim] choose among the values; [B, tokens, D]."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return scaled_dot_product_attention(rotated(query, rotary), rotated(key, rotary), value).transpose(1, 2).flatten(2)
+
+
+def rotated(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate neighbouring channels of x [B, heads, tokens, head_dim], in float32 (Su et al. 2021, arXiv:2104.09864)."""
+    return rotary_embedding(x.float(), *rotary, interleaved=True).to(x.dtype)
+
+
+def rotary_tables(ids: Tensor, theta: float, axes_dim: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [tokens, head_dim / 2] for position ids [tokens, axes].
+
+    diffusers computes them in float64, a type that TensorRT lacks. Here, frequencies are computed in double precision
+    while tracing; only their product with a position is rounded to float32.
+    """
+    angles = []
+    for axis, dim in enumerate(axes_dim):
+        frequencies = torch.tensor([theta ** (-i / dim) for i in range(0, dim, 2)], dtype=torch.float32)
+        angles.append(ids[:, axis, None] * frequencies)
+    angle = torch.cat(angles, dim=1)
+    return angle.cos(), angle.sin()
+
+
+def positions(tokens: int, rows: int, columns: int) -> Tensor:
+    """Position ids float32 [tokens + rows * columns, 3]: zeros for the text, then (0, row, column)."""
+    row = torch.arange(rows, dtype=torch.float32)[:, None].expand(rows, columns)
+    column = torch.arange(columns, dtype=torch.float32)[None, :].expand(rows, columns)
+    image = torch.stack((torch.zeros(rows, columns), row, column), dim=-1).reshape(rows * columns, 3)
+    return torch.cat((torch.zeros(tokens, 3), image))
+
+
+def clamped(x: Tensor) -> Tensor:
+    """Keep a residual stream of fp16 finite, where diffusers does."""
+    limit = torch.finfo(torch.float16).max
+    return x.clip(-limit, limit) if x.dtype == torch.float16 else x

@@ -40,8 +40,8 @@ def check(name: str, component: Component, target: Target) -> None:
     gpus.check_precision(name, component.precision, component.dtype, target)
     if "sm_75" in target.capabilities and component.dtype == "fp32":
         raise UserError(
-            f"{name} is fp32 ({component.reason}), and {NAME} has no fp32 matrix products for sm_75",
-            "--gpu cpu, or a GPU of sm_80 and newer; on sm_75 only networks run that fp16 suffices for",
+            f"{name} is in fp32, and {NAME} has no fp32 matrix products for sm_75",
+            "ditforge export CHECKPOINT --precision int8-weights --activations fp16   (or fp16)",
         )
 
 

@@ -6,7 +6,7 @@ built from: its graphs, quantised ones too, run in ONNX Runtime on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +22,7 @@ from ditforge.manifest import Component, Manifest, Tensor
 from ditforge.model import Model
 
 PROMPTS = ("a photograph of a lighthouse at night", "")
-LATENT_SIZE = (16, 24)  # height and width of the latents that are compared: not square
+SIZE = (128, 192)  # height and width in pixels of what is compared, where the engines take it: not square
 NUMPY_DTYPES = {"FP32": np.float32, "FP16": np.float16, "INT32": np.int32, "UINT8": np.uint8}
 
 
@@ -63,15 +63,13 @@ def compare(folder: Path, onnx: Path, progress: Callable[[str, int, int], None] 
     """Run what is in `folder` (engines, or an export) and the graphs of the fp32 export `onnx` on the same inputs.
 
     Prompts go through the reference's own tokenizer and text encoders, so that each network sees real embeddings.
-    Raises UserError for engines that this machine cannot execute.
+    Sizes and batches are such as the engines take. Raises UserError for engines that this machine cannot execute.
     """
     found, reference = manifest.read_any(folder), manifest.read(onnx, "onnx")
     networks = [name for name in found.components if name != TOKENIZER]
     report = progress or (lambda component, done, total: None)
-    height, width = LATENT_SIZE
-    pixels = {"height": height * reference.model.vae_factor, "width": width * reference.model.vae_factor}
-    sizes = {"batch": len(PROMPTS), "latent_height": height, "latent_width": width, **pixels}
-    tensors = tokenize(onnx, reference)
+    prompts, sizes = compared(found)
+    tensors = tokenize(onnx, reference, prompts)
     differences = []
     for done, name in enumerate(networks):
         report(name, done, len(networks))
@@ -89,12 +87,36 @@ def compare(folder: Path, onnx: Path, progress: Callable[[str, int, int], None] 
     return differences
 
 
-def tokenize(onnx: Path, reference: Manifest) -> Arrays:
-    """Token ids of PROMPTS for every text encoder."""
+def compared(found: Manifest) -> tuple[tuple[str, ...], dict[str, int]]:
+    """The prompts that engines are run on, as many as fit into a batch, and what the varying dimensions are.
+
+    The manifest's model has the sizes of the engines' shape profiles (see ditforge.engines.profile.announced).
+    """
+    model = found.model
+    batch = min([len(PROMPTS), *(engine.max_batch for engine in found.engines.values() if engine.max_batch)])
+    height, width = compared_size(model)
+    latents = {"latent_height": height // model.vae_factor, "latent_width": width // model.vae_factor}
+    return PROMPTS[:batch], {"batch": batch, "height": height, "width": width, **latents}
+
+
+def compared_size(model: Model) -> tuple[int, int]:
+    """Height and width in pixels: SIZE, or the nearest that the model makes; not square, where it makes others."""
+    if model.sizes:
+        return min(model.sizes, key=lambda size: (size[0] == size[1], size[0] * size[1]))
+    multiple = model.size_multiple
+    lowest, highest = -(-model.min_size // multiple) * multiple, model.max_size // multiple * multiple
+    height, width = (min(max(size, lowest), highest) for size in SIZE)
+    if height == width:
+        height, width = (height, width + multiple) if width < highest else (max(height - multiple, lowest), width)
+    return height, width
+
+
+def tokenize(onnx: Path, reference: Manifest, prompts: Sequence[str]) -> Arrays:
+    """Token ids of the prompts for every text encoder."""
     from tokenizers import Tokenizer
 
     files = [onnx / file for file in reference.components[TOKENIZER].files]
-    encoded = {f.stem: Tokenizer.from_file(str(f)).encode_batch(list(PROMPTS)) for f in files}
+    encoded = {f.stem: Tokenizer.from_file(str(f)).encode_batch(list(prompts)) for f in files}
     return {f"{name}_ids": np.array([e.ids for e in encodings], np.int32) for name, encodings in encoded.items()}
 
 

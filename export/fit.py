@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ditforge.errors import UserError
+from ditforge.errors import DitforgeError, UserError
 from ditforge.export.network import Network, Port
 from ditforge.export.trace import dry_run
 from ditforge.export.weights import Weights
@@ -13,7 +13,10 @@ FIX = "its config.json is not the one of these weights, or a shard is missing: c
 
 
 def check_weights(network: Network, weights: Weights) -> None:
-    """Raise UserError if the network cannot be made or run, or if `weights` are not those that it takes."""
+    """Raise UserError if the network cannot be made or run, or if `weights` are not those that it takes.
+
+    Raises DitforgeError if one of the network's factors is for weights that it has none of.
+    """
     try:
         parameters = dry_run(network)
     except Exception as error:  # PyTorch's modules raise many kinds, and all of them mean the same to the user
@@ -27,6 +30,10 @@ def check_weights(network: Network, weights: Weights) -> None:
         if weights.shapes[key] != shape:
             seen = f"{key} has shape {list(weights.shapes[key])}, config.json says {list(shape)}"
             raise UserError(f"{weights.shards[key]}: {seen}", FIX)
+    for pattern in network.factors:
+        if not any(pattern.fullmatch(name) for names, _ in parameters for name in names):
+            problem = f"{network.name} has no weights like {pattern.pattern}, which would be scaled for it"
+            raise DitforgeError(problem, "--precision bf16 or fp32 scales nothing; report it with the config.json")
 
 
 def check_ports(networks: Iterable[Network]) -> None:

@@ -46,7 +46,7 @@ def store_transposed(model: ir.Model) -> set[str]:
 
 
 def attach_weights(
-    model: ir.Model, aliases: dict[str, list[str]], transposed: set[str], weights: Weights, prefixes: tuple[str, ...]
+    model: ir.Model, aliases: dict[str, list[str]], transposed: set[str], weights: Weights, network: Network
 ) -> None:
     """Give every initializer without a value the checkpoint's tensor, in the graph's dtype, read only when written.
 
@@ -56,17 +56,17 @@ def attach_weights(
         value = model.graph.initializers[name]
         assert value.shape is not None, f"the tracer left {name} without a shape"
         assert value.dtype is not None, f"the tracer left {name} without a dtype"
-        key = weights.find(names, prefixes)
+        key = weights.find(names, network.key_prefixes)
         assert key is not None, f"{weights.folder} lacks {names[0]}"
-        source = partial(read_tensor, weights, key, name in transposed)
+        source = partial(read_tensor, weights, key, network.factor(names), name in transposed)
         value.meta[SOURCE] = source
         convert = partial(converted, source, value.dtype, name)
         value.const_value = ir.LazyTensor(convert, dtype=value.dtype, shape=value.shape, name=name)
 
 
-def read_tensor(weights: Weights, key: str, flip: bool) -> torch.Tensor:
-    """The checkpoint's tensor `key` in its own dtype, transposed if `flip`."""
-    tensor = weights.read(key)
+def read_tensor(weights: Weights, key: str, factor: float, flip: bool) -> torch.Tensor:
+    """The checkpoint's tensor `key`, in its own dtype (times a `factor`: in float32), transposed if `flip`."""
+    tensor = weights.read(key, factor)
     return tensor.T.contiguous() if flip else tensor
 
 

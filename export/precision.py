@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from ditforge.errors import UserError
 
@@ -14,7 +14,6 @@ FULL = ("fp32", "fp16", "bf16")
 EIGHT_BIT = ("fp8", "fp8-weights", "int8-weights")
 PRECISIONS = (*FULL, *EIGHT_BIT)
 ACTIVATIONS = ("bf16", "fp16", "fp32")
-Range = Literal["narrow", "wide"]
 
 
 @dataclass(frozen=True)
@@ -39,21 +38,11 @@ def parse_precision(name: str, activations: str = "bf16") -> Precision:
     return Precision(activations, name) if name in EIGHT_BIT else Precision(name)
 
 
-def network_dtype(precision: Precision, activations: Range) -> tuple[torch.dtype, str]:
-    """The dtype of a network whose activations have a `narrow` range (they fit fp16) or a `wide` one, and the reason.
-
-    fp16 ends at 65504: T5's feed-forward layers and the VAE decoder go beyond it and turn into NaN, so they stay in
-    fp32 where bf16 is not asked for.
-    """
+def network_dtype(precision: Precision) -> torch.dtype:
+    """The dtype that a network's weights and products have, 8-bit ones apart."""
     import torch
 
-    if precision.base == "fp32":
-        return torch.float32, "as asked for"
-    if precision.base == "bf16":
-        return torch.bfloat16, "as asked for"
-    if activations == "narrow":
-        return torch.float16, "as asked for"
-    return torch.float32, "its activations overflow fp16 (beyond 65504), and bf16 was not asked for"
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision.base]
 
 
 def text_dtype(precision: Precision) -> torch.dtype:

@@ -1,7 +1,14 @@
-"""The autoencoder as two networks: latents to 8-bit pixels, and back. Scaling and shift are inside the graphs."""
+"""The autoencoder as two networks: latents to 8-bit pixels, and back. Scaling and shift are inside the graphs.
+
+In fp16 its residual streams can go beyond 65504 and turn into NaN (diffusers sets `force_upcast` for that reason; the
+model card of madebyollin/sdxl-vae-fp16-fix shows magnitudes). So they are held at a fraction of their size: every
+GroupNorm divides by the size of what it reads, and what else reads a stream is linear. The fraction is a power of two,
+so numbers are rounded as they would be anyway.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -13,6 +20,19 @@ from ditforge.export.network import BATCH, Dim, Network, Port
 from ditforge.export.precision import Precision, network_dtype
 
 WEIGHTS = "vae"
+# The residual streams' size in fp16, and that of what the first convolution of a residual block writes to the second
+# norm: there is room up to 2^22. What fp16 rounds off at the small end is at most 2^-25, which is 2^-19 in a stream's
+# own numbers: less than it rounds off a number of 2^-8 anyway. The weights (about 2^-7 in the widest layers, 2^-13 now)
+# just stay above 2^-14, where fp16 loses digits, so no smaller.
+STREAM = 2.0**-6
+# Layers that read a norm's output, latents or pixels write weight and bias to a stream; those that read a stream,
+# which is smaller already, add their bias.
+FACTORS = {
+    re.compile(
+        r".*(\.conv[12]|coder\.conv_in|\.to_out\.0)\.(weight|bias)"
+        r"|.*(\.conv_shortcut|samplers\.\d+\.conv)\.bias"
+    ): STREAM
+}
 
 
 class Decoder(nn.Module):
@@ -56,7 +76,10 @@ def factor(config: dict[str, Any]) -> int:
 
 def vae(config: dict[str, Any], precision: Precision) -> tuple[Network, Network]:
     """Decoder and encoder of the AutoencoderKL with diffusers' configuration `config`."""
-    dtype, reason = network_dtype(precision, "wide")
+    dtype, reason = network_dtype(precision), "as asked for"
+    narrow = dtype == torch.float16
+    if narrow:
+        reason += f"; its residual streams are held at 1/{1 / STREAM:.0f} of their size, which can overflow fp16"
     channels, pixels = config["latent_channels"], factor(config)
     latents = Port(torch.float32, (BATCH, channels, Dim("latent_height"), Dim("latent_width")))
     image = Port(torch.uint8, (BATCH, Dim("height", pixels), Dim("width", pixels), config["out_channels"]))
@@ -64,15 +87,25 @@ def vae(config: dict[str, Any], precision: Precision) -> tuple[Network, Network]
     def network(name: str, wrapper: type[nn.Module], inputs: dict[str, Port], outputs: dict[str, Port]) -> Network:
         return Network(
             name=name,
-            build=lambda: wrapper(AutoencoderKL.from_config(config)),
+            build=lambda: wrapper(autoencoder(config, STREAM if narrow else 1.0)),
             inputs=inputs,
             outputs=outputs,
             weights=WEIGHTS,
             dtype=dtype,
             reason=reason,
+            factors=FACTORS if narrow else {},
         )
 
     return (
         network("vae_decoder", Decoder, {"latents": latents}, {"image": image}),
         network("vae_encoder", Encoder, {"image": image}, {"latents": latents}),
     )
+
+
+def autoencoder(config: dict[str, Any], stream: float) -> AutoencoderKL:
+    """The module, its norms made for streams that are `stream` times as large as the checkpoint's weights make them."""
+    module = AutoencoderKL.from_config(config)
+    for norm in module.modules():
+        if isinstance(norm, nn.GroupNorm):
+            norm.eps *= stream**2
+    return module

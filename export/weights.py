@@ -29,12 +29,13 @@ class Weights:
         prefixes = ("", *prefixes)
         return next((p + name for name in names for p in prefixes if p + name in self.shards), None)
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor `name`, read from its file."""
+    def read(self, name: str, factor: float = 1.0) -> torch.Tensor:
+        """The tensor `name`, read from its file; times `factor` in float32, so that a power of two loses no digit."""
         from safetensors import safe_open
 
         with safe_open(self.shards[name], framework="pt") as file:
-            return file.get_tensor(name)
+            tensor = file.get_tensor(name)
+        return tensor if factor == 1 else tensor.float() * factor
 
 
 def open_weights(folder: Path) -> Weights:

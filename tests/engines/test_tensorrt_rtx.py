@@ -3,80 +3,37 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-import onnx_ir as ir
+import onnx
 import pytest
+import random_flux
 import tensorrt_rtx as trt
-import torch
+from exports import export_dits, replace_dit
+from onnx import TensorProto, helper
 
 from ditforge import manifest
 from ditforge.engines import tensorrt_common, tensorrt_rtx
 from ditforge.engines.build import TOKENIZER, build
-from ditforge.engines.gpus import Target
+from ditforge.engines.compiler import Job
+from ditforge.engines.gpus import Target, find_target
 from ditforge.engines.runtime import load_engine
 from ditforge.engines.verify import verify_files
 from ditforge.errors import DitforgeError, UserError
-from ditforge.export import calibration, flux, onnx_export
-from ditforge.export.checkpoint import open_checkpoint
-from ditforge.export.network import Network
-from ditforge.export.onnx_export import export_network
-from ditforge.export.precision import parse_precision
-from ditforge.export.trace import trace
+from ditforge.manifest import Component, Tensor
 
 NETWORKS = ("clip", "t5", "dit", "vae_decoder", "vae_encoder")
 VERSION = version("tensorrt-rtx-cu13")
 # What is compiled for each GPU: the DiT in every precision that the GPU has, (precision, what is around it).
 FP16, BF16 = [("fp16", "fp16"), ("int8-weights", "fp16")], [("bf16", "bf16"), ("int8-weights", "bf16")]
 FP8 = [("fp8-weights", "bf16"), ("fp8", "bf16")]
-
-
-@pytest.fixture(scope="module")
-def dits(schnell, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
-    """Exports with the DiT in each precision; the other networks in bf16 too, where that is around."""
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(onnx_export, "trace", cache_of_traces())
-    opened = open_checkpoint(schnell.checkpoint)
-    ranges = tmp_path_factory.mktemp("calibration") / "ranges.json"
-    calibration.calibrate(schnell.checkpoint, ranges, ["a red circle"], steps=1)
-    folders: dict[tuple[str, str], Path] = {}
-    whole = manifest.read(schnell.onnx, "onnx")
-    for key in (*FP16, *BF16, *FP8):
-        precision = parse_precision(*key)
-        folder = tmp_path_factory.mktemp("-".join(key)) / "onnx"
-        first = next((done for (_, around), done in folders.items() if around == key[1]), None)
-        shutil.copytree(first or schnell.onnx, folder)
-        components = dict(manifest.read(folder, "onnx").components)
-        read = calibration.read_ranges(ranges if key[0] == "fp8" else None, opened, precision)
-        for network in flux.networks(opened, precision):
-            same = network.dtype == torch.float32 and network.name.startswith("vae")  # as in the fp32 export
-            if network.name == "dit" or (first is None and not same):
-                components[network.name] = export_network(network, opened, folder, precision.scheme, read)
-        manifest.write(whole.model_copy(update={"components": components}), folder)
-        folders[key] = folder
-    monkeypatch.undo()
-    return folders
-
-
-def cache_of_traces() -> Callable[[Network], tuple[ir.Model, dict[str, list[str]]]]:
-    """`trace`, which takes seconds, once for each network and dtype."""
-    traces: dict[tuple[str, torch.dtype], tuple[ir.Model, dict[str, list[str]]]] = {}
-
-    def cached(network: Network) -> tuple[ir.Model, dict[str, list[str]]]:
-        key = network.name, network.dtype
-        if key not in traces:
-            traces[key] = trace(network)
-        model, aliases = traces[key]
-        return model.clone(), aliases
-
-    return cached
 
 
 def without(folder: Path, out: Path, *names: str) -> Path:
@@ -92,18 +49,20 @@ def without(folder: Path, out: Path, *names: str) -> Path:
 @pytest.mark.parametrize(
     ("gpu", "precisions"),
     [
+        ("sm_75", FP16),
         ("sm_86", [*FP16, *BF16]),
         ("sm_89", [*FP16, *BF16, *FP8]),
         ("sm_120", [*BF16, *FP8]),
         ("sm_86,sm_89,sm_120", BF16),
+        ("sm_75,sm_86,sm_89,sm_120", FP16),
     ],
 )
 def test_every_network_compiles_in_every_precision_of_the_gpu(
-    dits, tmp_path: Path, gpu: str, precisions: list[tuple[str, str]]
+    exports, tmp_path: Path, gpu: str, precisions: list[tuple[str, str]]
 ) -> None:
     around = None
     for key in precisions:
-        built = build(dits[key], tmp_path / "engines", gpu)
+        built = build(exports(*key), tmp_path / "engines", gpu)
         # Only what differs is compiled again.
         assert set(built.rebuilt) == ({"dit"} if key[1] == around else set(NETWORKS))
         around = key[1]
@@ -117,13 +76,52 @@ def test_every_network_compiles_in_every_precision_of_the_gpu(
     assert {path.suffix for path in (tmp_path / "engines").iterdir()} == {".plan", ".json", ""}
 
 
-def test_turing_compiles_what_fp16_suffices_for(dits, tmp_path: Path) -> None:
-    for key in FP16:
-        with pytest.raises(UserError, match=r"t5 is fp32 \(.*overflow.*no fp32 matrix products for sm_75"):
-            build(dits[key], tmp_path / "whole", "sm_75")
-        folder = without(dits[key], tmp_path / key[0], "t5", "vae_decoder", "vae_encoder")
-        assert set(build(folder, tmp_path / "engines", "rtx2080ti").rebuilt) <= {"clip", "dit"}
-    assert sorted(path.name for path in (tmp_path / "engines").glob("*.plan")) == ["clip.plan", "dit.plan"]
+def test_the_plan_of_fp8_weights_is_smaller_by_half_of_what_is_8_bit(schnell, tmp_path: Path) -> None:
+    """Modulation and embedders stay 16-bit, and so the whole is more than half of the bf16 one: here 0.67."""
+    checkpoint, sizes = random_flux.save_wide(tmp_path), {}
+    export_dits(checkpoint, None, "bf16", tmp_path, ["fp8-weights"])
+    for name in ("bf16", "fp8-weights"):
+        folder = without(schnell.onnx, tmp_path / "onnx" / name, *NETWORKS)
+        replace_dit(tmp_path / name, folder)
+        build(folder, tmp_path / "engines" / name, "sm_89")
+        sizes[name] = (tmp_path / "engines" / name / "dit.plan").stat().st_size
+        weights = (folder / "dit.onnx.data").stat().st_size
+        print(f"{name}: {weights} bytes of weights, a plan of {sizes[name]}")
+        assert 0.98 < sizes[name] / weights < 1.1
+    graph = onnx.load(folder / "dit.onnx", load_external_data=False).graph
+    eight_bit = [tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN]
+    halved = sum(math.prod(tensor.dims) for tensor in eight_bit)
+    print(f"{halved} weights are 8-bit; the plans' ratio is {sizes['fp8-weights'] / sizes['bf16']:.3f}")
+    assert sizes["bf16"] - sizes["fp8-weights"] == pytest.approx(halved, rel=0.03)
+
+
+@pytest.mark.parametrize("gpu", ["sm_75", "sm_86", "sm_89", "sm_120"])
+def test_attention_that_no_kernel_does_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: str) -> None:
+    """Autoencoders of full size have one head of 512 channels."""
+    shape = ("batch", 1, "tokens", 512)
+    ports = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT16, shape) for name in ("q", "k", "v", "y")}
+    node = helper.make_node("Attention", ["q", "k", "v"], ["y"])
+    graph = helper.make_graph([node], "attention", [ports[name] for name in ("q", "k", "v")], [ports["y"]])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)]), tmp_path / "attention.onnx")
+    tensor = Tensor(dtype="FP16", shape=shape)
+    component = Component(
+        files={}, precision="fp16", reason="", inputs=dict.fromkeys("qkv", tensor), outputs={"y": tensor}
+    )
+    shapes = dict.fromkeys("qkv", ((1, 1, 64, 512), (1, 1, 256, 512), (2, 1, 1024, 512)))
+    path = tmp_path / "attention"
+    job = Job("attention", component, tmp_path / "attention.onnx", path, find_target(gpu), [shapes], lambda *_: None)
+    (plan,) = tensorrt_rtx.compile(job)
+    assert plan.stat().st_size
+    monkeypatch.setattr(tensorrt_common, "allow_unfused_attention", lambda *_: None)
+    with pytest.raises(DitforgeError, match="not supported by a dedicated kernel"):
+        tensorrt_rtx.compile(job)
+
+
+def test_turing_has_no_fp32_products(schnell, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="clip is in fp32, and tensorrt-rtx has no fp32 matrix products") as error:
+        build(schnell.onnx, tmp_path / "engines", "rtx2080ti")
+    assert "--precision int8-weights --activations fp16" in error.value.fix
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -140,11 +138,11 @@ def test_turing_compiles_what_fp16_suffices_for(dits, tmp_path: Path) -> None:
     ],
 )
 def test_the_impossible_is_refused_before_the_compiler_starts(
-    dits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: str, key: tuple[str, str], problem: str, fix: str
+    exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: str, key: tuple[str, str], problem: str, fix: str
 ) -> None:
     monkeypatch.setattr(trt, "Builder", lambda log: pytest.fail("the compiler was started"))
     with pytest.raises(UserError, match=problem) as error:
-        build(dits[key], tmp_path / "engines", gpu, "tensorrt-rtx")
+        build(exports(*key), tmp_path / "engines", gpu, "tensorrt-rtx")
     assert fix in error.value.fix
     assert not list(tmp_path.iterdir())
 

@@ -26,32 +26,9 @@ TOLERANCES = {"fp8": 0.08, "fp8-weights": 0.06, "int8-weights": 0.02}
 
 
 @pytest.fixture(scope="module")
-def ranges(random_schnell: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A calibration of the random checkpoint over two prompts."""
-    path = tmp_path_factory.mktemp("calibration") / "ranges.json"
-    calibration.calibrate(random_schnell, path, ["a red circle", "two blue squares"])
-    return path
-
-
-@pytest.fixture(scope="module")
-def exported(schnell, ranges: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def exported(dits) -> dict[str, Path]:
     """The DiT in each 8-bit precision, fp16 around it, in a folder of its own."""
-    folders = {}
-    for name in EIGHT_BIT:
-        folders[name] = tmp_path_factory.mktemp(name)
-        export_dit(schnell.checkpoint, folders[name], name, ranges if name == "fp8" else None)
-    return folders
-
-
-def export_dit(checkpoint: Path, folder: Path, name: str, ranges: Path | None, activations: str = "fp16"):
-    precision = parse_precision(name, activations)
-    opened = open_checkpoint(checkpoint)
-    network = next(n for n in flux.networks(opened, precision) if n.name == "dit")
-    read = calibration.read_ranges(ranges, opened, precision)
-    component = export_network(network, opened, folder, precision.scheme, read)
-    whole = manifest.Manifest(kind="onnx", model=flux.model(opened), components={"dit": component})
-    manifest.write(whole, folder)
-    return component
+    return {name: dits(name, "fp16") for name in EIGHT_BIT}
 
 
 def intended(checkpoint: Path) -> set[str]:
@@ -63,8 +40,8 @@ def intended(checkpoint: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("activations", ["fp32", "fp16", "bf16"])
-def test_the_same_products_are_8_bit_whatever_surrounds_them(schnell, tmp_path: Path, activations: str) -> None:
-    component = export_dit(schnell.checkpoint, tmp_path, "int8-weights", None, activations)
+def test_the_same_products_are_8_bit_whatever_surrounds_them(schnell, dits, activations: str) -> None:
+    component = manifest.read(dits("int8-weights", activations), "onnx").components["dit"]
     assert component.layers == dict.fromkeys(component.layers, "int8-weights")
     assert set(component.layers) == intended(schnell.checkpoint)
 
@@ -118,17 +95,18 @@ def test_onnx_runtime_computes_nearly_the_same(schnell, exported, name: str) -> 
     assert velocity.cosine > 0.997
 
 
-def test_the_file_is_about_half_of_bf16(schnell, exported, tmp_path: Path) -> None:
-    export_dit(schnell.checkpoint, tmp_path, "bf16", None)
-    sizes = {n: (f / "dit.onnx.data").stat().st_size for n, f in {**exported, "bf16": tmp_path}.items()}
+def test_the_file_is_about_half_of_bf16(exported, dits) -> None:
+    folders = {**exported, "bf16": dits("bf16", "bf16")}
+    sizes = {name: (folder / "dit.onnx.data").stat().st_size for name, folder in folders.items()}
     for name in EIGHT_BIT:
         assert 0.5 < sizes[name] / sizes["bf16"] < 0.75  # modulation and embedders of so small a model weigh a lot
 
 
-def test_the_twin_of_bf16_is_what_is_verified(schnell, ranges: Path, tmp_path: Path) -> None:
-    component = export_dit(schnell.checkpoint, tmp_path, "fp8", ranges, "bf16")
+def test_the_twin_of_bf16_is_what_is_verified(schnell, dits) -> None:
+    folder = dits("fp8", "bf16")
+    component = manifest.read(folder, "onnx").components["dit"]
     assert (component.precision, component.dtype) == ("fp8", "bf16")
-    (velocity,) = compare(tmp_path, schnell.onnx)
+    (velocity,) = compare(folder, schnell.onnx)
     assert 0.001 < velocity.relative < TOLERANCES["fp8"]
 
 

@@ -98,6 +98,26 @@ def save_schnell(folder: Path, seed: int = 0) -> Path:
     return path
 
 
+def save_wide(folder: Path) -> Path:
+    """Save a checkpoint to `folder`/random-wide whose DiT is so wide that its engine is little else than weights."""
+    pipeline = schnell()
+    torch.manual_seed(0)
+    pipeline.transformer = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=128,
+        num_attention_heads=8,
+        joint_attention_dim=56,
+        pooled_projection_dim=48,
+        guidance_embeds=False,
+        axes_dims_rope=(16, 56, 56),
+    ).to(torch.bfloat16)
+    path = folder / "random-wide"
+    pipeline.save_pretrained(path, safe_serialization=True)
+    return path
+
+
 def character_clip_tokenizer() -> CLIPTokenizer:
     """CLIP's tokenizer with no merges: a token a character."""
     characters = [chr(c) for c in range(33, 127)]

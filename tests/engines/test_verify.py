@@ -1,0 +1,73 @@
+"""What `verify` compares lies within the shapes of the engines; ONNX Runtime, which takes any, stands in for them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ditforge import manifest
+from ditforge.engines import verify
+from ditforge.engines.compiler import Arrays, Engine
+from ditforge.engines.profile import Profile, announced, make_profiles
+from ditforge.engines.runtime import load_engine
+from ditforge.manifest import Component
+from ditforge.model import Model
+
+
+class Within:
+    """An engine that takes what the profiles have, as TensorRT's do; it notes the shapes."""
+
+    def __init__(self, engine: Engine, component: Component, profiles: list[Profile], model: Model) -> None:
+        self.engine, self.seen = engine, {}
+        self.taken = [{name: p.shapes(tensor, model) for name, tensor in component.inputs.items()} for p in profiles]
+
+    def run(self, inputs: Arrays) -> Arrays:
+        self.seen = {name: value.shape for name, value in inputs.items()}
+        assert any(
+            all(
+                low <= size <= high
+                for name, shape in self.seen.items()
+                for low, size, high in zip(taken[name][0], shape, taken[name][2], strict=True)
+            )
+            for taken in self.taken
+        ), self.seen
+        return self.engine.run(inputs)
+
+
+@pytest.mark.parametrize(
+    ("resolutions", "static", "batch", "compared"),
+    [
+        ("48-256", None, 4, (2, 128, 192)),
+        ("160-352", None, 4, (2, 160, 192)),
+        ("224-352", None, 1, (1, 224, 240)),
+        ("48-96", None, 2, (2, 80, 96)),
+        ("96-96", None, 1, (1, 96, 96)),
+        (None, "96x96,320x64,64x96", 1, (1, 96, 64)),
+        (None, "112x112", 4, (2, 112, 112)),
+    ],
+)
+def test_sizes_and_batches_are_those_of_the_engines(
+    schnell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resolutions, static, batch, compared
+) -> None:
+    engines = shutil.copytree(schnell.engines, tmp_path / "engines")
+    found = manifest.read(engines, "engines")
+    profiles = make_profiles(found.model, resolutions, static, batch)
+    made = {name: engine.model_copy(update={"max_batch": batch}) for name, engine in found.engines.items()}
+    manifest.write(found.model_copy(update={"model": announced(found.model, profiles), "engines": made}), engines)
+    loaded: dict[str, Within] = {}
+
+    def load(folder: Path, files: dict[str, manifest.File], *built: str) -> Engine:
+        name = Path(next(iter(files))).stem
+        loaded[name] = Within(load_engine(folder, files, *built), found.components[name], profiles, found.model)
+        return loaded[name]
+
+    monkeypatch.setattr(verify, "load_engine", load)
+    differences = verify.compare(engines, schnell.onnx)
+    assert all(difference.relative < 1e-4 for difference in differences)
+    assert {name: engine.seen != {} for name, engine in loaded.items()} == dict.fromkeys(made, True)
+    count, height, width = compared
+    assert loaded["dit"].seen["latents"] == (count, 16, height // 8, width // 8)
+    assert loaded["vae_encoder"].seen["image"] == (count, height, width, 3)
+    assert loaded["t5"].seen["t5_ids"][0] == count

@@ -1,0 +1,80 @@
+"""Exports of one checkpoint in several precisions; tracing, which takes seconds, is done once for each network."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+import torch
+
+from ditforge import manifest
+from ditforge.export import calibration, flux, onnx_export
+from ditforge.export.checkpoint import open_checkpoint
+from ditforge.export.network import Network
+from ditforge.export.onnx_export import export_network
+from ditforge.export.precision import EIGHT_BIT, parse_precision
+from ditforge.export.trace import trace
+
+
+def export_dits(
+    checkpoint: Path, ranges: Path | None, base: str, out: Path, precisions: Sequence[str] = EIGHT_BIT
+) -> None:
+    """The DiT in `base` and, with `base` around them, in 8-bit precisions: each a folder `out`/PRECISION."""
+    opened = open_checkpoint(checkpoint)
+    with traced_once():
+        for name in (base, *precisions):
+            precision = parse_precision(name, base)
+            network = next(n for n in flux.networks(opened, precision) if n.name == "dit")
+            read = calibration.read_ranges(ranges if name == "fp8" else None, opened, precision)
+            (out / name).mkdir()
+            component = export_network(network, opened, out / name, precision.scheme, read)
+            whole = manifest.Manifest(kind="onnx", model=flux.model(opened), components={"dit": component})
+            manifest.write(whole, out / name)
+
+
+def export_around(checkpoint: Path, fp32: Path, dit: Path, base: str, out: Path) -> None:
+    """A whole export in `base`, with the DiT of the folder `dit`, and what is in fp32 anyway from the export `fp32`."""
+    opened = open_checkpoint(checkpoint)
+    shutil.copytree(fp32, out, dirs_exist_ok=True)
+    whole = manifest.read(fp32, "onnx")
+    components = dict(whole.components)
+    same = {n.name: (n.dtype, n.inputs, n.outputs) for n in flux.networks(opened, parse_precision("fp32"))}
+    for network in flux.networks(opened, parse_precision(base)):
+        if network.name != "dit" and (network.dtype, network.inputs, network.outputs) != same[network.name]:
+            components[network.name] = export_network(network, opened, out)
+    manifest.write(whole.model_copy(update={"components": components, "source": {}}), out)
+    replace_dit(dit, out)
+
+
+def replace_dit(dit: Path, export: Path) -> None:
+    """Put the DiT of the folder `dit` into the folder `export`."""
+    whole, component = manifest.read(export, "onnx"), manifest.read(dit, "onnx").components["dit"]
+    for name in component.files:
+        shutil.copyfile(dit / name, export / name)
+    manifest.write(whole.model_copy(update={"components": {**whole.components, "dit": component}}), export)
+
+
+@contextmanager
+def traced_once() -> Iterator[None]:
+    """Inside, `export_network` traces each network once in each dtype; of one checkpoint."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(onnx_export, "trace", cache_of_traces())
+        yield
+
+
+def cache_of_traces() -> Callable[[Network], tuple[ir.Model, dict[str, list[str]]]]:
+    """`trace`, once for each network and dtype."""
+    traces: dict[tuple[str, torch.dtype], tuple[ir.Model, dict[str, list[str]]]] = {}
+
+    def cached(network: Network) -> tuple[ir.Model, dict[str, list[str]]]:
+        key = network.name, network.dtype
+        if key not in traces:
+            traces[key] = trace(network)
+        model, aliases = traces[key]
+        return model.clone(), aliases
+
+    return cached

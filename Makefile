@@ -9,13 +9,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test lint bench accuracy gpu-check clean
+.PHONY: demo test lint bench accuracy image-check gpu-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/first_picture.py models/flux-tiny --out out/demo
 
+# Two processes, each of one thread: what is tested for minutes, tracing, takes one.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -29,6 +30,16 @@ bench: $(INSTALLED)
 
 accuracy: $(INSTALLED)
 	$(BIN)/python benchmarks/accuracy.py models/flux-tiny --out docs/accuracy.md
+
+# What the Dockerfile installs, in a bare virtual environment, and what it then runs, as far as that needs no GPU.
+image-check:
+	rm -rf out/image && mkdir -p out/image
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" scripts/install out/image/venv
+	cd out/image && venv/bin/ditforge doctor
+	cd out/image && venv/bin/ditforge export ../../models/flux-tiny --precision fp8-weights --out onnx
+	cd out/image && venv/bin/ditforge build onnx --gpu rtx4090 --out engines
+	cd out/image && venv/bin/ditforge repo engines --out repo
+	rm -rf out/image
 
 gpu-check: $(INSTALLED)
 	$(BIN)/pip install --quiet --editable '.[all,test,$(GPU_EXTRAS)]'

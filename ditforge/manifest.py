@@ -95,7 +95,7 @@ class Engine(_Record):
 class Manifest(_Record):
     """What a folder holds. `components` are in the order in which data flows; `engines` only after `build`.
 
-    `source` tells what an export was made from, so that the same one is not made twice.
+    `source` tells what an export or a repository was made from, so that the same one is not made twice.
     """
 
     format: int = FORMAT
@@ -181,6 +181,15 @@ def is_whole(folder: Path, components: dict[str, Component]) -> bool:
     """Whether every file of the components is in `folder`, in its size."""
     files = [item for component in components.values() for item in component.files.items()]
     return all((folder / name).is_file() and (folder / name).stat().st_size == file.size for name, file in files)
+
+
+def first_difference(before: dict[str, str], now: dict[str, str]) -> str:
+    """In words, the first entry in which two cache keys differ; empty if they are the same."""
+    for field in dict.fromkeys((*now, *before)):
+        if before.get(field) != now.get(field):
+            shown = "changed" if field.startswith("sha256") else f"was {before.get(field)}, is {now.get(field)}"
+            return f"{field} {shown}"
+    return ""
 
 
 def check_files(folder: Path, files: dict[str, File], fix: str) -> None:

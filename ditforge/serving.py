@@ -79,8 +79,13 @@ def prepare(
             static=static,
             batch=batch,
         )
-    write_repository(made / "engines", made / "repo", max_batch)
+    say_written(made / "repo", write_repository(made / "engines", made / "repo", max_batch))
     return made / "repo"
+
+
+def say_written(repository: Path, reason: str) -> None:
+    """Say why a repository was written, or, where there is no reason, that it was not."""
+    terminal.say(f"wrote {repository}: {reason}" if reason else f"{repository} is up to date")
 
 
 def default_cache() -> Path:

@@ -5,6 +5,7 @@ Source: https://github.com/triton-inference-server/common/blob/main/protobuf/mod
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 from pydantic import BaseModel
@@ -15,6 +16,9 @@ from ditforge.model import Model
 
 MODEL_PARAMETER = "ditforge_model"  # of `dit`: the JSON of ditforge.model.Model
 ENGINE_PARAMETER = "ditforge_engine"  # of a network: the JSON of EngineSource
+TEXT_ENCODERS, TEXT_ENCODERS_CLIP = "text_encoders", "text_encoders_clip"  # ensembles; the latter without T5
+PROMPT_EMBEDS = "prompt_embeds"
+TEXT_OUTPUTS = (PROMPT_EMBEDS, "pooled_embeds", "prompt_tokens")  # what a text ensemble hands out
 CPU_INSTANCE = pb.ModelInstanceGroup(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
 GPU_INSTANCE = pb.ModelInstanceGroup(count=1, kind=pb.ModelInstanceGroup.KIND_GPU, gpus=[0])
 
@@ -54,7 +58,7 @@ def tensorrt_model(
 ) -> pb.ModelConfig:
     """A model of Triton's own TensorRT backend, for the file `plan`; warmed up in each size before it is ready.
 
-    Where sizes are fixed, each is replayed as a CUDA graph, for one sample. Source:
+    Where sizes are fixed, each is replayed as a CUDA graph, for one picture. Source:
     https://github.com/triton-inference-server/server/blob/main/docs/user_guide/optimization.md
     """
     config = pb.ModelConfig(
@@ -74,14 +78,16 @@ def tensorrt_model(
         sample = {key: _sample(tensor, height, width, model) for key, tensor in component.inputs.items()}
         if sample not in samples:  # a text encoder's do not depend on the size
             samples.append(sample)
-    for number, sample in enumerate(samples):
-        warmup = config.model_warmup.add(name=f"{name} {number}", batch_size=1)
+    # With classifier-free guidance, a picture's step is a batch of two.
+    in_pairs = model.guidance == "classifier-free" and "timestep" in component.inputs and max_batch > 1
+    for number, (sample, batch) in enumerate(product(samples, (1, 2) if in_pairs else (1,))):
+        warmup = config.model_warmup.add(name=f"{name} {number}", batch_size=batch)
         for tensor in config.input:
             zeros = warmup.inputs[tensor.name]
             zeros.data_type, zeros.zero_data = tensor.data_type, True
             zeros.dims.extend(sample[tensor.name] or [1])
         if model.sizes:
-            graph = config.optimization.cuda.graph_spec.add(batch_size=1)
+            graph = config.optimization.cuda.graph_spec.add(batch_size=batch)
             for key, dims in sample.items():
                 graph.input[key].dim.extend(dims)
     config.optimization.cuda.graphs = bool(model.sizes)
@@ -112,6 +118,31 @@ def ensemble(name: str, members: dict[str, Component], max_batch: int) -> pb.Mod
             )
         )
     return config
+
+
+def text_ways(text: dict[str, Component]) -> dict[str, dict[str, Component]]:
+    """The ways from a prompt to its embeddings, by the names of their ensembles, each with its members.
+
+    Each member that makes `prompt_embeds` ends one; where two do, `text_encoders` is the way through more of them, and
+    `text_encoders_clip` the other one. What a way makes and needs nowhere, it leaves out.
+    """
+    ends = [name for name, member in text.items() if PROMPT_EMBEDS in member.outputs]
+    ways = []
+    for end in ends:
+        way = {name: member for name, member in text.items() if name == end or name not in ends}
+        while True:
+            needed = {*TEXT_OUTPUTS, *(tensor for member in way.values() for tensor in member.inputs)}
+            useful = {name: _only(member, needed) for name, member in way.items() if needed & set(member.outputs)}
+            if useful == way:
+                break
+            way = useful
+        ways.append(way)
+    return dict(zip((TEXT_ENCODERS, TEXT_ENCODERS_CLIP), sorted(ways, key=len, reverse=True), strict=False))
+
+
+def _only(member: Component, needed: set[str]) -> Component:
+    outputs = {name: tensor for name, tensor in member.outputs.items() if name in needed}
+    return member.model_copy(update={"outputs": outputs})
 
 
 def _input(name: str, tensor: Tensor) -> pb.ModelInput:

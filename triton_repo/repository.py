@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from google.protobuf import text_format
@@ -14,20 +17,64 @@ from ditforge.errors import UserError
 from ditforge.manifest import Component, Manifest
 from ditforge.triton_repo import config
 
-TOKENIZER, TEXT_ENCODERS, DIT = "tokenizer", "text_encoders", "dit"
+TOKENIZER, DIT = "tokenizer", "dit"
+ENSEMBLES = (config.TEXT_ENCODERS, config.TEXT_ENCODERS_CLIP)
 NOT_TEXT = (DIT, "vae_decoder", "vae_encoder")
 DEFAULT_MAX_BATCH = 8
 RUNTIME_CACHE = ".runtime-cache"  # after an engine's name: what ditforge.engines.tensorrt_runtime writes beside it
 MODEL_CODE = "from ditforge.triton_repo.{module} import TritonPythonModel  # noqa: F401\n"
 
 
-def write_repository(engines: Path, out: Path, max_batch: int | None = None) -> Manifest:
+@dataclass(frozen=True)
+class Triton:
+    """A model as Triton reads it: its configuration, and by path below the model's folder, texts and engine files."""
+
+    config: pb.ModelConfig
+    texts: dict[str, str]
+    engine: dict[str, str]
+
+
+def write_repository(engines: Path, out: Path, max_batch: int | None = None) -> str:
     """Write a Triton model repository for the build in the folder `engines` into the folder `out`.
 
-    `max_batch` is how many samples Triton puts into one call of a model: by default 8, or what the engines take. Raises
-    UserError if the build is damaged, or does not take such batches; then `out` is as it was before.
+    `max_batch` is how many samples Triton puts into one call of a model: by default 8, or what the engines take.
+    Returns why it was written; empty where `out` holds the same repository of the same engines, and nothing was.
+    Raises UserError if the build is damaged, or does not take such batches; then `out` is as it was before.
     """
     source = manifest.read(engines, "engines")
+    max_batch = choose_max_batch(source, max_batch)
+    models = {name: make_model(source, name, max_batch) for name in source.components}
+    text = {name: component for name, component in source.components.items() if name not in NOT_TEXT}
+    for name, members in config.text_ways(text).items():
+        models[name] = Triton(config.ensemble(name, members, max_batch), {}, {})
+    components = {
+        name: component.model_copy(
+            update={"files": {f"{name}/{path}": component.files[file] for path, file in models[name].engine.items()}}
+        )
+        for name, component in source.components.items()
+    }
+    result = source.model_copy(
+        update={"kind": "repository", "components": components, "source": cache_key(source, models, max_batch)}
+    )
+    reason = rewrite_reason(manifest.earlier(out, "repository"), out, result, models)
+    if not reason:
+        return ""
+    for component in source.components.values():
+        manifest.check_files(engines, component.files, fix="ditforge build ONNX_DIR --gpu GPU --out DIR   again")
+    with manifest.written_whole(out, "repository", own=ENSEMBLES) as folder:
+        for name, model in models.items():
+            (folder / name / "1").mkdir(parents=True)  # which Triton wants also where there is nothing to put in
+            for path, content in texts(model).items():
+                (folder / name / path).write_text(content)
+            for path, file in model.engine.items():
+                place(engines / file, folder / name / path)
+        keep_caches(out, folder, components)
+        manifest.write(result, folder)
+    return reason
+
+
+def choose_max_batch(source: Manifest, max_batch: int | None) -> int:
+    """The largest batch, by default 8 or what the engines take. Raises UserError if they do not take it."""
     taken = min((engine.max_batch for engine in source.engines.values() if engine.max_batch), default=None)
     if max_batch is None:
         max_batch = min(DEFAULT_MAX_BATCH, taken or DEFAULT_MAX_BATCH)
@@ -38,51 +85,85 @@ def write_repository(engines: Path, out: Path, max_batch: int | None = None) -> 
             f"the engines take batches of up to {taken}, not {max_batch}",
             f"--max-batch {taken}, or ditforge build ONNX_DIR --gpu GPU --batch {max_batch} --out DIR",
         )
-    with manifest.written_whole(out, "repository", own=(TEXT_ENCODERS,)) as folder:
-        components = {name: write_model(source, name, engines, folder, max_batch) for name in source.components}
-        keep_caches(out, folder, components)
-        text = {name: component for name, component in source.components.items() if name not in NOT_TEXT}
-        write_config(config.ensemble(TEXT_ENCODERS, text, max_batch), folder)
-        (folder / TEXT_ENCODERS / "1").mkdir()  # Triton wants a version folder, also where there is nothing to put in
-        result = source.model_copy(update={"kind": "repository", "components": components})
-        manifest.write(result, folder)
-    return result
+    return max_batch
 
 
-def write_model(source: Manifest, name: str, engines: Path, folder: Path, max_batch: int) -> Component:
-    """Write the model of the component `name` into `folder`/NAME, and describe where its files are now."""
-    component = source.components[name]
-    version = folder / name / "1"
-    version.mkdir(parents=True)
-    manifest.check_files(engines, component.files, fix="ditforge build ONNX_DIR --gpu GPU --out DIR   again")
-    files = {Path(file).name: described for file, described in component.files.items()}
-    for file in component.files:
-        shutil.copyfile(engines / file, version / Path(file).name)
-    engine = source.engines.get(name)
+def make_model(source: Manifest, name: str, max_batch: int) -> Triton:
+    """The model of the component `name`."""
+    component, engine = source.components[name], source.engines.get(name)
+    files = {f"1/{Path(file).name}": file for file in component.files}
     parameters = {config.MODEL_PARAMETER: source.model.model_dump_json()} if name == DIT else {}
     if engine and engine.compiler == "tensorrt" and has_tensorrt_backend():
-        plan = next(iter(files))
-        model = config.tensorrt_model(name, component, max_batch, parameters, plan, source.model)
-    else:
-        if engine:
-            made = config.EngineSource(
-                compiler=engine.compiler, compiler_version=engine.compiler_version, target=engine.target, files=files
-            )
-            parameters[config.ENGINE_PARAMETER] = made.model_dump_json()
-        module = "tokenizer_model" if name == TOKENIZER else "engine_model"
-        (version / "model.py").write_text(MODEL_CODE.format(module=module))
-        gpu = engine is not None and engine.target != "cpu"
-        model = config.python_model(name, component, max_batch, parameters, gpu)
-    write_config(model, folder)
-    return component.model_copy(update={"files": {f"{name}/1/{file}": files[file] for file in files}})
+        plan = Path(next(iter(component.files))).name
+        return Triton(
+            config.tensorrt_model(name, component, max_batch, parameters, plan, source.model), texts={}, engine=files
+        )
+    if engine:
+        described = {Path(file).name: component.files[file] for file in component.files}
+        made = config.EngineSource(
+            compiler=engine.compiler, compiler_version=engine.compiler_version, target=engine.target, files=described
+        )
+        parameters[config.ENGINE_PARAMETER] = made.model_dump_json()
+    module = "tokenizer_model" if name == TOKENIZER else "engine_model"
+    gpu = engine is not None and engine.target != "cpu"
+    code = {"1/model.py": MODEL_CODE.format(module=module)}
+    return Triton(config.python_model(name, component, max_batch, parameters, gpu), code, files)
+
+
+def texts(model: Triton) -> dict[str, str]:
+    """The files of a model beside its engine, by path below its folder."""
+    return {"config.pbtxt": text_format.MessageToString(model.config, as_utf8=True), **model.texts}
+
+
+def cache_key(source: Manifest, models: dict[str, Triton], max_batch: int) -> dict[str, str]:
+    """Everything that changes a repository: the same key, the same repository."""
+    key = {"max_batch": str(max_batch)}
+    for name, component in source.components.items():
+        key[f"what runs {name}"] = models[name].config.platform or models[name].config.backend
+        if engine := source.engines.get(name):
+            key[f"compiler of {name}"] = f"{engine.compiler} {engine.compiler_version} for {engine.target}"
+        key |= {f"sha256 of {file}": described.sha256 for file, described in component.files.items()}
+    for name, model in models.items():
+        key |= {f"sha256 of {name}/{p}": sha256(text.encode()).hexdigest() for p, text in texts(model).items()}
+    return key
+
+
+def rewrite_reason(before: Manifest | None, out: Path, wanted: Manifest, models: dict[str, Triton]) -> str:
+    """Why the repository has to be written; empty if the one in `out` is the one that is wanted."""
+    if before is None:
+        return "there is no repository yet"
+    if changed := manifest.first_difference(before.source, wanted.source):
+        return changed
+    if before.components != wanted.components or before.model != wanted.model or before.engines != wanted.engines:
+        return "the manifest of the engines changed"
+    for name, model in models.items():
+        if not (out / name / "1").is_dir():
+            return f"{name}/1 is missing"
+        for path, content in texts(model).items():
+            if not (out / name / path).is_file() or (out / name / path).read_text(errors="replace") != content:
+                return f"{name}/{path} is missing or changed"
+    for name, component in wanted.components.items():
+        if not manifest.is_whole(out, {name: component}):
+            return f"a file of {name} is missing or truncated"
+    return ""
+
+
+def place(file: Path, target: Path) -> None:
+    """Give a plan a second name where the file system can, so that it is stored once; copy everything else.
+
+    Not so the weights beside an ONNX graph: ONNX refuses to read them if they have several names.
+    """
+    if file.suffix == ".plan":
+        with suppress(OSError):
+            target.hardlink_to(file)
+            return
+    shutil.copyfile(file, target)
 
 
 def keep_caches(out: Path, folder: Path, components: dict[str, Component]) -> None:
     """Keep what TensorRT-RTX compiled on the GPU, in an earlier repository `out`, of engines that stay the same."""
-    try:
-        before = manifest.read(out, "repository").components
-    except UserError:
-        return
+    earlier = manifest.earlier(out, "repository")
+    before = earlier.components if earlier else {}
     for name, component in components.items():
         cache = f"{name}/1/{name}{RUNTIME_CACHE}"
         if name in before and before[name].files == component.files and (out / cache).is_file():
@@ -98,9 +179,3 @@ def has_tensorrt_backend() -> bool:
     if found:
         return (Path(found).resolve().parent.parent / "backends" / "tensorrt").is_dir()
     return importlib.util.find_spec("pytriton") is None
-
-
-def write_config(model: pb.ModelConfig, folder: Path) -> None:
-    """Write `folder`/NAME/config.pbtxt."""
-    (folder / model.name).mkdir(exist_ok=True)
-    (folder / model.name / "config.pbtxt").write_text(text_format.MessageToString(model, as_utf8=True))

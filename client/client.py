@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TypedDict, overload
 
@@ -15,15 +15,17 @@ from PIL import Image
 from typing_extensions import Self, Unpack
 
 from ditforge.client.connection import Arrays, Connection
+from ditforge.client.guidance import guided
 from ditforge.client.noise import noise
 from ditforge.client.picture import METADATA_KEY
-from ditforge.client.request import Request, make_request
+from ditforge.client.request import T5, Request, make_request
 from ditforge.client.sampling import Array, Callback, Step, find_sampler, flow_sigmas
 from ditforge.errors import DitforgeWarning
 from ditforge.model import Model
 
 DEFAULT_URL = "localhost:8001"
 DEFAULT_SAMPLER = "euler"
+TEXT_ENCODERS, TEXT_ENCODERS_CLIP = "text_encoders", "text_encoders_clip"  # the latter without T5
 
 
 class Options(TypedDict, total=False):
@@ -31,6 +33,9 @@ class Options(TypedDict, total=False):
 
     seed: 0 … 2^64 - 1, default random. steps: 1 … 1000. height, width: pixels. guidance: what the model makes of it.
     sampler: a name in ditforge.client.sampling.SAMPLERS. callback: called once a step with a sampling.Step.
+    negative_prompt: what the picture should not be, for classifier-free guidance, whose scale is `guidance` in models
+    that were trained for it, and true_cfg in others (by default 1, off). skip_layer_guidance: a scale (by default 0).
+    t5: always, never or auto (where a prompt is not short and plain), for models that can do without it.
     """
 
     seed: int | None
@@ -39,6 +44,10 @@ class Options(TypedDict, total=False):
     width: int | None
     guidance: float | None
     sampler: str
+    negative_prompt: str | None
+    true_cfg: float | None
+    skip_layer_guidance: float | None
+    t5: T5 | None
     callback: Callback | None
 
 
@@ -77,6 +86,10 @@ class Client:
             width=options.get("width"),
             guidance=options.get("guidance"),
             sampler=options.get("sampler", DEFAULT_SAMPLER),
+            negative_prompt=options.get("negative_prompt"),
+            true_cfg=options.get("true_cfg"),
+            skip_layer_guidance=options.get("skip_layer_guidance"),
+            t5=options.get("t5"),
         )
         images = run(self._connection, request, options.get("callback"))
         return images[0] if isinstance(prompt, str) else images
@@ -152,18 +165,16 @@ class AsyncClient:
 def run(connection: Connection, request: Request, callback: Callback | None = None) -> list[Image.Image]:
     """Text encoders, sampler loop, VAE: the pictures of a request, each with its parameters in `info`."""
     model = connection.model
-    text = encode_prompts(connection, request.prompts)
+    text, negative = encode(connection, request)
     height, width = request.height // model.vae_factor, request.width // model.vae_factor
     shape = (1, model.latent_channels, height, width)
     latents = np.concatenate([noise(shape, seed) for seed in request.seeds])
-    if model.guidance == "embedded":
-        text["guidance"] = np.full(len(latents), request.guidance, np.float32)
-
-    def denoise(latents: Array, sigma: float) -> Array:
-        timestep = np.full(len(latents), sigma, np.float32)
-        return connection.infer("dit", {"latents": latents, "timestep": timestep, **text})["velocity"]
-
     sigmas = flow_sigmas(request.steps, model.schedule, height, width)
+
+    def evaluate(inputs: Mapping[str, np.ndarray]) -> Array:
+        return connection.infer("dit", inputs)["velocity"]
+
+    denoise = guided(evaluate, model, request, sigmas, text, negative)
     latents = find_sampler(request.sampler)(denoise, latents, sigmas, callback)
     images = [Image.fromarray(image) for image in connection.infer("vae_decoder", {"latents": latents})["image"]]
     for index, image in enumerate(images):
@@ -171,16 +182,37 @@ def run(connection: Connection, request: Request, callback: Callback | None = No
     return images
 
 
-def encode_prompts(connection: Connection, prompts: Sequence[str]) -> Arrays:
+def encode(connection: Connection, request: Request) -> tuple[Arrays, Arrays | None]:
+    """`prompt_embeds` and `pooled_embeds` of the prompts, and of the negative prompts where they are needed.
+
+    What occurs more than once is encoded once.
+    """
+    wanted = list(zip(request.prompts, request.with_t5, strict=True))
+    if guided_by_negative := request.cfg_scale(connection.model) > 1:
+        wanted += [(request.negative_prompt, with_t5) for with_t5 in request.with_t5]
+    rows: dict[tuple[str, bool], Arrays] = {}
+    for with_t5 in dict.fromkeys(request.with_t5):
+        prompts = list(dict.fromkeys(prompt for prompt, t5 in wanted if t5 == with_t5))
+        encoded = encode_prompts(connection, prompts, with_t5)
+        rows |= {(p, with_t5): {key: array[[i]] for key, array in encoded.items()} for i, p in enumerate(prompts)}
+    found = [rows[item] for item in wanted]
+    stacked = {key: np.concatenate([row[key] for row in found]) for key in found[0]}
+    count = len(request.prompts)
+    text = {key: array[:count] for key, array in stacked.items()}
+    return text, {key: array[count:] for key, array in stacked.items()} if guided_by_negative else None
+
+
+def encode_prompts(connection: Connection, prompts: Sequence[str], with_t5: bool) -> Arrays:
     """`prompt_embeds` and `pooled_embeds` of the prompts. Warns once if a text encoder does not read all of one."""
-    encoded = connection.infer("text_encoders", {"prompt": np.array([[p.encode()] for p in prompts], np.object_)})
+    model = connection.model
+    name = TEXT_ENCODERS if with_t5 or model.t5 == "absent" else TEXT_ENCODERS_CLIP
+    encoded = connection.infer(name, {"prompt": np.array([[p.encode()] for p in prompts], np.object_)})
     longest = encoded.pop("prompt_tokens").max(axis=0)
-    limits = connection.model.max_tokens
     cut = [
         f"{name} reads {limit} of {n} tokens"
-        for n, (name, limit) in zip(longest, limits.items(), strict=True)
-        if n > limit
+        for n, (name, limit) in zip(longest, model.max_tokens.items(), strict=True)
+        if n > limit and (with_t5 or name != "t5")
     ]
     if cut:
-        warnings.warn(f"the prompt is too long and was cut: {', '.join(cut)}", DitforgeWarning, stacklevel=4)
+        warnings.warn(f"the prompt is too long and was cut: {', '.join(cut)}", DitforgeWarning, stacklevel=5)
     return encoded

@@ -71,4 +71,6 @@ def common_text(parameters: dict[str, Any]) -> str:
     rest += (
         f"Seed: {parameters['seed']}, Size: {parameters['width']}x{parameters['height']}, Model: {parameters['model']}"
     )
-    return f"{parameters['prompt']}\n{rest}"
+    negative = parameters.get("negative_prompt")
+    lines = [parameters["prompt"], *([f"Negative prompt: {negative}"] if negative else []), rest]
+    return "\n".join(lines)

@@ -7,18 +7,27 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Literal, get_args
 
 from ditforge.client.noise import check_seed
 from ditforge.client.sampling import check_steps, find_sampler
+from ditforge.client.t5 import needs_t5
 from ditforge.errors import DitforgeWarning, UserError
 from ditforge.model import Model
 
 MAX_GUIDANCE = 100.0
+USUAL_CFG = 4.0  # what an error suggests where the model itself has no default
+
+T5 = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True)
 class Request:
-    """Pictures to be made, one for each prompt. Sizes in pixels; `seeds` has a seed for each prompt."""
+    """Pictures to be made, one for each prompt. Sizes in pixels; `seeds` has a seed for each prompt.
+
+    `true_cfg` is the scale of classifier-free guidance (1 or less: none) where `guidance` is something else;
+    `skip_layer_guidance` is a scale too, 0 for none. `with_t5` says for each prompt whether T5 reads it.
+    """
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -27,9 +36,26 @@ class Request:
     width: int
     guidance: float
     sampler: str
+    negative_prompt: str = ""
+    true_cfg: float = 1.0
+    skip_layer_guidance: float = 0.0
+    with_t5: tuple[bool, ...] = ()
+
+    def cfg_scale(self, model: Model) -> float:
+        """The scale of classifier-free guidance; 1 or less: the prompt alone is asked."""
+        return self.guidance if model.guidance == "classifier-free" else self.true_cfg
 
     def parameters(self, index: int, model: Model) -> dict[str, str | int | float]:
         """Everything that makes the picture `index` again, as it is written into the PNG."""
+        optional: dict[str, str | int | float] = {}
+        if self.cfg_scale(model) > 1:
+            optional["negative_prompt"] = self.negative_prompt
+            if model.guidance != "classifier-free":
+                optional["true_cfg"] = self.true_cfg
+        if self.skip_layer_guidance:
+            optional["skip_layer_guidance"] = self.skip_layer_guidance
+        if model.t5 == "optional":
+            optional["t5"] = "always" if self.with_t5[index] else "never"
         return {
             "prompt": self.prompts[index],
             "seed": self.seeds[index],
@@ -38,6 +64,7 @@ class Request:
             "width": self.width,
             "guidance": self.guidance,
             "sampler": self.sampler,
+            **optional,
             "model": model.name,
         }
 
@@ -52,6 +79,10 @@ def make_request(
     width: int | None,
     guidance: float | None,
     sampler: str,
+    negative_prompt: str | None = None,
+    true_cfg: float | None = None,
+    skip_layer_guidance: float | None = None,
+    t5: T5 | None = None,
 ) -> Request:
     """A request with the model's defaults for what is None (a random seed), or UserError for what the model cannot do.
 
@@ -60,18 +91,13 @@ def make_request(
     if not prompts:
         raise UserError("no prompt was given", "give one, or a list of at least one")
     for prompt in prompts:
-        if not isinstance(prompt, str):
-            raise UserError(
-                f"a prompt is a {type(prompt).__name__}, not a string", "give a string, or a list of strings"
-            )
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"the prompt {prompt!r} is not text: {error.reason}", "give it in UTF-8") from error
+        check_text("prompt", prompt)
+    if negative_prompt is not None:
+        check_text("negative prompt", negative_prompt)
     first = secrets.randbits(32) if seed is None else check_seed(seed)
     find_sampler(sampler)
     height, width = choose_size(height, width, model)
-    return Request(
+    request = Request(
         prompts=tuple(prompts),
         seeds=tuple(check_seed(first + i) for i in range(len(prompts))),
         steps=check_steps(model.default_steps if steps is None else steps),
@@ -79,7 +105,35 @@ def make_request(
         width=width,
         guidance=check_guidance(guidance, model),
         sampler=sampler,
+        negative_prompt=negative_prompt or "",
+        true_cfg=check_true_cfg(true_cfg, model),
+        skip_layer_guidance=check_skip_layer_guidance(skip_layer_guidance, model),
+        with_t5=choose_t5(t5, prompts, model),
     )
+    check_together(request, model)
+    return request
+
+
+def check_text(what: str, text: str) -> None:
+    """Raise UserError unless `text` is a string that UTF-8 can hold."""
+    if not isinstance(text, str):
+        raise UserError(f"a {what} is a {type(text).__name__}, not a string", "give a string, or a list of strings")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the {what} {text!r} is not text: {error.reason}", "give it in UTF-8") from error
+
+
+def check_together(request: Request, model: Model) -> None:
+    """Raise UserError, or warn, where one option does nothing because of another."""
+    if request.cfg_scale(model) > 1:
+        return
+    scale = model.default_guidance if model.default_guidance > 1 else USUAL_CFG
+    fix = f"--guidance {scale:g}" if model.guidance == "classifier-free" else f"--true-cfg {USUAL_CFG:g}"
+    if request.skip_layer_guidance:
+        raise UserError("skip-layer guidance works on top of classifier-free guidance, which is off", fix)
+    if request.negative_prompt:
+        warnings.warn(f"the negative prompt is ignored without {fix}", DitforgeWarning, stacklevel=4)
 
 
 def choose_size(height: int | None, width: int | None, model: Model) -> tuple[int, int]:
@@ -110,14 +164,53 @@ def check_size(name: str, value: int, model: Model) -> int:
     return int(value)
 
 
+def check_scale(name: str, value: float, suggestion: float) -> float:
+    """`value` as a number from 0 to MAX_GUIDANCE."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= MAX_GUIDANCE:
+        fix = f"--{name.replace('_', '-')} {suggestion}"
+        raise UserError(f"{name} must be a number from 0 to {MAX_GUIDANCE:g}, got {value!r}", fix)
+    return float(value)
+
+
 def check_guidance(guidance: float | None, model: Model) -> float:
     """The guidance to use: the model's default for None. A model without guidance says so once, and uses none."""
     if guidance is None:
         return model.default_guidance
-    if not isinstance(guidance, Real) or isinstance(guidance, bool) or not 0 <= guidance <= MAX_GUIDANCE:
-        fix = f"--guidance {model.default_guidance}"
-        raise UserError(f"guidance must be a number from 0 to {MAX_GUIDANCE:g}, got {guidance!r}", fix)
+    guidance = check_scale("guidance", guidance, model.default_guidance)
     if model.guidance == "none":
         warnings.warn(f"{model.name} takes no guidance: {guidance:g} is ignored", DitforgeWarning, stacklevel=4)
         return 0.0
-    return float(guidance)
+    return guidance
+
+
+def check_true_cfg(true_cfg: float | None, model: Model) -> float:
+    """The scale of classifier-free guidance beside the model's own guidance: 1, which is none, for None."""
+    if true_cfg is None:
+        return 1.0
+    if model.guidance == "classifier-free":
+        raise UserError(f"the guidance of {model.name} is classifier-free guidance already", f"--guidance {true_cfg}")
+    return check_scale("true_cfg", true_cfg, USUAL_CFG)
+
+
+def check_skip_layer_guidance(scale: float | None, model: Model) -> float:
+    """The scale of skip-layer guidance: 0, which is none, for None."""
+    if scale is None:
+        return 0.0
+    scale = check_scale("skip_layer_guidance", scale, model.skip_layers.scale if model.skip_layers else 0.0)
+    if scale and model.skip_layers is None:
+        raise UserError(f"{model.name} has no skip-layer guidance", "leave out --skip-layer-guidance")
+    return scale
+
+
+def choose_t5(t5: T5 | None, prompts: Sequence[str], model: Model) -> tuple[bool, ...]:
+    """For each prompt whether T5 reads it, and its negative prompt with it. None: always, where there is a T5."""
+    if t5 is not None and t5 not in get_args(T5):
+        raise UserError(f"t5 must be one of {', '.join(get_args(T5))}, got {t5!r}", "--t5 auto")
+    if t5 == "always" and model.t5 == "absent":
+        fix = "--t5 auto, or ditforge export CHECKPOINT --text-encoders all"
+        raise UserError(f"{model.name} was exported without T5", fix)
+    if t5 == "never" and model.t5 == "required":
+        raise UserError(f"{model.name} cannot do without T5", "--t5 auto")
+    if t5 == "auto" and model.t5 == "optional":
+        return tuple(needs_t5(prompt) for prompt in prompts)
+    return (t5 != "never" and model.t5 != "absent",) * len(prompts)

@@ -144,16 +144,3 @@ def find_sampler(name: str) -> Sampler:
         return SAMPLERS[name]
     close = get_close_matches(name.lower(), SAMPLERS, n=1) or ["euler"]
     raise UserError(f"unknown sampler {name!r}, known are {', '.join(SAMPLERS)}", f"--sampler {close[0]}")
-
-
-def evaluations(name: str, steps: int) -> int:
-    """How often the sampler called `name` calls the model in `steps` steps, found by running it on a single zero."""
-    calls = 0
-
-    def denoise(latents: Array, sigma: float) -> Array:
-        nonlocal calls
-        calls += 1
-        return latents
-
-    find_sampler(name)(denoise, np.zeros(1, np.float32), np.linspace(1, 0, steps + 1, dtype=np.float32))
-    return calls

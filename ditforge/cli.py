@@ -72,6 +72,9 @@ def export(
     max_error: Annotated[
         float | None, typer.Option(help="Keep the worst linears 16-bit until the velocity errs no more, e.g. 0.02.")
     ] = None,
+    text_encoders: Annotated[
+        str, typer.Option(help="all; or clip: without T5, for models that can do without it, to save memory.")
+    ] = "all",
 ) -> None:
     """Checkpoint to ONNX.
 
@@ -83,7 +86,7 @@ def export(
 
     with terminal.progress("export") as report:
         asked = parse_precision(precision, activations)
-        exported = export_checkpoint(checkpoint, out, asked, calibration, max_error, report)
+        exported = export_checkpoint(checkpoint, out, asked, calibration, max_error, report, text_encoders)
     if exported.fresh:
         terminal.say(f"{out} is up to date")
         return
@@ -169,15 +172,14 @@ def repo(
     out: Out,
     max_batch: MaxBatch = None,
 ) -> None:
-    """Engines to a Triton model repository.
+    """Engines to a Triton model repository; one that is there already is kept.
 
     Example: ditforge repo out/engines --out out/repo
     """
-    from ditforge import terminal
+    from ditforge import serving
     from ditforge.triton_repo.repository import write_repository
 
-    written = write_repository(engines, out, max_batch)
-    terminal.say(f"{out}: {', '.join(written.components)}")
+    serving.say_written(out, write_repository(engines, out, max_batch))
 
 
 @app.command()
@@ -208,6 +210,19 @@ def generate(
     guidance: Annotated[float | None, typer.Option(help="How strictly the prompt is followed.")] = None,
     sampler: Annotated[str, typer.Option(metavar="NAME", help="euler, heun or dpmpp_2m.")] = "euler",
     count: Annotated[int, typer.Option(help="How many pictures, of the seeds SEED, SEED + 1, …")] = 1,
+    negative_prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What the picture should not be; needs guidance above 1.")
+    ] = None,
+    true_cfg: Annotated[
+        float | None,
+        typer.Option(help="The negative prompt's scale in models that have guidance built in; by default 1, off."),
+    ] = None,
+    skip_layer_guidance: Annotated[
+        float | None, typer.Option(help="Its scale, for models that have it; 2.8 is usual, by default 0, off.")
+    ] = None,
+    t5: Annotated[
+        str | None, typer.Option(metavar="WHEN", help="always, never, or auto: not for short and plain prompts.")
+    ] = None,
 ) -> None:
     """A picture for a prompt, from a running server.
 
@@ -216,6 +231,8 @@ def generate(
     from ditforge import generating
 
     options = {"seed": seed, "steps": steps, "height": height, "width": width, "guidance": guidance, "sampler": sampler}
+    options |= {"negative_prompt": negative_prompt, "true_cfg": true_cfg, "skip_layer_guidance": skip_layer_guidance}
+    options |= {"t5": t5}
     generating.generate(prompt, url, out, count, options)
 
 

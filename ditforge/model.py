@@ -34,13 +34,29 @@ class Schedule(_Record):
     patch_size: int = 2
 
 
+class SkipLayers(_Record):
+    """Skip-layer guidance as a model's authors recommend it: what `scale` does is in ditforge.client.guidance.
+
+    The DiT runs once more without the blocks `layers` (of `blocks`, which is the width of its input `skip_layers`), in
+    the steps i of N with start * N < i < stop * N.
+    """
+
+    blocks: int
+    layers: tuple[int, ...]
+    scale: float
+    start: float
+    stop: float
+
+
 class Model(_Record):
     """A text-to-image model, as far as the sampler loop is concerned.
 
     Sizes are in pixels; where `sizes` has any, these (height, width) are the only ones. `guidance` says what the number
-    that users call guidance does: `embedded` is an input of the DiT (guidance-distilled models), `none` means that the
-    model takes none. `max_tokens` is how much of a prompt each text encoder reads, special tokens included, in the
-    order of the tokenizer's counts.
+    that users call guidance does: `embedded` is an input of the DiT (guidance-distilled models), `classifier-free` the
+    scale of classifier-free guidance, and `none` means that the model takes none. `skip_layers` is there where the DiT
+    has an input of that name. `max_tokens` is how much of a prompt each text encoder reads, special tokens included, in
+    the order of the tokenizer's counts. `t5` says whether T5 can be left out of a request (`optional`: then zeros take
+    its place), cannot (`required`), or is not there (`absent`).
     """
 
     name: str
@@ -52,7 +68,9 @@ class Model(_Record):
     min_size: int = 1
     sizes: tuple[tuple[int, int], ...] = ()
     default_steps: int
-    guidance: Literal["embedded", "none"]
+    guidance: Literal["embedded", "classifier-free", "none"]
     default_guidance: float
+    skip_layers: SkipLayers | None = None
     schedule: Schedule
     max_tokens: dict[str, int]
+    t5: Literal["required", "optional", "absent"] = "required"

@@ -23,6 +23,7 @@ from ditforge.export.sensitivity import SAMPLES, Call, Choice, choose_linears, r
 from ditforge.export.tokenization import Tokenizer
 from ditforge.export.trace import trace
 from ditforge.manifest import Component, Manifest, Tensor
+from ditforge.model import Model
 
 TRITON_DTYPES = {
     torch.float32: "FP32",
@@ -32,6 +33,8 @@ TRITON_DTYPES = {
 }
 
 FP32 = Precision("fp32")
+TEXT_ENCODERS = ("all", "clip")
+T5 = "t5"  # the name of its network and of its tokenizer
 MEASURED_PROMPTS = 4  # of those that ship with ditforge, to measure what each linear loses to 8 bits
 
 Progress = Callable[[str, int, int], None]
@@ -56,15 +59,18 @@ def export_checkpoint(
     calibration: Path | None = None,
     max_error: float | None = None,
     progress: Progress | None = None,
+    text_encoders: str = "all",
 ) -> Exported:
     """Export the checkpoint in the folder `checkpoint` to ONNX in the folder `out`.
 
     `calibration` is a file that `ditforge calibrate` wrote for this checkpoint; fp8 needs one. With `max_error`, the
-    linears with the largest 8-bit errors stay 16-bit until the velocity's relative error is no larger. If `out` holds
-    the same export of the same files, nothing is written. `progress` is called with (component, how many are done, how
-    many there are) before each component and at the end.
+    linears with the largest 8-bit errors stay 16-bit until the velocity's relative error is no larger. `text_encoders`
+    "clip" leaves T5 out. If `out` holds the same export of the same files, nothing is written. `progress` is called
+    with (component, how many are done, how many there are) before each component and at the end.
     Raises UserError for a checkpoint that is incomplete or of no known family; then `out` is as it was before.
     """
+    if text_encoders not in TEXT_ENCODERS:
+        raise UserError(f"unknown text encoders {text_encoders!r}", f"--text-encoders {' or '.join(TEXT_ENCODERS)}")
     opened = open_checkpoint(checkpoint)
     ranges = read_ranges(calibration, opened, precision)
     source = {
@@ -72,6 +78,7 @@ def export_checkpoint(
         "base": precision.base,
         "calibration": manifest.describe(calibration).sha256 if calibration else "none",
         "max_error": str(max_error),
+        "text_encoders": text_encoders,
         "exporter": f"torch {torch.__version__}",
         "checkpoint": fingerprint(checkpoint),
     }
@@ -95,6 +102,8 @@ def export_checkpoint(
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         problem = f"a configuration in {checkpoint} cannot be used: {reason}"
         raise UserError(problem, "copy the checkpoint's folder again") from error
+    if text_encoders == "clip":
+        model, tokenizers, networks = without_t5(model, tokenizers, networks)
     for network in networks:  # all of them are looked at before the first one is written
         fit.check_weights(network, opened.weights(network.weights))
     fit.check_ports(networks)
@@ -111,6 +120,21 @@ def export_checkpoint(
         result = Manifest(kind="onnx", model=model, components=components, source=source)
         manifest.write(result, folder)
     return Exported(result, fresh=False, choice=choice)
+
+
+def without_t5(
+    model: Model, tokenizers: list[Tokenizer], networks: list[Network]
+) -> tuple[Model, list[Tokenizer], list[Network]]:
+    """The same without T5, and without what needs it. Raises UserError for a model that cannot do without."""
+    if model.t5 == "required":
+        raise UserError(f"{model.name} cannot do without T5", "--text-encoders all")
+    lost = {port for network in networks if network.name == T5 for port in network.outputs}
+    left = {name: tokens for name, tokens in model.max_tokens.items() if name != T5}
+    return (
+        model.model_copy(update={"t5": "absent", "max_tokens": left}),
+        [tokenizer for tokenizer in tokenizers if tokenizer.name != T5],
+        [network for network in networks if network.name != T5 and not lost.intersection(network.inputs)],
+    )
 
 
 def measure_linears(
@@ -157,7 +181,7 @@ def export_network(
     """Trace one network, give it its weights, quantise what bears it but `keep`, and write it to `folder`/NAME.onnx."""
     model, aliases = trace(network)
     transposed = graph.store_transposed(model)
-    graph.attach_weights(model, aliases, transposed, checkpoint.weights(network.weights), network.key_prefixes)
+    graph.attach_weights(model, aliases, transposed, checkpoint.weights(network.weights), network)
     graph.simplify(model, network)
     graph.assert_no_float64(model)
     base, layers = dtype_name(network.dtype), {}

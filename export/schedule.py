@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffusers import FlowMatchEulerDiscreteScheduler
+
 from ditforge.errors import UserError
 from ditforge.model import Schedule
 
-SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+SCHEDULER = FlowMatchEulerDiscreteScheduler.__name__
 UNKNOWN_OPTIONS = ("shift_terminal", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
-def flow_schedule(config: dict[str, Any], class_name: str, patch_size: int) -> Schedule:
-    """The schedule that diffusers' FlowMatchEulerDiscreteScheduler has with `config`, where the pipeline passes sigmas.
+def flow_schedule(config: dict[str, Any], class_name: str, patch_size: int, pipeline_spaces: bool = True) -> Schedule:
+    """The schedule that diffusers' FlowMatchEulerDiscreteScheduler has with `config`.
 
-    Raises UserError for another scheduler, or an option that would place the noise levels otherwise.
+    `pipeline_spaces`: the pipeline passes the sigmas, else the scheduler spaces them by itself. Raises UserError for
+    another scheduler, or an option that would place the noise levels otherwise.
     """
     fix = "use the scheduler folder that the model's authors ship"
     if class_name != SCHEDULER:
@@ -22,10 +25,12 @@ def flow_schedule(config: dict[str, Any], class_name: str, patch_size: int) -> S
     for option in UNKNOWN_OPTIONS:
         if config.get(option):
             raise UserError(f"the checkpoint's scheduler has {option} {config[option]!r}, which is not known", fix)
+    sigma_min = None if pipeline_spaces else FlowMatchEulerDiscreteScheduler.from_config(config).sigma_min
     if not config.get("use_dynamic_shifting", False):
-        return Schedule(kind="fixed", shift=config.get("shift", 1.0), patch_size=patch_size)
+        return Schedule(kind="fixed", shift=config.get("shift", 1.0), sigma_min=sigma_min, patch_size=patch_size)
     return Schedule(
         kind="dynamic",
+        sigma_min=sigma_min,
         time_shift=config.get("time_shift_type", "exponential"),
         base_tokens=config.get("base_image_seq_len", 256),
         max_tokens=config.get("max_image_seq_len", 4096),

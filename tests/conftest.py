@@ -1,17 +1,59 @@
-"""Shared between the rooms' tests: checkpoints, and what the stages make of them, each made once a session."""
+"""Shared between the rooms' tests: checkpoints, and what the stages make of them, each made once a session.
+
+Where pytest-xdist runs several processes, folders are made by the first one that needs them, and used by all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import random_flux
+from filelock import FileLock, Timeout
 
 from ditforge.triton_repo.server import Server, start
 
 ROOT = Path(__file__).parent.parent
+OTHER = {"fp32": "fp16", "fp16": "bf16", "bf16": "fp16"}  # which exports to make while those are being made
+
+
+Shared = Callable[..., Path]
+Exports = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """`shared(NAME, make)` is a folder that `make(folder)` has filled, once for all processes of the session.
+
+    Where another process is about that, `meanwhile()` makes something else that tests need, instead of waiting.
+    Source: https://pytest-xdist.readthedocs.io/en/stable/how-to.html#making-session-scoped-fixtures-execute-only-once
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def once(name: str, make: Callable[[Path], object], meanwhile: Callable[[], object] | None = None) -> Path:
+        folder, done, lock = root / name, root / f"{name}.done", FileLock(root / f"{name}.lock")
+        if meanwhile and not done.exists():
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                meanwhile()
+            else:
+                lock.release()
+        with lock:
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return once
 
 
 @pytest.fixture(scope="session")
@@ -21,9 +63,9 @@ def flux_tiny() -> Path:
 
 
 @pytest.fixture(scope="session")
-def random_schnell(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def random_schnell(shared: Shared) -> Path:
     """A randomly initialised checkpoint that shares no size with flux-tiny, and embeds no guidance."""
-    return random_flux.save_schnell(tmp_path_factory.mktemp("checkpoint"))
+    return shared("checkpoint", random_flux.save_schnell) / "random-schnell"
 
 
 @dataclass(frozen=True)
@@ -36,29 +78,74 @@ class Stages:
     repository: Path
 
 
-def run_stages(checkpoint: Path, out: Path) -> Stages:
-    """Export in fp32, build for the CPU, write the repository."""
+def run_stages(checkpoint: Path, name: str, shared: Shared, meanwhile: Callable[[], object] | None = None) -> Stages:
+    """Export in fp32, build for the CPU, write the repository; into the shared folder NAME."""
     from ditforge.engines.build import build
     from ditforge.export.onnx_export import export_checkpoint
     from ditforge.triton_repo.repository import write_repository
 
-    stages = Stages(checkpoint, out / "onnx", out / "engines", out / "repo")
-    export_checkpoint(checkpoint, stages.onnx)
-    build(stages.onnx, stages.engines, "cpu")
-    write_repository(stages.engines, stages.repository)
-    return stages
+    def make(out: Path) -> None:
+        export_checkpoint(checkpoint, out / "onnx")
+        build(out / "onnx", out / "engines", "cpu")
+        write_repository(out / "engines", out / "repo")
+
+    out = shared(name, make, meanwhile)
+    return Stages(checkpoint, out / "onnx", out / "engines", out / "repo")
 
 
 @pytest.fixture(scope="session")
-def schnell(random_schnell: Path, tmp_path_factory: pytest.TempPathFactory) -> Stages:
+def schnell(random_schnell: Path, shared: Shared, request: pytest.FixtureRequest) -> Stages:
     """The random checkpoint through every stage."""
-    return run_stages(random_schnell, tmp_path_factory.mktemp("schnell"))
+    return run_stages(random_schnell, "schnell", shared, lambda: request.getfixturevalue("tiny"))
 
 
 @pytest.fixture(scope="session")
-def tiny(flux_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Stages:
+def tiny(flux_tiny: Path, shared: Shared) -> Stages:
     """flux-tiny through every stage."""
-    return run_stages(flux_tiny, tmp_path_factory.mktemp("tiny"))
+    return run_stages(flux_tiny, "tiny", shared)
+
+
+@pytest.fixture(scope="session")
+def ranges(random_schnell: Path, shared: Shared) -> Path:
+    """A calibration of the random checkpoint over two prompts."""
+    from ditforge.export.calibration import calibrate
+
+    prompts = ["a red circle", "two blue squares"]
+    folder = shared("calibration", lambda out: calibrate(random_schnell, out / "ranges.json", prompts))
+    return folder / "ranges.json"
+
+
+@pytest.fixture(scope="session")
+def dits(random_schnell: Path, ranges: Path, shared: Shared) -> Exports:
+    """`dits("fp8", "bf16")`: a folder with the random checkpoint's DiT alone, in fp8 with bf16 around it."""
+    from exports import export_dits
+
+    def make(base: str, meanwhile: Callable[[], object] | None = None) -> Path:
+        return shared(f"dits-{base}", lambda out: export_dits(random_schnell, ranges, base, out), meanwhile)
+
+    return lambda precision, base: make(base, lambda: make(OTHER[base])) / precision
+
+
+@pytest.fixture(scope="session")
+def exports(schnell: Stages, dits: Exports, shared: Shared) -> Exports:
+    """`exports("fp8", "bf16")`: the random checkpoint with its DiT in fp8, and everything else in bf16."""
+    from exports import export_around, replace_dit
+
+    def whole(base: str, meanwhile: Callable[[], object] | None = None) -> Path:
+        def make(out: Path) -> None:
+            export_around(schnell.checkpoint, schnell.onnx, dits(base, base), base, out)
+
+        return shared(f"export-{base}", make, meanwhile)
+
+    def export(precision: str, base: str) -> Path:
+        def make(out: Path) -> None:
+            shutil.copytree(around, out, dirs_exist_ok=True)
+            replace_dit(dits(precision, base), out)
+
+        around = whole(base, lambda: whole(OTHER[base]))
+        return around if precision == base else shared(f"export-{precision}-{base}", make)
+
+    return export
 
 
 @pytest.fixture(scope="session")
@@ -72,4 +159,36 @@ def schnell_server(schnell: Stages) -> Iterator[Server]:
 def tiny_server(tiny: Stages) -> Iterator[Server]:
     """A server of flux-tiny."""
     with start(tiny.repository, port=0) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def sd3(shared: Shared, request: pytest.FixtureRequest) -> Stages:
+    """A random checkpoint built like Stable Diffusion 3.5 medium, through every stage."""
+    import random_sd3
+
+    checkpoint = shared("sd3-checkpoint", random_sd3.save_medium) / "random-sd3"
+    return run_stages(checkpoint, "sd3", shared, lambda: request.getfixturevalue("sd3_turbo"))
+
+
+@pytest.fixture(scope="session")
+def sd3_turbo(shared: Shared) -> Stages:
+    """One built like Stable Diffusion 3.5 large-turbo, without T5, through every stage."""
+    import random_sd3
+
+    folder = shared("sd3-turbo-checkpoint", random_sd3.save_large_turbo)
+    return run_stages(folder / "random-sd3-turbo", "sd3-turbo", shared)
+
+
+@pytest.fixture(scope="session")
+def sd3_server(sd3: Stages) -> Iterator[Server]:
+    """A server of the checkpoint like medium."""
+    with start(sd3.repository, port=0) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def sd3_turbo_server(sd3_turbo: Stages) -> Iterator[Server]:
+    """A server of the checkpoint like large-turbo."""
+    with start(sd3_turbo.repository, port=0) as server:
         yield server

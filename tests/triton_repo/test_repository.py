@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
+from command_line import tree
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from ditforge import manifest
+from ditforge.engines.verify import verify_files
 from ditforge.errors import UserError
 from ditforge.model import Model
+from ditforge.triton_repo import repository
 from ditforge.triton_repo.config import EngineSource
 from ditforge.triton_repo.repository import write_repository
 
@@ -179,10 +184,111 @@ def test_what_was_compiled_on_the_gpu_is_kept(schnell, tmp_path: Path) -> None:
     caches = {name: tmp_path / "repo" / name / "1" / f"{name}.runtime-cache" for name in ("clip", "dit")}
     for cache in caches.values():
         cache.write_bytes(b"kernels")
-    (engines / "dit.plan").write_bytes(b"another engine")
-    source = manifest.read(engines, "engines")
-    files = {"dit.plan": manifest.describe(engines / "dit.plan")}
-    dit = source.components["dit"].model_copy(update={"files": files})
-    manifest.write(source.model_copy(update={"components": {**source.components, "dit": dit}}), engines)
+    replace_plan(engines, "dit", b"another engine")
     write_repository(engines, tmp_path / "repo")
     assert {name for name, cache in caches.items() if cache.exists()} == {"clip"}
+
+
+# Written once
+
+
+def replace_plan(engines: Path, name: str, content: bytes) -> None:
+    """As `ditforge build` does it: a new folder in the old one's place."""
+    folder = shutil.copytree(engines, engines.with_name("rebuilt"))
+    (folder / f"{name}.plan").write_bytes(content)
+    source = manifest.read(folder, "engines")
+    files = {f"{name}.plan": manifest.describe(folder / f"{name}.plan")}
+    component = source.components[name].model_copy(update={"files": files})
+    manifest.write(source.model_copy(update={"components": {**source.components, name: component}}), folder)
+    shutil.rmtree(engines)
+    folder.rename(engines)
+
+
+def test_the_same_repository_is_not_written_again(schnell, tmp_path: Path) -> None:
+    out = tmp_path / "repo"
+    assert write_repository(schnell.engines, out) == "there is no repository yet"
+    before, inode = tree(out), out.stat().st_ino
+    assert write_repository(schnell.engines, out, max_batch=8) == ""  # which is the default
+    assert (tree(out), out.stat().st_ino) == (before, inode)
+
+
+def test_what_differs_is_the_reason(schnell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines, out = compiled(schnell.engines, tmp_path / "engines", "tensorrt", {}), tmp_path / "repo"
+    monkeypatch.setattr(repository, "has_tensorrt_backend", lambda: False)
+
+    def reason(max_batch: int | None = None) -> str:
+        first = write_repository(engines, out, max_batch)
+        assert write_repository(engines, out, max_batch) == ""
+        assert (out / "dit" / "1" / "dit.plan").read_bytes() == (engines / "dit.plan").read_bytes()
+        return first
+
+    assert reason() == "there is no repository yet"
+    assert reason(max_batch=3) == "max_batch was 4, is 3"
+    assert reason() == "max_batch was 3, is 4"
+    replace_plan(engines, "dit", b"another engine")
+    assert reason() == "sha256 of dit.plan changed"
+    source = manifest.read(engines, "engines")
+    newer = {**source.engines, "t5": source.engines["t5"].model_copy(update={"compiler_version": "10"})}
+    manifest.write(source.model_copy(update={"engines": newer}), engines)
+    assert reason() == "compiler of t5 was tensorrt 9 for sm_89, is tensorrt 10 for sm_89"
+    model = source.model.model_copy(update={"default_steps": 7})
+    manifest.write(source.model_copy(update={"engines": newer, "model": model}), engines)
+    assert reason() == "sha256 of dit/config.pbtxt changed"
+    monkeypatch.setattr(repository, "has_tensorrt_backend", lambda: True)
+    assert reason() == "what runs clip was python, is tensorrt_plan"
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("clip/config.pbtxt", "clip/config.pbtxt is missing or changed"),
+        ("dit/1/model.py", "dit/1/model.py is missing or changed"),
+        ("t5/1/t5.onnx.data", "a file of t5 is missing or truncated"),
+        ("text_encoders/1", "text_encoders/1 is missing"),
+        ("manifest.json", "there is no repository yet"),
+    ],
+)
+def test_what_is_lost_is_written_again(schnell, tmp_path: Path, path: str, reason: str) -> None:
+    out = Path(shutil.copytree(schnell.repository, tmp_path / "repo"))
+    lost = out / path
+    if path == "manifest.json":
+        shutil.rmtree(out)
+    elif lost.is_dir():
+        lost.rmdir()
+    else:
+        lost.write_bytes(lost.read_bytes()[:-1])
+    assert write_repository(schnell.engines, out) == reason
+    assert lost.exists() and write_repository(schnell.engines, out) == ""
+
+
+def test_a_plan_is_stored_once(schnell, tmp_path: Path) -> None:
+    engines = compiled(schnell.engines, tmp_path / "engines", "tensorrt-rtx", {})
+    plan, served = engines / "dit.plan", tmp_path / "repo" / "dit" / "1" / "dit.plan"
+    write_repository(engines, tmp_path / "repo")
+    assert plan.samefile(served)
+    replace_plan(engines, "dit", b"another engine")
+    assert served.read_bytes() == b"dit"  # what is served stays until the repository is written again
+    assert verify_files(tmp_path / "repo") == verify_files(engines)
+    write_repository(engines, tmp_path / "repo")
+    plan.write_bytes(b"anOther engine")
+    for folder in (engines, tmp_path / "repo"):
+        with pytest.raises(UserError, match=r"dit\.plan is damaged"):
+            verify_files(folder)
+
+
+def test_a_plan_is_copied_where_there_are_no_links(schnell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(target: Path, link: Path) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    engines = compiled(schnell.engines, tmp_path / "engines", "tensorrt-rtx", {})
+    write_repository(engines, tmp_path / "repo")
+    served = tmp_path / "repo" / "dit" / "1" / "dit.plan"
+    assert not served.samefile(engines / "dit.plan")
+    assert served.read_bytes() == b"dit"
+
+
+def test_onnx_reads_what_is_served_on_a_cpu(schnell) -> None:
+    """It refuses weights that have several names."""
+    for graph in (schnell.engines / "dit.onnx", schnell.repository / "dit" / "1" / "dit.onnx"):
+        assert onnx.load(graph).graph.node

@@ -70,14 +70,16 @@ def repository(tmp_path: Path) -> Callable[..., Path]:
 def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fails a test of which shared memory or processes remain; logs go where pytest removes them.
 
-    Servers that other tests share with the whole session may run beside it.
+    Servers that other tests share with the whole session may run beside it. Names in shared memory begin differently
+    from those of other processes' servers, which would sweep up what a test leaves there on purpose.
     """
+    monkeypatch.setattr(server, "PREFIX", f"{server.PREFIX}{os.getpid()}-test-")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     entries, servers = own_entries(os.getpid()), own_processes()
     yield
     assert set(own_entries(os.getpid())) <= set(entries)
-    assert set(own_processes()) <= set(servers)
+    assert eventually(lambda: set(own_processes()) <= set(servers))  # one that was killed takes a moment to die
 
 
 def own_entries(owner: int) -> list[str]:
@@ -252,12 +254,14 @@ def test_ends_with_a_killed_owner(repository: Callable[..., Path]) -> None:
     program = """
 import sys, time
 from pathlib import Path
-from ditforge.triton_repo.server import start
-running = start(Path(sys.argv[1]), port=0)
+from ditforge.triton_repo import server
+server.PREFIX = sys.argv[2]
+running = server.start(Path(sys.argv[1]), port=0)
 print(running.pid, running.url, flush=True)
 time.sleep(600)
 """
-    with subprocess.Popen([sys.executable, "-c", program, str(repo)], stdout=subprocess.PIPE, text=True) as owner:
+    command = [sys.executable, "-c", program, str(repo), server.PREFIX]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
         try:
             assert owner.stdout is not None
             pid, url = owner.stdout.readline().split()

@@ -317,10 +317,11 @@ def test_out_keeps_another_stage(schnell, tmp_path: Path) -> None:
     (tmp_path / "repo" / "my_model").mkdir()
     before = tree(tmp_path)
     assert_error(ditforge("build", "onnx", "--out", "onnx", cwd=tmp_path), "onnx", "would be lost", "--out")
-    assert_error(ditforge("repo", schnell.engines, "--out", "repo", cwd=tmp_path), "my_model", "--out")
+    other_repo = ("repo", schnell.engines, "--max-batch", "3", "--out", "repo")
+    assert_error(ditforge(*other_repo, cwd=tmp_path), "my_model", "--out")
     assert tree(tmp_path) == before
     (tmp_path / "repo" / "my_model").rmdir()
-    assert ditforge("repo", schnell.engines, "--out", "repo", cwd=tmp_path).code == 0  # its own work it replaces
+    assert ditforge(*other_repo, cwd=tmp_path).code == 0  # its own work it replaces
     assert sorted(path.name for path in tmp_path.iterdir()) == ["onnx", "repo"]
 
 

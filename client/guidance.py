@@ -1,0 +1,70 @@
+"""Guidance: the DiT's velocities with the prompt, with the negative prompt and with fewer blocks become one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from ditforge.client.request import Request
+from ditforge.client.sampling import Array, Denoise
+from ditforge.model import Model, SkipLayers
+
+Arrays = Mapping[str, np.ndarray]
+Evaluate = Callable[[Arrays], Array]  # the DiT: its inputs, batch first → velocity [B, C, h, w]
+
+
+def guided(
+    evaluate: Evaluate,
+    model: Model,
+    request: Request,
+    sigmas: npt.NDArray[np.float32],
+    text: Arrays,
+    negative: Arrays | None,
+) -> Denoise:
+    """The velocity of a request's pictures as samplers want it, from one call of the DiT an evaluation.
+
+    `text` and `negative` are the embeddings of the prompts and of the negative prompts, both [N, …]. With `negative`,
+    classifier-free guidance at the request's scale: v = v_negative + scale (v_text - v_negative), in a batch of 2 N (Ho
+    and Salimans 2022, arXiv:2207.12598). With skip-layer guidance on top, in some of the steps: v + scale (v_text -
+    v_skipped), in a batch of 3 N (Stability-AI/sd3.5; as diffusers' StableDiffusion3Pipeline).
+    """
+    scale, skip, count = request.cfg_scale(model), model.skip_layers, len(request.prompts)
+    parts = [text] if negative is None else [negative, text]
+    inputs = joined(parts, model, request, skipped=False)
+    inputs_in_window = joined([*parts, text], model, request, skipped=True) if request.skip_layer_guidance else {}
+
+    def denoise(latents: Array, sigma: float) -> Array:
+        in_window = bool(skip and inputs_in_window and is_in_window(sigma, sigmas, skip))
+        used = inputs_in_window if in_window else inputs
+        batch = len(used["prompt_embeds"])
+        timestep = np.full(batch, sigma, np.float32)
+        velocity = evaluate({"latents": np.concatenate([latents] * (batch // count)), "timestep": timestep, **used})
+        if negative is None:
+            return velocity
+        without, with_prompt, *fewer = np.split(velocity, batch // count)
+        velocity = without + scale * (with_prompt - without)
+        return velocity + request.skip_layer_guidance * (with_prompt - fewer[0]) if fewer else velocity
+
+    return denoise
+
+
+def joined(parts: list[Arrays], model: Model, request: Request, skipped: bool) -> dict[str, np.ndarray]:
+    """The DiT's inputs that do not change from step to step; `skipped`: the last part runs without some blocks."""
+    inputs = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    batch = len(inputs["prompt_embeds"])
+    if model.guidance == "embedded":
+        inputs["guidance"] = np.full(batch, request.guidance, np.float32)
+    if model.skip_layers:
+        mask = np.zeros((batch, model.skip_layers.blocks), np.float32)
+        if skipped:
+            mask[-len(request.prompts) :, list(model.skip_layers.layers)] = 1
+        inputs["skip_layers"] = mask
+    return inputs
+
+
+def is_in_window(sigma: float, sigmas: npt.NDArray[np.float32], skip: SkipLayers) -> bool:
+    """Whether skip-layer guidance acts at noise level `sigma`: the step i of N that begins there, or after it."""
+    step, steps = int((sigmas > sigma).sum()), len(sigmas) - 1
+    return skip.start * steps < step < skip.stop * steps

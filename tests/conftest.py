@@ -105,35 +105,46 @@ def tiny(flux_tiny: Path, shared: Shared) -> Stages:
     return run_stages(flux_tiny, "tiny", shared)
 
 
-@pytest.fixture(scope="session")
-def ranges(random_schnell: Path, shared: Shared) -> Path:
-    """A calibration of the random checkpoint over two prompts."""
+def make_ranges(checkpoint: Path, name: str, shared: Shared) -> Path:
+    """A calibration of a checkpoint over two prompts, in the shared folder NAME."""
     from ditforge.export.calibration import calibrate
 
     prompts = ["a red circle", "two blue squares"]
-    folder = shared("calibration", lambda out: calibrate(random_schnell, out / "ranges.json", prompts))
-    return folder / "ranges.json"
+    return shared(name, lambda out: calibrate(checkpoint, out / "ranges.json", prompts)) / "ranges.json"
 
 
-@pytest.fixture(scope="session")
-def dits(random_schnell: Path, ranges: Path, shared: Shared) -> Exports:
-    """`dits("fp8", "bf16")`: a folder with the random checkpoint's DiT alone, in fp8 with bf16 around it."""
+def make_dits(checkpoint: Path, ranges: Path, name: str, shared: Shared) -> Exports:
+    """A checkpoint's DiT alone in a precision, e.g. ("fp8", "bf16"): fp8 with bf16 around it."""
     from exports import export_dits
 
     def make(base: str, meanwhile: Callable[[], object] | None = None) -> Path:
-        return shared(f"dits-{base}", lambda out: export_dits(random_schnell, ranges, base, out), meanwhile)
+        return shared(f"{name}-{base}", lambda out: export_dits(checkpoint, ranges, base, out), meanwhile)
 
     return lambda precision, base: make(base, lambda: make(OTHER[base])) / precision
 
 
 @pytest.fixture(scope="session")
-def exports(schnell: Stages, dits: Exports, shared: Shared) -> Exports:
-    """`exports("fp8", "bf16")`: the random checkpoint with its DiT in fp8, and everything else in bf16."""
+def ranges(random_schnell: Path, shared: Shared) -> Path:
+    """A calibration of the random checkpoint."""
+    return make_ranges(random_schnell, "calibration", shared)
+
+
+@pytest.fixture(scope="session")
+def dits(random_schnell: Path, ranges: Path, shared: Shared) -> Exports:
+    """`dits("fp8", "bf16")`: a folder with the random checkpoint's DiT alone, in fp8 with bf16 around it."""
+    return make_dits(random_schnell, ranges, "dits", shared)
+
+
+@pytest.fixture(scope="session")
+def exports(tiny: Stages, shared: Shared) -> Exports:
+    """`exports("fp8", "bf16")`: flux-tiny with its DiT in fp8, and everything else in bf16."""
     from exports import export_around, replace_dit
+
+    dits = make_dits(tiny.checkpoint, make_ranges(tiny.checkpoint, "tiny-calibration", shared), "tiny-dits", shared)
 
     def whole(base: str, meanwhile: Callable[[], object] | None = None) -> Path:
         def make(out: Path) -> None:
-            export_around(schnell.checkpoint, schnell.onnx, dits(base, base), base, out)
+            export_around(tiny.checkpoint, tiny.onnx, dits(base, base), base, out)
 
         return shared(f"export-{base}", make, meanwhile)
 
@@ -142,6 +153,8 @@ def exports(schnell: Stages, dits: Exports, shared: Shared) -> Exports:
             shutil.copytree(around, out, dirs_exist_ok=True)
             replace_dit(dits(precision, base), out)
 
+        if base == "fp32":
+            return tiny.onnx
         around = whole(base, lambda: whole(OTHER[base]))
         return around if precision == base else shared(f"export-{precision}-{base}", make)
 

@@ -72,7 +72,7 @@ def test_batch_larger_than_the_server_takes(client: Client, schnell_server: Serv
     before = calls(schnell_server.url)
     prompts = [f"{word} circle" for word in ("red", "green", "blue")] * 3
     images = client.generate(prompts, seed=0, steps=2, **SMALL)
-    assert calls(schnell_server.url) - before == 2 * 2  # 8 and 1, in each of 2 steps
+    eventually(lambda: calls(schnell_server.url) - before == 2 * 2)  # 8 and 1, in each of 2 steps
     for i in (0, 7, 8):
         assert_same(images[i], client.generate(prompts[i], seed=i, steps=2, **SMALL))
 
@@ -134,8 +134,8 @@ def test_error_in_a_callback_ends_the_loop(client: Client, schnell_server: Serve
 
     with pytest.raises(ZeroDivisionError):
         client.generate("a", steps=500, callback=fail, **SMALL)
-    assert calls(schnell_server.url) == before + 1
     client.generate("a", steps=1, **SMALL)  # and the connection can go on
+    eventually(lambda: calls(schnell_server.url) == before + 2)  # the server counts after it has answered
 
 
 def test_bad_request_leaves_the_connection_usable(client: Client) -> None:

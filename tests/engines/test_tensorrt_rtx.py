@@ -32,6 +32,7 @@ from ditforge.manifest import Component, Tensor
 NETWORKS = ("clip", "t5", "dit", "vae_decoder", "vae_encoder")
 VERSION = version("tensorrt-rtx-cu13")
 # What is compiled for each GPU: the DiT in every precision that the GPU has, (precision, what is around it).
+FP32 = [("fp32", "fp32")]
 FP16, BF16 = [("fp16", "fp16"), ("int8-weights", "fp16")], [("bf16", "bf16"), ("int8-weights", "bf16")]
 FP8 = [("fp8-weights", "bf16"), ("fp8", "bf16")]
 
@@ -50,7 +51,7 @@ def without(folder: Path, out: Path, *names: str) -> Path:
     ("gpu", "precisions"),
     [
         ("sm_75", FP16),
-        ("sm_86", [*FP16, *BF16]),
+        ("sm_86", [*FP32, *FP16, *BF16]),
         ("sm_89", [*FP16, *BF16, *FP8]),
         ("sm_120", [*BF16, *FP8]),
         ("sm_86,sm_89,sm_120", BF16),

@@ -1,0 +1,27 @@
+"""The training script of sd35-tiny in miniature. No checkpoint is committed yet."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from evaluate import load_pipeline
+
+
+def test_a_short_run_writes_a_folder_that_the_stock_pipeline_loads(models_folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(models_folder / "train_sd35_tiny.py"), "--out", str(tmp_path / "sd35")]
+    options = ["--work", str(tmp_path / "work"), "--scale", "0.0001", "--device", "cpu"]
+    subprocess.run(command + options, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    report = json.loads((tmp_path / "sd35" / "training.json").read_text())
+    assert set(report["seconds"]) == {"reading", "flow"}
+    assert sum(path.stat().st_size for path in (tmp_path / "sd35").rglob("*")) < 20e6
+    pipeline = load_pipeline(tmp_path / "sd35", "cpu")
+    assert isinstance(pipeline, StableDiffusion3Pipeline)
+    assert pipeline.transformer.config.qk_norm == "rms_norm" and pipeline.transformer.config.dual_attention_layers
+    assert pipeline.text_encoder.config.hidden_size != pipeline.text_encoder_2.config.hidden_size
+    with torch.no_grad():
+        picture = pipeline("a red circle", height=64, width=64, num_inference_steps=1, max_sequence_length=64).images[0]
+    assert picture.size == (64, 64)

@@ -62,7 +62,7 @@ def root(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's folder in diffusers' layout.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A folder in diffusers' layout, or a .safetensors file.")],
     out: Out,
     precision: Precision = "fp32",
     activations: Annotated[str, typer.Option(help="What surrounds 8-bit weights: bf16, fp16 or fp32.")] = "bf16",
@@ -75,18 +75,32 @@ def export(
     text_encoders: Annotated[
         str, typer.Option(help="all; or clip: without T5, for models that can do without it, to save memory.")
     ] = "all",
+    random_weights: Annotated[
+        bool,
+        typer.Option("--random-weights", help="CHECKPOINT's sizes, not its weights; a published model's name will do."),
+    ] = False,
+    base: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="The diffusers folder with what a single file lacks.")
+    ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="FILE:STRENGTH", help="A LoRA to add to the weights; again for more.")
+    ] = None,
 ) -> None:
     """Checkpoint to ONNX.
 
     Example: ditforge export models/flux-tiny --out out/onnx --precision fp8-weights
     """
     from ditforge import terminal
+    from ditforge.export.lora import parse_lora
     from ditforge.export.onnx_export import export_checkpoint
     from ditforge.export.precision import parse_precision
 
     with terminal.progress("export") as report:
         asked = parse_precision(precision, activations)
-        exported = export_checkpoint(checkpoint, out, asked, calibration, max_error, report, text_encoders)
+        loras = [parse_lora(option) for option in lora or ()]
+        exported = export_checkpoint(
+            checkpoint, out, asked, calibration, max_error, report, text_encoders, random_weights, base, loras
+        )
     if exported.fresh:
         terminal.say(f"{out} is up to date")
         return

@@ -4,35 +4,53 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ditforge.errors import UserError
 from ditforge.export.weights import Weights, open_weights
+
+if TYPE_CHECKING:
+    from ditforge.export.lazy import Lazy
 
 INDEX = "model_index.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A diffusers folder. `pipeline` is the class that its model_index.json names, e.g. FluxPipeline."""
+    """A diffusers folder. `pipeline` is the class that its model_index.json names, e.g. FluxPipeline.
+
+    Where there are no weights, and random ones take their place, `seed` is what they are made from. What comes from
+    elsewhere than the folder (a single file, LoRAs: sources.py) is in `title`, the model's name, `tensors`, by
+    component and name, and `configs`, by component and file.
+    """
 
     folder: Path
     pipeline: str
+    seed: int | None = None
+    title: str | None = None
+    tensors: Mapping[str, Mapping[str, Lazy]] = field(default_factory=dict)
+    configs: Mapping[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        """The folder's name, by which people know the model."""
-        return self.folder.resolve().name
+        """The name of the folder or file, by which people know the model."""
+        return self.title or self.folder.resolve().name
 
     def config(self, component: str, file: str = "config.json") -> dict[str, Any]:
         """The configuration of a component (`transformer`, `vae`, …) as its file has it."""
-        return read_json(self.folder / component / file)
+        given = self.configs.get((component, file))
+        return read_json(self.folder / component / file) if given is None else given
 
     def weights(self, component: str) -> Weights:
         """The weights of a component, opened and checked for completeness, none of them read."""
-        return open_weights(self.folder / component)
+        if component not in self.tensors:
+            return open_weights(self.folder / component)
+        from ditforge.export.lazy import as_weights
+
+        return as_weights(self.folder / component, self.tensors[component])
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -93,15 +94,34 @@ def simplify(model: ir.Model, network: Network) -> None:
         value.shape = ir.Shape(ports[value.name or ""].names())
 
 
-def save(model: ir.Model, path: Path) -> list[Path]:
+def save(model: ir.Model, path: Path, progress: Callable[[int], None] | None = None) -> list[Path]:
     """Write the graph to `path` and its weights beside it, one tensor at a time; returns the files written.
 
-    The result has passed onnx.checker with full shape inference.
+    `progress` is called with the bytes of weights before each tensor. The result has passed onnx.checker with full
+    shape inference.
     """
-    data = path.with_name(path.name + DATA_SUFFIX)
-    ir.save(model, path, external_data=data.name)
+    data, done = path.with_name(path.name + DATA_SUFFIX), 0
+
+    def count(tensor: ir.TensorProtocol, info: object) -> None:
+        nonlocal done
+        return_freed_memory()
+        if progress:
+            progress(done)
+        done += tensor.nbytes
+
+    ir.save(model, path, external_data=data.name, callback=count)
     onnx.checker.check_model(path, full_check=True)
     return [file for file in (path, data) if file.is_file()]
+
+
+def return_freed_memory() -> None:
+    """Give back to the system what has been freed, where the C library can (glibc: malloc_trim(3)).
+
+    Left to itself it keeps pieces between tensors of many sizes, gigabytes in the end.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
 
 
 def assert_no_float64(model: ir.Model) -> None:

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import math
+import os
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
 
 from ditforge import __version__, manifest
-from ditforge.errors import DitforgeError, UserError
-from ditforge.export import fit, graph
+from ditforge.errors import DitforgeError, DitforgeWarning, UserError
+from ditforge.export import fit, graph, random_weights
 from ditforge.export.calibration import Calibration, find_linears, read_prompts, read_ranges
-from ditforge.export.checkpoint import Checkpoint, open_checkpoint
+from ditforge.export.checkpoint import Checkpoint
+from ditforge.export.disk import check_space, size_of
 from ditforge.export.families import family_of
 from ditforge.export.network import Network, Port
 from ditforge.export.precision import Precision, dtype_name
 from ditforge.export.quantise import SCHEMES, quantise_linears
+from ditforge.export.resume import Unfinished
 from ditforge.export.sensitivity import SAMPLES, Call, Choice, choose_linears, recorded_calls
+from ditforge.export.sources import Loras, fingerprint, open_source
 from ditforge.export.tokenization import Tokenizer
 from ditforge.export.trace import trace
+from ditforge.export.weights import Weights
 from ditforge.manifest import Component, Manifest, Tensor
 from ditforge.model import Model
 
@@ -35,6 +41,7 @@ TRITON_DTYPES = {
 FP32 = Precision("fp32")
 TEXT_ENCODERS = ("all", "clip")
 T5 = "t5"  # the name of its network and of its tokenizer
+MEGABYTE = 10**6
 MEASURED_PROMPTS = 4  # of those that ship with ditforge, to measure what each linear loses to 8 bits
 
 Progress = Callable[[str, int, int], None]
@@ -60,18 +67,47 @@ def export_checkpoint(
     max_error: float | None = None,
     progress: Progress | None = None,
     text_encoders: str = "all",
+    random: bool = False,
+    base: Path | None = None,
+    loras: Loras = (),
 ) -> Exported:
-    """Export the checkpoint in the folder `checkpoint` to ONNX in the folder `out`.
+    """Export the checkpoint `checkpoint`, a diffusers folder or a single file, to ONNX in the folder `out`.
 
+    `base` is a diffusers folder with what a single file lacks; `loras` are files and strengths, added to the weights.
     `calibration` is a file that `ditforge calibrate` wrote for this checkpoint; fp8 needs one. With `max_error`, the
     linears with the largest 8-bit errors stay 16-bit until the velocity's relative error is no larger. `text_encoders`
-    "clip" leaves T5 out. If `out` holds the same export of the same files, nothing is written. `progress` is called
-    with (component, how many are done, how many there are) before each component and at the end.
-    Raises UserError for a checkpoint that is incomplete or of no known family; then `out` is as it was before.
+    "clip" leaves T5 out. `random` takes random weights, and then `checkpoint` may be a name (random_weights.py). If
+    `out` holds the same export of the same files, nothing is written. `progress` is called with (component, megabytes
+    of weights written, megabytes in all), often. An export that is interrupted leaves `out` as it was, and its large
+    finished components in `.NAME.unfinished` beside it, which the next one takes.
+    Raises UserError for a checkpoint that is incomplete or of no known family, and if the disk has too little space,
+    before anything is written.
     """
     if text_encoders not in TEXT_ENCODERS:
         raise UserError(f"unknown text encoders {text_encoders!r}", f"--text-encoders {' or '.join(TEXT_ENCODERS)}")
-    opened = open_checkpoint(checkpoint)
+    if not random:
+        opened, files = open_source(checkpoint, base, loras), fingerprint(checkpoint, base, loras)
+        return export_opened(opened, files, out, precision, calibration, max_error, progress, text_encoders)
+    if base or loras:
+        raise UserError("random weights take nothing from files", "leave out --base and --lora, or --random-weights")
+    if max_error is not None:
+        raise UserError("the errors of random weights tell nothing", "leave out --max-error, or --random-weights")
+    with random_weights.random_checkpoint(checkpoint) as opened:
+        files = random_weights.fingerprint(opened)
+        return export_opened(opened, files, out, precision, calibration, None, progress, text_encoders)
+
+
+def export_opened(
+    opened: Checkpoint,
+    files: str,
+    out: Path,
+    precision: Precision,
+    calibration: Path | None,
+    max_error: float | None,
+    progress: Progress | None,
+    text_encoders: str,
+) -> Exported:
+    """The same for a checkpoint that is open; `files` is a digest by which it is known again."""
     ranges = read_ranges(calibration, opened, precision)
     source = {
         "precision": precision.name,
@@ -80,7 +116,7 @@ def export_checkpoint(
         "max_error": str(max_error),
         "text_encoders": text_encoders,
         "exporter": f"torch {torch.__version__}",
-        "checkpoint": fingerprint(checkpoint),
+        "checkpoint": files,
     }
     before = manifest.earlier(out, "onnx")
     if (
@@ -100,26 +136,60 @@ def export_checkpoint(
         raise
     except Exception as error:  # the libraries' configuration classes raise many kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        problem = f"a configuration in {checkpoint} cannot be used: {reason}"
+        problem = f"a configuration in {opened.folder} cannot be used: {reason}"
         raise UserError(problem, "copy the checkpoint's folder again") from error
     if text_encoders == "clip":
         model, tokenizers, networks = without_t5(model, tokenizers, networks)
+    sizes: dict[str, int] = {}
     for network in networks:  # all of them are looked at before the first one is written
-        fit.check_weights(network, opened.weights(network.weights))
+        weights = weights_of(network, opened)
+        fit.check_weights(network, weights)
+        sizes[network.name] = size_of(network, weights, precision.scheme)
     fit.check_ports(networks)
+    manifest.check_replaceable(Path(os.path.realpath(out)), "onnx", ())
+    unfinished = Unfinished.beside(out, {**source, "ditforge": __version__})
+    unfinished.drop_others()
+    check_space(out, sum(size for name, size in sizes.items() if name not in unfinished.kept()))
     report = progress or (lambda component, done, total: None)
     choice = measure_linears(opened, precision, ranges, max_error, report)
-    with manifest.written_whole(out, "onnx") as folder:
-        components = {"tokenizer": export_tokenizers(tokenizers, folder)}
-        for done, network in enumerate(networks):
-            report(network.name, done, len(networks))
-            components[network.name] = export_network(
-                network, opened, folder, precision.scheme, ranges, choice.keep if choice else ()
+    done, total = 0, max(1, math.ceil(sum(sizes.values()) / MEGABYTE))
+    try:
+        with manifest.written_whole(out, "onnx") as folder:
+            components = {"tokenizer": export_tokenizers(tokenizers, folder)}
+            for network in networks:
+                written = bytes_reported(report, network.name, done, total)
+                written(0)
+                component = unfinished.take(network.name, folder)
+                if component is None:
+                    keep = choice.keep if choice else ()
+                    component = export_network(network, opened, folder, precision.scheme, ranges, keep, written)
+                    unfinished.keep(network.name, component, folder)
+                components[network.name] = component
+                done += sizes[network.name]
+            report("done", total, total)
+            result = Manifest(kind="onnx", model=model, components=components, source=source)
+            manifest.write(result, folder)
+    except BaseException:
+        if kept := unfinished.kept():
+            remark = (
+                f"{', '.join(kept)} of the unfinished export stay in {unfinished.folder}, for the same command again"
             )
-        report("done", len(networks), len(networks))
-        result = Manifest(kind="onnx", model=model, components=components, source=source)
-        manifest.write(result, folder)
+            warnings.warn(remark, DitforgeWarning, stacklevel=1)
+        raise
+    unfinished.drop_all()
     return Exported(result, fresh=False, choice=choice)
+
+
+def bytes_reported(report: Progress, name: str, before: int, total: int) -> Callable[[int], None]:
+    """What takes the bytes written of the network `name`, behind `before` others, and reports megabytes."""
+    return lambda count: report(name, min((before + count) // MEGABYTE, total), total)
+
+
+def weights_of(network: Network, checkpoint: Checkpoint) -> Weights:
+    """The network's weights, opened and none of them read: the checkpoint's, or random ones. Raises UserError."""
+    if checkpoint.seed is not None:
+        return random_weights.random_weights(network, checkpoint)
+    return checkpoint.weights(network.weights)
 
 
 def without_t5(
@@ -149,6 +219,9 @@ def measure_linears(
         return None
     if precision.scheme is None:
         raise UserError(f"{precision.name} quantises nothing", "leave out --max-error, or --precision fp8-weights")
+    if checkpoint.tensors:
+        problem = "--max-error runs diffusers' pipeline, which takes neither single files nor LoRAs here"
+        raise UserError(problem, "leave out --max-error, or put the model into a diffusers folder")
     family = family_of(checkpoint)
     model, pipeline = family.model(checkpoint), family.load_pipeline(checkpoint)
     calls: list[Call] = []
@@ -163,13 +236,6 @@ def measure_linears(
     return choose_linears(pipeline.transformer, linears, calls, scheme, amax, max_error, report)
 
 
-def fingerprint(checkpoint: Path) -> str:
-    """A digest of the checkpoint's files by name, size and time of change, which tells whether it is still the same."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    listed = [(str(path.relative_to(checkpoint)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return sha256(repr(listed).encode()).hexdigest()
-
-
 def export_network(
     network: Network,
     checkpoint: Checkpoint,
@@ -177,17 +243,21 @@ def export_network(
     scheme: str | None = None,
     ranges: Calibration | None = None,
     keep: Collection[str] = (),
+    progress: Callable[[int], None] | None = None,
 ) -> Component:
-    """Trace one network, give it its weights, quantise what bears it but `keep`, and write it to `folder`/NAME.onnx."""
+    """Trace one network, give it its weights, quantise what bears it but `keep`, and write it to `folder`/NAME.onnx.
+
+    `progress` is called with the bytes written so far.
+    """
     model, aliases = trace(network)
     transposed = graph.store_transposed(model)
-    graph.attach_weights(model, aliases, transposed, checkpoint.weights(network.weights), network)
+    graph.attach_weights(model, aliases, transposed, weights_of(network, checkpoint), network)
     graph.simplify(model, network)
     graph.assert_no_float64(model)
     base, layers = dtype_name(network.dtype), {}
     if scheme and network.linears:
         layers = quantise(model, network, scheme, ranges, keep)
-    files = graph.save(model, folder / f"{network.name}.onnx")
+    files = graph.save(model, folder / f"{network.name}.onnx", progress)
     count = list(layers.values()).count(scheme or "")
     return Component(
         files={file.name: manifest.describe(file) for file in files},

@@ -1,0 +1,34 @@
+"""Whether an export fits on the disk: found out before it starts."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+
+from ditforge.errors import UserError
+from ditforge.export.network import Network
+from ditforge.export.weights import Weights
+
+GRAPHS = 50 * 10**6  # bytes for what is not weights: graphs, tokenizers, the manifest
+
+
+def size_of(network: Network, weights: Weights, scheme: str | None) -> int:
+    """Bytes that the weights will take, but for scales. Too many where the network takes only some of `weights`."""
+
+    def width(name: str) -> int:
+        return 1 if scheme and network.may_be_8_bit(name) else network.dtype.itemsize
+
+    return sum(math.prod(shape) * width(name) for name, shape in weights.shapes.items())
+
+
+def check_space(out: Path, size: int) -> None:
+    """Raise UserError if the disk of `out`, which need not exist, has no room for `size` bytes of weights."""
+    parent = Path(os.path.realpath(out)).parent
+    while not parent.is_dir() and parent != parent.parent:
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < size + GRAPHS:
+        wanted = f"this export takes {(size + GRAPHS) / 1e9:.2f} GB, and {parent} has {free / 1e9:.2f} GB free"
+        raise UserError(wanted, "free some space, or choose an --out on a larger disk")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
-from ditforge.export import clip, t5, vae
+from ditforge.export import clip, pipeline, t5, vae
 from ditforge.export.checkpoint import Checkpoint, with_defaults
 from ditforge.export.flux_dit import PATCH, FluxVelocity
 from ditforge.export.network import BATCH, Dim, Network, Port
@@ -105,23 +105,10 @@ def model(checkpoint: Checkpoint) -> Model:
 
 
 def load_pipeline(checkpoint: Checkpoint) -> FluxPipeline:
-    """diffusers' own pipeline, to calibrate with: bf16 on a GPU, fp32 without one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    pipeline = FluxPipeline.from_pretrained(checkpoint.folder, dtype=dtype).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    """diffusers' own pipeline, to calibrate with."""
+    return pipeline.load(FluxPipeline, checkpoint)
 
 
-def run_pipeline(pipeline: FluxPipeline, model: Model, prompt: str, steps: int, seed: int) -> None:
+def run_pipeline(loaded: FluxPipeline, model: Model, prompt: str, steps: int, seed: int) -> None:
     """All steps of a picture, without decoding it."""
-    pipeline(
-        prompt,
-        height=model.default_size,
-        width=model.default_size,
-        num_inference_steps=steps,
-        guidance_scale=model.default_guidance,
-        max_sequence_length=model.max_tokens["t5"],
-        generator=torch.Generator("cpu").manual_seed(seed),
-        output_type="latent",
-    )
+    pipeline.run(loaded, model, prompt, steps, seed, model.max_tokens["t5"])

@@ -14,7 +14,7 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from ditforge.export import clip, t5, vae
+from ditforge.export import clip, pipeline, t5, vae
 from ditforge.export.checkpoint import INDEX, Checkpoint, with_defaults
 from ditforge.export.network import BATCH, Dim, Network, Port
 from ditforge.export.precision import Precision, network_dtype, text_dtype
@@ -256,24 +256,11 @@ def model(checkpoint: Checkpoint) -> Model:
 
 
 def load_pipeline(checkpoint: Checkpoint) -> StableDiffusion3Pipeline:
-    """diffusers' own pipeline, to calibrate with: bf16 on a GPU, fp32 without one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    """diffusers' own pipeline, to calibrate with."""
     without = {} if has_t5(checkpoint) else {"text_encoder_3": None, "tokenizer_3": None}
-    pipeline = StableDiffusion3Pipeline.from_pretrained(checkpoint.folder, dtype=dtype, **without).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return pipeline.load(StableDiffusion3Pipeline, checkpoint, **without)
 
 
-def run_pipeline(pipeline: StableDiffusion3Pipeline, model: Model, prompt: str, steps: int, seed: int) -> None:
+def run_pipeline(loaded: StableDiffusion3Pipeline, model: Model, prompt: str, steps: int, seed: int) -> None:
     """All steps of a picture, without decoding it."""
-    pipeline(
-        prompt,
-        height=model.default_size,
-        width=model.default_size,
-        num_inference_steps=steps,
-        guidance_scale=model.default_guidance,
-        max_sequence_length=model.max_tokens.get("t5", T5_TOKENS),
-        generator=torch.Generator("cpu").manual_seed(seed),
-        output_type="latent",
-    )
+    pipeline.run(loaded, model, prompt, steps, seed, model.max_tokens.get("t5", T5_TOKENS))

@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from scenes import caption, training_scenes
-from torch import nn
-from training import build_autoencoder
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from training import build_autoencoder, build_t5, fill_with_zeros, to_stored_type
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 from vocabulary import CLIP_LENGTH, clip_tokenizer, save_tokenizer, t5_tokenizer
 
 
@@ -46,19 +45,7 @@ def build_models(seed: int) -> Models:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    text_encoder_2 = T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer_2),
-            d_model=128,
-            d_kv=32,
-            d_ff=256,
-            num_layers=3,
-            num_heads=4,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False,
-        )
-    )
+    text_encoder_2 = build_t5(tokenizer_2, 128)
     transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=64,
@@ -76,14 +63,12 @@ def build_models(seed: int) -> Models:
 
 
 def _start_as_identity(transformer: FluxTransformer2DModel) -> None:
-    """Zero modulation and output layers: every block starts as the identity (Peebles & Xie, arXiv:2212.09748)."""
+    """Zero modulation and output layers."""
     layers = [transformer.norm_out.linear, transformer.proj_out]
     for block in transformer.transformer_blocks:
         layers += [block.norm1.linear, block.norm1_context.linear]
     layers += [block.norm.linear for block in transformer.single_transformer_blocks]
-    for layer in layers:
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
+    fill_with_zeros(layers)
 
 
 def save_pipeline(models: Models, folder: Path) -> None:
@@ -92,8 +77,7 @@ def save_pipeline(models: Models, folder: Path) -> None:
     The models themselves end in bfloat16.
     """
     parts = models.vae, models.text_encoder, models.text_encoder_2, models.transformer
-    for part in parts:
-        part.to(torch.bfloat16).to(memory_format=torch.contiguous_format)
+    to_stored_type(parts)
     scheduler = FlowMatchEulerDiscreteScheduler(
         num_train_timesteps=1000,
         shift=3.0,

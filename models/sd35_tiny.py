@@ -12,12 +12,11 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from scenes import caption, training_scenes
-from torch import nn
+from training import build_t5, fill_with_zeros, to_stored_type
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
-    T5Config,
     T5EncoderModel,
     T5TokenizerFast,
 )
@@ -74,19 +73,7 @@ def build_models(seed: int, autoencoder: AutoencoderKL) -> Models:
         )
         for tokenizer, width, activation in zip(clips, CLIP_WIDTHS, ("quick_gelu", "gelu"), strict=True)
     ]
-    text_encoder_3 = T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer_3),
-            d_model=WIDTH,
-            d_kv=32,
-            d_ff=256,
-            num_layers=3,
-            num_heads=4,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False,
-        )
-    )
+    text_encoder_3 = build_t5(tokenizer_3, WIDTH)
     transformer = SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
@@ -107,20 +94,17 @@ def build_models(seed: int, autoencoder: AutoencoderKL) -> Models:
 
 
 def _start_as_identity(transformer: SD3Transformer2DModel) -> None:
-    """Zero modulation and output layers: every block starts as the identity (Peebles & Xie, arXiv:2212.09748)."""
+    """Zero modulation and output layers."""
     layers = [transformer.norm_out.linear, transformer.proj_out]
     for block in transformer.transformer_blocks:
         layers += [block.norm1.linear, block.norm1_context.linear]
-    for layer in layers:
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
+    fill_with_zeros(layers)
 
 
 def save_pipeline(models: Models, folder: Path) -> None:
     """Writes a diffusers folder in bfloat16 with Stable Diffusion 3.5's scheduler. The models end in bfloat16."""
     parts = models.vae, models.text_encoder, models.text_encoder_2, models.text_encoder_3, models.transformer
-    for part in parts:
-        part.to(torch.bfloat16).to(memory_format=torch.contiguous_format)
+    to_stored_type(parts)
     pipeline = StableDiffusion3Pipeline(
         transformer=models.transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SHIFT),

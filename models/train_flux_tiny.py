@@ -7,7 +7,6 @@ encoders learn to read captions; text encoders and transformer together by flow 
 transformer. The result is a folder that `diffusers.FluxPipeline.from_pretrained` loads.
 """
 
-import argparse
 import math
 import random
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from reading import train_reading
 from torch import nn
 from training import (
     Budget,
+    command_line,
     compiled_twin,
     optimise,
     prepare_gpu,
@@ -223,14 +223,7 @@ def train(out: Path, work: Path, scale: float, seed: int, device: torch.device) 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the finished pipeline")
-    parser.add_argument(
-        "--work", type=Path, default=Path("build/flux-tiny"), help="finished stages (default: %(default)s)"
-    )
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the full training (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser = command_line(__doc__, Path("build/flux-tiny"))
     args = parser.parse_args()
     train(args.out, args.work, args.scale, args.seed, torch.device(args.device))
 

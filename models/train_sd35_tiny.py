@@ -7,7 +7,6 @@ read captions; text encoders and transformer together by flow matching with prom
 guidance. The autoencoder is flux-tiny's. The result is a folder that `diffusers.StableDiffusion3Pipeline` loads.
 """
 
-import argparse
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from reading import train_reading
 from sd35_tiny import CLIP_TOKENS, SHIFT, Models, build_models, save_pipeline
-from training import Budget, compiled_twin, optimise, prepare_gpu, run_stage, working_type, write_report
+from training import Budget, command_line, compiled_twin, optimise, prepare_gpu, run_stage, working_type, write_report
 from vocabulary import T5_LENGTH
 from watching import Velocity, judge_samples
 
@@ -142,14 +141,7 @@ def train(out: Path, work: Path, scale: float, seed: int, device: torch.device, 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the finished pipeline")
-    parser.add_argument(
-        "--work", type=Path, default=Path("build/sd35-tiny"), help="finished stages (default: %(default)s)"
-    )
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the full training (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser = command_line(__doc__, Path("build/sd35-tiny"))
     parser.add_argument(
         "--autoencoder",
         type=Path,

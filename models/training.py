@@ -3,12 +3,13 @@
 Nothing here knows a transformer or a text encoder. Every random choice follows from the seeds given.
 """
 
+import argparse
 import json
 import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +22,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from numpy.typing import NDArray
 from scenes import Scene, caption, draw, training_scenes
 from torch import nn
+from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 K = TypeVar("K", bound=Hashable)  # what tells kinds of steps apart
 M = TypeVar("M", bound=ModelMixin)
@@ -206,6 +208,39 @@ def compiled_twin(transformer: M, prepare: Callable[[M], None] = lambda twin: No
     return twin
 
 
+def build_t5(tokenizer: PreTrainedTokenizerBase, width: int) -> T5EncoderModel:
+    """T5's encoder in its second version (gated), of three layers."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=width,
+            d_kv=32,
+            d_ff=256,
+            num_layers=3,
+            num_heads=4,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def fill_with_zeros(layers: Iterable[nn.Linear]) -> None:
+    """Weights and biases in place.
+
+    With the modulation and the output at zero, every block starts as the identity (Peebles & Xie, arXiv:2212.09748).
+    """
+    for layer in layers:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+
+
+def to_stored_type(parts: Iterable[nn.Module]) -> None:
+    """bfloat16, the type that large checkpoints are stored in; in place."""
+    for part in parts:
+        part.to(torch.bfloat16).to(memory_format=torch.contiguous_format)
+
+
 def build_autoencoder() -> AutoencoderKL:
     """FLUX.1's autoencoder at a small width: factor 8, 16 latent channels, no quantisation convolutions."""
     return AutoencoderKL(
@@ -330,3 +365,14 @@ def write_report(
     }
     (out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report), flush=True)
+
+
+def command_line(description: str | None, work: Path) -> argparse.ArgumentParser:
+    """The options that every training script has; `work` is where finished stages are by default."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the finished pipeline")
+    parser.add_argument("--work", type=Path, default=work, help="finished stages (default: %(default)s)")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the full training (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    return parser

@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test lint bench accuracy image-check gpu-check clean
+.PHONY: demo test lint bench accuracy memory full-size image-check gpu-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/first_picture.py models/flux-tiny --out out/demo
@@ -30,6 +30,13 @@ bench: $(INSTALLED)
 
 accuracy: $(INSTALLED)
 	$(BIN)/python benchmarks/accuracy.py models/flux-tiny --out docs/accuracy.md
+
+memory: $(INSTALLED)
+	$(BIN)/python benchmarks/memory.py --out docs/memory.md
+
+# An hour on two cores, and 60 GB of disk; `apt install time` where /usr/bin/time is missing.
+full-size: $(INSTALLED)
+	$(BIN)/python benchmarks/full_size.py --out docs/full-size.md
 
 # What the Dockerfile installs, in a bare virtual environment, and what it then runs, as far as that needs no GPU.
 image-check:

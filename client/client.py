@@ -15,11 +15,12 @@ from PIL import Image
 from typing_extensions import Self, Unpack
 
 from ditforge.client.connection import Arrays, Connection
+from ditforge.client.decoding import Pixels, decode
 from ditforge.client.guidance import guided
 from ditforge.client.noise import noise
 from ditforge.client.picture import METADATA_KEY
 from ditforge.client.request import T5, Request, make_request
-from ditforge.client.sampling import Array, Callback, Step, find_sampler, flow_sigmas
+from ditforge.client.sampling import Array, Callback, find_sampler, flow_sigmas
 from ditforge.errors import DitforgeWarning
 from ditforge.model import Model
 
@@ -36,6 +37,7 @@ class Options(TypedDict, total=False):
     negative_prompt: what the picture should not be, for classifier-free guidance, whose scale is `guidance` in models
     that were trained for it, and true_cfg in others (by default 1, off). skip_layer_guidance: a scale (by default 0).
     t5: always, never or auto (where a prompt is not short and plain), for models that can do without it.
+    vae_tile: decode in tiles of this many pixels, which saves the server memory (by default, only as it has to).
     """
 
     seed: int | None
@@ -48,6 +50,7 @@ class Options(TypedDict, total=False):
     true_cfg: float | None
     skip_layer_guidance: float | None
     t5: T5 | None
+    vae_tile: int | None
     callback: Callback | None
 
 
@@ -77,9 +80,15 @@ class Client:
         parameters in `info`. Raises UserError for an option that the model cannot take, and DitforgeError if the server
         fails on the way.
         """
+        images = self._generate([prompt] if isinstance(prompt, str) else prompt, options)
+        return images[0] if isinstance(prompt, str) else images
+
+    def _generate(
+        self, prompts: list[str], options: Options, cancelled: threading.Event | None = None
+    ) -> list[Image.Image]:
         request = make_request(
             self.model,
-            [prompt] if isinstance(prompt, str) else prompt,
+            prompts,
             seed=options.get("seed"),
             steps=options.get("steps"),
             height=options.get("height"),
@@ -90,9 +99,9 @@ class Client:
             true_cfg=options.get("true_cfg"),
             skip_layer_guidance=options.get("skip_layer_guidance"),
             t5=options.get("t5"),
+            vae_tile=options.get("vae_tile"),
         )
-        images = run(self._connection, request, options.get("callback"))
-        return images[0] if isinstance(prompt, str) else images
+        return run(self._connection, request, options.get("callback"), cancelled)
 
     def close(self) -> None:
         """Close the connection."""
@@ -111,7 +120,7 @@ class AsyncClient:
     """`Client` for asyncio: `async with AsyncClient(url) as client: await client.generate(…)`.
 
     Each picture is made in a thread of its own. Cancelling the task ends the wait at once, and the loop in the thread
-    before its next step.
+    before its next step, or the next tile that it decodes.
     """
 
     def __init__(self, url: str = DEFAULT_URL) -> None:
@@ -135,19 +144,12 @@ class AsyncClient:
         """As Client.generate. `callback` is called in the thread that makes the picture."""
         client = await self.connect()
         cancelled = threading.Event()
-        callback = options.get("callback")
-
-        def step_or_stop(step: Step) -> None:
-            if cancelled.is_set():
-                raise asyncio.CancelledError
-            if callback:
-                callback(step)
-
-        options["callback"] = step_or_stop
+        prompts = [prompt] if isinstance(prompt, str) else prompt
         try:
-            return await asyncio.to_thread(lambda: client.generate(prompt, **options))
+            images = await asyncio.to_thread(client._generate, prompts, options, cancelled)
         finally:
             cancelled.set()
+        return images[0] if isinstance(prompt, str) else images
 
     async def close(self) -> None:
         """Close the connection."""
@@ -162,8 +164,16 @@ class AsyncClient:
         await self.close()
 
 
-def run(connection: Connection, request: Request, callback: Callback | None = None) -> list[Image.Image]:
-    """Text encoders, sampler loop, VAE: the pictures of a request, each with its parameters in `info`."""
+def run(
+    connection: Connection,
+    request: Request,
+    callback: Callback | None = None,
+    cancelled: threading.Event | None = None,
+) -> list[Image.Image]:
+    """Text encoders, sampler loop, VAE: the pictures of a request, each with its parameters in `info`.
+
+    Raises asyncio.CancelledError before the next call of the DiT or the VAE once `cancelled` is set.
+    """
     model = connection.model
     text, negative = encode(connection, request)
     height, width = request.height // model.vae_factor, request.width // model.vae_factor
@@ -171,12 +181,20 @@ def run(connection: Connection, request: Request, callback: Callback | None = No
     latents = np.concatenate([noise(shape, seed) for seed in request.seeds])
     sigmas = flow_sigmas(request.steps, model.schedule, height, width)
 
+    def infer(name: str, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        if cancelled is not None and cancelled.is_set():
+            raise asyncio.CancelledError
+        return connection.infer(name, inputs)
+
     def evaluate(inputs: Mapping[str, np.ndarray]) -> Array:
-        return connection.infer("dit", inputs)["velocity"]
+        return infer("dit", inputs)["velocity"]
+
+    def decoder(latents: Array) -> Pixels:
+        return infer("vae_decoder", {"latents": latents})["image"]
 
     denoise = guided(evaluate, model, request, sigmas, text, negative)
     latents = find_sampler(request.sampler)(denoise, latents, sigmas, callback)
-    images = [Image.fromarray(image) for image in connection.infer("vae_decoder", {"latents": latents})["image"]]
+    images = [Image.fromarray(image) for image in decode(decoder, latents, model.vae_factor, request.vae_tile)]
     for index, image in enumerate(images):
         image.info[METADATA_KEY] = json.dumps(request.parameters(index, model), ensure_ascii=False)
     return images
@@ -214,5 +232,5 @@ def encode_prompts(connection: Connection, prompts: Sequence[str], with_t5: bool
         if n > limit and (with_t5 or name != "t5")
     ]
     if cut:
-        warnings.warn(f"the prompt is too long and was cut: {', '.join(cut)}", DitforgeWarning, stacklevel=5)
+        warnings.warn(f"the prompt is too long and was cut: {', '.join(cut)}", DitforgeWarning, stacklevel=6)
     return encoded

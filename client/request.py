@@ -13,7 +13,7 @@ from ditforge.client.noise import check_seed
 from ditforge.client.sampling import check_steps, find_sampler
 from ditforge.client.t5 import needs_t5
 from ditforge.errors import DitforgeWarning, UserError
-from ditforge.model import Model
+from ditforge.model import LEAST_TILE, Model
 
 MAX_GUIDANCE = 100.0
 USUAL_CFG = 4.0  # what an error suggests where the model itself has no default
@@ -26,7 +26,8 @@ class Request:
     """Pictures to be made, one for each prompt. Sizes in pixels; `seeds` has a seed for each prompt.
 
     `true_cfg` is the scale of classifier-free guidance (1 or less: none) where `guidance` is something else;
-    `skip_layer_guidance` is a scale too, 0 for none. `with_t5` says for each prompt whether T5 reads it.
+    `skip_layer_guidance` is a scale too, 0 for none. `with_t5` says for each prompt whether T5 reads it. `vae_tile` is
+    the side of the tiles that the pictures are decoded in, None where they are decoded whole.
     """
 
     prompts: tuple[str, ...]
@@ -40,6 +41,7 @@ class Request:
     true_cfg: float = 1.0
     skip_layer_guidance: float = 0.0
     with_t5: tuple[bool, ...] = ()
+    vae_tile: int | None = None
 
     def cfg_scale(self, model: Model) -> float:
         """The scale of classifier-free guidance; 1 or less: the prompt alone is asked."""
@@ -56,6 +58,8 @@ class Request:
             optional["skip_layer_guidance"] = self.skip_layer_guidance
         if model.t5 == "optional":
             optional["t5"] = "always" if self.with_t5[index] else "never"
+        if self.vae_tile is not None:
+            optional["vae_tile"] = self.vae_tile
         return {
             "prompt": self.prompts[index],
             "seed": self.seeds[index],
@@ -83,6 +87,7 @@ def make_request(
     true_cfg: float | None = None,
     skip_layer_guidance: float | None = None,
     t5: T5 | None = None,
+    vae_tile: int | None = None,
 ) -> Request:
     """A request with the model's defaults for what is None (a random seed), or UserError for what the model cannot do.
 
@@ -109,6 +114,7 @@ def make_request(
         true_cfg=check_true_cfg(true_cfg, model),
         skip_layer_guidance=check_skip_layer_guidance(skip_layer_guidance, model),
         with_t5=choose_t5(t5, prompts, model),
+        vae_tile=choose_vae_tile(vae_tile, height, width, model),
     )
     check_together(request, model)
     return request
@@ -133,7 +139,7 @@ def check_together(request: Request, model: Model) -> None:
     if request.skip_layer_guidance:
         raise UserError("skip-layer guidance works on top of classifier-free guidance, which is off", fix)
     if request.negative_prompt:
-        warnings.warn(f"the negative prompt is ignored without {fix}", DitforgeWarning, stacklevel=4)
+        warnings.warn(f"the negative prompt is ignored without {fix}", DitforgeWarning, stacklevel=5)
 
 
 def choose_size(height: int | None, width: int | None, model: Model) -> tuple[int, int]:
@@ -178,7 +184,7 @@ def check_guidance(guidance: float | None, model: Model) -> float:
         return model.default_guidance
     guidance = check_scale("guidance", guidance, model.default_guidance)
     if model.guidance == "none":
-        warnings.warn(f"{model.name} takes no guidance: {guidance:g} is ignored", DitforgeWarning, stacklevel=4)
+        warnings.warn(f"{model.name} takes no guidance: {guidance:g} is ignored", DitforgeWarning, stacklevel=5)
         return 0.0
     return guidance
 
@@ -214,3 +220,24 @@ def choose_t5(t5: T5 | None, prompts: Sequence[str], model: Model) -> tuple[bool
     if t5 == "auto" and model.t5 == "optional":
         return tuple(needs_t5(prompt) for prompt in prompts)
     return (t5 != "never" and model.t5 != "absent",) * len(prompts)
+
+
+def choose_vae_tile(vae_tile: int | None, height: int, width: int, model: Model) -> int | None:
+    """The side of the tiles to decode in, by default the largest that the engines take; None: the picture is one."""
+    tile = model.vae_tile if vae_tile is None else check_vae_tile(vae_tile, model)
+    return None if tile is None or max(height, width) <= tile else tile
+
+
+def check_vae_tile(vae_tile: int, model: Model) -> int:
+    """`vae_tile` in pixels, if the model's decoder takes tiles of that size."""
+    multiple, largest = model.vae_factor, model.max_size if model.vae_tile is None else model.vae_tile
+    if model.sizes and vae_tile != model.vae_tile:  # fixed shapes: those of the sizes, or of the tile
+        fix = "leave it out" if model.vae_tile is None else f"--vae-tile {model.vae_tile}"
+        raise UserError(f"the engines were built for fixed sizes, and decode no tiles of {vae_tile!r}", fix)
+    least = min(max(multiple * LEAST_TILE, model.min_size), largest // multiple * multiple)
+    if not isinstance(vae_tile, Integral) or isinstance(vae_tile, bool) or not least <= vae_tile <= largest:
+        raise UserError(f"vae_tile must be from {least} to {largest} pixels, got {vae_tile!r}", f"--vae-tile {least}")
+    if vae_tile % multiple:
+        near = vae_tile // multiple * multiple
+        raise UserError(f"vae_tile must be divisible by {multiple}, got {vae_tile}", f"--vae-tile {near}")
+    return int(vae_tile)

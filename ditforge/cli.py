@@ -36,11 +36,39 @@ Static = Annotated[
     str | None, typer.Option(metavar="WxH", help="Only these sizes, each with a profile; or W1xH1,W2xH2.")
 ]
 Batch = Annotated[int | None, typer.Option(help="The largest batch that the engines take.")]
+VaeTile = Annotated[
+    int | None, typer.Option(help="The autoencoder takes tiles of this many pixels, to save memory; by default, all.")
+]
+SEGMENTS_HELP = "Compile the DiT in that many parts, which takes less memory; auto: as ditforge plan has it."
+Segments = Annotated[str, typer.Option(metavar="N", help=SEGMENTS_HELP)]
+Residency = Annotated[
+    str | None, typer.Option(metavar="WHEN", help="resident; or on-demand: loaded for each call and then freed.")
+]
 MAX_BATCH_HELP = "The most samples that Triton puts into one call; by default 8, or what the engines take."
 MaxBatch = Annotated[int | None, typer.Option(help=MAX_BATCH_HELP)]
 Port = Annotated[int, typer.Option(help="The gRPC port; 0 picks a free one.")]
 Host = Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 for all.")]
 Log = Annotated[Path | None, typer.Option(help="The server's log file; by default a temporary file.")]
+Source = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="A folder in diffusers' layout, or a .safetensors file.")
+]
+Base = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="The diffusers folder with what a single file lacks.")
+]
+Loras = Annotated[
+    list[str] | None, typer.Option(metavar="FILE:STRENGTH", help="A LoRA to add to the weights; again for more.")
+]
+Ranges = Annotated[Path | None, typer.Option(metavar="FILE", help="What calibrate wrote; fp8 needs it.")]
+TextEncoders = Annotated[
+    str, typer.Option(help="all; or clip: without T5, for models that can do without it, to save memory.")
+]
+T5Precision = Annotated[
+    str | None, typer.Option(metavar="P", help="T5's own: int8-weights for half the memory, fp32 for the CPU, …")
+]
+RandomWeights = Annotated[
+    bool,
+    typer.Option("--random-weights", help="CHECKPOINT's sizes, not its weights; a published model's name will do."),
+]
 
 
 # Any mistake in the arguments, of which BadParameter is one: typer has no public name for it before it took click in.
@@ -62,44 +90,34 @@ def root(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A folder in diffusers' layout, or a .safetensors file.")],
+    checkpoint: Source,
     out: Out,
     precision: Precision = "fp32",
     activations: Annotated[str, typer.Option(help="What surrounds 8-bit weights: bf16, fp16 or fp32.")] = "bf16",
-    calibration: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="What calibrate wrote; fp8 needs it.")
-    ] = None,
+    calibration: Ranges = None,
     max_error: Annotated[
         float | None, typer.Option(help="Keep the worst linears 16-bit until the velocity errs no more, e.g. 0.02.")
     ] = None,
-    text_encoders: Annotated[
-        str, typer.Option(help="all; or clip: without T5, for models that can do without it, to save memory.")
-    ] = "all",
-    random_weights: Annotated[
-        bool,
-        typer.Option("--random-weights", help="CHECKPOINT's sizes, not its weights; a published model's name will do."),
-    ] = False,
-    base: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="The diffusers folder with what a single file lacks.")
-    ] = None,
-    lora: Annotated[
-        list[str] | None, typer.Option(metavar="FILE:STRENGTH", help="A LoRA to add to the weights; again for more.")
-    ] = None,
+    text_encoders: TextEncoders = "all",
+    random_weights: RandomWeights = False,
+    base: Base = None,
+    lora: Loras = None,
+    t5_precision: T5Precision = None,
 ) -> None:
     """Checkpoint to ONNX.
 
     Example: ditforge export models/flux-tiny --out out/onnx --precision fp8-weights
     """
     from ditforge import terminal
-    from ditforge.export.lora import parse_lora
     from ditforge.export.onnx_export import export_checkpoint
-    from ditforge.export.precision import parse_precision
+    from ditforge.export.precision import parse_precision, with_t5
+    from ditforge.export.sources import parse_lora
 
-    with terminal.progress("export") as report:
-        asked = parse_precision(precision, activations)
-        loras = [parse_lora(option) for option in lora or ()]
+    asked = with_t5(parse_precision(precision, activations), t5_precision)
+    loras = [parse_lora(option) for option in lora or ()]
+    with terminal.progress("export", unit="bytes") as report, terminal.progress("measure") as measured:
         exported = export_checkpoint(
-            checkpoint, out, asked, calibration, max_error, report, text_encoders, random_weights, base, loras
+            checkpoint, out, asked, calibration, max_error, report, text_encoders, random_weights, base, loras, measured
         )
     if exported.fresh:
         terminal.say(f"{out} is up to date")
@@ -116,10 +134,12 @@ def export(
 
 @app.command()
 def calibrate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's folder in diffusers' layout.")],
+    checkpoint: Source,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The JSON file to write.")],
     prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="One a line; by default 128 of ours.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampler steps; by default the model's.")] = None,
+    base: Base = None,
+    lora: Loras = None,
 ) -> None:
     """Activation ranges for fp8: runs the checkpoint over prompts and notes the largest inputs.
 
@@ -127,9 +147,11 @@ def calibrate(
     """
     from ditforge import terminal
     from ditforge.export import calibration
+    from ditforge.export.sources import parse_lora
 
+    texts, loras = calibration.read_prompts(prompts), [parse_lora(option) for option in lora or ()]
     with terminal.progress("calibrate") as report:
-        ranges = calibration.calibrate(checkpoint, out, calibration.read_prompts(prompts), steps, report)
+        ranges = calibration.calibrate(checkpoint, out, texts, steps, report, base, loras)
     terminal.say(
         f"{out}: ranges of {len(ranges.amax)} linears over {ranges.prompts} prompts, {ranges.steps} steps each"
     )
@@ -144,20 +166,57 @@ def build(
     resolutions: Resolutions = None,
     static: Static = None,
     batch: Batch = None,
+    vae_tile: VaeTile = None,
+    segments: Segments = "auto",
+    residency: Residency = None,
 ) -> None:
     """ONNX to engines for one device; engines that are there already are kept.
 
     Example: ditforge build out/onnx --gpu rtx4090 --resolutions 512-1536 --out out/engines
     """
-    from ditforge import terminal
-    from ditforge.engines import build as building
+    from ditforge import planning, terminal
+    from ditforge.engines import auto, build as building
 
+    parts = auto.parse_segments(segments)
     with terminal.progress("build") as report:
-        built = building.build(onnx, out, gpu, compiler, report, resolutions=resolutions, static=static, batch=batch)
+        built = building.build(
+            onnx,
+            out,
+            gpu,
+            compiler,
+            report,
+            resolutions=resolutions,
+            static=static,
+            batch=batch,
+            vae_tile=vae_tile,
+            segments=parts,
+            residency=residency,
+            planned=planning.say_plan,
+        )
     for name, reason in built.rebuilt.items():
         terminal.say(f"built {name}: {reason}")
     if not built.rebuilt:
         terminal.say(f"{out} is up to date: nothing to build")
+
+
+@app.command()
+def plan(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A folder in diffusers' layout, a .safetensors file, or what export wrote.")
+    ],
+    gpu: Annotated[str | None, typer.Option(help="A name that ditforge gpus lists, or local; by default, all.")] = None,
+    precision: Annotated[str | None, typer.Option(help=f"{PRECISION_HELP} By default the GPU's.")] = None,
+    size: Annotated[int | None, typer.Option(help="Pictures of up to that many pixels; by default several.")] = None,
+    random_weights: RandomWeights = False,
+    base: Base = None,
+) -> None:
+    """What will be in a GPU's memory, and when; nothing is written.
+
+    Example: ditforge plan flux.1-dev --random-weights --gpu rtx3060
+    """
+    from ditforge import planning
+
+    planning.show(checkpoint, gpu, precision, size, random_weights, base)
 
 
 @app.command()
@@ -237,6 +296,9 @@ def generate(
     t5: Annotated[
         str | None, typer.Option(metavar="WHEN", help="always, never, or auto: not for short and plain prompts.")
     ] = None,
+    vae_tile: Annotated[
+        int | None, typer.Option(help="Decode in tiles of this many pixels, to save memory; by default as need be.")
+    ] = None,
 ) -> None:
     """A picture for a prompt, from a running server.
 
@@ -246,15 +308,21 @@ def generate(
 
     options = {"seed": seed, "steps": steps, "height": height, "width": width, "guidance": guidance, "sampler": sampler}
     options |= {"negative_prompt": negative_prompt, "true_cfg": true_cfg, "skip_layer_guidance": skip_layer_guidance}
-    options |= {"t5": t5}
+    options |= {"t5": t5, "vae_tile": vae_tile}
     generating.generate(prompt, url, out, count, options)
 
 
 @app.command()
 def up(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's folder in diffusers' layout.")],
+    checkpoint: Source,
     gpu: Gpu = "cpu",
     precision: Annotated[str | None, typer.Option(help=f"{PRECISION_HELP} By default the GPU's.")] = None,
+    calibration: Ranges = None,
+    text_encoders: TextEncoders = "all",
+    random_weights: RandomWeights = False,
+    base: Base = None,
+    lora: Loras = None,
+    t5_precision: T5Precision = None,
     compiler: Compiler = None,
     resolutions: Resolutions = None,
     static: Static = None,
@@ -269,9 +337,23 @@ def up(
     Example: ditforge up models/flux-tiny
     """
     from ditforge import serving
+    from ditforge.export.sources import parse_lora
 
     repository = serving.prepare(
-        checkpoint, gpu, precision, max_batch, cache, compiler=compiler, resolutions=resolutions, static=static
+        checkpoint,
+        gpu,
+        precision,
+        max_batch,
+        cache,
+        compiler=compiler,
+        resolutions=resolutions,
+        static=static,
+        calibration=calibration,
+        text_encoders=text_encoders,
+        random=random_weights,
+        base=base,
+        loras=[parse_lora(option) for option in lora or ()],
+        t5_precision=t5_precision,
     )
     serving.serve(repository, host, port, log)
 

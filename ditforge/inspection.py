@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ditforge import manifest, terminal
 from ditforge.errors import UserError
+from ditforge.manifest import Engine
 
 
 def show(path: Path) -> None:
@@ -27,7 +28,7 @@ def show_folder(folder: Path) -> None:
     rows, ports = [], []
     for name, component in found.components.items():
         engine = found.engines.get(name)
-        made = f"{engine.compiler} {engine.compiler_version} for {engine.target}" if engine else ""
+        made = describe(engine) if engine else ""
         size = sum(file.size for file in component.files.values())
         rows.append((name, component.precision, component.reason, f"{size / 1e6:.1f} MB", made))
         for direction, tensors in (("in", component.inputs), ("out", component.outputs)):
@@ -40,3 +41,10 @@ def show_folder(folder: Path) -> None:
     if layers:
         terminal.say("")
         terminal.table(("component", "layer", "precision"), layers)
+
+
+def describe(engine: Engine) -> str:
+    """What made an engine, in how many segments if it is not whole, and how it is loaded if not for good."""
+    made = f"{engine.compiler} {engine.compiler_version} for {engine.target}"
+    segments = f", {len(engine.segments)} segments" if engine.segments else ""
+    return made + segments + (f", {engine.residency}" if engine.residency != "resident" else "")

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -20,12 +19,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from ditforge import __version__
 from ditforge.errors import UserError
+from ditforge.footprint import Footprint
 from ditforge.model import Model
+from ditforge.partial import partial_folder
 
 FILE_NAME = "manifest.json"
 FORMAT = 1
 
 Kind = Literal["onnx", "engines", "repository"]
+Residency = Literal["resident", "on-demand"]
 OTHER_OUT = "choose another --out, or remove it first"
 NEXT_COMMAND = {
     "onnx": "ditforge export CHECKPOINT --out DIR",
@@ -59,7 +61,8 @@ class Component(_Record):
     """One network (or the tokenizer): its files by path relative to the manifest, precision, inputs and outputs.
 
     `precision` is the name that users know; `dtype` what is computed in where nothing is 8-bit (fp32, fp16 or bf16).
-    `layers` gives the precision of each layer that a quantisation looked at.
+    `layers` gives the precision of each layer that a quantisation looked at. `footprint` is what it takes of a GPU's
+    memory (None: nobody measured it).
     """
 
     files: dict[str, File]
@@ -69,6 +72,7 @@ class Component(_Record):
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
     layers: dict[str, str] = {}
+    footprint: Footprint | None = None
 
     @field_validator("files")
     @classmethod
@@ -82,7 +86,9 @@ class Component(_Record):
 class Engine(_Record):
     """How a component's engine was made: the compiler, for what device, and the key under which it is cached.
 
-    `max_batch` is the largest batch that it takes (None: any).
+    `max_batch` is the largest batch that it takes (None: any). `segments` are the files of each part of an engine that
+    was compiled in parts, in the order in which they run (empty: all the component's files are one engine). `residency`
+    says whether it stays loaded, or is loaded for each call and then freed, segment by segment.
     """
 
     compiler: str
@@ -90,6 +96,8 @@ class Engine(_Record):
     target: str
     cache_key: dict[str, str]
     max_batch: int | None = None
+    segments: tuple[tuple[str, ...], ...] = ()
+    residency: Residency = "resident"
 
 
 class Manifest(_Record):
@@ -232,6 +240,7 @@ def check_replaceable(target: Path, kind: Kind, own: Iterable[str]) -> None:
 def written_whole(target: Path, kind: Kind, own: Iterable[str] = ()) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place when the block ends, and vanishes if it fails.
 
+    One that an earlier process left behind because it was killed vanishes too (partial.py).
     An existing `target` is replaced only if it is empty, or a folder of the same kind that holds nothing but what its
     manifest names, and what is called like one of `own`: nobody's other files are deleted.
     """
@@ -239,18 +248,16 @@ def written_whole(target: Path, kind: Kind, own: Iterable[str] = ()) -> Iterator
     try:
         check_replaceable(target, kind, own)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror}", OTHER_OUT) from error
     try:
-        yield temporary
-        temporary.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
+        with partial_folder(target) as temporary:
+            yield temporary
+            temporary.chmod(0o755)
+            if target.exists():
+                shutil.rmtree(target)
+            temporary.rename(target)
     except OSError as error:
         raise UserError(
             f"cannot write {target}: {error.strerror or error}", "free some space, or choose another --out"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -6,6 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+LEAST_TILE = 16  # latents: of a smaller tile, most would be overlap
+TILED = ("vae_decoder", "vae_encoder")
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -56,7 +59,8 @@ class Model(_Record):
     scale of classifier-free guidance, and `none` means that the model takes none. `skip_layers` is there where the DiT
     has an input of that name. `max_tokens` is how much of a prompt each text encoder reads, special tokens included, in
     the order of the tokenizer's counts. `t5` says whether T5 can be left out of a request (`optional`: then zeros take
-    its place), cannot (`required`), or is not there (`absent`).
+    its place), cannot (`required`), or is not there (`absent`). `vae_tile` is the side, in pixels, of
+    the largest piece of a picture that the autoencoder's networks take at once; None: they take whole pictures.
     """
 
     name: str
@@ -74,3 +78,10 @@ class Model(_Record):
     schedule: Schedule
     max_tokens: dict[str, int]
     t5: Literal["required", "optional", "absent"] = "required"
+    vae_tile: int | None = None
+
+    def piece(self, network: str, height: int, width: int) -> tuple[int, int]:
+        """How much of a picture of that height and width the network called `network` takes at once, in pixels."""
+        if self.vae_tile is None or network not in TILED:
+            return height, width
+        return min(height, self.vae_tile), min(width, self.vae_tile)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from types import FrameType
 
 from ditforge import terminal
 from ditforge.errors import DitforgeError
+
+LONGEST_NAME = 80  # of a folder in the cache, before the digest
 
 
 def serve(repository: Path, host: str, port: int, log: Path | None) -> None:
@@ -39,17 +42,27 @@ def prepare(
     compiler: str | None = None,
     resolutions: str | None = None,
     static: str | None = None,
+    calibration: Path | None = None,
+    text_encoders: str = "all",
+    random: bool = False,
+    base: Path | None = None,
+    loras: Sequence[tuple[Path, float]] = (),
+    t5_precision: str | None = None,
 ) -> Path:
     """Export, build and repo into a cache folder of this checkpoint, each only where something changed.
 
-    Precision and compiler are by default the GPU's. Raises UserError for what the GPU cannot do, before the export.
+    `calibration` to `t5_precision` are those of the export. Precision and compiler are by default the GPU's; with a
+    calibration, fp8 is. Raises UserError for what the GPU cannot do, before the export.
     """
     from ditforge.engines import gpus
-    from ditforge.export.precision import EIGHT_BIT, parse_precision
+    from ditforge.export.precision import EIGHT_BIT, parse_precision, with_t5
 
     target = gpus.find_target(gpu)
     compiler = compiler or gpus.default_compiler(target)
-    if precision is None:
+    if precision is None and calibration:
+        precision = "fp8"
+        terminal.say(f"precision {precision}: a calibration is given")
+    elif precision is None:
         precision, reason = gpus.default_precision(target)
         if target.capabilities:
             terminal.say(f"precision {precision}: {reason}")
@@ -60,13 +73,27 @@ def prepare(
 
     from ditforge.engines.build import build
     from ditforge.export.onnx_export import export_checkpoint
+    from ditforge.planning import say_plan
     from ditforge.triton_repo.repository import write_repository
 
-    key = sha256(str(checkpoint.resolve()).encode()).hexdigest()[:8]
     exported = f"{precision}-{activations}" if precision in EIGHT_BIT else precision
-    folder = (cache or default_cache()) / f"{checkpoint.resolve().name}-{key}" / exported
-    with terminal.progress("export") as report:
-        export_checkpoint(checkpoint, folder / "onnx", parse_precision(precision, activations), progress=report)
+    exported += "" if text_encoders == "all" else f"-{text_encoders}"
+    exported += f"-t5-{t5_precision}" if t5_precision else ""
+    exported += f"-{calibration.stem}-{digest(calibration.resolve())}" if calibration else ""
+    folder = (cache or default_cache()) / folder_name(checkpoint, base, loras, random) / exported
+    asked = with_t5(parse_precision(precision, activations), t5_precision)
+    with terminal.progress("export", unit="bytes") as report:
+        export_checkpoint(
+            checkpoint,
+            folder / "onnx",
+            asked,
+            calibration,
+            progress=report,
+            text_encoders=text_encoders,
+            random=random,
+            base=base,
+            loras=loras,
+        )
     made, batch = folder / str(target), max_batch if target.capabilities else None
     with terminal.progress("build") as report:
         build(
@@ -78,9 +105,23 @@ def prepare(
             resolutions=resolutions,
             static=static,
             batch=batch,
+            planned=say_plan,
         )
     say_written(made / "repo", write_repository(made / "engines", made / "repo", max_batch))
     return made / "repo"
+
+
+def folder_name(checkpoint: Path, base: Path | None, loras: Sequence[tuple[Path, float]], random: bool) -> str:
+    """What the checkpoint is called in the cache: names for people, and a digest of all paths and strengths."""
+    path = checkpoint.resolve() if checkpoint.exists() else checkpoint  # else the name of a published model
+    name = "+".join([path.name.removesuffix(".safetensors"), *(lora.stem for lora, _ in loras)])[:LONGEST_NAME]
+    paths = [path, base.resolve() if base else None, *((lora.resolve(), strength) for lora, strength in loras)]
+    return f"{name}{'-random' if random else ''}-{digest(*paths)}"
+
+
+def digest(*parts: object) -> str:
+    """Eight characters that tell one list of paths and numbers from another."""
+    return sha256(repr([str(part) for part in parts]).encode()).hexdigest()[:8]
 
 
 def say_written(repository: Path, reason: str) -> None:

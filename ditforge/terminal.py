@@ -4,33 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 WIDE = 200
+DONE = "done"
 Report = Callable[[str, int, int], None]
+Unit = Literal["steps", "bytes"]
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Report]:
-    """A bar that is fed with (what is being done, how many are done, how many there are); shown from then on."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bar, task = Progress(*columns, console=Console(stderr=True)), None
+def progress(title: str, unit: Unit = "steps") -> Iterator[Report]:
+    """A bar that is fed with (what is being done, how many are done, how many there are), shown from then on.
+
+    It is closed where "done" is what is being done, so that another one can follow it.
+    """
+    bar: Progress | None = None
+    task = TaskID(0)
 
     def report(doing: str, done: int, total: int) -> None:
-        nonlocal task
-        if task is None:
+        nonlocal bar, task
+        if bar is None:
+            bar = Progress(*columns(unit), console=Console(stderr=True))
             bar.start()
             task = bar.add_task(title, total=total)
         bar.update(task, description=f"{title} {doing}", completed=done, total=total)
+        if doing == DONE:
+            close()
+
+    def close() -> None:
+        nonlocal bar
+        if bar is not None:
+            bar.stop()
+        bar = None
 
     try:
         yield report
     finally:
-        if task is not None:
-            bar.stop()
+        close()
+
+
+def columns(unit: Unit) -> tuple[ProgressColumn, ...]:
+    """What a bar shows: bytes with their speed and the time left, steps with the time that has passed."""
+    named = TextColumn("{task.description}"), BarColumn()
+    if unit == "steps":
+        return *named, MofNCompleteColumn(), TimeElapsedColumn()
+    return *named, DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(elapsed_when_finished=True)
 
 
 def say(line: str) -> None:

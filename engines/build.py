@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from ditforge import manifest
-from ditforge.engines.compiler import Compiler, Job, Progress, Ranges, find_compiler
-from ditforge.engines.gpus import Target, default_compiler, find_target
-from ditforge.engines.profile import Profile, announced, make_profiles
+from ditforge.engines.auto import Placement, cut_before, decide, memory_to_compile, place_engines
+from ditforge.engines.compiler import Job, Progress, Ranges, find_compiler
+from ditforge.engines.gpus import default_compiler, find_target
+from ditforge.engines.plan import Plan
+from ditforge.engines.process import compile_apart
+from ditforge.engines.profile import Profile, announced, make_profiles, tiled
 from ditforge.manifest import Component, Engine, Manifest
 from ditforge.model import Model
 
+if TYPE_CHECKING:
+    from ditforge.engines.segments import Segment
+
 TOKENIZER = "tokenizer"
+CUTTING = 1  # how segments.cut does it; another number where the same graph and count would give other segments
 TIMING_CACHE = "timing.cache"  # of TensorRT, beside the engines: what it measured on the GPU the last time
+PLAN = ".plan"
 RUNTIME_CACHE = ".runtime-cache"  # of TensorRT-RTX, beside each engine: what it compiled for the GPU the last time
 
 
@@ -36,62 +48,99 @@ def build(
     resolutions: str | None = None,
     static: str | None = None,
     batch: int | None = None,
+    vae_tile: int | None = None,
+    segments: int | None = None,
+    residency: str | None = None,
+    planned: Callable[[Plan], None] | None = None,
 ) -> Built:
     """Compile the graphs in the folder `onnx` for `gpu` (see gpus.find_target) into the folder `out`.
 
     The compiler is by default that of the GPU. The sizes and batches (see profile.make_profiles) are by default the
-    compiler's: all of the model's, or around the model's default size. An engine whose cache key is unchanged is kept;
-    if all are, nothing is written. `progress` is called with (what is done, how many steps are done, how many there
-    are). Raises UserError if the target cannot execute a component, or if a graph is damaged; then `out` is as it was
-    before.
+    compiler's: all of the model's, or around the model's default size. The autoencoder takes pictures in tiles of
+    `vae_tile` pixels, or, by default, whole. An engine whose cache key is unchanged is kept; if all are, nothing is
+    written. The DiT is compiled in that many `segments`, one after the other (see segments.cut);
+    `residency` is that of all engines (see manifest.Engine). Where neither is given, a plan for the GPU's memory and
+    this machine's decides about them, the batch and the tiles (see auto.decide); `planned` is called with it.
+    `progress` is called with (what is done, how many steps are done, how many there are). Raises UserError if the
+    target cannot execute a component, or has too little memory, if a graph is damaged, or has not that many segments;
+    then `out` is as it was before.
     """
     source, target = manifest.read(onnx, "onnx"), find_target(gpu)
     compiler_name = compiler_name or default_compiler(target)
     compiler = find_compiler(compiler_name)
     networks = {name: component for name, component in source.components.items() if name != TOKENIZER}
-    for name, component in networks.items():
-        compiler.check(name, component, target)
-    model, profiles = source.model, []
+    model, profiles = tiled(source.model, vae_tile), []
     if compiler.PROFILES or (resolutions, static, batch) != (None, None, None):
         profiles = make_profiles(model, resolutions, static, batch)
-        model = announced(model, profiles)
-    shapes = {
-        name: ranges(component, profiles if compiler.PROFILES else [], source.model)
-        for name, component in networks.items()
-    }
-    keys = {
-        name: cache_key(component, compiler_name, compiler, target, shapes[name])
-        for name, component in networks.items()
-    }
-    max_batch = profiles[0].max_batch if profiles else None
     before = manifest.earlier(out, "engines")
+    plan = None
+    if profiles and segments is None and residency is None:
+        plan = decide(networks, model, target, profiles, batch, memory_to_compile())
+    if plan:
+        model = tiled(model, plan.vae_tile)
+        profiles = [replace(profile, max_batch=plan.batch) for profile in profiles]
+        if planned:
+            planned(plan)
+    model = announced(model, profiles) if profiles else model
+    placements = place_engines(networks, compiler_name, target, plan, segments, residency)
+    for name, component in networks.items():
+        find_compiler(placements[name].compiler).check(name, component, placements[name].target)
+    shapes = {
+        name: ranges(
+            component,
+            [p.of(name, model) for p in profiles] if find_compiler(placements[name].compiler).PROFILES else [],
+            source.model,
+        )
+        for name, component in networks.items()
+    }
+    if plan:
+        for name, component in networks.items():
+            cut = cut_before(before, name, placements[name])
+            if not rebuild_reason(before, out, name, cache_key(component, cut, shapes[name])):
+                placements[name] = cut
+    keys = {name: cache_key(component, placements[name], shapes[name]) for name, component in networks.items()}
+    max_batch = profiles[0].max_batch if profiles else None
     reasons = {name: reason for name in networks if (reason := rebuild_reason(before, out, name, keys[name]))}
-    if before and not reasons and is_same(before, out, model, max_batch, keys):
+    if before and not reasons and is_same(before, out, model, max_batch, placements):
         return Built(before, {})
 
     for name in reasons:  # all of them are looked at before the first one is compiled
         manifest.check_files(onnx, networks[name].files, fix="ditforge export CHECKPOINT --out DIR   again")
+    parts = {
+        name: cut_graph(onnx / f"{name}.onnx", networks[name], source.model, profiles, placements[name].segments)
+        for name in reasons
+    }
     report = progress or (lambda component, done, total: None)
-    caches = (TIMING_CACHE, *(name + RUNTIME_CACHE for name in networks))
-    with manifest.written_whole(out, "engines", own=caches) as folder:
-        copy_caches(before, out, folder, caches, reasons)
+    kept = {name: before.components[name] for name in networks if name not in reasons} if before else {}
+    with manifest.written_whole(out, "engines", own=caches(before.components.values() if before else ())) as folder:
+        for cache in caches(kept.values()):  # those of engines that are compiled again are of no use
+            if before and (out / cache).is_file():
+                shutil.copyfile(out / cache, folder / cache)
         components = {TOKENIZER: copy_component(source.components[TOKENIZER], onnx, folder)}
+        made: dict[str, list[tuple[str, ...]]] = {}
         for done, name in enumerate(networks):
             report(name, done, len(networks))
-            if name in reasons or before is None:
-                graph = onnx / f"{name}.onnx"
-                job = Job(name, networks[name], graph, folder / name, target, shapes[name], report)
-                components[name] = compile_component(compiler, job)
-            else:
-                components[name] = copy_component(before.components[name], out, folder)
+            if name in kept and before:
+                components[name] = keep_component(kept[name], out, folder)
+                made[name] = list(before.engines[name].segments)
+                continue
+            place = placements[name]
+            job = Job(name, networks[name], onnx / f"{name}.onnx", folder / name, place.target, shapes[name], report)
+            compiled = compile_parts(place.compiler, job, parts[name])
+            files = [file for part in compiled for file in part]
+            described = {file.name: manifest.describe(file) for file in files}
+            components[name] = networks[name].model_copy(update={"files": described})
+            made[name] = [tuple(file.name for file in part) for part in compiled] if parts[name] else []
         report("done", len(networks), len(networks))
         engines = {
             name: Engine(
-                compiler=compiler_name,
-                compiler_version=compiler.version(),
-                target=str(target),
+                compiler=placements[name].compiler,
+                compiler_version=find_compiler(placements[name].compiler).version(),
+                target=str(placements[name].target),
                 cache_key=keys[name],
                 max_batch=max_batch,
+                segments=tuple(made[name]),
+                residency=placements[name].residency,
             )
             for name in networks
         }
@@ -114,30 +163,69 @@ def ranges(component: Component, profiles: list[Profile], model: Model) -> list[
     return found
 
 
-def cache_key(
-    component: Component, compiler_name: str, compiler: Compiler, target: Target, shapes: list[Ranges]
-) -> dict[str, str]:
+def cut_graph(graph: Path, component: Component, model: Model, profiles: list[Profile], count: int) -> list[Segment]:
+    """Cut a graph into `count` segments, or none if it stays whole. Raises UserError if it has not that many."""
+    if count == 1:
+        return []
+    from ditforge.engines.segments import cut
+
+    step = model.size_multiple
+    probe = Profile((step, 2 * step), (2 * step, 3 * step), (3 * step, 5 * step), max_batch=2)
+    shapes = ranges(component, profiles or make_profiles(model, None, None, None), model)
+    return cut(graph, component, count, ranges(component, [probe], model)[0], shapes)
+
+
+def compile_parts(compiler_name: str, job: Job, segments: list[Segment]) -> list[list[Path]]:
+    """Compile a graph, or its segments instead, one after the other; returns the files of each."""
+    if not segments:
+        return [compile_one(compiler_name, job)]
+    files = []
+    with TemporaryDirectory(dir=job.engine.parent) as folder:
+        for number, segment in enumerate(segments, 1):
+            part = replace(
+                job,
+                name=f"{job.name} {number} of {len(segments)}",
+                component=segment.component,
+                graph=segment.save(Path(folder) / f"{job.name}-{number}.onnx"),
+                engine=job.engine.with_name(f"{job.engine.name}-{number}"),
+                shapes=segment.shapes,
+                weights=job.graph.parent,
+            )
+            files.append(compile_one(compiler_name, part))
+    return files
+
+
+def compile_one(compiler_name: str, job: Job) -> list[Path]:
+    """Compile a graph, in a process of its own if the compiler wants that; returns the files written."""
+    compiler = find_compiler(compiler_name)
+    return compile_apart(compiler_name, job) if compiler.APART else compiler.compile(job)
+
+
+def cache_key(component: Component, placement: Placement, shapes: list[Ranges]) -> dict[str, str]:
     """Everything that changes an engine: the same key, the same engine."""
+    compiler, segments = find_compiler(placement.compiler), placement.segments
     digests = {f"sha256 of {name}": file.sha256 for name, file in component.files.items()}
     profile = {
         f"shapes of {name}": ", ".join(" ".join("x".join(map(str, shape)) for shape in part[name]) for part in shapes)
         for name in (shapes[0] if shapes else ())
     }
     return {
-        "compiler": compiler_name,
+        "compiler": placement.compiler,
         "compiler_version": compiler.version(),
-        "target": str(target),
+        "target": str(placement.target),
         "precision": component.precision,
+        "segments": "1" if segments == 1 else f"{segments} (cutting {CUTTING})",
         **profile,
         **compiler.options(),
         **digests,
     }
 
 
-def is_same(before: Manifest, out: Path, model: Model, max_batch: int | None, keys: dict[str, dict[str, str]]) -> bool:
+def is_same(before: Manifest, out: Path, model: Model, max_batch: int | None, placements: dict[str, Placement]) -> bool:
     """Whether the build in `out` is all that is wanted."""
-    same = before.model == model and before.engines.keys() == keys.keys()
+    same = before.model == model and before.engines.keys() == placements.keys()
     same = same and all(engine.max_batch == max_batch for engine in before.engines.values())
+    same = same and all(engine.residency == placements[name].residency for name, engine in before.engines.items())
     return same and manifest.is_whole(out, before.components)
 
 
@@ -157,20 +245,10 @@ def rebuild_reason(before: Manifest | None, out: Path, name: str, key: dict[str,
     return ""
 
 
-def compile_component(compiler: Compiler, job: Job) -> Component:
-    """Compile one graph, and describe the engine's files."""
-    files = compiler.compile(job)
-    return job.component.model_copy(update={"files": {file.name: manifest.describe(file) for file in files}})
-
-
-def copy_caches(
-    before: Manifest | None, out: Path, folder: Path, caches: tuple[str, ...], reasons: dict[str, str]
-) -> None:
-    """Keep the caches of an earlier build; those of engines that are compiled again are of no use."""
-    useless = {name + RUNTIME_CACHE for name in reasons}
-    for name in caches:
-        if before is not None and name not in useless and (out / name).is_file():
-            shutil.copyfile(out / name, folder / name)
+def caches(components: Iterable[Component]) -> list[str]:
+    """What may be beside the engines of these components: the timing cache, and the runtime cache of each plan."""
+    plans = [Path(file) for component in components for file in component.files if file.endswith(PLAN)]
+    return [TIMING_CACHE, *(plan.with_suffix(RUNTIME_CACHE).name for plan in plans)]
 
 
 def copy_component(component: Component, source: Path, folder: Path) -> Component:
@@ -179,4 +257,15 @@ def copy_component(component: Component, source: Path, folder: Path) -> Componen
     for name in component.files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, folder / name)
+    return component
+
+
+def keep_component(component: Component, before: Path, folder: Path) -> Component:
+    """Take a component's files over from an earlier build, checked; where the file system can, none is copied."""
+    manifest.check_files(before, component.files, fix="remove the folder, and build again")
+    for name in component.files:
+        try:
+            os.link(before / name, folder / name)
+        except OSError:
+            shutil.copyfile(before / name, folder / name)
     return component

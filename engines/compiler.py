@@ -31,7 +31,8 @@ class Job:
     """One network to compile: the ONNX file `graph` into the file `engine` (a path without suffix), for `target`.
 
     `shapes` has, for each profile, the smallest, best and largest shape of every input that varies. `progress` is
-    called with (what is being done, how many steps are done, how many there are).
+    called with (what is being done, how many steps are done, how many there are). `weights` is the folder in which the
+    graph's file of weights is, by default its own.
     """
 
     name: str
@@ -41,10 +42,22 @@ class Job:
     target: Target
     shapes: list[Ranges]
     progress: Progress
+    weights: Path | None = None
+
+    @property
+    def origin(self) -> Path:
+        """A file beside the weights, whether or not there is one of that name."""
+        return (self.weights or self.graph.parent) / self.graph.name
 
 
 class Engine(Protocol):
-    """A loaded network that can be run."""
+    """A loaded network that can be run.
+
+    `inputs` and `outputs` are the names of what it takes and gives.
+    """
+
+    inputs: list[str]
+    outputs: list[str]
 
     def run(self, inputs: Arrays) -> Arrays:
         """Outputs by name for inputs by name, each with the batch dimension first."""
@@ -54,11 +67,20 @@ class Engine(Protocol):
         """The outputs of several requests of equal shapes as one batch. On a GPU, arrays may be of its memory."""
         ...
 
+    def warm_up(self) -> None:
+        """Do what would make the first request slow."""
+        ...
+
+    def close(self) -> None:
+        """Give all memory back. It cannot be run any more; what it returned stays."""
+        ...
+
 
 class Compiler(Protocol):
     """A module that compiles one ONNX graph for one device, and loads what it compiled."""
 
     PROFILES: bool  # whether engines are for ranges of shapes, rather than for all
+    APART: bool  # whether it is run in a process of its own, since it does not give all its memory back
 
     def version(self) -> str:
         """The version of the compiler, as it goes into the cache key; without importing anything heavy."""
@@ -77,7 +99,7 @@ class Compiler(Protocol):
         ...
 
     def load(self, files: list[Path], target: str, version: str) -> Engine:
-        """Load what `compile` of the compiler's `version` wrote, ready to run on `target`.
+        """Load what `compile` of the compiler's `version` wrote, to run on `target`.
 
         Raises UserError if it cannot be run here.
         """

@@ -1,6 +1,7 @@
 """The GPU table, and what can be compiled for: the value of `--gpu`.
 
-Compute capabilities: https://developer.nvidia.com/cuda-gpus. Memory in GB as NVIDIA's data sheets give it.
+Compute capabilities: https://developer.nvidia.com/cuda-gpus. Memory in GB as NVIDIA's data sheets give it:
+an RTX 3060 of 12 GB reports 12 GiB.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ def local_target() -> Target:
             f"this machine has no NVIDIA GPU that its driver can find: {error}",
             "name the GPU to compile for: --gpu rtx4090 (ditforge gpus lists names); or install NVIDIA's driver",
         ) from error
-    return Target(str(product), (f"sm_{major}{minor}",), round(memory / 1e9))
+    return Target(str(product), (f"sm_{major}{minor}",), round(memory / 2**30))
 
 
 def precisions(capability: str) -> list[str]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ditforge.engines.compiler import Arrays, Job
 
-PROFILES = False
+PROFILES, APART = False, False
 PROVIDERS = ["CPUExecutionProvider"]
 EXTERNAL_MIN_BYTES = 1024
 
@@ -70,7 +70,10 @@ def compile(job: Job) -> list[Path]:
         "session.optimized_model_external_initializers_min_size_in_bytes", str(EXTERNAL_MIN_BYTES)
     )
     try:
-        ort.InferenceSession(job.graph, settings, providers=PROVIDERS)
+        settings.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(job.origin.parent)
+        )
+        ort.InferenceSession(job.graph.read_bytes(), settings, providers=PROVIDERS)
     except Exception as error:  # ONNX Runtime's errors have no common class
         if shutil.disk_usage(path.parent).free < sum(file.size for file in job.component.files.values()):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
@@ -103,11 +106,13 @@ class Session:
     """An ONNX Runtime session as an engine."""
 
     def __init__(self, session: onnxruntime.InferenceSession) -> None:
-        self.session = session
+        self.session: onnxruntime.InferenceSession | None = session
+        self.inputs = [tensor.name for tensor in session.get_inputs()]
         self.outputs = [output.name for output in session.get_outputs()]
 
     def run(self, inputs: Arrays) -> Arrays:
         """Outputs by name for inputs by name."""
+        assert self.session is not None, "it is closed"
         return dict(zip(self.outputs, self.session.run(self.outputs, inputs), strict=True))
 
     def run_batch(self, parts: list[Arrays]) -> Arrays:
@@ -115,3 +120,10 @@ class Session:
         if len(parts) == 1:
             return self.run(parts[0])
         return self.run({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+
+    def warm_up(self) -> None:
+        """Nothing: the graph was optimised when it was compiled."""
+
+    def close(self) -> None:
+        """Drop the session, which frees its memory."""
+        self.session = None

@@ -7,12 +7,12 @@ each input; what a server then announces to clients are the sizes of the profile
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ditforge.engines.compiler import Shape
 from ditforge.errors import UserError
 from ditforge.manifest import Tensor
-from ditforge.model import Model
+from ditforge.model import LEAST_TILE, Model
 
 DEFAULT_BATCH = 4
 RANGES = "--resolutions 512-1536, or with the best one --resolutions 512-1024-1536, in pixels"
@@ -29,6 +29,11 @@ class Profile:
     best: Size
     largest: Size
     max_batch: int
+
+    def of(self, network: str, model: Model) -> Profile:
+        """The profile of one network: the autoencoder's goes up to a tile, where the model has them."""
+        smallest, best, largest = (model.piece(network, *size) for size in (self.smallest, self.best, self.largest))
+        return replace(self, smallest=smallest, best=best, largest=largest)
 
     def shapes(self, tensor: Tensor, model: Model) -> tuple[Shape, Shape, Shape]:
         """The smallest, best and largest shape of an input."""
@@ -104,6 +109,17 @@ def _check_size(option: str, size: int, model: Model) -> int:
         near = min(max(round(size / multiple), 1) * multiple, largest)
         raise UserError(f"{option}: sizes must be divisible by {multiple}, got {size}", f"{near} is the nearest")
     return size
+
+
+def tiled(model: Model, vae_tile: int | None) -> Model:
+    """The model with tiles of `vae_tile` pixels for the autoencoder. Raises UserError if none are of that size."""
+    if vae_tile is not None:
+        multiple, least = model.vae_factor, model.vae_factor * LEAST_TILE
+        near = max(round(vae_tile / multiple) * multiple, least)
+        if vae_tile != near:
+            problem = f"a tile's side must be at least {least} pixels and divisible by {multiple}, got {vae_tile}"
+            raise UserError(problem, f"--vae-tile {near}")
+    return model.model_copy(update={"vae_tile": vae_tile})
 
 
 def announced(model: Model, profiles: list[Profile]) -> Model:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 NAME = "tensorrt"
 PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
-PROFILES = True
+PROFILES, APART = True, True
 OPTIMIZATION_LEVEL = 3
 
 

@@ -5,10 +5,6 @@ Source: the Python API references at docs.nvidia.com/deeplearning/tensorrt and .
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,7 +36,7 @@ class Build:
         self.builder = trt.Builder(self.log)
         self.network = self.builder.create_network(strongly_typed(trt))
         parser = trt.OnnxParser(self.network, self.log)
-        if not parser.parse_from_file(str(job.graph)):
+        if not parser.parse(job.graph.read_bytes(), str(job.origin)):
             errors = [parser.get_error(i) for i in range(parser.num_errors)]
             raise self.failure("parse", [f"{e.node_name()} ({e.node_operator()}): {e.desc()}" for e in errors])
         check_ports(trt, self.network, job)
@@ -60,14 +56,14 @@ class Build:
     def write(self) -> Path:
         """Compile, and write ENGINE.plan as it is made. Raises DitforgeError, or OSError if it cannot be written."""
         path = self.job.engine.with_name(self.job.engine.name + ".plan")
-        with path.open("wb") as file, signals_kept() as signals:
+        with path.open("wb") as file:
             writer = make_writer(self.trt, file)
-            self.config.progress_monitor = monitor = make_monitor(self.trt, self.job.progress, self.job.name, signals)
+            self.config.progress_monitor = monitor = make_monitor(self.trt, self.job.progress, self.job.name)
             built = self.builder.build_serialized_network_to_stream(self.network, self.config, writer)
         for error in (monitor.error, writer.error):
             if error is not None:
                 raise error
-        if not signals and not (built and path.stat().st_size):
+        if not (built and path.stat().st_size):
             raise self.failure("compile", self.log.errors)
         return path
 
@@ -123,24 +119,6 @@ def fixed(tensor: Tensor) -> tuple[int, ...]:
     return tuple(dim if isinstance(dim, int) else -1 for dim in tensor.shape)
 
 
-@contextmanager
-def signals_kept() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM are noted, and act at the end: an exception cannot pass through the compiler's own frames."""
-    kept: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield kept
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda got, frame: kept.append(got)) for number in numbers}
-    try:
-        yield kept
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for got in kept:
-            signal.raise_signal(got)
-
-
 def make_log(trt: Any) -> Any:
     """A logger that keeps the errors, in `errors`."""
 
@@ -174,8 +152,8 @@ def make_writer(trt: Any, file: BinaryIO) -> Any:
     return Writer()
 
 
-def make_monitor(trt: Any, progress: Progress, name: str, signals: list[int]) -> Any:
-    """Reports the compiler's phases; cancels when a signal came, or when reporting raises (what is in `error`)."""
+def make_monitor(trt: Any, progress: Progress, name: str) -> Any:
+    """Reports the compiler's phases; cancels when reporting raises (what is in `error`)."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
@@ -191,7 +169,7 @@ def make_monitor(trt: Any, progress: Progress, name: str, signals: list[int]) ->
                 progress(f"{name}: {phase}", step + 1, self.steps[phase])
             except BaseException as error:
                 self.error = error
-            return self.error is None and not signals
+            return self.error is None
 
         def phase_finish(self, phase: str) -> None:
             self.steps.pop(phase, None)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 NAME = "tensorrt-rtx"
 PACKAGES = ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")
-PROFILES = True
+PROFILES, APART = True, True
 
 
 def version() -> str:

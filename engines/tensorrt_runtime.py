@@ -37,7 +37,7 @@ def check_here(plan: Path, compiler: str, target: str, built_with: str, version:
 
 
 def load_plan(trt: Any, plan: Path, compiler: str, target: str) -> Execution:
-    """Load a plan onto the GPU and run it once on each profile. Raises DitforgeError if it cannot be loaded."""
+    """Load a plan onto the GPU. Raises DitforgeError if it cannot be loaded."""
     log = make_log(trt)
     with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         runtime = trt.Runtime(log)
@@ -54,9 +54,7 @@ def load_plan(trt: Any, plan: Path, compiler: str, target: str) -> Execution:
         raise UserError(
             "executing engines needs cupy, which is not installed", "pip install 'ditforge[gpu]'"
         ) from error
-    execution = Execution(trt, cupy, runtime, engine, log, plan.with_suffix(RUNTIME_CACHE))
-    execution.warm_up()
-    return execution
+    return Execution(trt, cupy, runtime, engine, log, plan.with_suffix(RUNTIME_CACHE))
 
 
 class Execution:
@@ -67,7 +65,7 @@ class Execution:
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         self.inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         self.outputs = [name for name in names if name not in self.inputs]
-        self.dtypes = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in names}
+        self.dtypes = {name: stored_as(trt, engine.get_tensor_dtype(name)) for name in names}
         self.profiles = [
             {name: tuple(map(tuple, engine.get_tensor_profile_shape(name, i))) for name in self.inputs}
             for i in range(engine.num_optimization_profiles)
@@ -78,13 +76,12 @@ class Execution:
         self.stream = cupy.cuda.Stream(non_blocking=True)
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        self.runtime_cache = None
+        self.runtime_cache, self.on_disk = None, b""
         if hasattr(config, "create_runtime_cache"):  # TensorRT-RTX
             self.runtime_cache = config.create_runtime_cache()
             if cache.is_file():
-                self.runtime_cache.deserialize(
-                    cache.read_bytes()
-                )  # refuses another GPU's or version's: then it is empty
+                self.on_disk = cache.read_bytes()
+                self.runtime_cache.deserialize(self.on_disk)  # refuses another GPU's or version's: then it is empty
             self.check(config.set_runtime_cache(self.runtime_cache), "set_runtime_cache")
             if self.static:
                 config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
@@ -183,15 +180,36 @@ class Execution:
         """Run every profile's best shapes on zeros: kernels are compiled before the first request, and kept."""
         for profile in self.profiles:
             self.run_batch([{name: np.zeros(best, self.dtypes[name]) for name, (_, best, _) in profile.items()}])
-        if self.runtime_cache is None:
+        self.keep_kernels()
+
+    def keep_kernels(self) -> None:
+        """Write what was compiled for the GPU beside the plan, unless it is there already."""
+        kernels = bytes(self.runtime_cache.serialize()) if self.runtime_cache is not None else b""
+        if len(kernels) == len(self.on_disk):  # their order may differ from one time to the next
             return
         temporary = self.cache.with_name(f".{self.cache.name}.{os.getpid()}")
         try:
-            temporary.write_bytes(bytes(self.runtime_cache.serialize()))
+            temporary.write_bytes(kernels)
             temporary.replace(self.cache)
+            self.on_disk = kernels
         except OSError as error:
             why = f"{self.cache} cannot be written ({error.strerror}): the next start compiles again"
             warnings.warn(why, DitforgeWarning, stacklevel=2)
+
+    def close(self) -> None:
+        """Free the engine, its context and the shared scratch, and give CuPy's unused memory back to the driver."""
+        global _scratch
+        with _lock:
+            self.keep_kernels()
+            self.context = self.engine = self.runtime_cache = self.runtime = None  # an engine goes after its context
+            self.kept.clear()
+            self.scratch = _scratch = None
+            self.cupy.get_default_memory_pool().free_all_blocks()
+
+
+def stored_as(trt: Any, dtype: Any) -> np.dtype:
+    """What NumPy stores TensorRT's dtype as: bf16, which it has not, as its two bytes."""
+    return np.dtype(np.uint16 if dtype == trt.bfloat16 else trt.nptype(dtype))
 
 
 def within(shape: Shape, smallest: Shape, largest: Shape) -> bool:

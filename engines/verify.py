@@ -68,12 +68,12 @@ def compare(folder: Path, onnx: Path, progress: Callable[[str, int, int], None] 
     found, reference = manifest.read_any(folder), manifest.read(onnx, "onnx")
     networks = [name for name in found.components if name != TOKENIZER]
     report = progress or (lambda component, done, total: None)
-    prompts, sizes = compared(found)
+    prompts = compared_prompts(found)
     tensors = tokenize(onnx, reference, prompts)
     differences = []
     for done, name in enumerate(networks):
         report(name, done, len(networks))
-        component = found.components[name]
+        component, sizes = found.components[name], compared_sizes(found.model, name, len(prompts))
         inputs = {
             key: tensors[key] if key in tensors else example(key, tensor, sizes, reference.model)
             for key, tensor in component.inputs.items()
@@ -87,16 +87,19 @@ def compare(folder: Path, onnx: Path, progress: Callable[[str, int, int], None] 
     return differences
 
 
-def compared(found: Manifest) -> tuple[tuple[str, ...], dict[str, int]]:
-    """The prompts that engines are run on, as many as fit into a batch, and what the varying dimensions are.
+def compared_prompts(found: Manifest) -> tuple[str, ...]:
+    """The prompts that engines are run on, as many as fit into a batch."""
+    return PROMPTS[: min([len(PROMPTS), *(engine.max_batch for engine in found.engines.values() if engine.max_batch)])]
 
-    The manifest's model has the sizes of the engines' shape profiles (see ditforge.engines.profile.announced).
+
+def compared_sizes(model: Model, network: str, batch: int) -> dict[str, int]:
+    """What the varying dimensions are for a network of a `model` that has the sizes of the engines' shape profiles.
+
+    See ditforge.engines.profile.announced.
     """
-    model = found.model
-    batch = min([len(PROMPTS), *(engine.max_batch for engine in found.engines.values() if engine.max_batch)])
-    height, width = compared_size(model)
+    height, width = model.piece(network, *compared_size(model))
     latents = {"latent_height": height // model.vae_factor, "latent_width": width // model.vae_factor}
-    return PROMPTS[:batch], {"batch": batch, "height": height, "width": width, **latents}
+    return {"batch": batch, "height": height, "width": width, **latents}
 
 
 def compared_size(model: Model) -> tuple[int, int]:
@@ -136,8 +139,12 @@ def run_component(folder: Path, found: Manifest, name: str, inputs: Arrays) -> A
     component = found.components[name]
     if found.kind == "engines":
         engine = found.engines[name]
-        loaded = load_engine(folder, component.files, engine.compiler, engine.target, engine.compiler_version)
-        return loaded.run(as_declared(inputs, component))
+        made_by = engine.compiler, engine.target, engine.compiler_version
+        loaded = load_engine(folder, component.files, *made_by, engine.segments, engine.residency)
+        try:
+            return loaded.run(as_declared(inputs, component))
+        finally:
+            loaded.close()
     graph = folder / f"{name}.onnx"
     if component.dtype != "bf16":
         return run_graph(graph, component, inputs)

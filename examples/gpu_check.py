@@ -85,6 +85,11 @@ def main() -> None:
     run(*build, out / "static-engines", "--static", "128x128", "--batch", "1", says="built dit|nothing to build")
     run("repo", out / "static-engines", "--out", out / "static-repo")
     serve_and_generate(out / "static-repo", out / "static.png")
+    in_turn = ("--segments", "3", "--residency", "on-demand")
+    run(*build, out / "segments", *SIZES, *in_turn, says="built dit|nothing to build")
+    run("verify", out / "segments", "--against", out / "reference", says="velocity")
+    run("repo", out / "segments", "--out", out / "segments-repo")
+    serve_and_generate(out / "segments-repo", out / "segments.png")
     other = "sm_120" if "sm_120" not in target.capabilities else "sm_89"
     if compiler == "tensorrt-rtx":
         run("build", out / "onnx", "--gpu", other, "--out", out / "other", *SIZES, says="built dit|nothing to build")
@@ -94,7 +99,8 @@ def main() -> None:
             "build", out / "onnx", "--gpu", other, "--compiler", compiler, "--out", out / "other", says="itself", code=2
         )
     print(f"all passed; the server was ready after {cold:.1f} s, and {warm:.1f} s with its caches")
-    print(f"look at {out / 'dynamic.png'} and {out / 'static.png'}: {PROMPT}")
+    pictures = ", ".join(str(out / f"{name}.png") for name in ("dynamic", "static", "segments"))
+    print(f"look at {pictures}: {PROMPT}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from importlib.resources import files
@@ -17,13 +18,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ditforge.errors import UserError
-from ditforge.export.checkpoint import Checkpoint, open_checkpoint, read_json
-from ditforge.export.families import family_of
+from ditforge.errors import DitforgeWarning, UserError
+from ditforge.export.checkpoint import Checkpoint
+from ditforge.export.families import family_of, read_networks
+from ditforge.export.fit import check_weights
 from ditforge.export.precision import Precision
 from ditforge.export.quantise import SCHEMES
+from ditforge.export.sources import Loras, open_source
 
-FORMAT = 1
+FORMAT = 2
 MAX_STEPS = 1000
 SEED = 0  # of the first prompt; the next ones count up
 HOW = "ditforge calibrate CHECKPOINT --out FILE, then export --calibration FILE; or: --precision fp8-weights"
@@ -32,12 +35,17 @@ Progress = Callable[[str, int, int], None]
 
 
 class Calibration(BaseModel):
-    """amax: the largest absolute input of each linear, by its weight's name, over `prompts` prompts and all steps."""
+    """amax: the largest absolute input of each linear, by its weight's name, over `prompts` prompts and all steps.
+
+    `model` and `loras` (FILE:STRENGTH) tell what was run, `config_sha256` what the ranges fit: models of one
+    configuration share them.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: int = FORMAT
     model: str
+    loras: tuple[str, ...] = ()
     config_sha256: str
     prompts_sha256: str
     prompts: int
@@ -50,14 +58,17 @@ class Calibration(BaseModel):
 
 
 def config_digest(checkpoint: Checkpoint) -> str:
-    """A digest of the DiT's configuration, by which a calibration knows its model."""
-    config = read_json(checkpoint.folder / "transformer" / "config.json")
+    """A digest of the DiT's configuration, by which a calibration knows its model: the same for a file and a folder."""
+    config = family_of(checkpoint).read_config(checkpoint)
     public = {key: value for key, value in config.items() if not key.startswith("_")}
     return sha256(json.dumps(public, sort_keys=True).encode()).hexdigest()
 
 
 def read_ranges(path: Path | None, checkpoint: Checkpoint, precision: Precision) -> Calibration | None:
-    """The calibration in the file `path`. Raises UserError if fp8 lacks one, or if it is another model's or damaged."""
+    """The calibration in the file `path`. Raises UserError if fp8 lacks one, or if it is another model's or damaged.
+
+    Warns if it was made with other weights of the same configuration: a fine-tune's, or other LoRAs.
+    """
     if path is None:
         if precision.scheme and SCHEMES[precision.scheme].activations:
             raise UserError(f"{precision.name} needs the activations' ranges, and no calibration was given", HOW)
@@ -74,7 +85,16 @@ def read_ranges(path: Path | None, checkpoint: Checkpoint, precision: Precision)
         raise UserError(f"{path} has format {ranges.format}, this version reads format {FORMAT}", HOW)
     if ranges.config_sha256 != config_digest(checkpoint):
         raise UserError(f"{path} was made for {ranges.model}, a DiT of another configuration", HOW)
+    made, wanted = called(ranges.model, ranges.loras), called(checkpoint.name, checkpoint.loras)
+    if made != wanted:
+        remark = f"{path} was made for {made}, and this is {wanted}: if pictures get worse, calibrate this one"
+        warnings.warn(remark, DitforgeWarning, stacklevel=2)
     return ranges
+
+
+def called(model: str, loras: Sequence[str]) -> str:
+    """The model with its LoRAs, in words."""
+    return f"{model} with {' and '.join(loras)}" if loras else model
 
 
 def read_prompts(path: Path | None) -> list[str]:
@@ -97,23 +117,28 @@ def read_prompts(path: Path | None) -> list[str]:
 
 
 def calibrate(
-    folder: Path,
+    path: Path,
     out: Path,
     prompts: list[str],
     steps: int | None = None,
     progress: Progress | None = None,
+    base: Path | None = None,
+    loras: Loras = (),
 ) -> Calibration:
-    """Run the checkpoint in `folder` over `prompts` and all steps at its default size, and write the ranges to `out`.
+    """Run the checkpoint `path` over `prompts` and all steps at its default size, and write the ranges to `out`.
 
-    Raises UserError if the checkpoint cannot be loaded or `out` cannot be written, the latter before anything is run.
+    `path`, `base` and `loras` are what export takes. Raises UserError if the checkpoint cannot be used or `out` cannot
+    be written, before anything is run.
     """
     import torch
 
     if steps is not None and not 1 <= steps <= MAX_STEPS:
         raise UserError(f"steps must be from 1 to {MAX_STEPS}, got {steps}", "--steps 28, or leave it out")
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_source(path, base, loras)
+    model, _, networks = read_networks(checkpoint, Precision("fp32"))
+    for network in networks:
+        check_weights(network, checkpoint.weights(network.weights))
     family = family_of(checkpoint)
-    model = family.model(checkpoint)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         temporary.touch()
@@ -131,6 +156,7 @@ def calibrate(
         report("done", len(prompts), len(prompts))
         ranges = Calibration(
             model=model.name,
+            loras=checkpoint.loras,
             config_sha256=config_digest(checkpoint),
             prompts_sha256=sha256("\n".join(prompts).encode()).hexdigest(),
             prompts=len(prompts),

@@ -24,7 +24,7 @@ class Checkpoint:
 
     Where there are no weights, and random ones take their place, `seed` is what they are made from. What comes from
     elsewhere than the folder (a single file, LoRAs: sources.py) is in `title`, the model's name, `tensors`, by
-    component and name, and `configs`, by component and file.
+    component and name, `configs`, by component and file, and `loras`, as FILE:STRENGTH without the folders.
     """
 
     folder: Path
@@ -33,6 +33,7 @@ class Checkpoint:
     title: str | None = None
     tensors: Mapping[str, Mapping[str, Lazy]] = field(default_factory=dict)
     configs: Mapping[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    loras: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

@@ -5,22 +5,22 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from ditforge.errors import UserError
 from ditforge.export.network import Network
-from ditforge.export.weights import Weights
 
 GRAPHS = 50 * 10**6  # bytes for what is not weights: graphs, tokenizers, the manifest
 
 
-def size_of(network: Network, weights: Weights, scheme: str | None) -> int:
-    """Bytes that the weights will take, but for scales. Too many where the network takes only some of `weights`."""
+def size_of(network: Network, shapes: Mapping[str, tuple[int, ...]], scheme: str | None) -> int:
+    """Bytes that the network's weights will take, by their names and `shapes`, but for scales."""
 
     def width(name: str) -> int:
         return 1 if scheme and network.may_be_8_bit(name) else network.dtype.itemsize
 
-    return sum(math.prod(shape) * width(name) for name, shape in weights.shapes.items())
+    return sum(math.prod(shape) * width(name) for name, shape in shapes.items())
 
 
 def check_space(out: Path, size: int) -> None:

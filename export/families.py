@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from ditforge.errors import UserError
+from ditforge.errors import DitforgeError, UserError
 from ditforge.export.checkpoint import Checkpoint
+from ditforge.export.network import Network
+from ditforge.export.precision import Precision
+from ditforge.export.tokenization import Tokenizer
+from ditforge.model import Model
 
 
 def family_of(checkpoint: Checkpoint) -> ModuleType:
@@ -19,3 +23,23 @@ def family_of(checkpoint: Checkpoint) -> ModuleType:
             f"use a checkpoint of one of: {', '.join(families)}",
         )
     return families[checkpoint.pipeline]
+
+
+def read_networks(checkpoint: Checkpoint, precision: Precision) -> tuple[Model, list[Tokenizer], list[Network]]:
+    """What a client must know of the checkpoint, its tokenizers and its networks.
+
+    Raises UserError if one of its configurations cannot be used.
+    """
+    family = family_of(checkpoint)
+    try:
+        return (
+            family.model(checkpoint),
+            family.read_tokenizers(checkpoint),
+            family.networks(checkpoint, precision),
+        )
+    except DitforgeError:
+        raise
+    except Exception as error:  # the libraries' configuration classes raise many kinds
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        problem = f"a configuration in {checkpoint.folder} cannot be used: {reason}"
+        raise UserError(problem, "copy the checkpoint's folder again") from error

@@ -12,10 +12,11 @@ from ditforge.export.weights import Weights
 FIX = "its config.json is not the one of these weights, or a shard is missing: copy the folder again"
 
 
-def check_weights(network: Network, weights: Weights) -> None:
+def check_weights(network: Network, weights: Weights) -> dict[str, tuple[int, ...]]:
     """Raise UserError if the network cannot be made or run, or if `weights` are not those that it takes.
 
-    Raises DitforgeError if one of the network's factors is for weights that it has none of.
+    Returns the names and shapes of those that it takes. Raises DitforgeError if one of the network's factors is for
+    weights that it has none of.
     """
     try:
         parameters = dry_run(network)
@@ -34,6 +35,7 @@ def check_weights(network: Network, weights: Weights) -> None:
         if not any(pattern.fullmatch(name) for names, _ in parameters for name in names):
             problem = f"{network.name} has no weights like {pattern.pattern}, which would be scaled for it"
             raise DitforgeError(problem, "--precision bf16 or fp32 scales nothing; report it with the config.json")
+    return {names[0]: shape for names, shape in parameters}
 
 
 def check_ports(networks: Iterable[Network]) -> None:

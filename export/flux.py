@@ -106,7 +106,7 @@ def model(checkpoint: Checkpoint) -> Model:
 
 def load_pipeline(checkpoint: Checkpoint) -> FluxPipeline:
     """diffusers' own pipeline, to calibrate with."""
-    return pipeline.load(FluxPipeline, checkpoint)
+    return pipeline.load(FluxPipeline, checkpoint, networks(checkpoint, Precision("fp32")))
 
 
 def run_pipeline(loaded: FluxPipeline, model: Model, prompt: str, steps: int, seed: int) -> None:

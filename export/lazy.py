@@ -14,14 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ditforge.errors import UserError
 from ditforge.export.weights import DTYPES, Entry, Weights, read_header, read_tensor
-
-# How a file begins that has weights in it, and is no safetensors file.
-OTHER_FORMATS = {
-    b"PK\x03\x04": ("a pickled checkpoint, which can run code when opened", "use the model's .safetensors file"),
-    b"GGUF": ("a GGUF file, whose weights are packed", "use the .safetensors file; --precision quantises it"),
-}
 
 ReadRows = Callable[[int, int], torch.Tensor]
 
@@ -93,14 +86,6 @@ def open_tensors(file: Path) -> dict[str, Lazy]:
 
     Raises UserError for a file that is truncated, damaged or of another format.
     """
-    try:
-        with file.open("rb") as opened:
-            start = opened.read(4)
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}", "check the path and its permissions") from error
-    if start in OTHER_FORMATS:
-        kind, fix = OTHER_FORMATS[start]
-        raise UserError(f"{file} is {kind}", fix)
     return {name: in_file(file, entry) for name, entry in read_header(file).items()}
 
 

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,16 @@ WEIGHT = ".weight"
 PART = re.compile(
     r"(?P<module>.+)\.(?:(?P<down>lora_A|lora_down|lora\.down)|(?P<up>lora_B|lora_up|lora\.up))"
     r"(\.default)?\.weight|(?P<scaled>.+)\.alpha"
+)
+# What is no LoRA, or more than one, by the ends of its keys.
+OTHER_KINDS = (
+    (r"\.hada_w\d_[ab]|\.hada_t\d", "a LoHa"),
+    (r"\.lokr_(w\d(_[ab])?|t\d)", "a LoKr"),
+    (r"\.dora_scale|\.lora_magnitude_vector(\..*)?", "a DoRA"),
+    (r"\.oft_(blocks|diag|R\.weight)|\.boft_.*", "an OFT"),
+    (r"\.processor\..*_lora\d?\.(down|up)\.weight", "a LoRA of XLabs' attention processors"),
+    (r"\.(diff|diff_b)", "a difference of whole weights"),
+    (r"(controlnet_.*|.*\.(lora_B|lora_up)\.bias)", "a control LoRA or ControlNet"),
 )
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers writes PEFT's configuration
 
@@ -62,20 +72,6 @@ class Addition:
 
 
 Additions = dict[tuple[str, str], list[Addition]]  # to each weight, by component and name
-
-
-def parse_lora(option: str) -> tuple[Path, float]:
-    """`FILE:0.8` as file and strength; `FILE` alone has strength 1. Raises UserError for a strength that is none."""
-    path, colon, strength = option.rpartition(":")
-    if not colon or Path(option).is_file():
-        return Path(option), 1.0
-    try:
-        number = float(strength)
-    except ValueError:
-        number = float("nan")
-    if not path or not isfinite(number):
-        raise UserError(f"{option!r} is not FILE:STRENGTH", "--lora style.safetensors:0.8")
-    return Path(path), number
 
 
 def fuse(components: Mapping[str, Tensors], loras: Sequence[tuple[Path, float]]) -> dict[str, dict[str, Lazy]]:
@@ -117,11 +113,13 @@ def read_lora(
     found: Additions,
 ) -> None:
     """Add what is in the file to `found`. Raises UserError as fuse does."""
-    pairs, strange = parse_keys(open_tensors(file))
+    tensors = open_tensors(file)
+    check_kind(file, tensors)
+    pairs, strange = parse_keys(tensors)
     strange += [module for module in pairs if module not in targets]
     if strange or not pairs:
-        problem = f"{file}: {shown(sorted(strange))} fit nothing in this checkpoint"
-        raise UserError(problem, "use a LoRA (not LoHa, LoKr, DoRA or ControlNet) that was made for this model")
+        problem = f"{file}: {shown(sorted(strange))} fit nothing in this checkpoint: a LoRA of another model, or none"
+        raise UserError(problem, "use a LoRA that was made for this model, or leave it out")
     settings = read_settings(file)
     for module, pair in pairs.items():
         if pair.up is None or pair.down is None:
@@ -143,6 +141,15 @@ def read_lora(
                 raise UserError(problem, "use a LoRA that was made for this model, or leave it out")
             up = target.recipe.of({target.recipe.pieces[0].name: pair.up})
             found.setdefault((target.component, target.name), []).append(Addition(up, pair.down, scale))
+
+
+def check_kind(file: Path, keys: Iterable[str]) -> None:
+    """Raise UserError if the file is of a kind that is known, and is not added here."""
+    for key in keys:
+        for pattern, kind in OTHER_KINDS:
+            if re.search(f"({pattern})$", key):
+                problem = f"{file} is {kind}, which is not added here: it holds {key}"
+                raise UserError(problem, "use a plain LoRA for this model, or merge it into a checkpoint first")
 
 
 def parse_keys(tensors: Tensors) -> tuple[dict[str, Pair], list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Callable, Collection
@@ -13,12 +12,13 @@ import onnx_ir as ir
 import torch
 
 from ditforge import __version__, manifest
-from ditforge.errors import DitforgeError, DitforgeWarning, UserError
+from ditforge.errors import DitforgeWarning, UserError
 from ditforge.export import fit, graph, random_weights
 from ditforge.export.calibration import Calibration, find_linears, read_prompts, read_ranges
 from ditforge.export.checkpoint import Checkpoint
 from ditforge.export.disk import check_space, size_of
-from ditforge.export.families import family_of
+from ditforge.export.families import family_of, read_networks
+from ditforge.export.footprint import measure
 from ditforge.export.network import Network, Port
 from ditforge.export.precision import Precision, dtype_name
 from ditforge.export.quantise import SCHEMES, quantise_linears
@@ -41,7 +41,6 @@ TRITON_DTYPES = {
 FP32 = Precision("fp32")
 TEXT_ENCODERS = ("all", "clip")
 T5 = "t5"  # the name of its network and of its tokenizer
-MEGABYTE = 10**6
 MEASURED_PROMPTS = 4  # of those that ship with ditforge, to measure what each linear loses to 8 bits
 
 Progress = Callable[[str, int, int], None]
@@ -70,6 +69,7 @@ def export_checkpoint(
     random: bool = False,
     base: Path | None = None,
     loras: Loras = (),
+    measuring: Progress | None = None,
 ) -> Exported:
     """Export the checkpoint `checkpoint`, a diffusers folder or a single file, to ONNX in the folder `out`.
 
@@ -77,9 +77,10 @@ def export_checkpoint(
     `calibration` is a file that `ditforge calibrate` wrote for this checkpoint; fp8 needs one. With `max_error`, the
     linears with the largest 8-bit errors stay 16-bit until the velocity's relative error is no larger. `text_encoders`
     "clip" leaves T5 out. `random` takes random weights, and then `checkpoint` may be a name (random_weights.py). If
-    `out` holds the same export of the same files, nothing is written. `progress` is called with (component, megabytes
-    of weights written, megabytes in all), often. An export that is interrupted leaves `out` as it was, and its large
-    finished components in `.NAME.unfinished` beside it, which the next one takes.
+    `out` holds the same export of the same files, nothing is written. `progress` is called with (component, bytes of
+    weights written, bytes in all), often; `measuring` with the steps of finding what stays 16-bit. An export that is
+    interrupted leaves `out` as it was, and its large finished components in `.NAME.unfinished` beside it, which the
+    next one takes.
     Raises UserError for a checkpoint that is incomplete or of no known family, and if the disk has too little space,
     before anything is written.
     """
@@ -87,7 +88,7 @@ def export_checkpoint(
         raise UserError(f"unknown text encoders {text_encoders!r}", f"--text-encoders {' or '.join(TEXT_ENCODERS)}")
     if not random:
         opened, files = open_source(checkpoint, base, loras), fingerprint(checkpoint, base, loras)
-        return export_opened(opened, files, out, precision, calibration, max_error, progress, text_encoders)
+        return export_opened(opened, files, out, precision, calibration, max_error, progress, text_encoders, measuring)
     if base or loras:
         raise UserError("random weights take nothing from files", "leave out --base and --lora, or --random-weights")
     if max_error is not None:
@@ -106,6 +107,7 @@ def export_opened(
     max_error: float | None,
     progress: Progress | None,
     text_encoders: str,
+    measuring: Progress | None = None,
 ) -> Exported:
     """The same for a checkpoint that is open; `files` is a digest by which it is known again."""
     ranges = read_ranges(calibration, opened, precision)
@@ -115,6 +117,7 @@ def export_opened(
         "calibration": manifest.describe(calibration).sha256 if calibration else "none",
         "max_error": str(max_error),
         "text_encoders": text_encoders,
+        "t5_precision": precision.t5.name if precision.t5 else "as the rest",
         "exporter": f"torch {torch.__version__}",
         "checkpoint": files,
     }
@@ -125,34 +128,23 @@ def export_opened(
         and manifest.is_whole(out, before.components)
     ):
         return Exported(before, fresh=True)
-    family = family_of(opened)
-    try:
-        model, tokenizers, networks = (
-            family.model(opened),
-            family.read_tokenizers(opened),
-            family.networks(opened, precision),
-        )
-    except DitforgeError:
-        raise
-    except Exception as error:  # the libraries' configuration classes raise many kinds
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        problem = f"a configuration in {opened.folder} cannot be used: {reason}"
-        raise UserError(problem, "copy the checkpoint's folder again") from error
+    model, tokenizers, networks = read_networks(opened, precision)
     if text_encoders == "clip":
         model, tokenizers, networks = without_t5(model, tokenizers, networks)
+    if precision.t5 and T5 not in (network.name for network in networks):
+        raise UserError(f"{model.name} is exported without T5", "leave out --t5-precision")
     sizes: dict[str, int] = {}
     for network in networks:  # all of them are looked at before the first one is written
-        weights = weights_of(network, opened)
-        fit.check_weights(network, weights)
-        sizes[network.name] = size_of(network, weights, precision.scheme)
+        shapes = fit.check_weights(network, weights_of(network, opened))
+        sizes[network.name] = size_of(network, shapes, scheme_of(network, precision))
     fit.check_ports(networks)
     manifest.check_replaceable(Path(os.path.realpath(out)), "onnx", ())
     unfinished = Unfinished.beside(out, {**source, "ditforge": __version__})
     unfinished.drop_others()
     check_space(out, sum(size for name, size in sizes.items() if name not in unfinished.kept()))
     report = progress or (lambda component, done, total: None)
-    choice = measure_linears(opened, precision, ranges, max_error, report)
-    done, total = 0, max(1, math.ceil(sum(sizes.values()) / MEGABYTE))
+    choice = measure_linears(opened, precision, ranges, max_error, measuring)
+    done, total = 0, max(1, sum(sizes.values()))
     try:
         with manifest.written_whole(out, "onnx") as folder:
             components = {"tokenizer": export_tokenizers(tokenizers, folder)}
@@ -162,7 +154,10 @@ def export_opened(
                 component = unfinished.take(network.name, folder)
                 if component is None:
                     keep = choice.keep if choice else ()
-                    component = export_network(network, opened, folder, precision.scheme, ranges, keep, written)
+                    scheme = scheme_of(network, precision)
+                    component = export_network(network, opened, folder, scheme, ranges, keep, written)
+                    footprint = measure(network, model).footprint(scheme)
+                    component = component.model_copy(update={"footprint": footprint})
                     unfinished.keep(network.name, component, folder)
                 components[network.name] = component
                 done += sizes[network.name]
@@ -181,8 +176,15 @@ def export_opened(
 
 
 def bytes_reported(report: Progress, name: str, before: int, total: int) -> Callable[[int], None]:
-    """What takes the bytes written of the network `name`, behind `before` others, and reports megabytes."""
-    return lambda count: report(name, min((before + count) // MEGABYTE, total), total)
+    """What takes the bytes written of the network `name`, behind `before` others, and reports those of all."""
+    return lambda count: report(name, min(before + count, total), total)
+
+
+def scheme_of(network: Network, precision: Precision) -> str | None:
+    """The 8-bit format of the network's linears, if they get one."""
+    if network.name == T5:
+        return precision.t5.scheme if precision.t5 else None
+    return precision.scheme
 
 
 def weights_of(network: Network, checkpoint: Checkpoint) -> Weights:
@@ -212,16 +214,14 @@ def measure_linears(
     precision: Precision,
     ranges: Calibration | None,
     max_error: float | None,
-    report: Progress,
+    progress: Progress | None,
 ) -> Choice | None:
     """Run the checkpoint on a few prompts and choose the linears to keep; None where no `max_error` is asked for."""
     if max_error is None:
         return None
     if precision.scheme is None:
         raise UserError(f"{precision.name} quantises nothing", "leave out --max-error, or --precision fp8-weights")
-    if checkpoint.tensors:
-        problem = "--max-error runs diffusers' pipeline, which takes neither single files nor LoRAs here"
-        raise UserError(problem, "leave out --max-error, or put the model into a diffusers folder")
+    report = progress or (lambda doing, done, total: None)
     family = family_of(checkpoint)
     model, pipeline = family.model(checkpoint), family.load_pipeline(checkpoint)
     calls: list[Call] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ditforge.errors import UserError
@@ -14,14 +14,19 @@ FULL = ("fp32", "fp16", "bf16")
 EIGHT_BIT = ("fp8", "fp8-weights", "int8-weights")
 PRECISIONS = (*FULL, *EIGHT_BIT)
 ACTIVATIONS = ("bf16", "fp16", "fp32")
+T5_PRECISIONS = (*FULL, "fp8-weights", "int8-weights")  # what takes no calibration, which is of the DiT only
 
 
 @dataclass(frozen=True)
 class Precision:
-    """What the user asked for: `base` is fp32, fp16 or bf16; `scheme` the 8-bit format of the DiT's linears, if any."""
+    """What the user asked for: `base` is fp32, fp16 or bf16; `scheme` the 8-bit format of the DiT's linears, if any.
+
+    `t5` is that of T5, where it has one of its own; then `scheme` there is the format of T5's linears.
+    """
 
     base: str
     scheme: str | None = None
+    t5: Precision | None = None
 
     @property
     def name(self) -> str:
@@ -36,6 +41,15 @@ def parse_precision(name: str, activations: str = "bf16") -> Precision:
     if activations not in ACTIVATIONS:
         raise UserError(f"unknown type of activations {activations!r}", f"use one of: {', '.join(ACTIVATIONS)}")
     return Precision(activations, name) if name in EIGHT_BIT else Precision(name)
+
+
+def with_t5(precision: Precision, name: str | None) -> Precision:
+    """The same with T5 in the precision called `name`; None: as the rest. Raises UserError for another name."""
+    if name is None:
+        return precision
+    if name not in T5_PRECISIONS:
+        raise UserError(f"T5 cannot be exported in {name!r}", f"--t5-precision with one of: {', '.join(T5_PRECISIONS)}")
+    return replace(precision, t5=parse_precision(name, precision.base))
 
 
 def network_dtype(precision: Precision) -> torch.dtype:

@@ -258,7 +258,7 @@ def model(checkpoint: Checkpoint) -> Model:
 def load_pipeline(checkpoint: Checkpoint) -> StableDiffusion3Pipeline:
     """diffusers' own pipeline, to calibrate with."""
     without = {} if has_t5(checkpoint) else {"text_encoder_3": None, "tokenizer_3": None}
-    return pipeline.load(StableDiffusion3Pipeline, checkpoint, **without)
+    return pipeline.load(StableDiffusion3Pipeline, checkpoint, networks(checkpoint, Precision("fp32")), **without)
 
 
 def run_pipeline(loaded: StableDiffusion3Pipeline, model: Model, prompt: str, steps: int, seed: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,20 @@ def open_source(path: Path, base: Path | None = None, loras: Loras = ()) -> Chec
     else:
         checkpoint = open_checkpoint(path)
     return _with_loras(checkpoint, loras) if loras else checkpoint
+
+
+def parse_lora(option: str) -> tuple[Path, float]:
+    """`FILE:0.8` as file and strength; `FILE` alone has strength 1. Raises UserError for a strength that is none."""
+    path, colon, strength = option.rpartition(":")
+    if not colon or Path(option).is_file():
+        return Path(option), 1.0
+    try:
+        number = float(strength)
+    except ValueError:
+        number = float("nan")
+    if not path or not isfinite(number):
+        raise UserError(f"{option!r} is not FILE:STRENGTH", "--lora style.safetensors:0.8")
+    return Path(path), number
 
 
 def fingerprint(path: Path, base: Path | None = None, loras: Loras = ()) -> str:
@@ -79,7 +94,8 @@ def _with_loras(checkpoint: Checkpoint, loras: Loras) -> Checkpoint:
         if component.startswith(("transformer", "text_encoder")) and component not in tensors:
             tensors[component] = folder_tensors(checkpoint.weights(component))
     fused = fuse({name: part for name, part in tensors.items() if name != "vae"}, loras)
-    return replace(checkpoint, tensors={**tensors, **fused})
+    names = tuple(f"{file.name}:{strength:g}" for file, strength in loras)
+    return replace(checkpoint, tensors={**tensors, **fused}, loras=names)
 
 
 def _components(folder: Path) -> list[str]:

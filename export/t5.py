@@ -26,6 +26,8 @@ STREAM = 2.0**-8
 # Two linears in a row write to the stream, and each gets half of that factor. So what lies between them is smaller too,
 # with room for 1e6, and weights (about 2^-6 in the largest model, now 2^-10) stay above 2^-14, where fp16 loses digits.
 HALF = STREAM**0.5
+# All linears; the embeddings, which are looked up, and the table of relative positions are none.
+LINEARS = re.compile(r"encoder\.block\.\d+\.layer\.\d+\.(SelfAttention\.[qkvo]|DenseReluDense\.w\w+)\.weight")
 
 
 class HiddenStates(nn.Module):
@@ -42,7 +44,7 @@ class HiddenStates(nn.Module):
 
 def t5_hidden_states(config: dict[str, Any], weights: str, tokens: int, precision: Precision) -> Network:
     """T5 with the configuration `config` (transformers' T5Config), reading `tokens` tokens a prompt."""
-    dtype, reason = network_dtype(precision), "as asked for"
+    dtype, reason = network_dtype(precision.t5 or precision), "as asked for"
     out = text_dtype(precision)
     settings = T5Config.from_dict(config)
     settings._attn_implementation = "eager"  # under fake tensors, the other one's strides break the exporter
@@ -62,6 +64,7 @@ def t5_hidden_states(config: dict[str, Any], weights: str, tokens: int, precisio
         weights=weights,
         dtype=dtype,
         reason=reason,
+        linears=LINEARS,
         factors=small_stream_factors(settings.is_gated_act) if narrow else {},
     )
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ditforge.errors import UserError
+from ditforge.export.foreign import check_packing, check_start
 
 if TYPE_CHECKING:
     import torch
@@ -130,13 +131,15 @@ def read_header(file: Path) -> dict[str, Entry]:
     """The tensors of a safetensors file, by name. Raises UserError for whatever safetensors' reader would refuse.
 
     That is: an impossible length, no JSON, an unknown type, a size that is not what type and shape make, and bytes
-    that belong to no tensor or to two. Stricter than that reader: a name that occurs twice.
+    that belong to no tensor or to two. Stricter than that reader: a name that occurs twice, and packed weights.
     """
     size = 0
     try:
         with file.open("rb") as opened:
             size = os.fstat(opened.fileno()).st_size
-            length = int.from_bytes(opened.read(LENGTH_BYTES), "little")
+            start = opened.read(LENGTH_BYTES)
+            check_start(file, start)
+            length = int.from_bytes(start, "little")
             if size < LENGTH_BYTES:
                 raise ValueError("there is no header")
             if length > MAX_HEADER:
@@ -145,12 +148,14 @@ def read_header(file: Path) -> dict[str, Entry]:
                 raise ValueError(f"its header claims {length} bytes, {size - LENGTH_BYTES} are there")
             text = opened.read(length)
         header = json.loads(text.decode(), object_pairs_hook=_without_twins, parse_constant=_refuse)
-        return _entries(header, LENGTH_BYTES + length, size)
+        entries = _entries(header, LENGTH_BYTES + length, size)
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}", "check the file and its permissions") from error
     except (ValueError, RecursionError) as error:
         problem = f"{file} ({size} bytes) is truncated or damaged: {_short(error)}"
         raise UserError(problem, "copy the file again") from error
+    check_packing(file, entries)
+    return entries
 
 
 def _entries(header: Any, start: int, size: int) -> dict[str, Entry]:

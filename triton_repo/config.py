@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 from tritonclient.grpc import model_config_pb2 as pb
 
-from ditforge.manifest import Component, File, Tensor
+from ditforge.manifest import Component, File, Residency, Tensor
 from ditforge.model import Model
 
 MODEL_PARAMETER = "ditforge_model"  # of `dit`: the JSON of ditforge.model.Model
@@ -24,12 +24,17 @@ GPU_INSTANCE = pb.ModelInstanceGroup(count=1, kind=pb.ModelInstanceGroup.KIND_GP
 
 
 class EngineSource(BaseModel):
-    """Which files beside model.py are the engine, and what made them; it travels in the model's parameters."""
+    """Which files beside model.py are the engine, and what made them; it travels in the model's parameters.
+
+    `segments` and `residency` are as in ditforge.manifest.Engine.
+    """
 
     compiler: str
     compiler_version: str
     target: str
     files: dict[str, File]
+    segments: tuple[tuple[str, ...], ...] = ()
+    residency: Residency = "resident"
 
 
 def python_model(
@@ -75,7 +80,8 @@ def tensorrt_model(
         config.parameters[key].string_value = value
     samples: list[dict[str, list[int]]] = []
     for height, width in model.sizes or [(model.default_size, model.default_size)]:
-        sample = {key: _sample(tensor, height, width, model) for key, tensor in component.inputs.items()}
+        piece = model.piece(name, height, width)
+        sample = {key: _sample(tensor, *piece, model) for key, tensor in component.inputs.items()}
         if sample not in samples:  # a text encoder's do not depend on the size
             samples.append(sample)
     # With classifier-free guidance, a picture's step is a batch of two.

@@ -93,7 +93,8 @@ def make_model(source: Manifest, name: str, max_batch: int) -> Triton:
     component, engine = source.components[name], source.engines.get(name)
     files = {f"1/{Path(file).name}": file for file in component.files}
     parameters = {config.MODEL_PARAMETER: source.model.model_dump_json()} if name == DIT else {}
-    if engine and engine.compiler == "tensorrt" and has_tensorrt_backend():
+    at_once = engine and not engine.segments and engine.residency == "resident"  # as Triton's own backend has it
+    if engine and engine.compiler == "tensorrt" and at_once and has_tensorrt_backend():
         plan = Path(next(iter(component.files))).name
         return Triton(
             config.tensorrt_model(name, component, max_batch, parameters, plan, source.model), texts={}, engine=files
@@ -101,7 +102,12 @@ def make_model(source: Manifest, name: str, max_batch: int) -> Triton:
     if engine:
         described = {Path(file).name: component.files[file] for file in component.files}
         made = config.EngineSource(
-            compiler=engine.compiler, compiler_version=engine.compiler_version, target=engine.target, files=described
+            compiler=engine.compiler,
+            compiler_version=engine.compiler_version,
+            target=engine.target,
+            files=described,
+            segments=engine.segments,
+            residency=engine.residency,
         )
         parameters[config.ENGINE_PARAMETER] = made.model_dump_json()
     module = "tokenizer_model" if name == TOKENIZER else "engine_model"
@@ -122,6 +128,8 @@ def cache_key(source: Manifest, models: dict[str, Triton], max_batch: int) -> di
         key[f"what runs {name}"] = models[name].config.platform or models[name].config.backend
         if engine := source.engines.get(name):
             key[f"compiler of {name}"] = f"{engine.compiler} {engine.compiler_version} for {engine.target}"
+            key[f"segments of {name}"] = str(max(len(engine.segments), 1))
+            key[f"residency of {name}"] = engine.residency
         key |= {f"sha256 of {file}": described.sha256 for file, described in component.files.items()}
     for name, model in models.items():
         key |= {f"sha256 of {name}/{p}": sha256(text.encode()).hexdigest() for p, text in texts(model).items()}
@@ -165,9 +173,10 @@ def keep_caches(out: Path, folder: Path, components: dict[str, Component]) -> No
     earlier = manifest.earlier(out, "repository")
     before = earlier.components if earlier else {}
     for name, component in components.items():
-        cache = f"{name}/1/{name}{RUNTIME_CACHE}"
-        if name in before and before[name].files == component.files and (out / cache).is_file():
-            shutil.copyfile(out / cache, folder / cache)
+        for file, described in component.files.items():
+            cache = Path(file).with_suffix(RUNTIME_CACHE)
+            if name in before and before[name].files.get(file) == described and (out / cache).is_file():
+                shutil.copyfile(out / cache, folder / cache)
 
 
 def has_tensorrt_backend() -> bool:

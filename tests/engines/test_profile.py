@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from ditforge.client.request import make_request
-from ditforge.engines.profile import announced, default_range, make_profiles
+from ditforge.engines.profile import announced, default_range, make_profiles, tiled
 from ditforge.errors import UserError
 from ditforge.manifest import Tensor
 from ditforge.model import Model, Schedule
@@ -114,3 +114,28 @@ def test_a_client_is_kept_to_static_sizes() -> None:
     with pytest.raises(UserError, match="1024 x 1344") as error:
         ask(model, 1024, 1344)
     assert error.value.fix == "--height 768 --width 1344 or --height 1024 --width 1024"
+
+
+def test_a_tile_bounds_the_autoencoder_alone() -> None:
+    model = tiled(MODEL, 768)
+    for resolutions, static, latents in (
+        ("512-2048", None, ((1, 16, 64, 64), (1, 16, 96, 96), (4, 16, 96, 96))),
+        ("512-640", None, ((1, 16, 64, 64), (1, 16, 80, 80), (4, 16, 80, 80))),
+        ("1024-2048", None, ((1, 16, 96, 96), (1, 16, 96, 96), (4, 16, 96, 96))),
+        (None, "2048x512", ((1, 16, 64, 96), (1, 16, 64, 96), (4, 16, 64, 96))),
+    ):
+        (profile,) = make_profiles(model, resolutions, static, None)
+        assert profile.of("vae_decoder", model).shapes(LATENTS, model) == latents
+        image = tuple((batch, 8 * h, 8 * w, 3) for batch, _, h, w in latents)
+        assert profile.of("vae_encoder", model).shapes(IMAGE, model) == image
+        assert profile.of("dit", model) == profile
+        assert profile.of("vae_decoder", MODEL) == profile
+        assert announced(model, [profile]) == announced(MODEL, [profile]).model_copy(update={"vae_tile": 768})
+
+
+@pytest.mark.parametrize(("tile", "near"), [(0, 128), (-8, 128), (120, 128), (1020, 1024), (1023, 1024)])
+def test_tiles_that_cannot_be(tile: int, near: int) -> None:
+    with pytest.raises(UserError, match=f"at least 128 pixels and divisible by 8, got {tile}") as error:
+        tiled(MODEL, tile)
+    assert error.value.fix == f"--vae-tile {near}"
+    assert tiled(MODEL, near).vae_tile == near

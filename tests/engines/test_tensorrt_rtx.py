@@ -20,7 +20,7 @@ from exports import export_dits, replace_dit
 from onnx import TensorProto, helper
 
 from ditforge import manifest
-from ditforge.engines import tensorrt_common, tensorrt_rtx
+from ditforge.engines import build as building, tensorrt_common, tensorrt_rtx
 from ditforge.engines.build import TOKENIZER, build
 from ditforge.engines.compiler import Job
 from ditforge.engines.gpus import Target, find_target
@@ -141,7 +141,7 @@ def test_turing_has_no_fp32_products(schnell, tmp_path: Path) -> None:
 def test_the_impossible_is_refused_before_the_compiler_starts(
     exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: str, key: tuple[str, str], problem: str, fix: str
 ) -> None:
-    monkeypatch.setattr(trt, "Builder", lambda log: pytest.fail("the compiler was started"))
+    monkeypatch.setattr(building, "compile_apart", lambda *_: pytest.fail("the compiler was started"))
     with pytest.raises(UserError, match=problem) as error:
         build(exports(*key), tmp_path / "engines", gpu, "tensorrt-rtx")
     assert fix in error.value.fix
@@ -164,6 +164,7 @@ def test_the_network_is_what_the_manifest_says(clip: Path, tmp_path: Path, monke
             seen.append([self.config.get_compute_capability(i) for i in range(self.config.num_compute_capabilities)])
             return super().write()
 
+    monkeypatch.setattr(building, "compile_apart", lambda compiler, job: tensorrt_rtx.compile(job))
     monkeypatch.setattr(tensorrt_rtx, "Build", Recorded)
     build(clip, tmp_path / "engines", "sm_120,sm_86", static="96x96,128x96")
     cc = trt.ComputeCapability

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,16 +48,19 @@ class Stream:
     def synchronize(self) -> None: ...
 
 
+FREED: list[object] = []  # the shared scratch at each time that memory was given back to the driver
 CUPY = SimpleNamespace(
     ndarray=Array,
     cuda=SimpleNamespace(Stream=Stream),
     empty=lambda shape, dtype: np.full(shape, 77, dtype).view(Array),
+    get_default_memory_pool=lambda: SimpleNamespace(free_all_blocks=lambda: FREED.append(tensorrt_runtime._scratch)),
 )
 TRT = SimpleNamespace(
     TensorIOMode=SimpleNamespace(INPUT="in"),
     ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="mine"),
     CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="graph"),
     nptype=lambda dtype: dtype,
+    bfloat16="bf16",
 )
 
 
@@ -238,6 +242,39 @@ def test_kernels_are_kept_after_the_warm_up(tmp_path: Path) -> None:
     again = Engine(RANGE)
     execution(again, cache)
     assert again.config.read == [b"kernels"]
+
+
+def test_kernels_compiled_since_are_kept_when_it_is_closed(tmp_path: Path) -> None:
+    cache = tmp_path / "dit.runtime-cache"
+    engine = Engine(RANGE)
+    run = execution(engine, cache)
+    run.warm_up()
+    before = cache.stat().st_mtime_ns
+    run.keep_kernels()
+    assert cache.stat().st_mtime_ns == before  # there is nothing new
+    run.runtime_cache.serialize = lambda: b"kernels of other shapes"
+    run.close()
+    assert cache.read_bytes() == b"kernels of other shapes"
+
+
+def test_a_closed_engine_holds_nothing() -> None:
+    engine = Engine(((1, 4), (1, 4), (1, 4)))
+    run = execution(engine)
+    result = run.run_batch([{"x": x(1, 4)}])
+    alive = [weakref.ref(thing) for thing in (engine, engine.context)]
+    run.close()
+    del engine
+    assert [thing() for thing in alive] == [None, None]
+    assert FREED[-1] is None  # it was dropped before
+    assert tensorrt_runtime._scratch is None and not run.kept
+    np.testing.assert_array_equal(result["y"], 2 * x(1, 4))
+
+
+def test_bf16_is_stored_in_two_bytes() -> None:
+    engine = Engine(RANGE)
+    engine.get_tensor_dtype = lambda name: "bf16" if name == "x" else np.float32  # type: ignore[method-assign,return-value]
+    run = execution(engine)
+    assert run.dtypes == {"x": np.dtype(np.uint16), "y": np.dtype(np.float32)}
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

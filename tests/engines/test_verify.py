@@ -35,6 +35,9 @@ class Within:
         ), self.seen
         return self.engine.run(inputs)
 
+    def close(self) -> None:
+        self.engine.close()
+
 
 @pytest.mark.parametrize(
     ("resolutions", "static", "batch", "compared"),

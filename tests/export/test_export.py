@@ -135,7 +135,8 @@ def test_16_bit_dit_is_close_to_fp32(schnell, tmp_path: Path, precision: str, to
 
 def test_the_same_checkpoint_gives_the_same_bytes(schnell, tmp_path: Path) -> None:
     written = export_network(network(schnell.checkpoint, "clip", "fp32"), open_checkpoint(schnell.checkpoint), tmp_path)
-    assert written == manifest.read(schnell.onnx, "onnx").components["clip"]
+    before = manifest.read(schnell.onnx, "onnx").components["clip"]
+    assert written == before.model_copy(update={"footprint": None})
 
 
 def test_an_export_is_not_made_twice(schnell) -> None:

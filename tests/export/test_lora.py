@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ditforge.errors import UserError
 from ditforge.export.layouts import CONFIGS, open_single_file
 from ditforge.export.lazy import Lazy, open_tensors
-from ditforge.export.lora import fuse, parse_lora
+from ditforge.export.lora import fuse
+from ditforge.export.sources import parse_lora
 
 RANK = 4
 FLUX_LINEARS = (  # as diffusers calls them, with the rows that BFL's fused module has of each
@@ -240,8 +241,17 @@ def test_what_fits_nothing_is_refused(flux: DiffusionPipeline, sd3: DiffusionPip
     good = bfl(name, down, up)
     cases: dict[str, dict[str, Tensor]] = {
         r"double_blocks\.9\.img_attn\.qkv fit nothing": {**good, **bfl("double_blocks.9.img_attn.qkv", down, up)},
-        r"qkv\.dora_scale fit nothing": {**good, f"{name}.dora_scale": torch.ones(3)},
-        r"lora_unet_x\.hada_w1_a fit nothing": {"lora_unet_x.hada_w1_a": torch.ones(2, 2)},
+        r"is a DoRA, .* holds double_blocks.0.img_attn.qkv.dora_scale": {**good, f"{name}.dora_scale": torch.ones(3)},
+        r"is a DoRA, ": {**good, f"transformer.{name}.lora_magnitude_vector": torch.ones(3)},
+        r"is a LoHa, ": {"lora_unet_x.hada_w1_a": torch.ones(2, 2)},
+        r"is a LoKr, ": {"lycoris_x.lokr_w1": torch.ones(2, 2), "lycoris_x.lokr_w2_a": torch.ones(2, 2)},
+        r"is an OFT, ": {"lora_unet_x.oft_blocks": torch.ones(2, 2)},
+        r"is a LoRA of XLabs' attention processors, ": {
+            "double_blocks.0.processor.qkv_lora1.down.weight": torch.ones(2, 2),
+            "double_blocks.0.processor.qkv_lora1.up.weight": torch.ones(2, 2),
+        },
+        r"is a difference of whole weights, ": {**good, "diffusion_model.img_in.diff_b": torch.ones(3)},
+        r"is a control LoRA or ControlNet, ": {**good, f"{name}.lora_B.bias": torch.ones(3)},
         "no tensors fit nothing": {},
         r"a rank of 0": bfl(name, torch.zeros(0, 72), torch.zeros(216, 0)),
         r"not one alpha": {**good, f"{name}.alpha": torch.zeros(0)},

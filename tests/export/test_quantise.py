@@ -145,7 +145,7 @@ def test_fp8_needs_a_calibration(random_schnell: Path, tmp_path: Path) -> None:
     [
         (lambda text: text.replace('"config_sha256": "', '"config_sha256": "0'), "another configuration"),
         (lambda text: text[: len(text) // 2], "no calibration"),
-        (lambda text: text.replace('"format": 1', '"format": 2'), "format 2"),
+        (lambda text: text.replace('"format": 2', '"format": 1'), "format 1, this version reads format 2"),
         (lambda text: "[]", "no calibration"),
     ],
 )

@@ -189,6 +189,9 @@ def test_an_interrupted_export_goes_on(stopped_at_t5: Callable[[Path], list[str]
         manifest.check_files(out, component.files, "")
     assert [done for _, done, _ in said] == sorted(done for _, done, _ in said)
     assert said[-1][1] == said[-1][2] == said[0][2]
+    with random_checkpoint(bare) as opened:
+        shapes = [random_weights(n, opened).shapes for n in flux.networks(opened, parse_precision("fp32"))]
+    assert said[0][2] == sum(4 * torch.Size(size).numel() for part in shapes for size in part.values())  # bytes
 
 
 @pytest.mark.parametrize(("file", "change"), [("clip.onnx.data", b"x"), ("clip.json", b"{"), ("clip.onnx", None)])

@@ -13,12 +13,13 @@ import random_sd3
 import single_files
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline
+from exports import traced_once
 from safetensors.torch import load_file, save_file
 
 from ditforge.errors import UserError
 from ditforge.export import fit
 from ditforge.export.families import family_of
-from ditforge.export.onnx_export import FP32, export_checkpoint
+from ditforge.export.onnx_export import FP32, export_checkpoint, export_network
 from ditforge.export.precision import parse_precision
 from ditforge.export.sources import fingerprint, open_source
 
@@ -81,6 +82,26 @@ def test_export_of_all_in_one_is_that_of_the_folder(random_schnell: Path, tmp_pa
     assert found.manifest.model == expected.manifest.model
 
 
+def test_however_its_weights_are_stored_a_dit_gives_the_same_files(flux_tiny: Path, tmp_path: Path) -> None:
+    """The trained model's folder, the same in shards, and a file in BFL's layout; 8-bit linears, the rest in fp32."""
+    dit = FluxPipeline.from_pretrained(flux_tiny, text_encoder_2=None, tokenizer_2=None, vae=None).transformer
+    sharded = tmp_path / "sharded"
+    shutil.copytree(flux_tiny, sharded, ignore=shutil.ignore_patterns("diffusion_pytorch_model.safetensors"))
+    dit.save_pretrained(sharded / "transformer", max_shard_size="2MB")
+    assert len(list((sharded / "transformer").glob("*.safetensors"))) > 2
+    file = save(single_files.flux_dit(dit.state_dict()), tmp_path / "dit.safetensors")
+    precision, found = parse_precision("int8-weights", "fp32"), []
+    with traced_once():
+        for number, source in enumerate((open_source(flux_tiny), open_source(sharded), open_source(file, flux_tiny))):
+            network = next(n for n in family_of(source).networks(source, precision) if n.name == "dit")
+            (tmp_path / str(number)).mkdir()
+            component = export_network(network, source, tmp_path / str(number), precision.scheme)
+            found.append([component, *(path.read_bytes() for path in sorted((tmp_path / str(number)).iterdir()))])
+    assert len(found[0]) == 3
+    assert found[1] == found[0]
+    assert found[2] == found[0]
+
+
 def test_sd3_with_its_own_sizes(tmp_path: Path) -> None:
     folder = random_sd3.save_medium(tmp_path)
     pipeline = random_sd3.medium(seed=7)
@@ -120,9 +141,6 @@ def test_options_that_do_not_go_together(random_schnell: Path, tmp_path: Path) -
     lora = save_lora(tmp_path / "lora.safetensors")
     with pytest.raises(UserError, match="leave out --base and --lora"):
         export_checkpoint(random_schnell, tmp_path / "out", random=True, loras=[(lora, 1.0)])
-    fp8 = parse_precision("fp8-weights", "bf16")
-    with pytest.raises(UserError, match="leave out --max-error"):
-        export_checkpoint(random_schnell, tmp_path / "out", fp8, max_error=0.1, loras=[(lora, 1.0)])
     assert not (tmp_path / "out").exists()
 
 

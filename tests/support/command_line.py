@@ -14,7 +14,7 @@ from pathlib import Path
 from tritonclient.grpc import InferenceServerClient
 
 COMMAND = [sys.executable, "-m", "ditforge"]
-BAR = re.compile(r"━| \d+/\d+ .*\d:\d\d:\d\d|-:--:--")
+BAR = re.compile(r"━|╸| \d+/\d+ .*\d:\d\d:\d\d|-:--:--")
 
 
 @dataclass(frozen=True)

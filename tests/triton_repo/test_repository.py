@@ -171,6 +171,23 @@ def test_python_runs_what_triton_has_no_backend_for(schnell, tmp_path: Path, tri
     assert {path.name for path in (tmp_path / "repo" / "dit" / "1").iterdir()} == {"model.py", "dit.plan"}
 
 
+@pytest.mark.parametrize("change", [{"segments": (("dit.plan",),)}, {"residency": "on-demand"}])
+def test_python_runs_segments_and_what_is_loaded_on_demand(
+    schnell, tmp_path: Path, tritonserver: Path, change: dict[str, Any]
+) -> None:
+    engines = compiled(schnell.engines, tmp_path / "engines", "tensorrt", {})
+    assert write_repository(engines, tmp_path / "repo") == "there is no repository yet"
+    assert read_config(tmp_path / "repo", "dit").platform == "tensorrt_plan"
+    source = manifest.read(engines, "engines")
+    changed = {**source.engines, "dit": source.engines["dit"].model_copy(update=change)}
+    manifest.write(source.model_copy(update={"engines": changed}), engines)
+    assert write_repository(engines, tmp_path / "repo") == "what runs dit was tensorrt_plan, is python"
+    config = read_config(tmp_path / "repo", "dit")
+    described = EngineSource.model_validate_json(config.parameters["ditforge_engine"].string_value)
+    assert (described.segments, described.residency) == (changed["dit"].segments, changed["dit"].residency)
+    assert read_config(tmp_path / "repo", "clip").platform == "tensorrt_plan"
+
+
 def test_batches_that_the_engines_do_not_take(schnell, tmp_path: Path) -> None:
     engines = compiled(schnell.engines, tmp_path / "engines", "tensorrt-rtx", {})
     with pytest.raises(UserError, match="up to 4, not 8") as error:
@@ -187,6 +204,26 @@ def test_what_was_compiled_on_the_gpu_is_kept(schnell, tmp_path: Path) -> None:
     replace_plan(engines, "dit", b"another engine")
     write_repository(engines, tmp_path / "repo")
     assert {name for name, cache in caches.items() if cache.exists()} == {"clip"}
+
+
+def test_what_was_compiled_for_each_segment_is_kept(schnell, tmp_path: Path) -> None:
+    engines = compiled(schnell.engines, tmp_path / "engines", "tensorrt-rtx", {})
+    source, names = manifest.read(engines, "engines"), ("dit-1.plan", "dit-2.plan")
+    for name in names:
+        (engines / name).write_bytes(name.encode())
+    (engines / "dit.plan").unlink()
+    files = {name: manifest.describe(engines / name) for name in names}
+    dit = source.components["dit"].model_copy(update={"files": files})
+    engine = source.engines["dit"].model_copy(update={"segments": tuple((name,) for name in names)})
+    update = {"components": {**source.components, "dit": dit}, "engines": {**source.engines, "dit": engine}}
+    manifest.write(source.model_copy(update=update), engines)
+    write_repository(engines, tmp_path / "repo")
+    folder = tmp_path / "repo" / "dit" / "1"
+    assert {path.name for path in folder.iterdir()} == {*names, "model.py"}
+    for i in (1, 2):
+        (folder / f"dit-{i}.runtime-cache").write_bytes(b"kernels")
+    assert write_repository(engines, tmp_path / "repo", max_batch=2) == "max_batch was 4, is 2"
+    assert {path.name for path in folder.glob("*.runtime-cache")} == {"dit-1.runtime-cache", "dit-2.runtime-cache"}
 
 
 # Written once

@@ -20,7 +20,20 @@ from ditforge.engines import build as building
 from ditforge.export import onnx_export
 from ditforge.triton_repo.server import SHM, Server
 
-COMMANDS = ["export", "calibrate", "build", "verify", "repo", "serve", "generate", "up", "gpus", "doctor", "inspect"]
+COMMANDS = [
+    "export",
+    "calibrate",
+    "build",
+    "plan",
+    "verify",
+    "repo",
+    "serve",
+    "generate",
+    "up",
+    "gpus",
+    "doctor",
+    "inspect",
+]
 HEAVY = {"torch", "numpy", "onnx", "onnxruntime", "grpc", "tritonclient", "diffusers", "transformers", "PIL"}
 
 

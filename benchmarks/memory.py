@@ -1,0 +1,136 @@
+"""What models take of a GPU's memory: reckoned beside what TensorRT-RTX wants, and the plans that follow.
+
+    python benchmarks/memory.py --out docs/memory.md
+
+Needs no GPU: TensorRT-RTX says what its engines take when it compiles them. Networks have their real width, the DiT and
+T5 a few of their blocks, and random weights. What stands before the heading "Measured" is kept as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+from ditforge.engines.gpus import find_target
+from ditforge.engines.plan import make_plan
+from ditforge.export.checkpoint import Checkpoint
+from ditforge.export.families import read_networks
+from ditforge.export.footprint import measure
+from ditforge.export.onnx_export import export_network
+from ditforge.export.precision import parse_precision
+from ditforge.export.random_weights import CONFIGS, random_checkpoint
+from ditforge.planning import cell, measured
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
+from compiled_sizes import compiled_sizes, sample_shapes
+
+MODEL = "flux.1-dev"
+HEADING = "## Measured"
+COMPARED = (
+    ("dit", "fp8-weights", "SM89"),
+    ("dit", "int8-weights", "SM86"),
+    ("dit", "bf16", "SM86"),
+    ("t5", "bf16", "SM86"),
+    ("vae_decoder", "bf16", "SM89"),
+    ("vae_encoder", "bf16", "SM89"),
+)
+SIDES = (512, 1024, 2048)
+CARDS = ("rtx2060", "rtx4060", "rtx3060", "rtx4070tisuper", "rtx4000ada", "rtx4090", "rtx5090", "l40s", "h100")
+BLOCKS = {"transformer": {"num_layers": 2, "num_single_layers": 2}, "text_encoder_2": {"num_layers": 3}}
+
+
+def cut_down(folder: Path) -> Path:
+    """The model's configurations with a few of its blocks, in `folder`."""
+    target = folder / MODEL
+    shutil.copytree(CONFIGS / MODEL, target)
+    for component, changed in BLOCKS.items():
+        path = target / component / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    return target
+
+
+def compare(checkpoint: Checkpoint, name: str, precision: str, capability: str) -> Iterator[list[str]]:
+    """For each size the weights and activations in MB, as reckoned and as compiled, and the ratio of the latter two."""
+    asked = parse_precision(precision)
+    model, _, networks = read_networks(checkpoint, asked)
+    network = next(network for network in networks if network.name == name)
+    scheme = asked.scheme if name == "dit" else None
+    footprint = measure(network, model).footprint(scheme)
+    with tempfile.TemporaryDirectory() as folder:
+        export_network(network, checkpoint, Path(folder), scheme)
+        for side in SIDES[:1] if name == "t5" else SIDES:
+            shapes = sample_shapes(network, side, model)
+            weights, activations = compiled_sizes(Path(folder) / f"{name}.onnx", shapes, capability)
+            reckoned = footprint.activations_at(side)
+            sizes = [f"{size / 1e6:.0f}" for size in (footprint.weights, weights, reckoned, activations)]
+            yield [name, precision, capability.lower(), str(side), *sizes, f"{activations / reckoned:.2f}"]
+
+
+def plans() -> Iterator[list[str]]:
+    """A row for each card: its precision, and for each size the peak in GB and the strategy."""
+    with random_checkpoint(Path(MODEL)) as opened:
+        subject = measured(opened, None)
+    for card in CARDS:
+        target = find_target(card)
+        precision, parts = subject.parts(target, None)
+        made = [make_plan(parts, subject.model, target, side) for side in (512, 1024, 1536, 2048)]
+        yield [card, f"{target.memory_gb} GB", precision, *map(cell, made)]
+
+
+def markdown(headings: tuple[str, ...], rows: list[list[str]]) -> list[str]:
+    """A table."""
+    return [f"| {' | '.join(line)} |" for line in (headings, ["---"] * len(headings), *rows)]
+
+
+def main() -> None:
+    """Compile, reckon, and write the tables below the heading."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary, random_checkpoint(cut_down(Path(temporary))) as opened:
+        for name, precision, capability in COMPARED:
+            for row in compare(opened, name, precision, capability):
+                print(*row, flush=True)
+                rows.append(row)
+    compiler = f"TensorRT-RTX {version('tensorrt-rtx-cu13')}"
+    headings = (
+        "network",
+        "precision",
+        "for",
+        "pixels",
+        "weights, MB",
+        "compiled",
+        "activations, MB",
+        "compiled",
+        "ratio",
+    )
+    text = [
+        f"{HEADING}, on {date.today().isoformat()}",
+        "",
+        f"By `python benchmarks/memory.py --out docs/memory.md`, on a CPU. {MODEL}'s networks in real width, with",
+        "random weights; 2 + 2 of the DiT's 19 + 38 blocks and 3 of T5's 24, which are all alike. One picture.",
+        f'"compiled" is what {compiler} says its engine takes.',
+        "",
+        *markdown(headings, rows),
+        "",
+        f"## {MODEL} on some cards",
+        "",
+        "The peak in GB, and what is done for it, for pictures of up to that many pixels on each side.",
+        "",
+        *markdown(("card", "memory", "precision", "512", "1024", "1536", "2048"), list(plans())),
+        "",
+    ]
+    before, _, _ = options.out.read_text().partition(HEADING)
+    options.out.write_text(before + "\n".join(text))
+
+
+if __name__ == "__main__":
+    main()

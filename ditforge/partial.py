@@ -1,0 +1,58 @@
+"""A folder while it is written: locked, so that the next run knows what a killed one left behind, and removes it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SUFFIX = ".partial"
+
+
+@contextmanager
+def partial_folder(target: Path) -> Iterator[Path]:
+    """An empty folder `.NAME.….partial` beside `target`, to be renamed; what is left of it vanishes in the end.
+
+    Those of processes that were killed are removed first. Raises OSError if it cannot be made.
+    """
+    remove_abandoned(target)
+    made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    lock = locked(made)
+    folder = made.rename(made.with_name(made.name + SUFFIX))  # only now: what bears the name and no lock is abandoned
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def remove_abandoned(target: Path) -> None:
+    """Remove the partial folders beside `target` that no process holds any more."""
+    for folder in target.parent.iterdir():
+        if not (folder.name.startswith(f".{target.name}.") and folder.name.endswith(SUFFIX) and folder.is_dir()):
+            continue
+        lock = locked(folder)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def locked(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock until it is closed or the process ends; None if it cannot be had.
+
+    flock(2): the kernel lets go of it however a process ends. Not all network file systems have it; there, nothing is
+    known to be abandoned.
+    """
+    import fcntl  # what only a client needs is read on other systems too
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor

@@ -1,0 +1,158 @@
+"""`ditforge build --segments auto`: how engines are to fit into the GPU's memory, and be compiled in this machine's."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import get_args
+
+from ditforge.engines.gpus import Target, default_compiler
+from ditforge.engines.plan import CPU, DIT, ON_DEMAND, Part, Plan, build_peak, gigabytes, make_plan, parts_of
+from ditforge.engines.profile import DEFAULT_BATCH, Profile
+from ditforge.errors import DitforgeWarning, UserError
+from ditforge.manifest import Component, Manifest, Residency
+from ditforge.model import Model
+
+AUTO = "auto"
+COMPILING = 0.6  # of the free memory: the rest holds the files that are read and written, and what else runs
+MEMORY = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How an engine is to fit into memory: made by which compiler for what, in how many `segments`, how long loaded."""
+
+    compiler: str
+    target: Target
+    segments: int = 1
+    residency: Residency = "resident"
+
+
+def parse_segments(text: str) -> int | None:
+    """The number in `--segments`; None for auto. Raises UserError for anything else."""
+    if text == AUTO:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--segments takes auto or a number of at least 1, got {text!r}", "--segments auto, or 2")
+    return int(text)
+
+
+def decide(
+    components: Mapping[str, Component],
+    model: Model,
+    target: Target,
+    profiles: Sequence[Profile],
+    batch: int | None,
+    memory: int | None = None,
+) -> Plan | None:
+    """The plan for an export's networks, and pictures of these profiles.
+
+    Without a `batch`, it is for the default one, or the largest below that does not ask for a worse plan than a single
+    picture does. `memory` is the bytes that compiling may take. None where the export does not say what its networks
+    take, or where it is not for a GPU. Raises UserError where no plan fits.
+    """
+    parts = parts_of(components)
+    if parts is None or not target.capabilities:
+        return None
+    side = math.ceil(max(math.sqrt(math.prod(profile.largest)) for profile in profiles))
+    plans = {
+        count: make_plan(parts, model, target, side, count, memory, model.vae_tile)
+        for count in ([batch] if batch else range(DEFAULT_BATCH, least_batch(model) - 1, -1))
+    }
+    fewest = plans[min(plans)]
+    if not fewest.fits:
+        raise UserError(
+            f"{model.name} does not fit {target.name} for pictures of {side} x {side}: at its most frugal it needs "
+            f"{gigabytes(fewest.peak)} of the GPU's memory, and {gigabytes(fewest.usable or 0)} can be used",
+            f"--resolutions with smaller ones, --batch {least_batch(model)}, or ditforge export with 8-bit weights",
+        )
+    chosen = next(count for count, plan in plans.items() if plan.rank == fewest.rank and plan.fits)
+    warn_of_compiling(parts, plans[chosen], memory)
+    return plans[chosen]
+
+
+def least_batch(model: Model) -> int:
+    """How many samples the networks take at a time for one picture: classifier-free guidance asks for two."""
+    return 2 if model.guidance == "classifier-free" else 1
+
+
+def warn_of_compiling(parts: Sequence[Part], plan: Plan, memory: int | None) -> None:
+    """Say it where the largest engine, or segment of one, is likely to take more memory to compile than there is."""
+    peaks = {
+        part.name: build_peak(part.footprints[placed.precision].segment(placed.segments))
+        for part in parts
+        if (placed := plan.placements[part.name]).place != CPU
+    }
+    largest = max(peaks, key=peaks.__getitem__)
+    if memory is not None and peaks[largest] > memory:
+        wanted = f"compiling {largest} takes up to {gigabytes(peaks[largest])}, and {gigabytes(memory)} are to be had"
+        warnings.warn(wanted, DitforgeWarning, stacklevel=1)
+
+
+def memory_to_compile() -> int | None:
+    """Bytes of this machine's memory that compiling may take; None where the system does not say."""
+    free = free_memory()
+    return None if free is None else int(COMPILING * free)
+
+
+def free_memory() -> int | None:
+    """Bytes that this machine, or the container, has for another process; None where the system does not say.
+
+    Sources: proc_meminfo(5), and the kernel's "Control Group v2".
+    """
+    try:
+        fields = dict(line.split(":", 1) for line in MEMORY.read_text().splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    try:
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        return min(free, limit - used + int(stat["inactive_file"]))
+    except (OSError, KeyError, ValueError):  # no such group, or one without a limit ("max")
+        return free
+
+
+def place_engines(
+    networks: Iterable[str],
+    compiler: str,
+    target: Target,
+    plan: Plan | None = None,
+    segments: int | None = None,
+    residency: str | None = None,
+) -> dict[str, Placement]:
+    """Where each engine goes: as planned, as the user says, or whole and resident.
+
+    Raises UserError for an unknown residency.
+    """
+    allowed = get_args(Residency)
+    chosen = next((known for known in allowed if known == (residency or "resident")), None)
+    if chosen is None:
+        raise UserError(f"unknown residency {residency!r}", f"--residency {' or '.join(allowed)}")
+    placements = {}
+    for name in networks:
+        count = segments if name == DIT and segments is not None else 1
+        placements[name] = Placement(compiler, target, count, chosen)
+        if plan:
+            placed = plan.placements[name]
+            kept: Residency = "on-demand" if placed.place == ON_DEMAND else "resident"
+            of_cpu = Placement(default_compiler(Target(CPU)), Target(CPU))
+            placements[name] = of_cpu if placed.place == CPU else Placement(compiler, target, placed.segments, kept)
+    return placements
+
+
+def cut_before(before: Manifest | None, name: str, placement: Placement) -> Placement:
+    """The same, cut into as many segments as in an earlier build, if these are enough.
+
+    How much memory was free to compile in is no reason to compile again.
+    """
+    engine = before.engines.get(name) if before else None
+    if engine is None or engine.residency != placement.residency:
+        return placement
+    count = max(1, len(engine.segments))
+    enough = placement.residency == "resident" or count >= placement.segments
+    return replace(placement, segments=count) if enough else placement

@@ -1,0 +1,279 @@
+"""What of a model is where, and when, on a GPU of a given memory: the first of a list of ways that fits.
+
+Arithmetic only: docs/memory.md says what it rests on. Each network's engine lives in a process of its own (Triton's
+Python backend), and keeps its weights and the memory for its activations as long as it is loaded. So what is resident
+adds up, whatever phase a picture is in; what is loaded on demand takes memory in its own phase. No picture from a text
+needs the phase "image encoding", but the server tries every engine when it starts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from ditforge.engines.gpus import Target
+from ditforge.footprint import Footprint
+from ditforge.manifest import Component
+from ditforge.model import LEAST_TILE, TILED, Model
+
+GIB = 2**30
+USABLE = 15 / 16  # of a card's memory: error correction takes 1/16 of GDDR6, and elsewhere driver and screen do
+CONTEXT = 400 * 2**20  # bytes that CUDA and TensorRT take for themselves in each process
+SPARE = 1.1  # activations are reckoned that much larger: the compiler was seen to want 3 % more than that
+BUILD_RATIO = 2.06  # bytes of memory that TensorRT-RTX takes at its peak to compile a byte of weights
+BUILD_SPARE = 10**9  # bytes beside: the libraries, the graph, and what else runs
+
+TEXT, DENOISING, DECODING, ENCODING = "text encoding", "denoising", "decoding", "image encoding"
+PHASES = (TEXT, DENOISING, DECODING, ENCODING)
+RESIDENT, ON_DEMAND, CPU = "resident", "on-demand", "cpu"
+DIT, DECODER, ENCODER = "dit", "vae_decoder", "vae_encoder"
+NO_NETWORK = "none"  # the precision of what has no engine
+TEXT_SEGMENTS = (2, 4, 8)  # of the largest text encoder, where it is loaded and freed in turn
+TILES = (1, 3 / 4, 1 / 2)  # sides of tiles, as parts of the model's default size
+
+
+@dataclass(frozen=True)
+class Part:
+    """A network of a model: what it takes in each precision that it can have, the best one first.
+
+    `cpu` is the bytes that it takes of the machine's memory where the CPU computes it; None where it cannot.
+    """
+
+    name: str
+    footprints: Mapping[str, Footprint]
+    cpu: int | None = None
+
+    @property
+    def phase(self) -> str:
+        """When it works."""
+        return {DIT: DENOISING, DECODER: DECODING, ENCODER: ENCODING}.get(self.name, TEXT)
+
+    @property
+    def weights(self) -> int:
+        """Bytes of weights in its best precision."""
+        return next(iter(self.footprints.values())).weights
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a network is: `place` is resident, on-demand or cpu. `size` is the bytes of that memory while it works."""
+
+    precision: str
+    place: str
+    segments: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where each network is, and the bytes of the GPU's memory that are taken in each phase of a picture.
+
+    `usable` is how many there are (None: nobody knows), and `rank` how far down the list of ways this one is. Where
+    none fits, it is the last one. `batch` is how many samples the networks take at a time.
+    """
+
+    strategy: str
+    rank: int
+    placements: Mapping[str, Placement]
+    vae_tile: int | None
+    peaks: Mapping[str, int]
+    usable: int | None
+    batch: int = 1
+    reasons: Sequence[str] = ()
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that are taken at a time."""
+        return max(self.peaks.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the GPU has them."""
+        return self.usable is None or self.peak <= self.usable
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to do it: which networks are not resident, which take their second precision, and how things are cut."""
+
+    strategy: str
+    places: Mapping[str, str] = field(default_factory=dict)
+    eight_bit: frozenset[str] = frozenset()
+    segments: Mapping[str, int] = field(default_factory=dict)
+    tile: int | None = None
+
+
+def make_plan(
+    parts: Sequence[Part],
+    model: Model,
+    target: Target,
+    side: int,
+    batch: int = 1,
+    build_memory: int | None = None,
+    vae_tile: int | None = None,
+) -> Plan:
+    """The plan for the model's pictures of up to side x side pixels, `batch` at a time, on `target`.
+
+    `build_memory` is the bytes of memory that compiling may take (None: any), which may ask for more segments than the
+    GPU does. `vae_tile` is the side of the autoencoder's tiles where that is not to be chosen.
+    """
+    usable = usable_memory(target)
+    tried: dict[str, int] = {}
+    plan = None
+    sizes = [vae_tile] if vae_tile else [None, *tiles(model, side)]
+    for rank, way in enumerate(ways(parts, sizes, build_memory)):
+        placements, peaks = reckon(parts, way, side, batch, build_memory)
+        plan = Plan(way.strategy, rank, placements, way.tile, peaks, usable, batch)
+        if plan.fits:
+            break
+        tried[way.strategy] = min(plan.peak, tried.get(way.strategy, plan.peak))
+    assert plan is not None, "there is always a way"
+    return replace(plan, reasons=tuple(explain(plan, parts, tried, side)))
+
+
+def parts_of(components: Mapping[str, Component]) -> list[Part] | None:
+    """The networks of an export, each in the precision that it has; None if nobody measured them.
+
+    A network in fp32 may be left to the CPU, which has no bf16, and for which 8-bit weights are widened.
+    """
+    parts = []
+    for name, component in components.items():
+        if component.precision == NO_NETWORK:
+            continue
+        if component.footprint is None:
+            return None
+        cpu = component.footprint.weights if component.precision == "fp32" else None
+        parts.append(Part(name, {component.precision: component.footprint}, cpu))
+    return parts
+
+
+def usable_memory(target: Target) -> int | None:
+    """Bytes of the GPU's memory that engines can have; None where only its compute capability is known."""
+    return None if target.memory_gb is None else int(target.memory_gb * GIB * USABLE)
+
+
+def build_segments(footprint: Footprint, memory: int | None) -> int:
+    """Into how many segments a network must be cut to be compiled in so many bytes of memory."""
+    counts = range(1, most_segments(footprint) + 1)
+    fitting = (k for k in counts if memory is None or build_peak(footprint.segment(k)) <= memory)
+    return next(fitting, counts[-1])
+
+
+def build_peak(weights: int) -> int:
+    """Bytes of memory that it takes to compile so many bytes of weights."""
+    return math.ceil(BUILD_RATIO * weights) + BUILD_SPARE
+
+
+def most_segments(footprint: Footprint) -> int:
+    """How many segments make sense: as many as there would be blocks, were all of them as large as the largest."""
+    return max(1, footprint.weights // max(footprint.largest_block, 1))
+
+
+def tiles(model: Model, side: int) -> list[int]:
+    """Sides of the tiles that the autoencoder may take of pictures of that side, in pixels, the largest first."""
+    least = model.vae_factor * LEAST_TILE
+    sizes = [round(model.default_size * part / model.vae_factor) * model.vae_factor for part in TILES]
+    return sorted({max(size, least) for size in sizes if max(size, least) < side}, reverse=True)
+
+
+def ways(parts: Sequence[Part], tiles: Sequence[int | None], memory: int | None) -> Iterator[Way]:
+    """All ways, each one slower or less exact than those before it; the DiT in segments that `memory` can compile.
+
+    What is freed between uses has to be loaded again for each picture, and the DiT for each step; so it comes last.
+    """
+    texts = [part for part in parts if part.phase == TEXT and part.weights]
+    largest = max(texts, key=lambda part: part.weights, default=None)
+    heavy = largest.name if largest else ""
+    dit = next((next(iter(part.footprints.values())) for part in parts if part.name == DIT), None)
+    least = build_segments(dit, memory) if dit else 1
+    smaller = frozenset([heavy]) if largest and len(largest.footprints) > 1 else frozenset[str]()
+    freed = {part.name: ON_DEMAND for part in texts}
+    outside = {heavy: CPU} if largest and largest.cpu is not None else {}
+    most = most_segments(next(iter(largest.footprints.values()))) if largest else 1
+    text_segments = [count for count in TEXT_SEGMENTS if count <= most]
+
+    def decoded(way: Way) -> Iterator[Way]:
+        """Where the autoencoder's activations do not fit, its encoder waits until it is asked, and it takes tiles."""
+        yield replace(way, tile=tiles[0])
+        waiting = replace(way, places={**way.places, ENCODER: ON_DEMAND})
+        yield from (replace(waiting, tile=tile) for tile in tiles)
+
+    def texts_moved(moved: Mapping[str, str], segments: int, strategy: str) -> Iterator[Way]:
+        once, cut = {**freed, DECODER: ON_DEMAND, **moved}, {DIT: segments}
+        yield from decoded(Way(strategy or f"{heavy} freed", once, segments=cut))
+        for count in text_segments:
+            yield from decoded(Way(strategy or f"{heavy} offload {count}", once, segments={**cut, heavy: count}))
+        if smaller:
+            yield from decoded(Way(strategy or f"{heavy} 8-bit, freed", once, smaller, cut))
+        if outside:
+            yield from decoded(Way(strategy or f"{heavy} on CPU", {**outside, **moved}, segments=cut))
+
+    yield from decoded(Way(RESIDENT, segments={DIT: least}))
+    if smaller:
+        yield from decoded(Way(f"{heavy} 8-bit", eight_bit=smaller, segments={DIT: least}))
+    if texts:
+        yield from texts_moved({}, least, "")
+    if dit:
+        for count in range(least, most_segments(dit) + 1):
+            yield from texts_moved({DIT: ON_DEMAND}, count, f"offload {count}")
+
+
+def reckon(
+    parts: Sequence[Part], way: Way, side: int, batch: int, memory: int | None
+) -> tuple[dict[str, Placement], dict[str, int]]:
+    """Where each network is, and the bytes of the GPU's memory that are taken in each phase.
+
+    A network is cut as the way says, or into more segments where these take more than `memory` to compile.
+    """
+    always, loaded = 0, dict.fromkeys(PHASES, 0)
+    placements: dict[str, Placement] = {}
+    for part in parts:
+        precision = list(part.footprints)[1 if part.name in way.eight_bit else 0]
+        footprint, place = part.footprints[precision], way.places.get(part.name, RESIDENT)
+        count = 1 if place == CPU else max(way.segments.get(part.name, 1), build_segments(footprint, memory))
+        pixels = min(side, way.tile or side) if part.name in TILED else side
+        activations = round(SPARE * batch * footprint.activations_at(pixels))
+        weights = footprint.segment(count) if place == ON_DEMAND else footprint.weights
+        size = (part.cpu or 0) if place == CPU else weights + activations
+        placements[part.name] = Placement(precision, place, count, size)
+        if place == CPU:
+            continue
+        always += CONTEXT + (size if place == RESIDENT else 0)
+        if place == ON_DEMAND:
+            loaded[part.phase] += size
+    return placements, {phase: always + size for phase, size in loaded.items()}
+
+
+def explain(plan: Plan, parts: Sequence[Part], tried: Mapping[str, int], side: int) -> Iterator[str]:
+    """Why the plan is as it is, in sentences."""
+    if plan.usable is None:
+        yield "how much memory the GPU has is not known: all of it stays there"
+        return
+    if not plan.fits:
+        yield f"does not fit: needs {gigabytes(plan.peak)}, {gigabytes(plan.usable)} can be used"
+    for strategy, peak in tried.items():
+        if not strategy.startswith("offload"):
+            yield f"{strategy} would take {gigabytes(peak)} of {gigabytes(plan.usable)}"
+    for part in parts:
+        placement = plan.placements[part.name]
+        footprint = part.footprints[placement.precision]
+        if part.name == DECODER and plan.vae_tile:
+            whole, tiled = (footprint.activations_at(size) for size in (side, plan.vae_tile))
+            yield (
+                f"{part.name} decodes tiles of {plan.vae_tile} x {plan.vae_tile} pixels, in {gigabytes(tiled)}: "
+                f"{side} x {side} at once would take {gigabytes(whole)}"
+            )
+        if part.name == ENCODER and placement.place == ON_DEMAND:
+            yield f"{part.name}, {gigabytes(placement.size)}, is loaded when it is asked: pictures from text need none"
+        if part.phase == TEXT and placement.place == ON_DEMAND and placement.segments > 1:
+            yield f"{part.name}'s segments are loaded and freed in turn: {gigabytes(footprint.weights)} a prompt"
+        if placement.place == CPU:
+            yield f"{part.name} takes {gigabytes(placement.size)} of the machine's memory"
+        if part.name == DIT and placement.place == ON_DEMAND:
+            yield f"{part.name}'s segments are loaded and freed in each step: {gigabytes(footprint.weights)} a step"
+
+
+def gigabytes(size: int) -> str:
+    """Bytes in words."""
+    return f"{size / 1e9:.1f} GB"

@@ -1,0 +1,251 @@
+"""What is where on a GPU, and when: properties of all plans, and those for the published models' real sizes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from ditforge.engines import auto
+from ditforge.engines.gpus import GPUS, Target, find_target
+from ditforge.engines.plan import (
+    BUILD_RATIO,
+    CONTEXT,
+    ON_DEMAND,
+    PHASES,
+    RESIDENT,
+    SPARE,
+    Part,
+    Plan,
+    make_plan,
+    parts_of,
+    usable_memory,
+)
+from ditforge.engines.profile import make_profiles
+from ditforge.errors import DitforgeWarning, UserError
+from ditforge.footprint import Footprint
+from ditforge.manifest import Component
+from ditforge.model import Model, Schedule
+
+GB = 10**9
+MODEL = Model(
+    name="model",
+    latent_channels=16,
+    vae_factor=8,
+    size_multiple=16,
+    default_size=1024,
+    max_size=4096,
+    default_steps=28,
+    guidance="embedded",
+    default_guidance=3.5,
+    schedule=Schedule(kind="fixed"),
+    max_tokens={},
+)
+# FLUX.1-dev's, as `make memory` measures them: weights, the largest block, activations at 512, 1024 and 2048 pixels.
+LARGE = {
+    "clip": (0.246, 0.076, (0.002, 0.002, 0.002)),
+    "t5": (9.525, 0.386, (0.126, 0.126, 0.126)),
+    "dit": (15.2, 0.453, (0.251, 0.613, 2.06)),
+    "vae_decoder": (0.099, 0.033, (0.403, 1.613, 17.66)),
+    "vae_encoder": (0.069, 0.022, (0.338, 1.352, 17.69)),
+}
+
+
+def footprint(weights: float, block: float, activations: tuple[float, ...]) -> Footprint:
+    """From gigabytes, at 512, 1024 and 2048 pixels."""
+    sizes = {512 * 2**i: round(size * GB) for i, size in enumerate(activations)}
+    return Footprint(weights=round(weights * GB), largest_block=round(block * GB), activations=sizes)
+
+
+def parts() -> list[Part]:
+    """FLUX.1-dev with 8-bit weights, as a checkpoint that can be exported with an 8-bit T5, or one for the CPU."""
+    found = {name: footprint(*sizes) for name, sizes in LARGE.items()}
+    half = footprint(4.9, 0.386, (0.21, 0.21, 0.21))
+    return [
+        Part(name, {"bf16": taken, "int8-weights": half}, cpu=19 * GB) if name == "t5" else Part(name, {"best": taken})
+        for name, taken in found.items()
+    ]
+
+
+def plan(gpu: str, side: int = 1024, **options: int) -> Plan:
+    """That of FLUX.1-dev on a product."""
+    return make_plan(parts(), MODEL, find_target(gpu), side, **options)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "side", "strategy", "tile"),
+    [
+        ("rtx4060", 1024, "offload 4", None),
+        ("rtx3060", 1024, "offload 2", None),
+        ("rtx3060", 2048, "offload 3", 1024),
+        ("rtx4070tisuper", 1024, "offload 2", None),
+        ("rtx4000ada", 512, "t5 offload 8", None),
+        ("rtx4000ada", 1536, "t5 on CPU", 512),
+        ("rtx4090", 512, "t5 8-bit", None),
+        ("rtx4090", 1024, "t5 offload 2", None),
+        ("rtx5090", 1024, RESIDENT, None),
+        ("rtx5090", 2048, RESIDENT, 768),
+        ("h100", 2048, RESIDENT, None),
+    ],
+)
+def test_what_a_card_gets(gpu: str, side: int, strategy: str, tile: int | None) -> None:
+    made = plan(gpu, side)
+    assert made.fits
+    assert (made.strategy, made.vae_tile) == (strategy, tile)
+
+
+def test_a_text_encoder_that_is_too_large_is_loaded_in_segments() -> None:
+    for gpu, segments in (("rtx3060", 1), ("rtx4060", 2), ("rtx2060", 4)):
+        placed = plan(gpu).placements["t5"]
+        assert (placed.precision, placed.place, placed.segments) == ("bf16", ON_DEMAND, segments)
+    assert any("9.5 GB a prompt" in reason for reason in plan("rtx4060").reasons)
+
+
+def test_the_peak_is_the_sum_of_what_is_there() -> None:
+    made = plan("h100")
+    total = sum(weights + SPARE * activations[1] for weights, _, activations in LARGE.values()) * GB + 5 * CONTEXT
+    assert list(made.peaks.values()) == pytest.approx([total] * len(PHASES))
+    made = plan("rtx3060")
+    dit = LARGE["dit"]
+    assert made.peaks["denoising"] == pytest.approx((dit[0] / 2 + dit[1] + SPARE * dit[2][1]) * GB + 5 * CONTEXT)
+    assert any("15.2 GB a step" in reason for reason in made.reasons)
+
+
+def test_every_gpu_of_the_table_has_a_plan() -> None:
+    for gpu in GPUS:
+        made = plan(gpu.name)
+        assert made.fits, gpu
+        assert made.peak <= gpu.memory_gb * 2**30
+
+
+memories = st.integers(min_value=1, max_value=200)
+sides = st.sampled_from([256, 512, 1024, 1536, 2048, 4096])
+
+
+@given(small=memories, large=memories, side=sides, batch=st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_more_memory_is_never_worse(small: int, large: int, side: int, batch: int) -> None:
+    low, high = (
+        make_plan(parts(), MODEL, Target("card", ("sm_89",), memory), side, batch) for memory in sorted((small, large))
+    )
+    assert high.rank <= low.rank
+    assert high.placements["dit"].segments <= low.placements["dit"].segments
+    for made in (low, high):
+        if made.fits:
+            assert all(peak <= made.usable for peak in made.peaks.values() if made.usable)
+        else:
+            assert "does not fit" in made.reasons[0]
+
+
+@given(memory=st.integers(min_value=6, max_value=100), gpu=memories)
+@settings(max_examples=40, deadline=None)
+def test_segments_are_small_enough_to_compile(memory: int, gpu: int) -> None:
+    target = Target("card", ("sm_89",), gpu)
+    made, without = (make_plan(parts(), MODEL, target, 1024, build_memory=m) for m in (memory * GB, None))
+    count = made.placements["dit"].segments
+    assert count >= without.placements["dit"].segments
+    assert BUILD_RATIO * footprint(*LARGE["dit"]).segment(count) < memory * GB
+
+
+def test_the_whole_memory_of_a_card_is_not_usable() -> None:
+    assert usable_memory(find_target("rtx3060")) == 12 * 2**30 * 15 // 16
+    assert usable_memory(find_target("sm_89")) is None
+    made = make_plan(parts(), MODEL, find_target("sm_89"), 1024, build_memory=20 * GB)
+    assert (made.fits, made.strategy, made.placements["dit"].segments) == (True, RESIDENT, 2)
+
+
+def components(precision: str = "int8-weights", t5: str = "bf16") -> dict[str, Component]:
+    """FLUX.1-dev as the manifest of an export describes it."""
+    found = {
+        name: Component(
+            files={}, precision={"dit": precision, "t5": t5}.get(name, "bf16"), reason="", inputs={}, outputs={},
+            footprint=footprint(*sizes),
+        )
+        for name, sizes in LARGE.items()
+    }  # fmt: skip
+    return {"tokenizer": Component(files={}, precision="none", reason="", inputs={}, outputs={}), **found}
+
+
+def test_an_export_is_planned_as_it_is() -> None:
+    made = parts_of(components())
+    assert made is not None
+    assert [part.name for part in made] == list(LARGE)
+    assert all(len(part.footprints) == 1 and part.cpu is None for part in made)
+    unknown = {name: part.model_copy(update={"footprint": None}) for name, part in components().items()}
+    assert parts_of(unknown) is None
+    (outside,) = [part for part in parts_of(components(t5="fp32")) or [] if part.name == "t5"]
+    assert outside.cpu == outside.weights
+
+
+def test_build_takes_a_smaller_batch_before_a_worse_plan() -> None:
+    profiles = make_profiles(MODEL, "512-1024", None, None)
+    for gpu, batch in (("h100", 4), ("rtx3060", 1)):
+        made = auto.decide(components(), MODEL, find_target(gpu), profiles, None)
+        assert made is not None
+        assert made.batch >= batch
+        alone = auto.decide(components(), MODEL, find_target(gpu), profiles, 1)
+        assert alone is not None and made.rank == alone.rank
+    asked = auto.decide(components(), MODEL, find_target("rtx5090"), profiles, 3)
+    assert asked is not None and asked.batch == 3
+
+
+def test_build_says_what_does_not_fit() -> None:
+    profiles = make_profiles(MODEL, "512-2048", None, None)
+    with pytest.raises(UserError, match=r"does not fit rtx2060 for pictures of 2048 x 2048.*can be used"):
+        auto.decide(components(), MODEL, find_target("rtx2060"), profiles, 4)
+    assert auto.decide(components(), MODEL, find_target("cpu"), profiles, None) is None
+
+
+def test_build_says_what_will_hardly_compile() -> None:
+    profiles = make_profiles(MODEL, "512-1024", None, None)
+    made = auto.decide(components(), MODEL, find_target("h100"), profiles, 1, 14 * GB)
+    assert made is not None
+    assert {name: placed.segments for name, placed in made.placements.items() if placed.segments > 1} == {
+        "t5": 2,
+        "dit": 3,
+    }
+    with pytest.warns(DitforgeWarning, match=r"compiling dit takes up to 2.9 GB, and 2.0 GB are to be had"):
+        auto.decide(components(), MODEL, find_target("h100"), profiles, 1, 2 * GB)
+
+
+def test_engines_are_placed_as_planned() -> None:
+    target = find_target("rtx4000ada")
+    made = auto.decide(components(t5="fp32"), MODEL, target, make_profiles(MODEL, "512-1536", None, None), 1)
+    placed = auto.place_engines(list(LARGE), "tensorrt-rtx", target, made)
+    assert (placed["t5"].compiler, str(placed["t5"].target), placed["t5"].residency) == ("onnxruntime", "cpu", RESIDENT)
+    assert (placed["dit"].compiler, str(placed["dit"].target)) == ("tensorrt-rtx", "sm_89")
+    with pytest.raises(UserError, match="unknown residency"):
+        auto.place_engines(list(LARGE), "tensorrt-rtx", target, None, None, "sometimes")
+
+
+@pytest.mark.parametrize(("text", "count"), [("auto", None), ("1", 1), ("12", 12)])
+def test_segments_as_an_option(text: str, count: int | None) -> None:
+    assert auto.parse_segments(text) == count
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "", "1.5"])
+def test_segments_that_are_none(text: str) -> None:
+    with pytest.raises(UserError, match="auto or a number"):
+        auto.parse_segments(text)
+
+
+def test_free_memory_is_that_of_the_machine_and_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free, total = auto.free_memory(), math.inf
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemTotal"):
+            total = int(line.split()[1]) * 1024
+    assert free is not None and 0 < free < total
+    for name, text in (
+        ("memory.max", f"{2 * GB}\n"),
+        ("memory.current", f"{GB}\n"),
+        ("memory.stat", "inactive_file 5\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(auto, "CGROUP", tmp_path)
+    assert auto.free_memory() == GB + 5
+    (tmp_path / "memory.max").write_text("max\n")
+    assert (auto.free_memory() or 0) > 0
+    monkeypatch.setattr(auto, "MEMORY", tmp_path / "missing")
+    assert auto.free_memory() is None

@@ -1,0 +1,72 @@
+"""Progress bars: what a terminal shows, and what is left where there is none."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+
+BYTES = """
+import time
+from ditforge import terminal
+with terminal.progress("export", unit="bytes") as report, terminal.progress("measure") as measured:
+    measured("prompt", 0, 4)
+    measured("done", 1, 1)
+    report("t5", 0, 3_000_000_000)
+    report("t5", 3_000_000_000, 3_000_000_000)
+    report("dit", 1_000_000_000, 3_000_000_000)
+    time.sleep(0.3)
+    report("done", 3_000_000_000, 3_000_000_000)
+"""
+FAILED = """
+from ditforge import terminal
+with terminal.progress("build") as report:
+    report("dit", 2, 5)
+    raise SystemExit(3)
+"""
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
+
+
+def on_a_terminal(program: str) -> str:
+    """What the program writes to a terminal of 100 columns, without control sequences."""
+    mine, its = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    with subprocess.Popen([sys.executable, "-c", program], stderr=its, stdout=its, env=environment):
+        os.close(its)
+        written = b""
+        while True:
+            try:
+                written += os.read(mine, 1 << 16)
+            except OSError:  # which is how a terminal's other end says that it was closed
+                break
+    os.close(mine)
+    assert b"\x1b[" in written
+    return CONTROL.sub("", written.decode())
+
+
+def elsewhere(program: str) -> list[str]:
+    """The lines that the program writes to a pipe."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == ""
+    return done.stderr.splitlines()
+
+
+def test_bytes_their_speed_and_the_time_left() -> None:
+    shown = on_a_terminal(BYTES)
+    assert re.search(r"export dit .*1\.0/3\.0 GB +(\? +|\S+ .B/s +)\S*:", shown)
+    assert re.search(r"export done ━+ 3\.0/3\.0 GB .*\d:\d\d:\d\d", shown)
+    assert shown.index("measure done") < shown.index("export ")  # one bar after the other
+
+
+def test_without_a_terminal_there_is_a_line_for_each_bar() -> None:
+    measure, export = elsewhere(BYTES)
+    assert re.fullmatch(r"measure done ━+ 1/1 0:00:00", measure)
+    assert re.fullmatch(r"export done ━+ 3\.0/3\.0 GB .* 0:00:0\d", export)
+
+
+def test_steps_and_where_they_ended() -> None:
+    assert re.search(r"build dit .*2/5 0:00:0\d", on_a_terminal(FAILED))
+    (line,) = elsewhere(FAILED)
+    assert re.match(r"build dit .*2/5 0:00:0\d", line)

@@ -1,0 +1,121 @@
+"""`ditforge up` with all that a checkpoint may be made of: what reaches the export, and which folder is its own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import tree
+
+from ditforge import cli, manifest, serving
+from ditforge.errors import UserError
+from ditforge.export import onnx_export
+
+
+class Asked(Exception):
+    """What an export was asked for, instead of making it."""
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, *args: object, **options: Any) -> tuple[Path, Path, dict[str, Any]]:
+    """Checkpoint, folder and options of the export that `prepare` would make."""
+
+    def export(checkpoint: Path, out: Path, precision: object, calibration: Path | None, **options: Any) -> None:
+        raise Asked(checkpoint, out, {"precision": precision, "calibration": calibration, **options})
+
+    monkeypatch.setattr(onnx_export, "export_checkpoint", export)
+    with pytest.raises(Asked) as error:
+        serving.prepare(*args, **options)
+    return error.value.args
+
+
+def test_up_of_a_file_with_a_base_and_a_lora(
+    schnell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command line, with the session's export in place of another one; it is not served."""
+    seen: list[dict[str, Any]] = []
+    served: list[Path] = []
+
+    def export(checkpoint: Path, out: Path, *args: object, **options: Any) -> None:
+        seen.append({"checkpoint": checkpoint, **options})
+        shutil.copytree(schnell.onnx, out, dirs_exist_ok=True)
+
+    monkeypatch.setattr(onnx_export, "export_checkpoint", export)
+    monkeypatch.setattr(serving, "serve", lambda repository, *args: served.append(repository))
+    for name in ("tuned.safetensors", "style.safetensors"):
+        (tmp_path / name).touch()
+    cache = tmp_path / "cache"
+    options = ["--base", str(schnell.checkpoint), "--lora", f"{tmp_path / 'style.safetensors'}:0.8"]
+    cli.app(["up", str(tmp_path / "tuned.safetensors"), *options, "--cache", str(cache)], standalone_mode=False)
+    assert seen[0]["checkpoint"] == tmp_path / "tuned.safetensors"
+    assert seen[0]["base"] == schnell.checkpoint
+    assert list(seen[0]["loras"]) == [(tmp_path / "style.safetensors", 0.8)]
+    (folder,) = cache.iterdir()
+    assert folder.name.startswith("tuned+style-")
+    assert served == [folder / "fp32" / "cpu" / "repo"]
+    assert (
+        manifest.read(served[0], "repository").components.keys()
+        == manifest.read(schnell.onnx, "onnx").components.keys()
+    )
+    assert capsys.readouterr().out == f"wrote {served[0]}: there is no repository yet\n"
+    before = tree(cache / folder.name / "fp32" / "cpu")
+    cli.app(["up", str(schnell.checkpoint), "--cache", str(cache)], standalone_mode=False)
+    assert len(list(cache.iterdir())) == 2
+    assert tree(cache / folder.name / "fp32" / "cpu") == before
+
+
+def test_whatever_makes_another_model_has_a_folder_of_its_own(
+    random_schnell: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    style, other = tmp_path / "style.safetensors", tmp_path / "other" / "style.safetensors"
+    options: list[dict[str, Any]] = [
+        {},
+        {"loras": [(style, 1.0)]},
+        {"loras": [(style, 0.5)]},
+        {"loras": [(other, 1.0)]},
+        {"loras": [(style, 1.0), (other, 1.0)]},
+        {"base": tmp_path},
+        {"text_encoders": "clip"},
+        {"random": True},
+        {"calibration": tmp_path / "ranges.json"},
+        {"calibration": tmp_path / "other" / "ranges.json"},
+    ]
+    folders = []
+    for chosen in options:
+        checkpoint, out, seen = asked(monkeypatch, random_schnell, "cpu", None, None, tmp_path, **chosen)
+        assert checkpoint == random_schnell
+        assert {name: seen[name] for name in chosen} == chosen
+        assert seen["precision"].name == ("fp8" if "calibration" in chosen else "fp32")
+        folders.append(out.relative_to(tmp_path))
+    assert len(set(folders)) == len(options)
+    assert all(len(folder.parts) == 3 and folder.parts[0].startswith("random-schnell") for folder in folders)
+    readable = [("+style", "fp32"), ("", "fp32-clip"), ("-random", "fp32"), ("", "fp8-fp32-ranges-")]
+    for folder, (model, precision) in zip((folders[i] for i in (1, 6, 7, 8)), readable, strict=True):
+        assert folder.parts[0].startswith(f"random-schnell{model}-")
+        assert folder.parts[1].startswith(precision)
+
+
+def test_a_published_model_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the same folder from wherever the command is run."""
+    found = []
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        monkeypatch.chdir(tmp_path / place)
+        found.append(asked(monkeypatch, Path("flux.1-dev"), "rtx4090", None, None, tmp_path, random=True)[1])
+    assert found[0] == found[1]
+    assert found[0].parts[-3].startswith("flux.1-dev-random-")
+
+
+def test_a_calibration_for_a_gpu_without_fp8(random_schnell: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"sm_86 has no FP8[\s\S]*int8-weights"):
+        serving.prepare(random_schnell, "rtx3060", None, None, tmp_path, calibration=tmp_path / "ranges.json")
+
+
+def test_t5_in_a_precision_of_its_own(random_schnell: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, plain, _ = asked(monkeypatch, random_schnell, "cpu", None, None, tmp_path)
+    _, out, seen = asked(monkeypatch, random_schnell, "cpu", None, None, tmp_path, t5_precision="int8-weights")
+    assert seen["precision"].t5.name == "int8-weights"
+    assert out != plain
+    with pytest.raises(UserError, match="--t5-precision"):
+        serving.prepare(random_schnell, "cpu", None, None, tmp_path, t5_precision="fp9")

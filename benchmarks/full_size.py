@@ -121,7 +121,8 @@ def interrupt(name: str, arguments: list[str], folder: Path, component: str) -> 
         process.send_signal(signal.SIGINT)
         if process.wait() == 0:
             sys.exit(f"{' '.join(arguments)} came to its end instead of being interrupted")
-    return log.read_text(errors="replace").strip().splitlines()[-1]
+    said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("warning: ")]
+    return re.sub(r"\S*/", "", " ".join(said))
 
 
 def heed_interrupts() -> None:
@@ -210,7 +211,8 @@ def report(log: dict[str, dict]) -> str:
     ]
     for found in log.values():
         if found.get("interrupted"):
-            lines += [f"Before that export, the same one was interrupted. It said: {found['interrupted']}", ""]
+            command = re.sub(r"\S*/", "", found["command"])
+            lines += [f"`{command}` had been interrupted before, and had said: {found['interrupted']}", ""]
     lines += ["```"]
     for found in log.values():
         lines += [re.sub(r"\S*/", "", found["command"]), *(f"    {line}" for line in found["time -v"])]

@@ -29,6 +29,9 @@ from ditforge.export.calibration import Calibration, config_digest
 from ditforge.export.checkpoint import open_checkpoint
 from ditforge.export.random_weights import CONFIGS
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
+from command_line import heed_interrupts
+
 AMAX = 16.0  # of the made-up calibration, for every linear
 LIMITS = {"export": (15 * 60, 3e9), "build": (20 * 60, 14e9)}  # seconds, bytes of resident memory
 FIELDS = ("Elapsed (wall clock) time", "Maximum resident set size (kbytes)", "User time", "System time", "Exit status")
@@ -123,11 +126,6 @@ def interrupt(name: str, arguments: list[str], folder: Path, component: str) -> 
             sys.exit(f"{' '.join(arguments)} came to its end instead of being interrupted")
     said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("warning: ")]
     return re.sub(r"\S*/", "", " ".join(said))
-
-
-def heed_interrupts() -> None:
-    """A shell has its background jobs ignore SIGINT, and what they start inherits that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def made_up_calibration(model: str, onnx: Path, file: Path) -> Path:

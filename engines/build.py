@@ -233,11 +233,8 @@ def rebuild_reason(before: Manifest | None, out: Path, name: str, key: dict[str,
     """Why the component `name` has to be compiled; empty if the engine in `out` is the one that `key` describes."""
     if before is None or name not in before.engines:
         return "there is no engine yet"
-    old = before.engines[name].cache_key
-    for field in dict.fromkeys((*key, *old)):
-        if old.get(field) != key.get(field):
-            shown = "changed" if field.startswith("sha256") else f"was {old.get(field)}, is {key.get(field)}"
-            return f"{field} {shown}"
+    if changed := manifest.first_difference(before.engines[name].cache_key, key):
+        return changed
     for file, expected in before.components[name].files.items():
         path = out / file
         if not path.is_file() or path.stat().st_size != expected.size:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
+from published import MODEL
 
 from ditforge.engines import auto
 from ditforge.engines.gpus import GPUS, Target, find_target
@@ -27,22 +28,8 @@ from ditforge.engines.profile import make_profiles
 from ditforge.errors import DitforgeWarning, UserError
 from ditforge.footprint import Footprint
 from ditforge.manifest import Component
-from ditforge.model import Model, Schedule
 
 GB = 10**9
-MODEL = Model(
-    name="model",
-    latent_channels=16,
-    vae_factor=8,
-    size_multiple=16,
-    default_size=1024,
-    max_size=4096,
-    default_steps=28,
-    guidance="embedded",
-    default_guidance=3.5,
-    schedule=Schedule(kind="fixed"),
-    max_tokens={},
-)
 # FLUX.1-dev's, as `make memory` measures them: weights, the largest block, activations at 512, 1024 and 2048 pixels.
 LARGE = {
     "clip": (0.246, 0.076, (0.002, 0.002, 0.002)),

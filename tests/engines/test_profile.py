@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import given, strategies as st
+from published import MODEL
 
 from ditforge.client.request import make_request
 from ditforge.engines.profile import announced, default_range, make_profiles, tiled
 from ditforge.errors import UserError
 from ditforge.manifest import Tensor
-from ditforge.model import Model, Schedule
+from ditforge.model import Model
 
-MODEL = Model(
-    name="dev",
-    latent_channels=16,
-    vae_factor=8,
-    size_multiple=16,
-    default_size=1024,
-    max_size=4096,
-    default_steps=28,
-    guidance="embedded",
-    default_guidance=3.5,
-    schedule=Schedule(kind="fixed"),
-    max_tokens={"clip": 77, "t5": 512},
-)
 LATENTS = Tensor(dtype="FP32", shape=("batch", 16, "latent_height", "latent_width"))
 IMAGE = Tensor(dtype="UINT8", shape=("batch", "height", "width", 3))
 

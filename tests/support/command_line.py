@@ -7,11 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from tritonclient.grpc import InferenceServerClient
+
+from ditforge import cli
 
 COMMAND = [sys.executable, "-m", "ditforge"]
 BAR = re.compile(r"━|╸| \d+/\d+ .*\d:\d\d:\d\d|-:--:--")
@@ -47,6 +51,21 @@ def popen(*args: str | Path, cwd: Path) -> subprocess.Popen[str]:
 def heed_interrupts() -> None:
     """A shell has its background jobs ignore SIGINT, and what they start inherits that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def run_here(arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Result:
+    """Run `ditforge ARGUMENTS` in this process, which has imported PyTorch already; it must end by SystemExit."""
+    monkeypatch.setattr(sys, "argv", ["ditforge", *arguments])
+    handler = signal.getsignal(signal.SIGTERM)
+    capfd.readouterr()
+    try:
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    printed = capfd.readouterr()
+    assert isinstance(ended.value.code, int)
+    return Result(ended.value.code, printed.out, printed.err)
 
 
 def assert_error(result: Result, *mentions: str | Path, code: int = 2) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +14,9 @@ import random_flux
 import random_sd3
 import single_files
 import torch
-from command_line import Result, assert_error
+from command_line import Result, assert_error, run_here
 from safetensors.torch import save_file
 
-from ditforge import cli
 from ditforge.export import onnx_export
 
 Refused = Callable[..., None]
@@ -50,17 +47,8 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     def run(*args: str | Path, mentions: tuple[str | Path, ...]) -> None:
         out, before = tmp_path / "out" / "onnx", sorted(tmp_path.rglob("*"))
         monkeypatch.setattr(onnx_export, "export_network", traced)
-        monkeypatch.setattr(sys, "argv", ["ditforge", "export", *map(str, args), "--out", str(out)])
-        handler = signal.getsignal(signal.SIGTERM)
-        capfd.readouterr()
-        try:
-            with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
-                cli.main()
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-        printed = capfd.readouterr()
-        assert isinstance(ended.value.code, int)
-        assert_error(Result(ended.value.code, printed.out, printed.err), *mentions)
+        arguments = ["export", *map(str, args), "--out", str(out)]
+        assert_error(run_here(arguments, monkeypatch, capfd), *mentions)
         assert sorted(tmp_path.rglob("*")) == before
 
     return run

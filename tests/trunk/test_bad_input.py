@@ -7,9 +7,7 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import threading
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,13 +15,12 @@ from pathlib import Path
 import grpc
 import pytest
 import random_flux
-from command_line import Result, assert_error, calls, ditforge, eventually, popen, tree
+from command_line import Result, assert_error, calls, ditforge, eventually, popen, run_here, tree
 from google.protobuf import text_format
 from PIL import Image
 from transformers import T5Config, T5EncoderModel
 from tritonclient.grpc import InferenceServerClient, model_config_pb2 as pb
 
-from ditforge import cli
 from ditforge.export import onnx_export
 from ditforge.triton_repo.server import Server, start
 
@@ -359,17 +356,8 @@ def export_refused(
 
     def run(checkpoint: Path, *mentions: str | Path) -> None:
         monkeypatch.setattr(onnx_export, "export_network", traced)
-        monkeypatch.setattr(sys, "argv", ["ditforge", "export", str(checkpoint), "--out", str(tmp_path / "onnx")])
-        handler = signal.getsignal(signal.SIGTERM)
-        capfd.readouterr()
-        try:
-            with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
-                cli.main()
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-        printed = capfd.readouterr()
-        assert isinstance(ended.value.code, int)
-        assert_error(Result(ended.value.code, printed.out, printed.err), *mentions)
+        arguments = ["export", str(checkpoint), "--out", str(tmp_path / "onnx")]
+        assert_error(run_here(arguments, monkeypatch, capfd), *mentions)
         assert os.listdir(tmp_path) == []
 
     return run

@@ -85,12 +85,9 @@ def build(
     placements = place_engines(networks, compiler_name, target, plan, segments, residency)
     for name, component in networks.items():
         find_compiler(placements[name].compiler).check(name, component, placements[name].target)
+    own = {name: [profile.of(name, model) for profile in profiles] for name in networks}
     shapes = {
-        name: ranges(
-            component,
-            [p.of(name, model) for p in profiles] if find_compiler(placements[name].compiler).PROFILES else [],
-            source.model,
-        )
+        name: ranges(component, own[name] if find_compiler(placements[name].compiler).PROFILES else [], source.model)
         for name, component in networks.items()
     }
     if plan:
@@ -107,7 +104,7 @@ def build(
     for name in reasons:  # all of them are looked at before the first one is compiled
         manifest.check_files(onnx, networks[name].files, fix="ditforge export CHECKPOINT --out DIR   again")
     parts = {
-        name: cut_graph(onnx / f"{name}.onnx", networks[name], source.model, profiles, placements[name].segments)
+        name: cut_graph(onnx / f"{name}.onnx", networks[name], source.model, own[name], placements[name].segments)
         for name in reasons
     }
     report = progress or (lambda component, done, total: None)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import calls, eventually
+from command_line import calls, eventually, settled_calls
 from PIL import Image
 
 from ditforge.client import AsyncClient, Client
@@ -69,10 +69,10 @@ def test_samplers_differ(client: Client) -> None:
 
 
 def test_batch_larger_than_the_server_takes(client: Client, schnell_server: Server) -> None:
-    before = calls(schnell_server.url)
+    before = settled_calls(schnell_server.url)
     prompts = [f"{word} circle" for word in ("red", "green", "blue")] * 3
     images = client.generate(prompts, seed=0, steps=2, **SMALL)
-    eventually(lambda: calls(schnell_server.url) - before == 2 * 2)  # 8 and 1, in each of 2 steps
+    assert settled_calls(schnell_server.url) - before == 2 * 2  # 8 and 1, in each of 2 steps
     for i in (0, 7, 8):
         assert_same(images[i], client.generate(prompts[i], seed=i, steps=2, **SMALL))
 
@@ -127,7 +127,7 @@ def test_callback_is_called_once_a_step(client: Client) -> None:
 
 
 def test_error_in_a_callback_ends_the_loop(client: Client, schnell_server: Server) -> None:
-    before = calls(schnell_server.url)
+    before = settled_calls(schnell_server.url)
 
     def fail(step: Step) -> None:
         raise ZeroDivisionError
@@ -135,7 +135,7 @@ def test_error_in_a_callback_ends_the_loop(client: Client, schnell_server: Serve
     with pytest.raises(ZeroDivisionError):
         client.generate("a", steps=500, callback=fail, **SMALL)
     client.generate("a", steps=1, **SMALL)  # and the connection can go on
-    eventually(lambda: calls(schnell_server.url) == before + 2)  # the server counts after it has answered
+    assert settled_calls(schnell_server.url) == before + 2
 
 
 def test_bad_request_leaves_the_connection_usable(client: Client) -> None:

@@ -97,6 +97,16 @@ def eventually(condition: Callable[[], object], seconds: float = 30) -> None:
 
 
 def calls(url: str, model: str = "dit") -> int:
-    """How many requests for the model the server at `url` has answered."""
+    """How many requests for the model the server at `url` has counted: it counts one shortly after answering it."""
     with InferenceServerClient(url) as client:
         return client.get_inference_statistics(model).model_stats[0].inference_stats.success.count
+
+
+def settled_calls(url: str, model: str = "dit") -> int:
+    """How many requests for the model the server at `url`, which nobody asks for more, has answered."""
+    count, since = calls(url, model), time.monotonic()
+    while time.monotonic() < since + 0.3:
+        time.sleep(0.05)
+        if (now := calls(url, model)) != count:
+            count, since = now, time.monotonic()
+    return count

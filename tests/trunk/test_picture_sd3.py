@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command_line import assert_error, calls, ditforge
+from command_line import assert_error, ditforge, settled_calls
 from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from google.protobuf import text_format
 from PIL import Image
@@ -106,9 +106,9 @@ def test_one_call_of_the_dit_an_evaluation(sd3_server) -> None:
     """Also with guidance, and with skip-layer guidance on top."""
     with Client(sd3_server.url) as client:
         for options in ({"guidance": 1.0}, {}, {"skip_layer_guidance": 2.8}):
-            before = calls(sd3_server.url)
+            before = settled_calls(sd3_server.url)
             picture(client, **options)
-            assert calls(sd3_server.url) - before == STEPS
+            assert settled_calls(sd3_server.url) - before == STEPS
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -44,6 +44,8 @@ Segments = Annotated[str, typer.Option(metavar="N", help=SEGMENTS_HELP)]
 Residency = Annotated[
     str | None, typer.Option(metavar="WHEN", help="resident; or on-demand: loaded for each call and then freed.")
 ]
+GPU_MEMORY_HELP = "Plan as if the GPU had that many GB of memory; by default, what it has."
+GpuMemory = Annotated[float | None, typer.Option(metavar="GB", help=GPU_MEMORY_HELP)]
 MAX_BATCH_HELP = "The most samples that Triton puts into one call; by default 8, or what the engines take."
 MaxBatch = Annotated[int | None, typer.Option(help=MAX_BATCH_HELP)]
 Port = Annotated[int, typer.Option(help="The gRPC port; 0 picks a free one.")]
@@ -169,6 +171,7 @@ def build(
     vae_tile: VaeTile = None,
     segments: Segments = "auto",
     residency: Residency = None,
+    gpu_memory: GpuMemory = None,
 ) -> None:
     """ONNX to engines for one device; engines that are there already are kept.
 
@@ -191,6 +194,7 @@ def build(
             vae_tile=vae_tile,
             segments=parts,
             residency=residency,
+            gpu_memory=gpu_memory,
             planned=planning.say_plan,
         )
     for name, reason in built.rebuilt.items():
@@ -209,6 +213,7 @@ def plan(
     size: Annotated[int | None, typer.Option(help="Pictures of up to that many pixels; by default several.")] = None,
     random_weights: RandomWeights = False,
     base: Base = None,
+    gpu_memory: GpuMemory = None,
 ) -> None:
     """What will be in a GPU's memory, and when; nothing is written.
 
@@ -216,7 +221,7 @@ def plan(
     """
     from ditforge import planning
 
-    planning.show(checkpoint, gpu, precision, size, random_weights, base)
+    planning.show(checkpoint, gpu, precision, size, random_weights, base, gpu_memory)
 
 
 @app.command()
@@ -326,6 +331,7 @@ def up(
     compiler: Compiler = None,
     resolutions: Resolutions = None,
     static: Static = None,
+    gpu_memory: GpuMemory = None,
     max_batch: MaxBatch = None,
     port: Port = 8001,
     host: Host = "127.0.0.1",
@@ -348,6 +354,7 @@ def up(
         compiler=compiler,
         resolutions=resolutions,
         static=static,
+        gpu_memory=gpu_memory,
         calibration=calibration,
         text_encoders=text_encoders,
         random=random_weights,

@@ -35,6 +35,10 @@ class Footprint(BaseModel):
                 return round(low + (high - low) * (pixels - left) / (right - left))
         return max(round(through(points[-3:], pixels)), points[-1][1])
 
+    def first(self, kept: int, count: int) -> int:
+        """Bytes of weights of the first `kept` of `count` consecutive segments, at most."""
+        return min(self.weights, self.weights * kept // count + self.largest_block)
+
     def segment(self, count: int) -> int:
         """Bytes of weights of the largest of `count` consecutive segments, at most."""
         return self.weights if count == 1 else min(self.weights, self.weights // count + self.largest_block)

@@ -47,4 +47,6 @@ def describe(engine: Engine) -> str:
     """What made an engine, in how many segments if it is not whole, and how it is loaded if not for good."""
     made = f"{engine.compiler} {engine.compiler_version} for {engine.target}"
     segments = f", {len(engine.segments)} segments" if engine.segments else ""
-    return made + segments + (f", {engine.residency}" if engine.residency != "resident" else "")
+    parts = max(len(engine.segments), 1)
+    some = f", {engine.on_demand} on demand" if engine.on_demand < parts else ", on demand"
+    return made + segments + (some if engine.on_demand else "")

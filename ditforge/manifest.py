@@ -27,7 +27,6 @@ FILE_NAME = "manifest.json"
 FORMAT = 1
 
 Kind = Literal["onnx", "engines", "repository"]
-Residency = Literal["resident", "on-demand"]
 OTHER_OUT = "choose another --out, or remove it first"
 NEXT_COMMAND = {
     "onnx": "ditforge export CHECKPOINT --out DIR",
@@ -87,8 +86,8 @@ class Engine(_Record):
     """How a component's engine was made: the compiler, for what device, and the key under which it is cached.
 
     `max_batch` is the largest batch that it takes (None: any). `segments` are the files of each part of an engine that
-    was compiled in parts, in the order in which they run (empty: all the component's files are one engine). `residency`
-    says whether it stays loaded, or is loaded for each call and then freed, segment by segment.
+    was compiled in parts, in the order in which they run (empty: all the component's files are one engine). `on_demand`
+    is how many of these parts, the last ones, are loaded for each call and then freed, one after the other.
     """
 
     compiler: str
@@ -97,7 +96,7 @@ class Engine(_Record):
     cache_key: dict[str, str]
     max_batch: int | None = None
     segments: tuple[tuple[str, ...], ...] = ()
-    residency: Residency = "resident"
+    on_demand: int = 0
 
 
 class Manifest(_Record):

@@ -11,7 +11,7 @@ from ditforge import manifest, terminal
 from ditforge.engines import gpus, plan as planning
 from ditforge.engines.auto import least_batch
 from ditforge.engines.gpus import Target
-from ditforge.engines.plan import Part, Plan
+from ditforge.engines.plan import Part, Placement, Plan
 from ditforge.errors import UserError
 from ditforge.footprint import Footprint
 from ditforge.model import Model
@@ -63,9 +63,19 @@ def part(name: str, found: dict[str, Footprint], precision: str, around: str) ->
     return Part(name, {around: plain, SMALLER_T5: found[SMALLER_T5]}, cpu=in_fp32)
 
 
-def show(path: Path, gpu: str | None, precision: str | None, size: int | None, random: bool, base: Path | None) -> None:
+def show(
+    path: Path,
+    gpu: str | None,
+    precision: str | None,
+    size: int | None,
+    random: bool,
+    base: Path | None,
+    gpu_memory: float | None = None,
+) -> None:
     """Print the plan of a GPU, or one row for each GPU there is. Raises UserError for what cannot be planned."""
-    target = find_card(gpu) if gpu else None
+    if gpu_memory is not None and gpu is None:
+        raise UserError("--gpu-memory is that of one GPU", "name it: --gpu rtx3060, or --gpu sm_86")
+    target = find_card(gpu, gpu_memory) if gpu else None
     if target:
         choose_precision(target, precision)  # before anything is measured
     subject = read_subject(path, precision, size, random, base)
@@ -75,7 +85,7 @@ def show(path: Path, gpu: str | None, precision: str | None, size: int | None, r
         return
     chosen, parts = subject.parts(target, precision)
     plans = {side: planning.make_plan(parts, subject.model, target, side, least_batch(subject.model)) for side in sizes}
-    terminal.say(f"{subject.model.name} on {target.name}, {target.memory_gb} GB, precision {chosen}")
+    terminal.say(f"{subject.model.name} on {target.name}, {target.memory_gb:g} GB, precision {chosen}")
     headings = ("pictures up to", "strategy", "tile", *planning.PHASES, "of")
     terminal.table(headings, [phases(side, plan) for side, plan in plans.items()])
     shown = min(plans, key=lambda side: abs(side - subject.model.default_size))
@@ -101,12 +111,12 @@ def say_placements(plan: Plan) -> None:
         terminal.say(f"- {reason}")
 
 
-def find_card(gpu: str) -> Target:
-    """The target with a memory that is known. Raises UserError for another one."""
-    target = gpus.find_target(gpu)
+def find_card(gpu: str, memory_gb: float | None = None) -> Target:
+    """The target with a memory that is known, or given. Raises UserError for another one."""
+    target = gpus.limited(gpus.find_target(gpu), memory_gb)
     if target.memory_gb is None:
         problem = f"{gpu} is no product, so its memory is not known" if target.capabilities else "the CPU is no GPU"
-        raise UserError(problem, f"--gpu rtx3060, for example; {gpus.NAMES}")
+        raise UserError(problem, f"--gpu rtx3060, for example, or --gpu-memory 12; {gpus.NAMES}")
     return target
 
 
@@ -147,8 +157,14 @@ def phases(side: int, plan: Plan) -> tuple[str, ...]:
 def placed(plan: Plan) -> list[tuple[str, ...]]:
     """A row for each network: what it is in, where it is, in how many segments, and the bytes that it takes there."""
     return [
-        (name, p.precision, p.place, str(p.segments), planning.gigabytes(p.size)) for name, p in plan.placements.items()
+        (name, p.precision, p.place, segments_of(p), planning.gigabytes(p.size)) for name, p in plan.placements.items()
     ]
+
+
+def segments_of(placement: Placement) -> str:
+    """How many segments a network is in, and how many of them are loaded in turn, where the others stay."""
+    partly = 0 < placement.in_turn < placement.segments
+    return f"{placement.segments}, {placement.in_turn} in turn" if partly else str(placement.segments)
 
 
 def read_subject(path: Path, precision: str | None, size: int | None, random: bool, base: Path | None) -> Subject:

@@ -42,6 +42,7 @@ def prepare(
     compiler: str | None = None,
     resolutions: str | None = None,
     static: str | None = None,
+    gpu_memory: float | None = None,
     calibration: Path | None = None,
     text_encoders: str = "all",
     random: bool = False,
@@ -57,7 +58,7 @@ def prepare(
     from ditforge.engines import gpus
     from ditforge.export.precision import EIGHT_BIT, parse_precision, with_t5
 
-    target = gpus.find_target(gpu)
+    target = gpus.limited(gpus.find_target(gpu), gpu_memory)
     compiler = compiler or gpus.default_compiler(target)
     if precision is None and calibration:
         precision = "fp8"
@@ -104,6 +105,7 @@ def prepare(
             report,
             resolutions=resolutions,
             static=static,
+            gpu_memory=gpu_memory,
             batch=batch,
             planned=say_plan,
         )

@@ -7,16 +7,16 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
 
 from ditforge.engines.gpus import Target, default_compiler
-from ditforge.engines.plan import CPU, DIT, ON_DEMAND, Part, Plan, build_peak, gigabytes, make_plan, parts_of
+from ditforge.engines.plan import CPU, DIT, ON_DEMAND, RESIDENT, Part, Plan, build_peak, gigabytes, make_plan, parts_of
 from ditforge.engines.profile import DEFAULT_BATCH, Profile
 from ditforge.errors import DitforgeWarning, UserError
-from ditforge.manifest import Component, Manifest, Residency
+from ditforge.manifest import Component, Manifest
 from ditforge.model import Model
 
 AUTO = "auto"
+RESIDENCIES = (RESIDENT, ON_DEMAND)
 COMPILING = 0.6  # of the free memory: the rest holds the files that are read and written, and what else runs
 MEMORY = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
@@ -24,12 +24,15 @@ CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Placement:
-    """How an engine is to fit into memory: made by which compiler for what, in how many `segments`, how long loaded."""
+    """How an engine is to fit into memory: made by which compiler for what, in how many `segments`.
+
+    As in manifest.Engine, `on_demand` of them are not resident.
+    """
 
     compiler: str
     target: Target
     segments: int = 1
-    residency: Residency = "resident"
+    on_demand: int = 0
 
 
 def parse_segments(text: str) -> int | None:
@@ -129,30 +132,33 @@ def place_engines(
 
     Raises UserError for an unknown residency.
     """
-    allowed = get_args(Residency)
-    chosen = next((known for known in allowed if known == (residency or "resident")), None)
-    if chosen is None:
-        raise UserError(f"unknown residency {residency!r}", f"--residency {' or '.join(allowed)}")
+    if residency not in (None, *RESIDENCIES):
+        raise UserError(f"unknown residency {residency!r}", f"--residency {' or '.join(RESIDENCIES)}")
     placements = {}
     for name in networks:
         count = segments if name == DIT and segments is not None else 1
-        placements[name] = Placement(compiler, target, count, chosen)
+        placements[name] = Placement(compiler, target, count, count if residency == ON_DEMAND else 0)
         if plan:
             placed = plan.placements[name]
-            kept: Residency = "on-demand" if placed.place == ON_DEMAND else "resident"
+            on_gpu = Placement(compiler, target, placed.segments, placed.in_turn)
             of_cpu = Placement(default_compiler(Target(CPU)), Target(CPU))
-            placements[name] = of_cpu if placed.place == CPU else Placement(compiler, target, placed.segments, kept)
+            placements[name] = of_cpu if placed.place == CPU else on_gpu
     return placements
 
 
 def cut_before(before: Manifest | None, name: str, placement: Placement) -> Placement:
     """The same, cut into as many segments as in an earlier build, if these are enough.
 
-    How much memory was free to compile in is no reason to compile again.
+    How much memory was free to compile in is no reason to compile again. Of smaller segments, more are loaded on
+    demand, so that no more is resident.
     """
     engine = before.engines.get(name) if before else None
-    if engine is None or engine.residency != placement.residency:
+    if engine is None or bool(engine.on_demand) != bool(placement.on_demand):
         return placement
     count = max(1, len(engine.segments))
-    enough = placement.residency == "resident" or count >= placement.segments
-    return replace(placement, segments=count) if enough else placement
+    if not placement.on_demand:
+        return replace(placement, segments=count)
+    if count < placement.segments:
+        return placement
+    kept = (placement.segments - placement.on_demand) * count // placement.segments
+    return replace(placement, segments=count, on_demand=count - kept)

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 from ditforge import manifest
 from ditforge.engines.auto import Placement, cut_before, decide, memory_to_compile, place_engines
 from ditforge.engines.compiler import Job, Progress, Ranges, find_compiler
-from ditforge.engines.gpus import default_compiler, find_target
+from ditforge.engines.gpus import default_compiler, find_target, limited
 from ditforge.engines.plan import Plan
 from ditforge.engines.process import compile_apart
 from ditforge.engines.profile import Profile, announced, make_profiles, tiled
+from ditforge.errors import UserError
 from ditforge.manifest import Component, Engine, Manifest
 from ditforge.model import Model
 
@@ -38,6 +39,21 @@ class Built:
     rebuilt: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Design:
+    """What is to be made: the model that the engines announce, their largest batch (None: any), and more by network.
+
+    That is where its engine goes, the profiles of its sizes, the shapes of its inputs in these, and its cache key.
+    """
+
+    model: Model
+    max_batch: int | None
+    placements: dict[str, Placement]
+    profiles: dict[str, list[Profile]]
+    shapes: dict[str, list[Ranges]]
+    keys: dict[str, dict[str, str]]
+
+
 def build(
     onnx: Path,
     out: Path,
@@ -51,6 +67,7 @@ def build(
     vae_tile: int | None = None,
     segments: int | None = None,
     residency: str | None = None,
+    gpu_memory: float | None = None,
     planned: Callable[[Plan], None] | None = None,
 ) -> Built:
     """Compile the graphs in the folder `onnx` for `gpu` (see gpus.find_target) into the folder `out`.
@@ -58,21 +75,21 @@ def build(
     The compiler is by default that of the GPU. The sizes and batches (see profile.make_profiles) are by default the
     compiler's: all of the model's, or around the model's default size. The autoencoder takes pictures in tiles of
     `vae_tile` pixels, or, by default, whole. An engine whose cache key is unchanged is kept; if all are, nothing is
-    written. The DiT is compiled in that many `segments`, one after the other (see segments.cut);
-    `residency` is that of all engines (see manifest.Engine). Where neither is given, a plan for the GPU's memory and
-    this machine's decides about them, the batch and the tiles (see auto.decide); `planned` is called with it.
-    `progress` is called with (what is done, how many steps are done, how many there are). Raises UserError if the
-    target cannot execute a component, or has too little memory, if a graph is damaged, or has not that many segments;
-    then `out` is as it was before.
+    written. The DiT is compiled in that many `segments`, one after the other (see segments.cut); with the `residency`
+    "on-demand", all engines are loaded for each call (see manifest.Engine). Where neither is given, a plan for the
+    memory of the GPU (or `gpu_memory` GB) and of this machine decides about them, the batch and the tiles (see
+    auto.decide); `planned` is called with it. `progress` is called with (what is done, how many steps are done, how
+    many there are). Raises UserError if the target cannot execute a component, or has too little memory, if a graph is
+    damaged, or has not that many segments; then `out` is as it was before.
     """
-    source, target = manifest.read(onnx, "onnx"), find_target(gpu)
+    source, target = manifest.read(onnx, "onnx"), limited(find_target(gpu), gpu_memory)
+    if gpu_memory is not None and (segments, residency) != (None, None):
+        raise UserError("--gpu-memory is for a plan, which --segments and --residency replace", "leave one of them out")
     compiler_name = compiler_name or default_compiler(target)
-    compiler = find_compiler(compiler_name)
     networks = {name: component for name, component in source.components.items() if name != TOKENIZER}
     model, profiles = tiled(source.model, vae_tile), []
-    if compiler.PROFILES or (resolutions, static, batch) != (None, None, None):
+    if find_compiler(compiler_name).PROFILES or (resolutions, static, batch) != (None, None, None):
         profiles = make_profiles(model, resolutions, static, batch)
-    before = manifest.earlier(out, "engines")
     plan = None
     if profiles and segments is None and residency is None:
         plan = decide(networks, model, target, profiles, batch, memory_to_compile())
@@ -83,28 +100,60 @@ def build(
             planned(plan)
     model = announced(model, profiles) if profiles else model
     placements = place_engines(networks, compiler_name, target, plan, segments, residency)
-    for name, component in networks.items():
-        find_compiler(placements[name].compiler).check(name, component, placements[name].target)
-    own = {name: [profile.of(name, model) for profile in profiles] for name in networks}
-    shapes = {
-        name: ranges(component, own[name] if find_compiler(placements[name].compiler).PROFILES else [], source.model)
-        for name, component in networks.items()
-    }
-    if plan:
-        for name, component in networks.items():
-            cut = cut_before(before, name, placements[name])
-            if not rebuild_reason(before, out, name, cache_key(component, cut, shapes[name])):
-                placements[name] = cut
-    keys = {name: cache_key(component, placements[name], shapes[name]) for name, component in networks.items()}
-    max_batch = profiles[0].max_batch if profiles else None
-    reasons = {name: reason for name in networks if (reason := rebuild_reason(before, out, name, keys[name]))}
-    if before and not reasons and is_same(before, out, model, max_batch, placements):
+    before = manifest.earlier(out, "engines")
+    design = make_design(networks, source.model, model, profiles, placements, before if plan else None, out)
+    reasons = {name: reason for name in networks if (reason := rebuild_reason(before, out, name, design.keys[name]))}
+    if before and not reasons and is_same(before, out, design):
         return Built(before, {})
+    return Built(write_engines(source, onnx, out, design, before, reasons, progress), reasons)
 
+
+def make_design(
+    networks: dict[str, Component],
+    given: Model,
+    model: Model,
+    profiles: list[Profile],
+    placements: dict[str, Placement],
+    before: Manifest | None,
+    out: Path,
+) -> Design:
+    """Where each network of a model that was `given` goes, and in what shapes, so that it is the `model`.
+
+    Those that are in `out` from a build `before` stay in as many segments. Raises UserError for a network that its
+    target cannot execute.
+    """
+    own = {name: [profile.of(name, model) for profile in profiles] for name in networks}
+    placed, shapes, keys = dict(placements), {}, {}
+    for name, component in networks.items():
+        compiler = find_compiler(placed[name].compiler)
+        compiler.check(name, component, placed[name].target)
+        shapes[name] = ranges(component, own[name] if compiler.PROFILES else [], given)
+        cut = cut_before(before, name, placed[name])
+        keys[name] = cache_key(component, cut, shapes[name])
+        if rebuild_reason(before, out, name, keys[name]):
+            keys[name] = cache_key(component, placed[name], shapes[name])
+        else:
+            placed[name] = cut
+    return Design(model, profiles[0].max_batch if profiles else None, placed, own, shapes, keys)
+
+
+def write_engines(
+    source: Manifest,
+    onnx: Path,
+    out: Path,
+    design: Design,
+    before: Manifest | None,
+    reasons: dict[str, str],
+    progress: Progress | None,
+) -> Manifest:
+    """Compile the networks in `reasons`, take the others over from the build `before` in `out`, and write it anew."""
+    networks, placements = {name: source.components[name] for name in design.keys}, design.placements
     for name in reasons:  # all of them are looked at before the first one is compiled
         manifest.check_files(onnx, networks[name].files, fix="ditforge export CHECKPOINT --out DIR   again")
     parts = {
-        name: cut_graph(onnx / f"{name}.onnx", networks[name], source.model, own[name], placements[name].segments)
+        name: cut_graph(
+            onnx / f"{name}.onnx", networks[name], source.model, design.profiles[name], placements[name].segments
+        )
         for name in reasons
     }
     report = progress or (lambda component, done, total: None)
@@ -114,36 +163,32 @@ def build(
             if before and (out / cache).is_file():
                 shutil.copyfile(out / cache, folder / cache)
         components = {TOKENIZER: copy_component(source.components[TOKENIZER], onnx, folder)}
-        made: dict[str, list[tuple[str, ...]]] = {}
+        engines = {}
         for done, name in enumerate(networks):
             report(name, done, len(networks))
-            if name in kept and before:
-                components[name] = keep_component(kept[name], out, folder)
-                made[name] = list(before.engines[name].segments)
-                continue
             place = placements[name]
-            job = Job(name, networks[name], onnx / f"{name}.onnx", folder / name, place.target, shapes[name], report)
-            compiled = compile_parts(place.compiler, job, parts[name])
-            files = [file for part in compiled for file in part]
-            described = {file.name: manifest.describe(file) for file in files}
-            components[name] = networks[name].model_copy(update={"files": described})
-            made[name] = [tuple(file.name for file in part) for part in compiled] if parts[name] else []
-        report("done", len(networks), len(networks))
-        engines = {
-            name: Engine(
-                compiler=placements[name].compiler,
-                compiler_version=find_compiler(placements[name].compiler).version(),
-                target=str(placements[name].target),
-                cache_key=keys[name],
-                max_batch=max_batch,
-                segments=tuple(made[name]),
-                residency=placements[name].residency,
+            if name in kept and before:
+                components[name], made = keep_component(kept[name], out, folder), before.engines[name].segments
+            else:
+                graph = onnx / f"{name}.onnx"
+                job = Job(name, networks[name], graph, folder / name, place.target, design.shapes[name], report)
+                compiled = compile_parts(place.compiler, job, parts[name])
+                described = {file.name: manifest.describe(file) for part in compiled for file in part}
+                components[name] = networks[name].model_copy(update={"files": described})
+                made = tuple(tuple(file.name for file in part) for part in compiled) if parts[name] else ()
+            engines[name] = Engine(
+                compiler=place.compiler,
+                compiler_version=find_compiler(place.compiler).version(),
+                target=str(place.target),
+                cache_key=design.keys[name],
+                max_batch=design.max_batch,
+                segments=made,
+                on_demand=place.on_demand,
             )
-            for name in networks
-        }
-        result = Manifest(kind="engines", model=model, components=components, engines=engines)
+        report("done", len(networks), len(networks))
+        result = Manifest(kind="engines", model=design.model, components=components, engines=engines)
         manifest.write(result, folder)
-    return Built(result, reasons)
+    return result
 
 
 def ranges(component: Component, profiles: list[Profile], model: Model) -> list[Ranges]:
@@ -218,11 +263,12 @@ def cache_key(component: Component, placement: Placement, shapes: list[Ranges]) 
     }
 
 
-def is_same(before: Manifest, out: Path, model: Model, max_batch: int | None, placements: dict[str, Placement]) -> bool:
+def is_same(before: Manifest, out: Path, design: Design) -> bool:
     """Whether the build in `out` is all that is wanted."""
-    same = before.model == model and before.engines.keys() == placements.keys()
-    same = same and all(engine.max_batch == max_batch for engine in before.engines.values())
-    same = same and all(engine.residency == placements[name].residency for name, engine in before.engines.items())
+    engines, placements = before.engines, design.placements
+    same = before.model == design.model and engines.keys() == placements.keys()
+    same = same and all(engine.max_batch == design.max_batch for engine in engines.values())
+    same = same and all(engine.on_demand == placements[name].on_demand for name, engine in engines.items())
     return same and manifest.is_whole(out, before.components)
 
 

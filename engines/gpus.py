@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ditforge.errors import UserError
 
@@ -94,7 +94,7 @@ class Target:
 
     name: str
     capabilities: tuple[str, ...] = ()
-    memory_gb: int | None = None
+    memory_gb: float | None = None
 
     def __str__(self) -> str:
         return ",".join(self.capabilities) or CPU
@@ -117,6 +117,17 @@ def find_target(name: str) -> Target:
     memories = [target.memory_gb for target in found if target.memory_gb is not None]
     memory = min(memories) if len(memories) == len(found) else None
     return Target(",".join(target.name for target in found), tuple(sorted(capabilities, key=number)), memory)
+
+
+def limited(target: Target, memory_gb: float | None) -> Target:
+    """The target as if it had `memory_gb` GB of memory; None: as it is. Raises UserError for what can be no GPU's."""
+    if memory_gb is None:
+        return target
+    if not target.capabilities:
+        raise UserError("--gpu-memory is a GPU's, and this is for the CPU", "leave it out, or --gpu GPU")
+    if not 0 < memory_gb < float("inf"):
+        raise UserError(f"a GPU's memory is some GB, got {memory_gb:g}", "--gpu-memory 10, for example")
+    return replace(target, memory_gb=memory_gb)
 
 
 def _find_one(name: str) -> Target:
@@ -188,8 +199,8 @@ def default_precision(target: Target) -> tuple[str, str]:
     if number(oldest) >= SINCE["fp8-weights"]:
         return "fp8-weights", f"{oldest} has FP8 tensor cores; half the memory of bf16, and no calibration"
     if number(oldest) >= SINCE["bf16"] and (target.memory_gb or 0) >= BF16_MEMORY_GB:
-        return "bf16", f"{oldest} has no FP8 tensor cores, and {target.memory_gb} GB hold 16-bit weights"
-    held = f"{target.memory_gb} GB are" if target.memory_gb is not None else "an unknown memory may be"
+        return "bf16", f"{oldest} has no FP8 tensor cores, and {target.memory_gb:g} GB hold 16-bit weights"
+    held = f"{target.memory_gb:g} GB are" if target.memory_gb is not None else "an unknown memory may be"
     return "int8-weights", f"{oldest} has no FP8 tensor cores, and {held} too little for 16-bit weights"
 
 

@@ -30,6 +30,7 @@ RESIDENT, ON_DEMAND, CPU = "resident", "on-demand", "cpu"
 DIT, DECODER, ENCODER = "dit", "vae_decoder", "vae_encoder"
 NO_NETWORK = "none"  # the precision of what has no engine
 TEXT_SEGMENTS = (2, 4, 8)  # of the largest text encoder, where it is loaded and freed in turn
+DIT_SEGMENTS = (4, 8, 16)  # of the DiT, where some of them are loaded and freed in turn, and the others stay
 TILES = (1, 3 / 4, 1 / 2)  # sides of tiles, as parts of the model's default size
 
 
@@ -57,12 +58,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a network is: `place` is resident, on-demand or cpu. `size` is the bytes of that memory while it works."""
+    """Where a network is: `place` is resident, on-demand or cpu. `size` is the bytes of that memory while it works.
+
+    Of an on-demand network's `segments`, `in_turn` are loaded for each call and then freed; the others are resident.
+    """
 
     precision: str
     place: str
     segments: int
     size: int
+    in_turn: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,12 +100,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to do it: which networks are not resident, which take their second precision, and how things are cut."""
+    """One way to do it: which networks are not resident, which take their second precision, and how things are cut.
+
+    `kept` is how many segments of an on-demand network are resident all the same; by default, none.
+    """
 
     strategy: str
     places: Mapping[str, str] = field(default_factory=dict)
     eight_bit: frozenset[str] = frozenset()
     segments: Mapping[str, int] = field(default_factory=dict)
+    kept: Mapping[str, int] = field(default_factory=dict)
     tile: int | None = None
 
 
@@ -180,7 +189,8 @@ def tiles(model: Model, side: int) -> list[int]:
 def ways(parts: Sequence[Part], tiles: Sequence[int | None], memory: int | None) -> Iterator[Way]:
     """All ways, each one slower or less exact than those before it; the DiT in segments that `memory` can compile.
 
-    What is freed between uses has to be loaded again for each picture, and the DiT for each step; so it comes last.
+    What is freed between uses has to be loaded again for each picture, and of the DiT for each step; so that comes
+    last, as little of it as possible first.
     """
     texts = [part for part in parts if part.phase == TEXT and part.weights]
     largest = max(texts, key=lambda part: part.weights, default=None)
@@ -199,15 +209,16 @@ def ways(parts: Sequence[Part], tiles: Sequence[int | None], memory: int | None)
         waiting = replace(way, places={**way.places, ENCODER: ON_DEMAND})
         yield from (replace(waiting, tile=tile) for tile in tiles)
 
-    def texts_moved(moved: Mapping[str, str], segments: int, strategy: str) -> Iterator[Way]:
-        once, cut = {**freed, DECODER: ON_DEMAND, **moved}, {DIT: segments}
-        yield from decoded(Way(strategy or f"{heavy} freed", once, segments=cut))
+    def texts_moved(moved: Mapping[str, str], segments: int, strategy: str, kept: int = 0) -> Iterator[Way]:
+        once, cut, stay = {**freed, DECODER: ON_DEMAND, **moved}, {DIT: segments}, {DIT: kept}
+        yield from decoded(Way(strategy or f"{heavy} freed", once, segments=cut, kept=stay))
         for count in text_segments:
-            yield from decoded(Way(strategy or f"{heavy} offload {count}", once, segments={**cut, heavy: count}))
+            more = {**cut, heavy: count}
+            yield from decoded(Way(strategy or f"{heavy} offload {count}", once, segments=more, kept=stay))
         if smaller:
-            yield from decoded(Way(strategy or f"{heavy} 8-bit, freed", once, smaller, cut))
+            yield from decoded(Way(strategy or f"{heavy} 8-bit, freed", once, smaller, cut, stay))
         if outside:
-            yield from decoded(Way(strategy or f"{heavy} on CPU", {**outside, **moved}, segments=cut))
+            yield from decoded(Way(strategy or f"{heavy} on CPU", {**outside, **moved}, segments=cut, kept=stay))
 
     yield from decoded(Way(RESIDENT, segments={DIT: least}))
     if smaller:
@@ -215,8 +226,18 @@ def ways(parts: Sequence[Part], tiles: Sequence[int | None], memory: int | None)
     if texts:
         yield from texts_moved({}, least, "")
     if dit:
-        for count in range(least, most_segments(dit) + 1):
-            yield from texts_moved({DIT: ON_DEMAND}, count, f"offload {count}")
+        for in_turn, count in offloads(least, most_segments(dit)):
+            yield from texts_moved({DIT: ON_DEMAND}, count, f"offload {in_turn} of {count}", count - in_turn)
+
+
+def offloads(least: int, most: int) -> list[tuple[int, int]]:
+    """How many of how many segments of the DiT may be loaded in turn, the smallest parts of it first.
+
+    Not one alone: where it finds room, it may as well stay. All of them, where nothing else helps, in any number.
+    """
+    some = {(n, count) for count in DIT_SEGMENTS if least <= count <= most for n in range(2, count)}
+    fewest = {n / count: (n, count) for n, count in sorted(some, key=lambda pair: -pair[1])}  # 2 of 4, not 4 of 8
+    return [fewest[part] for part in sorted(fewest)] + [(count, count) for count in range(least, most + 1)]
 
 
 def reckon(
@@ -234,14 +255,16 @@ def reckon(
         count = 1 if place == CPU else max(way.segments.get(part.name, 1), build_segments(footprint, memory))
         pixels = min(side, way.tile or side) if part.name in TILED else side
         activations = round(SPARE * batch * footprint.activations_at(pixels))
-        weights = footprint.segment(count) if place == ON_DEMAND else footprint.weights
-        size = (part.cpu or 0) if place == CPU else weights + activations
-        placements[part.name] = Placement(precision, place, count, size)
         if place == CPU:
+            placements[part.name] = Placement(precision, place, count, part.cpu or 0)
             continue
-        always += CONTEXT + (size if place == RESIDENT else 0)
-        if place == ON_DEMAND:
-            loaded[part.phase] += size
+        kept = way.kept.get(part.name, 0) if place == ON_DEMAND else count
+        in_turn = count - kept
+        stays = (footprint.first(kept, count) + activations) if kept else 0
+        comes = (footprint.segment(count) + (0 if kept else activations)) if in_turn else 0
+        placements[part.name] = Placement(precision, place, count, stays + comes, in_turn)
+        always += CONTEXT + stays
+        loaded[part.phase] += comes
     return placements, {phase: always + size for phase, size in loaded.items()}
 
 
@@ -271,7 +294,9 @@ def explain(plan: Plan, parts: Sequence[Part], tried: Mapping[str, int], side: i
         if placement.place == CPU:
             yield f"{part.name} takes {gigabytes(placement.size)} of the machine's memory"
         if part.name == DIT and placement.place == ON_DEMAND:
-            yield f"{part.name}'s segments are loaded and freed in each step: {gigabytes(footprint.weights)} a step"
+            moved = footprint.weights * placement.in_turn // placement.segments
+            which = f"{placement.in_turn} of {part.name}'s {placement.segments} segments"
+            yield f"{which} are loaded and freed in each step: {gigabytes(moved)} a step"
 
 
 def gigabytes(size: int) -> str:

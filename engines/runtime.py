@@ -14,7 +14,7 @@ from ditforge import manifest
 from ditforge.engines.compiler import Arrays, Engine, find_compiler
 from ditforge.engines.turn import turn
 from ditforge.errors import DitforgeError, UserError
-from ditforge.manifest import File, Residency
+from ditforge.manifest import File
 
 
 def load_engine(
@@ -24,11 +24,11 @@ def load_engine(
     target: str,
     version: str = "",
     segments: Sequence[Sequence[str]] = (),
-    residency: Residency = "resident",
+    on_demand: int = 0,
 ) -> Engine:
     """Load an engine that `compiler` (of `version`, if it is known) made for `target` from its files in `folder`.
 
-    `segments` and `residency` are as in manifest.Engine. What is loaded on demand is loaded once now, so that errors
+    `segments` and `on_demand` are as in manifest.Engine. What is loaded on demand is loaded once now, so that errors
     show. Raises UserError if a file is missing or not what the manifest says, or if the engine cannot be run here, and
     DitforgeError if the GPU's memory does not hold it.
     """
@@ -41,10 +41,8 @@ def load_engine(
 
     loaders = [loader(names) for names in segments or [list(files)]]
     try:
-        if residency == "on-demand":
-            parts: list[Engine] = [OnDemand(load) for load in loaders]
-        else:
-            parts = [load() for load in loaders]
+        resident = len(loaders) - on_demand
+        parts = [load() if number < resident else OnDemand(load) for number, load in enumerate(loaders)]
         for part in parts:
             part.warm_up()
     except UserError:
@@ -54,7 +52,7 @@ def load_engine(
             raise
         raise DitforgeError(
             f"the GPU's memory does not hold the engine in {folder}: {' '.join(str(error).split())[:300]}",
-            "ditforge build ONNX_DIR --gpu GPU --residency on-demand --out DIR   (or more --segments); ditforge repo",
+            "ditforge build ONNX_DIR --gpu GPU --gpu-memory GB --out DIR   with fewer GB than it has; ditforge repo",
         ) from error
     return parts[0] if len(parts) == 1 else Chain(parts)
 

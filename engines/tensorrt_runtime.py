@@ -13,6 +13,7 @@ import threading
 import warnings
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 
@@ -23,7 +24,8 @@ from ditforge.engines.tensorrt_common import NO_DRIVER, make_log
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 
 _lock = threading.Lock()  # the engines of a process take turns, and so
-_scratch: Any = None  # share the memory of their activations
+_scratch: Any = None  # share the memory of their activations,
+_loaded: WeakSet[Execution] = WeakSet()  # as long as there are any
 
 
 def check_here(plan: Path, compiler: str, target: str, built_with: str, version: str) -> None:
@@ -88,6 +90,7 @@ class Execution:
         self.context = engine.create_execution_context(config)
         self.check(self.context is not None, "create_execution_context")
         self.scratch: Any = None
+        _loaded.add(self)
 
     def check(self, done: object, call: str) -> None:
         """Raise DitforgeError, with what the runtime said, if a call did not return true."""
@@ -197,13 +200,16 @@ class Execution:
             warnings.warn(why, DitforgeWarning, stacklevel=2)
 
     def close(self) -> None:
-        """Free the engine, its context and the shared scratch, and give CuPy's unused memory back to the driver."""
+        """Free the engine and its context, the last one also the shared scratch; the driver gets what CuPy kept."""
         global _scratch
         with _lock:
             self.keep_kernels()
             self.context = self.engine = self.runtime_cache = self.runtime = None  # an engine goes after its context
             self.kept.clear()
-            self.scratch = _scratch = None
+            self.scratch = None
+            _loaded.discard(self)
+            if not _loaded:
+                _scratch = None
             self.cupy.get_default_memory_pool().free_all_blocks()
 
 

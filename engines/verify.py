@@ -140,7 +140,7 @@ def run_component(folder: Path, found: Manifest, name: str, inputs: Arrays) -> A
     if found.kind == "engines":
         engine = found.engines[name]
         made_by = engine.compiler, engine.target, engine.compiler_version
-        loaded = load_engine(folder, component.files, *made_by, engine.segments, engine.residency)
+        loaded = load_engine(folder, component.files, *made_by, engine.segments, engine.on_demand)
         try:
             return loaded.run(as_declared(inputs, component))
         finally:

@@ -187,7 +187,7 @@ def optimise(
             print(f"{name} {step:6d}/{steps}  loss {number:.5f}  {time.perf_counter() - start:.1f} s", flush=True)
             if not math.isfinite(number):
                 raise FloatingPointError(f"{name}: the loss is {number} at step {step}; lower the learning rates")
-        if check and (step + 1) % max(1, steps // 4) == 0:
+        if check and (step + 1) % max(2, steps // 4) == 0:
             print(f"{name} {step + 1:6d}/{steps}  {check()}", flush=True)
     work.finish()
 

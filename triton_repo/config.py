@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 from tritonclient.grpc import model_config_pb2 as pb
 
-from ditforge.manifest import Component, File, Residency, Tensor
+from ditforge.manifest import Component, File, Tensor
 from ditforge.model import Model
 
 MODEL_PARAMETER = "ditforge_model"  # of `dit`: the JSON of ditforge.model.Model
@@ -26,7 +26,7 @@ GPU_INSTANCE = pb.ModelInstanceGroup(count=1, kind=pb.ModelInstanceGroup.KIND_GP
 class EngineSource(BaseModel):
     """Which files beside model.py are the engine, and what made them; it travels in the model's parameters.
 
-    `segments` and `residency` are as in ditforge.manifest.Engine.
+    `segments` and `on_demand` are as in ditforge.manifest.Engine.
     """
 
     compiler: str
@@ -34,7 +34,7 @@ class EngineSource(BaseModel):
     target: str
     files: dict[str, File]
     segments: tuple[tuple[str, ...], ...] = ()
-    residency: Residency = "resident"
+    on_demand: int = 0
 
 
 def python_model(

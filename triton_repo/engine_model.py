@@ -29,7 +29,7 @@ class TritonPythonModel:
                 source.target,
                 source.compiler_version,
                 source.segments,
-                source.residency,
+                source.on_demand,
             )
         except DitforgeError as error:
             raise pb_utils.TritonModelException(str(error)) from error

@@ -93,7 +93,7 @@ def make_model(source: Manifest, name: str, max_batch: int) -> Triton:
     component, engine = source.components[name], source.engines.get(name)
     files = {f"1/{Path(file).name}": file for file in component.files}
     parameters = {config.MODEL_PARAMETER: source.model.model_dump_json()} if name == DIT else {}
-    at_once = engine and not engine.segments and engine.residency == "resident"  # as Triton's own backend has it
+    at_once = engine and not engine.segments and not engine.on_demand  # as Triton's own backend has it
     if engine and engine.compiler == "tensorrt" and at_once and has_tensorrt_backend():
         plan = Path(next(iter(component.files))).name
         return Triton(
@@ -107,7 +107,7 @@ def make_model(source: Manifest, name: str, max_batch: int) -> Triton:
             target=engine.target,
             files=described,
             segments=engine.segments,
-            residency=engine.residency,
+            on_demand=engine.on_demand,
         )
         parameters[config.ENGINE_PARAMETER] = made.model_dump_json()
     module = "tokenizer_model" if name == TOKENIZER else "engine_model"
@@ -129,7 +129,7 @@ def cache_key(source: Manifest, models: dict[str, Triton], max_batch: int) -> di
         if engine := source.engines.get(name):
             key[f"compiler of {name}"] = f"{engine.compiler} {engine.compiler_version} for {engine.target}"
             key[f"segments of {name}"] = str(max(len(engine.segments), 1))
-            key[f"residency of {name}"] = engine.residency
+            key[f"segments on demand of {name}"] = str(engine.on_demand)
         key |= {f"sha256 of {file}": described.sha256 for file, described in component.files.items()}
     for name, model in models.items():
         key |= {f"sha256 of {name}/{p}": sha256(text.encode()).hexdigest() for p, text in texts(model).items()}

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from exports import alone
 
 from ditforge import manifest
 from ditforge.engines import plan as planning
@@ -40,9 +41,25 @@ def test_a_dit_that_does_not_fit_is_cut(schnell, small: int, tmp_path: Path) -> 
     assert made.fits and made.peak <= small
     engines = built.manifest.engines
     assert len(engines["dit"].segments) == made.placements["dit"].segments > 1
-    assert engines["dit"].residency == "on-demand"
+    assert engines["dit"].on_demand == len(engines["dit"].segments)
     again = build(schnell.onnx, out, "rtx3060", **ONE)
     assert again.rebuilt == {}
+
+
+def test_only_what_does_not_fit_is_loaded_on_demand(tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    onnx, out = alone(tiny.onnx, tmp_path / "onnx"), tmp_path / "engines"
+    found = manifest.read(onnx, "onnx").components["dit"].footprint
+    assert found is not None
+    wanted = found.first(1, 4) + found.segment(4) + planning.SPARE * found.activations_at(SIDE)
+    monkeypatch.setattr(planning, "CONTEXT", 0)
+    some = (wanted + 1) / planning.USABLE / planning.GIB  # for one segment of four that stays, and one that comes
+    engine = build(onnx, out, "sm_86", gpu_memory=some, **ONE).manifest.engines["dit"]
+    assert (len(engine.segments), engine.on_demand) == (4, 3)
+    assert build(onnx, out, "sm_86", gpu_memory=some, **ONE).rebuilt == {}
+    with pytest.raises(UserError, match="does not fit sm_86"):
+        build(onnx, out, "sm_86", gpu_memory=some / 4, **ONE)
+    with pytest.raises(UserError, match="--gpu-memory is for a plan"):
+        build(onnx, out, "sm_86", segments=2, gpu_memory=some)
 
 
 def test_a_text_encoder_that_does_not_fit_is_compiled_for_the_cpu(schnell, tmp_path: Path) -> None:
@@ -74,7 +91,7 @@ def test_less_memory_to_compile_in_is_no_reason_to_compile_again(
     monkeypatch.setattr("ditforge.engines.build.memory_to_compile", lambda: planning.build_peak(found.segment(2)))
     assert build(schnell.onnx, out, "rtx3060", **ONE).rebuilt == {}
     fresh = build(schnell.onnx, tmp_path / "others", "rtx3060", **ONE).manifest.engines["dit"]
-    assert (len(fresh.segments), fresh.residency) == (2, "resident")
+    assert (len(fresh.segments), fresh.on_demand) == (2, 0)
 
 
 def test_what_does_not_fit_writes_nothing(schnell, small: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from command_line import eventually, popen
+from exports import alone
 from onnx import TensorProto, helper
 
 from ditforge import manifest
@@ -35,17 +36,6 @@ from ditforge.triton_repo.server import start
 SIZES = [{"batch": 1, "latent_height": 12, "latent_width": 12}, {"batch": 3, "latent_height": 20, "latent_width": 6}]
 
 
-def alone(export: Path, out: Path) -> Path:
-    """A copy of an export, in which the DiT is the only network."""
-    found = manifest.read(export, "onnx")
-    components = {name: found.components[name] for name in ("tokenizer", "dit")}
-    for file in (file for component in components.values() for file in component.files):
-        (out / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(export / file, out / file)
-    manifest.write(found.model_copy(update={"components": components}), out)
-    return out
-
-
 def example(component: Component, sizes: dict[str, int], seed: int = 0) -> Arrays:
     """Random inputs."""
     random = np.random.default_rng(seed)
@@ -55,10 +45,12 @@ def example(component: Component, sizes: dict[str, int], seed: int = 0) -> Array
     }
 
 
-def load(engines: Path) -> Engine:
+def load(engines: Path, on_demand: int | None = None) -> Engine:
+    """The DiT of a build; with so many of its segments on demand, or as many as are meant to be."""
     built = manifest.read(engines, "engines")
     dit, engine = built.components["dit"], built.engines["dit"]
-    return load_engine(engines, dit.files, engine.compiler, engine.target, "", engine.segments, engine.residency)
+    some = engine.on_demand if on_demand is None else on_demand
+    return load_engine(engines, dit.files, engine.compiler, engine.target, "", engine.segments, some)
 
 
 def segments_of(export: Path, count: int) -> list[Segment]:
@@ -95,7 +87,7 @@ def test_segments_compute_what_the_whole_does(stages, tmp_path: Path) -> None:
     for count, residency in ((2, "resident"), (3, "on-demand"), (most, "resident")):
         built = build(onnx_dir, tmp_path / "engines", "cpu", segments=count, residency=residency).manifest
         engine = built.engines["dit"]
-        assert (len(engine.segments), engine.residency) == (count, residency)
+        assert (len(engine.segments), engine.on_demand) == (count, count if residency == "on-demand" else 0)
         assert {file for part in engine.segments for file in part} == set(built.components["dit"].files)
         chain = load(tmp_path / "engines")
         for sizes in SIZES:
@@ -247,9 +239,9 @@ def test_the_same_segments_are_not_built_again(dit: Path, tmp_path: Path, capsys
     parts = {path.name: path.stat().st_ino for path in out.glob("dit-*")}
     assert build(dit, out, "cpu", segments=2, residency="on-demand").rebuilt == {}  # another manifest, the same engines
     assert {path.name: path.stat().st_ino for path in out.glob("dit-*")} == parts
-    assert manifest.read(out, "engines").engines["dit"].residency == "on-demand"
+    assert manifest.read(out, "engines").engines["dit"].on_demand == 2
     show_folder(out)
-    assert ", 2 segments, on-demand" in capsys.readouterr().out
+    assert ", 2 segments, on demand" in capsys.readouterr().out
     assert build(dit, out, "cpu", segments=3).rebuilt == {"dit": "segments was 2 (cutting 1), is 3 (cutting 1)"}
     assert build(dit, out, "cpu").rebuilt == {"dit": "segments was 3 (cutting 1), is 1"}
     assert verify_files(out) == 4
@@ -319,7 +311,11 @@ def test_a_compiler_that_is_killed(dit: Path, tmp_path: Path) -> None:
 # Running
 
 
-def test_at_most_one_segment_is_loaded_on_demand(dit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("resident", [0, 1, 2])
+def test_at_most_one_segment_is_loaded_on_demand(
+    dit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resident: int
+) -> None:
+    """And the others stay."""
     sessions: list[weakref.ref[ort.InferenceSession]] = []
     loaded: list[int] = []
     real = ort_compiler.load
@@ -332,15 +328,19 @@ def test_at_most_one_segment_is_loaded_on_demand(dit: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(ort_compiler, "load", noted)
     built = build(dit, tmp_path / "engines", "cpu", segments=3, residency="on-demand").manifest
-    chain = load(tmp_path / "engines")
-    assert loaded == [0, 0, 0]  # each was tried once
-    chain.run(example(built.components["dit"], SIZES[0]))
-    assert loaded == [0] * 6
+    chain = load(tmp_path / "engines", 3 - resident)
+    at_start = [0, 1, 2][:resident] + [resident] * (3 - resident)
+    assert loaded == at_start  # each was tried once
+    inputs = example(built.components["dit"], SIZES[0])
+    (velocity,) = chain.run(inputs).values()
+    assert loaded == at_start + [resident] * (3 - resident)
+    assert alive(sessions) == resident
+    chain.close()
     assert alive(sessions) == 0
     build(dit, tmp_path / "engines", "cpu", segments=3)
     sessions.clear()
     chain = load(tmp_path / "engines")
-    chain.run(example(built.components["dit"], SIZES[0]))
+    np.testing.assert_array_equal(chain.run(inputs)["velocity"], velocity)
     assert alive(sessions) == 3
     chain.close()
     assert alive(sessions) == 0
@@ -374,7 +374,7 @@ def test_a_gpu_that_is_too_small(dit: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(ort_compiler, "load", fail)
     with pytest.raises(DitforgeError, match="the GPU's memory does not hold the engine") as error:
         load(tmp_path / "engines")
-    assert "--residency on-demand" in error.value.fix
+    assert "--gpu-memory GB" in error.value.fix
 
 
 def test_the_same_picture_from_segments_on_demand(schnell, schnell_server, tmp_path: Path) -> None:

@@ -152,6 +152,7 @@ class Engine:
 @pytest.fixture(autouse=True)
 def no_memory_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_runtime, "_scratch", None)
+    monkeypatch.setattr(tensorrt_runtime, "_loaded", weakref.WeakSet())
 
 
 def execution(engine: Engine, cache: Path = Path("nowhere")) -> Execution:
@@ -268,6 +269,17 @@ def test_a_closed_engine_holds_nothing() -> None:
     assert FREED[-1] is None  # it was dropped before
     assert tensorrt_runtime._scratch is None and not run.kept
     np.testing.assert_array_equal(result["y"], 2 * x(1, 4))
+
+
+def test_the_shared_scratch_stays_as_long_as_an_engine_does() -> None:
+    resident, on_demand = (execution(Engine(((1, 4), (1, 4), (1, 4)))) for _ in range(2))
+    for run in (resident, on_demand):
+        run.run_batch([{"x": x(1, 4)}])
+    scratch = tensorrt_runtime._scratch
+    on_demand.close()
+    assert scratch is not None and tensorrt_runtime._scratch is scratch is resident.scratch
+    resident.close()
+    assert tensorrt_runtime._scratch is None
 
 
 def test_bf16_is_stored_in_two_bytes() -> None:

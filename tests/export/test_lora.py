@@ -286,7 +286,6 @@ def test_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize("style", ["diffusers", "kohya"])
 def test_against_diffusers_and_peft(flux: DiffusionPipeline, style: str, tmp_path: Path) -> None:
     """diffusers reads the same file, and PEFT adds it to the weights."""
-    pytest.importorskip("peft")
     pipeline = random_flux.schnell()
     dit, tensors = flux.transformer, {}
     for seed, (name, theirs) in enumerate(FLUX_LINEARS):

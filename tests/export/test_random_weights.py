@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from command_line import assert_error, ditforge
+from exports import traced_once
 from tokenizers import Tokenizer
 
 from ditforge import manifest
@@ -36,6 +37,13 @@ def bare(random_schnell: Path, tmp_path: Path) -> Path:
         path = folder / component / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": size, "eos_token_id": 2}))
     return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def sizes_traced_once() -> Iterator[None]:
+    """All of them are of `bare`'s sizes."""
+    with traced_once():
+        yield
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -14,10 +15,12 @@ import torch
 from ditforge import manifest
 from ditforge.export import calibration, flux, onnx_export
 from ditforge.export.checkpoint import open_checkpoint
+from ditforge.export.footprint import Measured, measure
 from ditforge.export.network import Network
 from ditforge.export.onnx_export import export_network
 from ditforge.export.precision import EIGHT_BIT, parse_precision
 from ditforge.export.trace import trace
+from ditforge.model import Model
 
 
 def export_dits(
@@ -60,9 +63,10 @@ def replace_dit(dit: Path, export: Path) -> None:
 
 @contextmanager
 def traced_once() -> Iterator[None]:
-    """Inside, `export_network` traces each network once in each dtype; of one checkpoint."""
+    """Inside, exports trace and measure each network once in each dtype; of checkpoints of the same sizes."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(onnx_export, "trace", cache_of_traces())
+        monkeypatch.setattr(onnx_export, "measure", cache_of_measures())
         yield
 
 
@@ -78,3 +82,27 @@ def cache_of_traces() -> Callable[[Network], tuple[ir.Model, dict[str, list[str]
         return model.clone(), aliases
 
     return cached
+
+
+def cache_of_measures() -> Callable[[Network, Model], Measured]:
+    """`measure`, once for each network and dtype."""
+    measures: dict[tuple[str, torch.dtype], Measured] = {}
+
+    def cached(network: Network, model: Model) -> Measured:
+        key = network.name, network.dtype
+        if key not in measures:
+            measures[key] = measure(network, model)
+        return replace(measures[key], network=network)
+
+    return cached
+
+
+def alone(export: Path, out: Path) -> Path:
+    """A copy of an export, in which the DiT is the only network."""
+    found = manifest.read(export, "onnx")
+    components = {name: found.components[name] for name in ("tokenizer", "dit")}
+    for file in (file for component in components.values() for file in component.files):
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(export / file, out / file)
+    manifest.write(found.model_copy(update={"components": components}), out)
+    return out

@@ -171,7 +171,7 @@ def test_python_runs_what_triton_has_no_backend_for(schnell, tmp_path: Path, tri
     assert {path.name for path in (tmp_path / "repo" / "dit" / "1").iterdir()} == {"model.py", "dit.plan"}
 
 
-@pytest.mark.parametrize("change", [{"segments": (("dit.plan",),)}, {"residency": "on-demand"}])
+@pytest.mark.parametrize("change", [{"segments": (("dit.plan",),)}, {"on_demand": 1}])
 def test_python_runs_segments_and_what_is_loaded_on_demand(
     schnell, tmp_path: Path, tritonserver: Path, change: dict[str, Any]
 ) -> None:
@@ -184,7 +184,7 @@ def test_python_runs_segments_and_what_is_loaded_on_demand(
     assert write_repository(engines, tmp_path / "repo") == "what runs dit was tensorrt_plan, is python"
     config = read_config(tmp_path / "repo", "dit")
     described = EngineSource.model_validate_json(config.parameters["ditforge_engine"].string_value)
-    assert (described.segments, described.residency) == (changed["dit"].segments, changed["dit"].residency)
+    assert (described.segments, described.on_demand) == (changed["dit"].segments, changed["dit"].on_demand)
     assert read_config(tmp_path / "repo", "clip").platform == "tensorrt_plan"
 
 

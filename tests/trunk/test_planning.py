@@ -23,9 +23,9 @@ def test_a_published_model_on_one_card(tmp_path: Path) -> None:
         *peaks, usable = map(float, re.findall(PEAK, line))
         assert len(peaks) == 4 and max(peaks) <= usable == 12.1
         assert "offload" in line
-    assert re.search(r"^dit +int8-weights +on-demand +2 +\d", result.out, re.MULTILINE)
-    assert re.search(r"^t5 +bf16 +on-demand +1 +9\.\d GB", result.out, re.MULTILINE)
-    assert "- dit's segments are loaded and freed in each step: 15.2 GB a step" in result.out
+    assert re.search(r"^dit +int8-weights +on-demand +16, 9 in turn +\d", result.out, re.MULTILINE)
+    assert re.search(r"^t5 +bf16 +on-demand +8 +1\.\d GB", result.out, re.MULTILINE)
+    assert "- 9 of dit's 16 segments are loaded and freed in each step: 8.6 GB a step" in result.out
     assert "━" in result.err  # the progress bar
     assert list(tmp_path.iterdir()) == []
 
@@ -46,6 +46,10 @@ def test_an_export_in_the_precision_that_it_has(schnell, tmp_path: Path) -> None
     assert "precision as exported" in result.out
     assert re.search(r"^dit +fp32 +resident +1 +0\.\d GB", result.out, re.MULTILINE)
     assert_error(ditforge("plan", schnell.onnx, "--precision", "bf16", cwd=tmp_path), "exported already")
+    for gpu in ("rtx4090", "sm_89"):  # of the latter only what is said is known
+        result = ditforge("plan", schnell.onnx, "--gpu", gpu, "--gpu-memory", "0.5", "--size", "96", cwd=tmp_path)
+        assert f"random-schnell on {gpu}, 0.5 GB, " in result.out
+        assert "does not fit" in result.out  # since CUDA takes more
 
 
 @pytest.mark.parametrize(
@@ -56,6 +60,10 @@ def test_an_export_in_the_precision_that_it_has(schnell, tmp_path: Path) -> None
         (["nosuch", "--gpu", "rtx3061"], "did you mean rtx3060"),
         (["nosuch", "--gpu", "sm_89"], "sm_89 is no product"),
         (["nosuch", "--gpu", "cpu"], "the CPU is no GPU"),
+        (["nosuch", "--gpu", "cpu", "--gpu-memory", "8"], "--gpu-memory is a GPU's"),
+        (["nosuch", "--gpu", "rtx3060", "--gpu-memory", "0"], "got 0"),
+        (["nosuch", "--gpu", "rtx3060", "--gpu-memory", "nan"], "got nan"),
+        (["nosuch", "--gpu-memory", "8"], "--gpu-memory is that of one GPU"),
         ([str(MODELS / "flux-tiny"), "--gpu", "rtx3060", "--precision", "fp8"], "no FP8 tensor cores"),
         ([str(MODELS / "flux-tiny"), "--gpu", "rtx3060", "--precision", "fp9"], "unknown precision 'fp9'"),
         ([str(MODELS / "flux-tiny"), "--gpu", "rtx3060", "--size", "9999"], "got 9999"),

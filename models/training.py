@@ -204,8 +204,16 @@ def compiled_twin(transformer: M, prepare: Callable[[M], None] = lambda twin: No
         twin = type(transformer).from_config(transformer.config)
     twin.load_state_dict(transformer.state_dict(keep_vars=True), assign=True)
     prepare(twin)
-    twin.compile_repeated_blocks()
+    compile_blocks(twin)
     return twin
+
+
+def compile_blocks(transformer: ModelMixin, backend: str = "inductor") -> None:
+    """Compile each block, those of one kind once; not all of diffusers' models say which they are."""
+    for blocks in transformer.children():
+        if isinstance(blocks, nn.ModuleList):
+            for block in blocks:
+                block.compile(backend=backend)
 
 
 def build_t5(tokenizer: PreTrainedTokenizerBase, width: int) -> T5EncoderModel:

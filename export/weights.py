@@ -165,10 +165,11 @@ def _entries(header: Any, start: int, size: int) -> dict[str, Entry]:
     metadata = header.pop(METADATA, None)
     if metadata is not None and not (isinstance(metadata, dict) and all(type(v) is str for v in metadata.values())):
         raise ValueError(f"{METADATA} in its header is not an object of strings")
+    for text in metadata.values() if metadata else ():
+        text.encode()  # half of a surrogate pair is no text
     places: list[tuple[int, int, str]] = []
     entries: dict[str, Entry] = {}
     for name, said in header.items():
-        name.encode()  # half of a surrogate pair is no text
         dtype, shape, begin, end = _entry(name, said)
         if _count(shape) * DTYPES[dtype][0] != end - begin:
             problem = f"{dtype} {list(shape)[:8]} does not take the {end - begin} bytes from {begin} to {end}"
@@ -215,7 +216,10 @@ def _count(shape: Iterable[int]) -> int:
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these names, each of which is text. Raises ValueError for half of a surrogate pair, and twins."""
     made = dict(pairs)
+    for name in made:
+        name.encode()
     if len(made) != len(pairs):
         seen: set[str] = set()
         twin = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]

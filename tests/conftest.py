@@ -14,12 +14,16 @@ from pathlib import Path
 import pytest
 import random_flux
 from filelock import FileLock, Timeout
+from hypothesis import settings
 
 from ditforge.triton_repo.server import Server, start
 
 ROOT = Path(__file__).parent.parent
 OTHER = {"fp32": "fp16", "fp16": "bf16", "bf16": "fp16"}  # which exports to make while those are being made
-
+# The same examples each time, so that a submission is not refused for what an earlier one brought. For others:
+# pytest --hypothesis-profile default
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 Shared = Callable[..., Path]
 Exports = Callable[[str, str], Path]

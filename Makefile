@@ -14,9 +14,9 @@ INSTALLED := $(VENV)/installed
 demo: $(INSTALLED)
 	$(BIN)/python examples/first_picture.py models/flux-tiny --out out/demo
 
-# Two processes, each of one thread: what is tested for minutes, tracing, takes one.
+# Three processes for two cores, each of one thread: what is tested for minutes, tracing, takes one, and others wait.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

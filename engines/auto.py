@@ -9,7 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ditforge.engines.gpus import Target, default_compiler
-from ditforge.engines.plan import CPU, DIT, ON_DEMAND, RESIDENT, Part, Plan, build_peak, gigabytes, make_plan, parts_of
+from ditforge.engines.plan import (
+    CPU,
+    DIT,
+    ON_DEMAND,
+    RESIDENT,
+    Placement as Planned,
+    Plan,
+    build_peak,
+    gigabytes,
+    make_plan,
+    parts_of,
+)
 from ditforge.engines.profile import DEFAULT_BATCH, Profile
 from ditforge.errors import DitforgeWarning, UserError
 from ditforge.manifest import Component, Manifest
@@ -73,9 +84,7 @@ def decide(
             f"{gigabytes(fewest.peak)} of the GPU's memory, and {gigabytes(fewest.usable or 0)} can be used",
             f"--resolutions with smaller ones, --batch {least_batch(model)}, or ditforge export with 8-bit weights",
         )
-    chosen = next(count for count, plan in plans.items() if plan.rank == fewest.rank and plan.fits)
-    warn_of_compiling(parts, plans[chosen], memory)
-    return plans[chosen]
+    return next(plan for plan in plans.values() if plan.rank == fewest.rank and plan.fits)
 
 
 def least_batch(model: Model) -> int:
@@ -83,12 +92,14 @@ def least_batch(model: Model) -> int:
     return 2 if model.guidance == "classifier-free" else 1
 
 
-def warn_of_compiling(parts: Sequence[Part], plan: Plan, memory: int | None) -> None:
+def warn_of_compiling(
+    networks: Mapping[str, Component], placements: Mapping[str, Placement], memory: int | None
+) -> None:
     """Say it where the largest engine, or segment of one, is likely to take more memory to compile than there is."""
     peaks = {
-        part.name: build_peak(part.footprints[placed.precision].segment(placed.segments))
-        for part in parts
-        if (placed := plan.placements[part.name]).place != CPU
+        name: build_peak(component.footprint.segment(placements[name].segments))
+        for name, component in networks.items()
+        if component.footprint and placements[name].target.capabilities
     }
     largest = max(peaks, key=peaks.__getitem__)
     if memory is not None and peaks[largest] > memory:
@@ -128,21 +139,20 @@ def place_engines(
     segments: int | None = None,
     residency: str | None = None,
 ) -> dict[str, Placement]:
-    """Where each engine goes: as planned, as the user says, or whole and resident.
+    """Where each engine goes: as planned, or whole and resident, but as the user says about it.
 
+    That is the DiT's `segments`, and the `residency` of all; if there is one of these, all that is planned is resident.
     Raises UserError for an unknown residency.
     """
     if residency not in (None, *RESIDENCIES):
         raise UserError(f"unknown residency {residency!r}", f"--residency {' or '.join(RESIDENCIES)}")
     placements = {}
     for name in networks:
-        count = segments if name == DIT and segments is not None else 1
-        placements[name] = Placement(compiler, target, count, count if residency == ON_DEMAND else 0)
-        if plan:
-            placed = plan.placements[name]
-            on_gpu = Placement(compiler, target, placed.segments, placed.in_turn)
-            of_cpu = Placement(default_compiler(Target(CPU)), Target(CPU))
-            placements[name] = of_cpu if placed.place == CPU else on_gpu
+        placed = plan.placements[name] if plan else Planned("", RESIDENT, 1, 0)
+        count = segments if name == DIT and segments is not None else placed.segments
+        on_gpu = Placement(compiler, target, count, count if residency == ON_DEMAND else placed.in_turn)
+        of_cpu = Placement(default_compiler(Target(CPU)), Target(CPU))
+        placements[name] = of_cpu if placed.place == CPU else on_gpu
     return placements
 
 

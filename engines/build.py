@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from ditforge import manifest
-from ditforge.engines.auto import Placement, cut_before, decide, memory_to_compile, place_engines
+from ditforge.engines.auto import Placement, cut_before, decide, memory_to_compile, place_engines, warn_of_compiling
 from ditforge.engines.compiler import Job, Progress, Ranges, find_compiler
 from ditforge.engines.gpus import default_compiler, find_target, limited
-from ditforge.engines.plan import Plan
+from ditforge.engines.plan import DIT, Plan
 from ditforge.engines.process import compile_apart
 from ditforge.engines.profile import Profile, announced, make_profiles, tiled
 from ditforge.errors import UserError
@@ -77,10 +77,11 @@ def build(
     `vae_tile` pixels, or, by default, whole. An engine whose cache key is unchanged is kept; if all are, nothing is
     written. The DiT is compiled in that many `segments`, one after the other (see segments.cut); with the `residency`
     "on-demand", all engines are loaded for each call (see manifest.Engine). Where neither is given, a plan for the
-    memory of the GPU (or `gpu_memory` GB) and of this machine decides about them, the batch and the tiles (see
-    auto.decide); `planned` is called with it. `progress` is called with (what is done, how many steps are done, how
-    many there are). Raises UserError if the target cannot execute a component, or has too little memory, if a graph is
-    damaged, or has not that many segments; then `out` is as it was before.
+    memory of the GPU (or `gpu_memory` GB) decides about them, the batch and the tiles (see auto.decide); `planned` is
+    called with it. Networks that nobody cut are cut as the memory of this machine asks for. `progress` is called with
+    (what is done, how many steps are done, how many there are). Raises UserError if the target cannot execute a
+    component, or has too little memory, if a graph is damaged, or has not that many segments; then `out` is as it was
+    before.
     """
     source, target = manifest.read(onnx, "onnx"), limited(find_target(gpu), gpu_memory)
     if gpu_memory is not None and (segments, residency) != (None, None):
@@ -90,18 +91,23 @@ def build(
     model, profiles = tiled(source.model, vae_tile), []
     if find_compiler(compiler_name).PROFILES or (resolutions, static, batch) != (None, None, None):
         profiles = make_profiles(model, resolutions, static, batch)
-    plan = None
-    if profiles and segments is None and residency is None:
-        plan = decide(networks, model, target, profiles, batch, memory_to_compile())
+    by_hand = (segments, residency) != (None, None)
+    plan, memory = None, memory_to_compile()
+    if profiles:
+        limits = replace(target, memory_gb=None) if by_hand else target
+        plan = decide(networks, model, limits, profiles, batch, memory)
     if plan:
         model = tiled(model, plan.vae_tile)
         profiles = [replace(profile, max_batch=plan.batch) for profile in profiles]
-        if planned:
+        if planned and not by_hand:
             planned(plan)
     model = announced(model, profiles) if profiles else model
     placements = place_engines(networks, compiler_name, target, plan, segments, residency)
+    if plan:
+        warn_of_compiling(networks, placements, memory)
     before = manifest.earlier(out, "engines")
-    design = make_design(networks, source.model, model, profiles, placements, before if plan else None, out)
+    as_before = [name for name in networks if plan and not (name == DIT and segments)]
+    design = make_design(networks, source.model, model, profiles, placements, before, as_before, out)
     reasons = {name: reason for name in networks if (reason := rebuild_reason(before, out, name, design.keys[name]))}
     if before and not reasons and is_same(before, out, design):
         return Built(before, {})
@@ -115,12 +121,13 @@ def make_design(
     profiles: list[Profile],
     placements: dict[str, Placement],
     before: Manifest | None,
+    as_before: Collection[str],
     out: Path,
 ) -> Design:
     """Where each network of a model that was `given` goes, and in what shapes, so that it is the `model`.
 
-    Those that are in `out` from a build `before` stay in as many segments. Raises UserError for a network that its
-    target cannot execute.
+    Those of `as_before` that are in `out` from a build `before` may stay in as many segments. Raises UserError for a
+    network that its target cannot execute.
     """
     own = {name: [profile.of(name, model) for profile in profiles] for name in networks}
     placed, shapes, keys = dict(placements), {}, {}
@@ -128,7 +135,7 @@ def make_design(
         compiler = find_compiler(placed[name].compiler)
         compiler.check(name, component, placed[name].target)
         shapes[name] = ranges(component, own[name] if compiler.PROFILES else [], given)
-        cut = cut_before(before, name, placed[name])
+        cut = cut_before(before if name in as_before else None, name, placed[name])
         keys[name] = cache_key(component, cut, shapes[name])
         if rebuild_reason(before, out, name, keys[name]):
             keys[name] = cache_key(component, placed[name], shapes[name])

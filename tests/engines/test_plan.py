@@ -214,8 +214,27 @@ def test_build_says_what_will_hardly_compile() -> None:
         "t5": 2,
         "dit": 3,
     }
+    target, memory = find_target("h100"), 2 * GB
+    networks = {name: part for name, part in components().items() if name in LARGE}
+    frugal = auto.decide(networks, MODEL, target, profiles, 1, memory)
     with pytest.warns(DitforgeWarning, match=r"compiling dit takes up to 2.9 GB, and 2.0 GB are to be had"):
-        auto.decide(components(), MODEL, find_target("h100"), profiles, 1, 2 * GB)
+        auto.warn_of_compiling(networks, auto.place_engines(networks, "tensorrt", target, frugal), memory)
+    with pytest.warns(DitforgeWarning, match=r"compiling dit takes up to 32.3 GB, and 2.0 GB are to be had"):
+        auto.warn_of_compiling(networks, auto.place_engines(networks, "tensorrt", target, frugal, 1), memory)
+
+
+def test_by_hand_only_the_dit_is_cut_otherwise() -> None:
+    """Other networks are cut as the memory to compile in asks for."""
+    target = find_target("sm_89")
+    made = auto.decide(components(), MODEL, target, make_profiles(MODEL, None, None, None), None, 14 * GB)
+    for segments, residency, expected in (
+        (None, None, {"t5": (2, 0), "dit": (3, 0), "clip": (1, 0)}),
+        (5, None, {"t5": (2, 0), "dit": (5, 0), "clip": (1, 0)}),
+        (None, "on-demand", {"t5": (2, 2), "dit": (3, 3), "clip": (1, 1)}),
+        (1, "on-demand", {"t5": (2, 2), "dit": (1, 1), "clip": (1, 1)}),
+    ):
+        placed = auto.place_engines(list(LARGE), "tensorrt-rtx", target, made, segments, residency)
+        assert {name: (placed[name].segments, placed[name].on_demand) for name in expected} == expected
 
 
 def test_engines_are_placed_as_planned() -> None:

@@ -150,7 +150,8 @@ class Engine:
 
 
 @pytest.fixture(autouse=True)
-def no_memory_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_memory_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)  # where engines that are closed leave what was compiled
     monkeypatch.setattr(tensorrt_runtime, "_scratch", None)
     monkeypatch.setattr(tensorrt_runtime, "_loaded", weakref.WeakSet())
 

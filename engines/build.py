@@ -43,7 +43,8 @@ class Built:
 class Design:
     """What is to be made: the model that the engines announce, their largest batch (None: any), and more by network.
 
-    That is where its engine goes, the profiles of its sizes, the shapes of its inputs in these, and its cache key.
+    That is where its engine goes, the profiles of its sizes, the shapes of its inputs in these, its cache key, and, if
+    it has to be compiled, the reason why.
     """
 
     model: Model
@@ -52,6 +53,7 @@ class Design:
     profiles: dict[str, list[Profile]]
     shapes: dict[str, list[Ranges]]
     keys: dict[str, dict[str, str]]
+    reasons: dict[str, str]
 
 
 def build(
@@ -84,14 +86,14 @@ def build(
     before.
     """
     source, target = manifest.read(onnx, "onnx"), limited(find_target(gpu), gpu_memory)
-    if gpu_memory is not None and (segments, residency) != (None, None):
+    by_hand = (segments, residency) != (None, None)
+    if gpu_memory is not None and by_hand:
         raise UserError("--gpu-memory is for a plan, which --segments and --residency replace", "leave one of them out")
     compiler_name = compiler_name or default_compiler(target)
     networks = {name: component for name, component in source.components.items() if name != TOKENIZER}
     model, profiles = tiled(source.model, vae_tile), []
     if find_compiler(compiler_name).PROFILES or (resolutions, static, batch) != (None, None, None):
         profiles = make_profiles(model, resolutions, static, batch)
-    by_hand = (segments, residency) != (None, None)
     plan, memory = None, memory_to_compile()
     if profiles:
         limits = replace(target, memory_gb=None) if by_hand else target
@@ -108,10 +110,9 @@ def build(
     before = manifest.earlier(out, "engines")
     as_before = [name for name in networks if plan and not (name == DIT and segments)]
     design = make_design(networks, source.model, model, profiles, placements, before, as_before, out)
-    reasons = {name: reason for name in networks if (reason := rebuild_reason(before, out, name, design.keys[name]))}
-    if before and not reasons and is_same(before, out, design):
+    if before and not design.reasons and is_same(before, out, design):
         return Built(before, {})
-    return Built(write_engines(source, onnx, out, design, before, reasons, progress), reasons)
+    return Built(write_engines(source, onnx, out, design, before, progress), design.reasons)
 
 
 def make_design(
@@ -130,18 +131,20 @@ def make_design(
     network that its target cannot execute.
     """
     own = {name: [profile.of(name, model) for profile in profiles] for name in networks}
-    placed, shapes, keys = dict(placements), {}, {}
+    placed, shapes, keys, reasons = {}, {}, {}, {}
     for name, component in networks.items():
-        compiler = find_compiler(placed[name].compiler)
-        compiler.check(name, component, placed[name].target)
+        wanted = placements[name]
+        compiler = find_compiler(wanted.compiler)
+        compiler.check(name, component, wanted.target)
         shapes[name] = ranges(component, own[name] if compiler.PROFILES else [], given)
-        cut = cut_before(before if name in as_before else None, name, placed[name])
-        keys[name] = cache_key(component, cut, shapes[name])
-        if rebuild_reason(before, out, name, keys[name]):
-            keys[name] = cache_key(component, placed[name], shapes[name])
+        for placement in (cut_before(before if name in as_before else None, name, wanted), wanted):
+            placed[name], keys[name] = placement, cache_key(component, placement, shapes[name])
+            reason = rebuild_reason(before, out, name, keys[name])
+            if not reason:
+                break
         else:
-            placed[name] = cut
-    return Design(model, profiles[0].max_batch if profiles else None, placed, own, shapes, keys)
+            reasons[name] = reason
+    return Design(model, profiles[0].max_batch if profiles else None, placed, own, shapes, keys, reasons)
 
 
 def write_engines(
@@ -150,21 +153,20 @@ def write_engines(
     out: Path,
     design: Design,
     before: Manifest | None,
-    reasons: dict[str, str],
     progress: Progress | None,
 ) -> Manifest:
-    """Compile the networks in `reasons`, take the others over from the build `before` in `out`, and write it anew."""
+    """Compile what has to be, take the others over from the build `before` in `out`, and write it anew."""
     networks, placements = {name: source.components[name] for name in design.keys}, design.placements
-    for name in reasons:  # all of them are looked at before the first one is compiled
+    for name in design.reasons:  # all of them are looked at before the first one is compiled
         manifest.check_files(onnx, networks[name].files, fix="ditforge export CHECKPOINT --out DIR   again")
     parts = {
         name: cut_graph(
             onnx / f"{name}.onnx", networks[name], source.model, design.profiles[name], placements[name].segments
         )
-        for name in reasons
+        for name in design.reasons
     }
     report = progress or (lambda component, done, total: None)
-    kept = {name: before.components[name] for name in networks if name not in reasons} if before else {}
+    kept = {name: before.components[name] for name in networks if name not in design.reasons} if before else {}
     with manifest.written_whole(out, "engines", own=caches(before.components.values() if before else ())) as folder:
         for cache in caches(kept.values()):  # those of engines that are compiled again are of no use
             if before and (out / cache).is_file():

@@ -10,24 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
+from published import MODEL
 
 from ditforge.client.request import MAX_GUIDANCE, Request, make_request
 from ditforge.errors import DitforgeWarning, UserError
-from ditforge.model import Model, Schedule, SkipLayers
+from ditforge.model import Model, SkipLayers
 
-DEV = Model(
-    name="dev",
-    latent_channels=16,
-    vae_factor=8,
-    size_multiple=16,
-    default_size=512,
-    max_size=1000,  # not a multiple of 16: 992 is the largest
-    default_steps=28,
-    guidance="embedded",
-    default_guidance=3.5,
-    schedule=Schedule(kind="fixed"),
-    max_tokens={"clip": 77, "t5": 512},
-)
+DEV = MODEL.model_copy(update={"default_size": 512, "max_size": 1000})  # no multiple of 16: 992 is the largest
 WITH_T5 = {"with_t5": (True,)}
 SCHNELL = DEV.model_copy(update={"name": "schnell", "guidance": "none", "default_guidance": 0.0, "default_steps": 4})
 

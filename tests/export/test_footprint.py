@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
+import published
 import pytest
 import torch
 from compiled_sizes import compiled_sizes, sample_shapes
@@ -24,21 +25,9 @@ from ditforge.export.onnx_export import export_network
 from ditforge.export.precision import Precision, parse_precision
 from ditforge.export.random_weights import random_checkpoint
 from ditforge.footprint import Footprint
-from ditforge.model import Model, Schedule
+from ditforge.model import Model
 
-MODEL = Model(
-    name="made-up",
-    latent_channels=4,
-    vae_factor=8,
-    size_multiple=16,
-    default_size=512,
-    max_size=1024,
-    default_steps=1,
-    guidance="none",
-    default_guidance=0.0,
-    schedule=Schedule(kind="fixed"),
-    max_tokens={},
-)
+MODEL = published.MODEL.model_copy(update={"latent_channels": 4, "default_size": 512, "max_size": 1024})
 
 
 def network(forward: Callable[[Tensor, nn.Module], Tensor], **modules: Callable[[], nn.Module]) -> Network:

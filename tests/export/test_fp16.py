@@ -18,16 +18,16 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
+from exports import traced_once
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel
 
 from ditforge.errors import DitforgeError
-from ditforge.export import fit, flux, onnx_export, t5, vae
+from ditforge.export import fit, flux, t5, vae
 from ditforge.export.checkpoint import open_checkpoint
 from ditforge.export.network import Network
 from ditforge.export.onnx_export import FP32, export_network
 from ditforge.export.precision import parse_precision
-from ditforge.export.trace import trace
 
 FP16 = parse_precision("fp16")
 RESCALED = ("t5", "vae_decoder", "vae_encoder")
@@ -66,14 +66,6 @@ Run = Callable[[Network, Path], np.ndarray]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory):
     """Exports the network of a checkpoint (each is traced once), and runs it in ONNX Runtime on `inputs`."""
-    traces: dict[tuple[str, torch.dtype, bool], object] = {}
-
-    def traced_once(network: Network):
-        key = network.name, network.dtype, bool(network.factors)
-        if key not in traces:
-            traces[key] = trace(network)
-        model, aliases = traces[key]
-        return model.clone(), aliases
 
     def run(network: Network, checkpoint: Path) -> np.ndarray:
         folder = tmp_path_factory.mktemp(network.name)
@@ -81,8 +73,7 @@ def run(tmp_path_factory: pytest.TempPathFactory):
         assert component.reason == network.reason
         return execute(folder, network.name)
 
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(onnx_export, "trace", traced_once)
+    with traced_once():
         yield run
 
 

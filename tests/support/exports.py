@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import onnx_ir as ir
 import pytest
@@ -21,6 +22,8 @@ from ditforge.export.onnx_export import export_network
 from ditforge.export.precision import EIGHT_BIT, parse_precision
 from ditforge.export.trace import trace
 from ditforge.model import Model
+
+T = TypeVar("T")
 
 
 def export_dits(
@@ -64,35 +67,30 @@ def replace_dit(dit: Path, export: Path) -> None:
 @contextmanager
 def traced_once() -> Iterator[None]:
     """Inside, exports trace and measure each network once in each dtype; of checkpoints of the same sizes."""
+    traces, measures = once(trace), once(measure)
+
+    def traced(network: Network) -> tuple[ir.Model, dict[str, list[str]]]:
+        model, aliases = traces(network)
+        return model.clone(), aliases
+
+    def measured(network: Network, model: Model) -> Measured:
+        return replace(measures(network, model), network=network)
+
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(onnx_export, "trace", cache_of_traces())
-        monkeypatch.setattr(onnx_export, "measure", cache_of_measures())
+        monkeypatch.setattr(onnx_export, "trace", traced)
+        monkeypatch.setattr(onnx_export, "measure", measured)
         yield
 
 
-def cache_of_traces() -> Callable[[Network], tuple[ir.Model, dict[str, list[str]]]]:
-    """`trace`, once for each network and dtype."""
-    traces: dict[tuple[str, torch.dtype], tuple[ir.Model, dict[str, list[str]]]] = {}
+def once(function: Callable[..., T]) -> Callable[..., T]:
+    """What `function` made of a network the first time; another dtype is another network, and so is a rescaled one."""
+    made: dict[tuple[str, torch.dtype, bool], T] = {}
 
-    def cached(network: Network) -> tuple[ir.Model, dict[str, list[str]]]:
-        key = network.name, network.dtype
-        if key not in traces:
-            traces[key] = trace(network)
-        model, aliases = traces[key]
-        return model.clone(), aliases
-
-    return cached
-
-
-def cache_of_measures() -> Callable[[Network, Model], Measured]:
-    """`measure`, once for each network and dtype."""
-    measures: dict[tuple[str, torch.dtype], Measured] = {}
-
-    def cached(network: Network, model: Model) -> Measured:
-        key = network.name, network.dtype
-        if key not in measures:
-            measures[key] = measure(network, model)
-        return replace(measures[key], network=network)
+    def cached(network: Network, *more: object) -> T:
+        key = network.name, network.dtype, bool(network.factors)
+        if key not in made:
+            made[key] = function(network, *more)
+        return made[key]
 
     return cached
 

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from queue import Queue
 
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+from command_line import eventually
 
 from ditforge import manifest
 from ditforge.client.connection import Connection, encode
 from ditforge.engines.verify import example
 
 USERS = 16
-
-
-def counts(client: triton.InferenceServerClient, requests: int) -> tuple[int, int]:
-    """Requests to the DiT and its executions, once `requests` are counted: Triton counts after it has answered."""
-    end = time.monotonic() + 60
-    while True:
-        statistics = client.get_inference_statistics("dit").model_stats[0]
-        if statistics.inference_count >= requests or time.monotonic() > end:
-            return statistics.inference_count, statistics.execution_count
-        time.sleep(0.05)
 
 
 def test_requests_of_several_users_run_as_one(schnell, schnell_server) -> None:
@@ -36,9 +26,18 @@ def test_requests_of_several_users_run_as_one(schnell, schnell_server) -> None:
 
     inputs = examples(batch=USERS, latent_height=8, latent_width=12)
     each = [{name: value[i : i + 1] for name, value in inputs.items()} for i in range(USERS)]
-    earlier, _ = counts(client, 0)
+
+    def statistics():
+        return client.get_inference_statistics("dit").model_stats[0]
+
+    def counted(requests: int) -> None:
+        """Until there are so many: Triton counts a request shortly after answering it."""
+        eventually(lambda: statistics().inference_count >= requests)
+
+    earlier = statistics()
     alone = [connection.infer("dit", one)["velocity"] for one in each]
-    requests, executions = counts(client, earlier + USERS)
+    counted(earlier.inference_count + USERS)
+    before = statistics()
 
     # A large picture keeps the DiT busy until all users' requests wait for it, on a machine however slow.
     answers: Queue[tuple[int, triton.InferResult, Exception | None]] = Queue()
@@ -53,12 +52,12 @@ def test_requests_of_several_users_run_as_one(schnell, schnell_server) -> None:
         i, result, error = answers.get(timeout=120)
         assert error is None
         together[i] = result.as_numpy("velocity")
-    requests_after, executions_after = counts(client, requests + 1 + USERS)
+    counted(before.inference_count + 1 + USERS)
+    after = statistics()
 
     for i in range(USERS):
         np.testing.assert_allclose(together[i], alone[i], rtol=0, atol=1e-4)
-    assert requests_after >= requests + 1 + USERS, "not every request was counted"
-    assert executions_after - executions < 1 + USERS // 2, "requests that waited did not share a batch"
+    assert after.execution_count - before.execution_count < 1 + USERS // 2, "requests that waited did not share a batch"
 
 
 def test_a_bad_request_is_answered_and_the_next_one_served(schnell, schnell_server) -> None:

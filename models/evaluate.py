@@ -88,8 +88,12 @@ def evaluate(folder: Path, count: int, seed: int, device: str) -> dict[str, obje
     results: dict[str, dict[str, float]] = {}
     out = Path("build/evaluate")
     out.mkdir(parents=True, exist_ok=True)
+    if "text_encoder_3" in pipeline.components:
+        cases["128x128, without T5"] = (captions, {})  # the last case: T5 is gone for good
     for name, (prompts, options) in cases.items():
         start = time.perf_counter()
+        if name.endswith("without T5"):
+            pipeline.text_encoder_3 = pipeline.tokenizer_3 = None
         pictures = paint(pipeline, prompts, seed=seed, **options)  # type: ignore[arg-type]
         verdicts = [judge(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
         results[name] = {"pictures": len(prompts), **shares(verdicts)}

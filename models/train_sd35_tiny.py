@@ -71,10 +71,19 @@ def flow_loss(models: Models, transformer: SD3Transformer2DModel, batch: Noised)
     return F.mse_loss(velocity, batch.velocity)
 
 
+def load_autoencoder(folder: Path) -> AutoencoderKL:
+    """A trained one; its configuration does not say where it was read from, which diffusers would have it say."""
+    trained = AutoencoderKL.from_pretrained(folder)
+    config = {key: value for key, value in trained.config.items() if not key.startswith("_")}
+    autoencoder = AutoencoderKL.from_config(config)
+    autoencoder.load_state_dict(trained.state_dict())
+    return autoencoder
+
+
 def train(out: Path, work: Path, scale: float, seed: int, device: torch.device, autoencoder: Path) -> None:
     """Both stages at `scale` times their budgets, then the folder `out` with training.json beside the models."""
     prepare_gpu()
-    models = build_models(seed, AutoencoderKL.from_pretrained(autoencoder))
+    models = build_models(seed, load_autoencoder(autoencoder))
     budgets = {name: budget.scaled(scale) for name, budget in BUDGETS.items()}
     readers = {
         "text_encoder": models.text_encoder,

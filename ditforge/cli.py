@@ -142,6 +142,7 @@ def calibrate(
     steps: Annotated[int | None, typer.Option(help="Sampler steps; by default the model's.")] = None,
     base: Base = None,
     lora: Loras = None,
+    text_encoders: TextEncoders = "all",
 ) -> None:
     """Activation ranges for fp8: runs the checkpoint over prompts and notes the largest inputs.
 
@@ -153,7 +154,7 @@ def calibrate(
 
     texts, loras = calibration.read_prompts(prompts), [parse_lora(option) for option in lora or ()]
     with terminal.progress("calibrate") as report:
-        ranges = calibration.calibrate(checkpoint, out, texts, steps, report, base, loras)
+        ranges = calibration.calibrate(checkpoint, out, texts, steps, report, base, loras, text_encoders)
     terminal.say(
         f"{out}: ranges of {len(ranges.amax)} linears over {ranges.prompts} prompts, {ranges.steps} steps each"
     )
@@ -214,6 +215,7 @@ def plan(
     random_weights: RandomWeights = False,
     base: Base = None,
     gpu_memory: GpuMemory = None,
+    text_encoders: TextEncoders = "all",
 ) -> None:
     """What will be in a GPU's memory, and when; nothing is written.
 
@@ -221,7 +223,7 @@ def plan(
     """
     from ditforge import planning
 
-    planning.show(checkpoint, gpu, precision, size, random_weights, base, gpu_memory)
+    planning.show(checkpoint, gpu, precision, size, random_weights, base, gpu_memory, text_encoders)
 
 
 @app.command()

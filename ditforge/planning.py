@@ -71,6 +71,7 @@ def show(
     random: bool,
     base: Path | None,
     gpu_memory: float | None = None,
+    text_encoders: str = "all",
 ) -> None:
     """Print the plan of a GPU, or one row for each GPU there is. Raises UserError for what cannot be planned."""
     if gpu_memory is not None and gpu is None:
@@ -78,7 +79,7 @@ def show(
     target = find_card(gpu, gpu_memory) if gpu else None
     if target:
         choose_precision(target, precision)  # before anything is measured
-    subject = read_subject(path, precision, size, random, base)
+    subject = read_subject(path, precision, size, random, base, text_encoders)
     sizes = [size] if size else sizes_of(subject.model)
     if target is None:
         terminal.table(("--gpu", "memory", "precision", *map(str, sizes)), overview(subject, precision, sizes))
@@ -167,19 +168,24 @@ def segments_of(placement: Placement) -> str:
     return f"{placement.segments}, {placement.in_turn} in turn" if partly else str(placement.segments)
 
 
-def read_subject(path: Path, precision: str | None, size: int | None, random: bool, base: Path | None) -> Subject:
+def read_subject(
+    path: Path, precision: str | None, size: int | None, random: bool, base: Path | None, text_encoders: str
+) -> Subject:
     """Look at the checkpoint, or the export, at `path`. Raises UserError if it is neither."""
     if (path / manifest.FILE_NAME).is_file():
+        if text_encoders != "all":
+            raise UserError(f"{path} is exported already, with text encoders or without", "leave out --text-encoders")
         return exported(path, precision, size)
     from ditforge.export.random_weights import random_checkpoint
-    from ditforge.export.sources import open_source
+    from ditforge.export.sources import check_text_encoders, open_source, with_text_encoders
 
+    check_text_encoders(text_encoders)
     if not random:
-        return measured(open_source(path, base), precision, size)
+        return measured(open_source(path, base, text_encoders=text_encoders), precision, size)
     if base:
         raise UserError("random weights take nothing from files", "leave out --base, or --random-weights")
     with random_checkpoint(path) as opened:
-        return measured(opened, precision, size)
+        return measured(with_text_encoders(opened, text_encoders), precision, size)
 
 
 def check_size(model: Model, size: int | None) -> None:

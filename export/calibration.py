@@ -124,17 +124,18 @@ def calibrate(
     progress: Progress | None = None,
     base: Path | None = None,
     loras: Loras = (),
+    text_encoders: str = "all",
 ) -> Calibration:
     """Run the checkpoint `path` over `prompts` and all steps at its default size, and write the ranges to `out`.
 
-    `path`, `base` and `loras` are what export takes. Raises UserError if the checkpoint cannot be used or `out` cannot
-    be written, before anything is run.
+    `path`, `base`, `loras` and `text_encoders` are what export takes. Raises UserError if the checkpoint cannot be used
+    or `out` cannot be written, before anything is run.
     """
     import torch
 
     if steps is not None and not 1 <= steps <= MAX_STEPS:
         raise UserError(f"steps must be from 1 to {MAX_STEPS}, got {steps}", "--steps 28, or leave it out")
-    checkpoint = open_source(path, base, loras)
+    checkpoint = open_source(path, base, loras, text_encoders)
     model, _, networks = read_networks(checkpoint, Precision("fp32"))
     for network in networks:
         check_weights(network, checkpoint.weights(network.weights))

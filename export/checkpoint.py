@@ -66,6 +66,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, str(read_json(folder / INDEX).get("_class_name", "")))
 
 
+def t5_parts(index: dict[str, Any]) -> list[str]:
+    """What an index calls T5 and its tokenizer, whose class does not say whose it is; nothing where it has no T5."""
+    entries = {name: value[-1] for name, value in index.items() if isinstance(value, list) and value}
+    encoders = [name for name, cls in entries.items() if str(cls).startswith("T5Encoder")]
+    return [*encoders, *(name.replace("text_encoder", "tokenizer") for name in encoders)]
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in the file `path`. Raises UserError if the file is missing or holds something else."""
     fix = f"copy {path.name} again from where the checkpoint came from"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from ditforge.errors import DitforgeError, UserError
-from ditforge.export.checkpoint import Checkpoint
+from ditforge.export.checkpoint import INDEX, Checkpoint, t5_parts
 from ditforge.export.network import Network
 from ditforge.export.precision import Precision
 from ditforge.export.tokenization import Tokenizer
@@ -28,15 +28,14 @@ def family_of(checkpoint: Checkpoint) -> ModuleType:
 def read_networks(checkpoint: Checkpoint, precision: Precision) -> tuple[Model, list[Tokenizer], list[Network]]:
     """What a client must know of the checkpoint, its tokenizers and its networks.
 
-    Raises UserError if one of its configurations cannot be used.
+    Raises UserError if one of its configurations cannot be used, or if it needs T5 and its index names none.
     """
     family = family_of(checkpoint)
     try:
-        return (
-            family.model(checkpoint),
-            family.read_tokenizers(checkpoint),
-            family.networks(checkpoint, precision),
-        )
+        model = family.model(checkpoint)
+        if model.t5 == "required" and not t5_parts(checkpoint.config("", INDEX)):
+            raise UserError(f"{model.name} cannot do without T5", "--text-encoders all")
+        return model, family.read_tokenizers(checkpoint), family.networks(checkpoint, precision)
     except DitforgeError:
         raise
     except Exception as error:  # the libraries' configuration classes raise many kinds

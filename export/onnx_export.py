@@ -24,12 +24,17 @@ from ditforge.export.precision import Precision, dtype_name
 from ditforge.export.quantise import SCHEMES, quantise_linears
 from ditforge.export.resume import Unfinished
 from ditforge.export.sensitivity import SAMPLES, Call, Choice, choose_linears, recorded_calls
-from ditforge.export.sources import Loras, fingerprint, open_source
+from ditforge.export.sources import (
+    Loras,
+    check_text_encoders,
+    fingerprint,
+    open_source,
+    with_text_encoders,
+)
 from ditforge.export.tokenization import Tokenizer
 from ditforge.export.trace import trace
 from ditforge.export.weights import Weights
 from ditforge.manifest import Component, Manifest, Tensor
-from ditforge.model import Model
 
 TRITON_DTYPES = {
     torch.float32: "FP32",
@@ -39,8 +44,7 @@ TRITON_DTYPES = {
 }
 
 FP32 = Precision("fp32")
-TEXT_ENCODERS = ("all", "clip")
-T5 = "t5"  # the name of its network and of its tokenizer
+T5 = "t5"  # the name of its network
 MEASURED_PROMPTS = 4  # of those that ship with ditforge, to measure what each linear loses to 8 bits
 
 Progress = Callable[[str, int, int], None]
@@ -84,10 +88,10 @@ def export_checkpoint(
     Raises UserError for a checkpoint that is incomplete or of no known family, and if the disk has too little space,
     before anything is written.
     """
-    if text_encoders not in TEXT_ENCODERS:
-        raise UserError(f"unknown text encoders {text_encoders!r}", f"--text-encoders {' or '.join(TEXT_ENCODERS)}")
+    check_text_encoders(text_encoders)
     if not random:
-        opened, files = open_source(checkpoint, base, loras), fingerprint(checkpoint, base, loras)
+        opened = open_source(checkpoint, base, loras, text_encoders)
+        files = fingerprint(checkpoint, base, loras)
         return export_opened(opened, files, out, precision, calibration, max_error, progress, text_encoders, measuring)
     if base or loras:
         raise UserError("random weights take nothing from files", "leave out --base and --lora, or --random-weights")
@@ -95,6 +99,7 @@ def export_checkpoint(
         raise UserError("the errors of random weights tell nothing", "leave out --max-error, or --random-weights")
     with random_weights.random_checkpoint(checkpoint) as opened:
         files = random_weights.fingerprint(opened)
+        opened = with_text_encoders(opened, text_encoders)
         return export_opened(opened, files, out, precision, calibration, None, progress, text_encoders)
 
 
@@ -129,8 +134,6 @@ def export_opened(
     ):
         return Exported(before, fresh=True)
     model, tokenizers, networks = read_networks(opened, precision)
-    if text_encoders == "clip":
-        model, tokenizers, networks = without_t5(model, tokenizers, networks)
     if precision.t5 and T5 not in (network.name for network in networks):
         raise UserError(f"{model.name} is exported without T5", "leave out --t5-precision")
     sizes: dict[str, int] = {}
@@ -192,21 +195,6 @@ def weights_of(network: Network, checkpoint: Checkpoint) -> Weights:
     if checkpoint.seed is not None:
         return random_weights.random_weights(network, checkpoint)
     return checkpoint.weights(network.weights)
-
-
-def without_t5(
-    model: Model, tokenizers: list[Tokenizer], networks: list[Network]
-) -> tuple[Model, list[Tokenizer], list[Network]]:
-    """The same without T5, and without what needs it. Raises UserError for a model that cannot do without."""
-    if model.t5 == "required":
-        raise UserError(f"{model.name} cannot do without T5", "--text-encoders all")
-    lost = {port for network in networks if network.name == T5 for port in network.outputs}
-    left = {name: tokens for name, tokens in model.max_tokens.items() if name != T5}
-    return (
-        model.model_copy(update={"t5": "absent", "max_tokens": left}),
-        [tokenizer for tokenizer in tokenizers if tokenizer.name != T5],
-        [network for network in networks if network.name != T5 and not lost.intersection(network.inputs)],
-    )
 
 
 def measure_linears(

@@ -14,8 +14,9 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
+from ditforge.errors import UserError
 from ditforge.export import clip, pipeline, t5, vae
-from ditforge.export.checkpoint import INDEX, Checkpoint, with_defaults
+from ditforge.export.checkpoint import INDEX, Checkpoint, t5_parts, with_defaults
 from ditforge.export.network import BATCH, Dim, Network, Port
 from ditforge.export.precision import Precision, network_dtype, text_dtype
 from ditforge.export.schedule import flow_schedule
@@ -193,7 +194,16 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def has_t5(checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint comes with T5: its index names a class then, null where it was left out."""
-    return bool((checkpoint.config("", INDEX).get("text_encoder_3") or [None])[-1])
+    return bool(t5_parts(checkpoint.config("", INDEX)))
+
+
+def check_t5(checkpoint: Checkpoint) -> None:
+    """Raise UserError if T5 is named by the index and not there: who meant to do without it can say so."""
+    parts = t5_parts(checkpoint.config("", INDEX))
+    missing = [name for name in parts if name not in checkpoint.tensors and not (checkpoint.folder / name).is_dir()]
+    if missing:
+        problem = f"{checkpoint.folder} lacks {' and '.join(missing)}, which is T5 and which its {INDEX} names"
+        raise UserError(problem, "copy it from where the checkpoint came from, or leave T5 out: --text-encoders clip")
 
 
 def networks(checkpoint: Checkpoint, precision: Precision) -> list[Network]:
@@ -217,6 +227,7 @@ def networks(checkpoint: Checkpoint, precision: Precision) -> list[Network]:
 
 def read_tokenizers(checkpoint: Checkpoint) -> list[Tokenizer]:
     """CLIP's two tokenizers, and T5's where it is there."""
+    check_t5(checkpoint)
     clip_l = read_tokenizer(checkpoint, "tokenizer", "clip_l")
     # StableDiffusion3Pipeline cuts both at the first one's length.
     tokenizers = [clip_l, read_tokenizer(checkpoint, "tokenizer_2", "clip_g", limit=clip_l.max_tokens)]

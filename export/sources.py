@@ -10,25 +10,48 @@ from pathlib import Path
 from typing import Any
 
 from ditforge.errors import UserError
-from ditforge.export.checkpoint import INDEX, Checkpoint, open_checkpoint, read_json
+from ditforge.export.checkpoint import INDEX, Checkpoint, open_checkpoint, read_json, t5_parts
 
 Loras = Sequence[tuple[Path, float]]
+TEXT_ENCODERS = ("all", "clip")
 CONFIG = "config.json"
 SCHEDULER = "scheduler", "scheduler_config.json"
 
 
-def open_source(path: Path, base: Path | None = None, loras: Loras = ()) -> Checkpoint:
+def open_source(
+    path: Path, base: Path | None = None, loras: Loras = (), text_encoders: str = TEXT_ENCODERS[0]
+) -> Checkpoint:
     """Open the diffusers folder `path`, or the single file `path` with what it lacks from the folder `base`.
 
-    `loras` are files and strengths. No weight is read. Raises UserError if something is missing, or does not fit.
+    `loras` are files and strengths; `text_encoders` "clip" leaves T5 out, whose files may be missing then. No weight is
+    read. Raises UserError if something is missing, or does not fit.
     """
+    check_text_encoders(text_encoders)
     if path.is_file():
-        checkpoint = _open_file(path, base)
+        checkpoint = _open_file(path, base, text_encoders)
     elif base is not None:
         raise UserError(f"--base is for a checkpoint in one file, and {path} is none", "leave out --base")
     else:
-        checkpoint = open_checkpoint(path)
+        checkpoint = with_text_encoders(open_checkpoint(path), text_encoders)
     return _with_loras(checkpoint, loras) if loras else checkpoint
+
+
+def check_text_encoders(name: str) -> None:
+    """Raise UserError for a name that says nothing of text encoders."""
+    if name not in TEXT_ENCODERS:
+        raise UserError(f"unknown text encoders {name!r}", f"--text-encoders {' or '.join(TEXT_ENCODERS)}")
+
+
+def with_text_encoders(checkpoint: Checkpoint, name: str) -> Checkpoint:
+    """The same with all its text encoders, or, for "clip", as if it had come without T5: its index names none."""
+    if name == "all":
+        return checkpoint
+    return replace(checkpoint, configs={**checkpoint.configs, ("", INDEX): _without_t5(checkpoint.config("", INDEX))})
+
+
+def _without_t5(index: dict[str, Any]) -> dict[str, Any]:
+    """An index with null for T5 and its tokenizer, as diffusers writes what was left out."""
+    return index | {name: [None, None] for name in t5_parts(index)}
 
 
 def parse_lora(option: str) -> tuple[Path, float]:
@@ -58,11 +81,11 @@ def _files(path: Path) -> list[tuple[object, ...]]:
     return [(str(file.relative_to(start)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-def _open_file(file: Path, base: Path | None) -> Checkpoint:
+def _open_file(file: Path, base: Path | None, text_encoders: str) -> Checkpoint:
     from ditforge.export.layouts import open_single_file, require
 
     single = open_single_file(file)
-    opened = open_checkpoint(base) if base else None
+    opened = with_text_encoders(open_checkpoint(base), text_encoders) if base else None
     if opened is None and single.published is None:
         held = ", ".join(single.components)
         raise UserError(f"{file} holds no DiT, only {held}", "--base FOLDER, a diffusers folder with the rest")
@@ -71,9 +94,10 @@ def _open_file(file: Path, base: Path | None) -> Checkpoint:
         raise UserError(problem, "--base FOLDER, a diffusers folder of the same family")
     folder = base or single.published
     assert folder is not None, "one of them is there"
-    require(single, (name for name in _components(folder) if name != SCHEDULER[0]), base)
+    index = opened.config("", INDEX) if opened else read_json(folder / INDEX)
+    require(single, (name for name in _components(index) if name != SCHEDULER[0]), base)
     assert opened is not None, "the tokenizers are in no single file"
-    configs: dict[tuple[str, str], dict[str, Any]] = {}
+    configs = dict(opened.configs)
     if single.published:
         names = [SCHEDULER, *((component, CONFIG) for component in single.components)]
         for component, name in names:
@@ -90,7 +114,7 @@ def _with_loras(checkpoint: Checkpoint, loras: Loras) -> Checkpoint:
     from ditforge.export.lora import fuse
 
     tensors = dict(checkpoint.tensors)
-    for component in _components(checkpoint.folder):
+    for component in _components(checkpoint.config("", INDEX)):
         if component.startswith(("transformer", "text_encoder")) and component not in tensors:
             tensors[component] = folder_tensors(checkpoint.weights(component))
     fused = fuse({name: part for name, part in tensors.items() if name != "vae"}, loras)
@@ -98,7 +122,6 @@ def _with_loras(checkpoint: Checkpoint, loras: Loras) -> Checkpoint:
     return replace(checkpoint, tensors={**tensors, **fused}, loras=names)
 
 
-def _components(folder: Path) -> list[str]:
-    """What the index names that has files: a class, and not null where something was left out."""
-    index = read_json(folder / INDEX)
+def _components(index: dict[str, Any]) -> list[str]:
+    """What an index names that has files: a class, and not null where something was left out."""
     return [name for name, value in index.items() if isinstance(value, list) and value and value[-1]]

@@ -18,7 +18,7 @@ from hypothesis import settings
 
 from ditforge.triton_repo.server import Server, start
 
-ROOT = Path(__file__).parent.parent
+MODELS = Path(__file__).parent.parent / "models"
 OTHER = {"fp32": "fp16", "fp16": "bf16", "bf16": "fp16"}  # which exports to make while those are being made
 # The same examples each time, so that a submission is not refused for what an earlier one brought. For others:
 # pytest --hypothesis-profile default
@@ -63,7 +63,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
 @pytest.fixture(scope="session")
 def flux_tiny() -> Path:
     """The trained checkpoint in the repository."""
-    return ROOT / "models" / "flux-tiny"
+    return MODELS / "flux-tiny"
 
 
 @pytest.fixture(scope="session")
@@ -82,14 +82,20 @@ class Stages:
     repository: Path
 
 
-def run_stages(checkpoint: Path, name: str, shared: Shared, meanwhile: Callable[[], object] | None = None) -> Stages:
+def run_stages(
+    checkpoint: Path,
+    name: str,
+    shared: Shared,
+    meanwhile: Callable[[], object] | None = None,
+    text_encoders: str = "all",
+) -> Stages:
     """Export in fp32, build for the CPU, write the repository; into the shared folder NAME."""
     from ditforge.engines.build import build
     from ditforge.export.onnx_export import export_checkpoint
     from ditforge.triton_repo.repository import write_repository
 
     def make(out: Path) -> None:
-        export_checkpoint(checkpoint, out / "onnx")
+        export_checkpoint(checkpoint, out / "onnx", text_encoders=text_encoders)
         build(out / "onnx", out / "engines", "cpu")
         write_repository(out / "engines", out / "repo")
 
@@ -139,18 +145,18 @@ def dits(random_schnell: Path, ranges: Path, shared: Shared) -> Exports:
     return make_dits(random_schnell, ranges, "dits", shared)
 
 
-@pytest.fixture(scope="session")
-def exports(tiny: Stages, shared: Shared) -> Exports:
-    """`exports("fp8", "bf16")`: flux-tiny with its DiT in fp8, and everything else in bf16."""
+def make_exports(stages: Stages, name: str, shared: Shared) -> Exports:
+    """A whole checkpoint in a precision, e.g. ("fp8", "bf16"): its DiT in fp8, and everything else in bf16."""
     from exports import export_around, replace_dit
 
-    dits = make_dits(tiny.checkpoint, make_ranges(tiny.checkpoint, "tiny-calibration", shared), "tiny-dits", shared)
+    ranges = make_ranges(stages.checkpoint, f"{name}-calibration", shared)
+    dits = make_dits(stages.checkpoint, ranges, f"{name}-dits", shared)
 
     def whole(base: str, meanwhile: Callable[[], object] | None = None) -> Path:
         def make(out: Path) -> None:
-            export_around(tiny.checkpoint, tiny.onnx, dits(base, base), base, out)
+            export_around(stages.checkpoint, stages.onnx, dits(base, base), base, out)
 
-        return shared(f"export-{base}", make, meanwhile)
+        return shared(f"{name}-export-{base}", make, meanwhile)
 
     def export(precision: str, base: str) -> Path:
         def make(out: Path) -> None:
@@ -158,11 +164,23 @@ def exports(tiny: Stages, shared: Shared) -> Exports:
             replace_dit(dits(precision, base), out)
 
         if base == "fp32":
-            return tiny.onnx
+            return stages.onnx
         around = whole(base, lambda: whole(OTHER[base]))
-        return around if precision == base else shared(f"export-{precision}-{base}", make)
+        return around if precision == base else shared(f"{name}-export-{precision}-{base}", make)
 
     return export
+
+
+@pytest.fixture(scope="session")
+def exports(tiny: Stages, shared: Shared) -> Exports:
+    """`exports("fp8", "bf16")`: flux-tiny with its DiT in fp8, and everything else in bf16."""
+    return make_exports(tiny, "tiny", shared)
+
+
+@pytest.fixture(scope="session")
+def sd3_exports(sd3: Stages, shared: Shared) -> Exports:
+    """The same of sd35-tiny."""
+    return make_exports(sd3, "sd3", shared)
 
 
 @pytest.fixture(scope="session")
@@ -181,31 +199,48 @@ def tiny_server(tiny: Stages) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def sd3(shared: Shared, request: pytest.FixtureRequest) -> Stages:
-    """A random checkpoint built like Stable Diffusion 3.5 medium, through every stage."""
-    import random_sd3
-
-    checkpoint = shared("sd3-checkpoint", random_sd3.save_medium) / "random-sd3"
-    return run_stages(checkpoint, "sd3", shared, lambda: request.getfixturevalue("sd3_turbo"))
+    """sd35-tiny, trained and built like Stable Diffusion 3.5 medium, through every stage."""
+    return run_stages(MODELS / "sd35-tiny", "sd3", shared, lambda: request.getfixturevalue("sd3_turbo"))
 
 
 @pytest.fixture(scope="session")
 def sd3_turbo(shared: Shared) -> Stages:
-    """One built like Stable Diffusion 3.5 large-turbo, without T5, through every stage."""
+    """A random checkpoint that shares no size with sd35-tiny, built like large-turbo, through every stage."""
     import random_sd3
 
-    folder = shared("sd3-turbo-checkpoint", random_sd3.save_large_turbo)
+    folder = shared("sd3-turbo-checkpoint", lambda out: random_sd3.save_large_turbo(out, with_t5=True))
     return run_stages(folder / "random-sd3-turbo", "sd3-turbo", shared)
 
 
 @pytest.fixture(scope="session")
+def sd3_clip(sd3_turbo: Stages, shared: Shared) -> Stages:
+    """The same without T5, whose files are not there, through every stage."""
+    from exports import networks_of
+
+    def copy(out: Path) -> None:
+        shutil.copytree(sd3_turbo.checkpoint, out / "random-sd3-turbo", ignore=shutil.ignore_patterns("*_3"))
+
+    folder = shared("sd3-clip-checkpoint", copy)
+    with networks_of(sd3_turbo.onnx):
+        return run_stages(folder / "random-sd3-turbo", "sd3-clip", shared, text_encoders="clip")
+
+
+@pytest.fixture(scope="session")
 def sd3_server(sd3: Stages) -> Iterator[Server]:
-    """A server of the checkpoint like medium."""
+    """A server of sd35-tiny."""
     with start(sd3.repository, port=0) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def sd3_turbo_server(sd3_turbo: Stages) -> Iterator[Server]:
-    """A server of the checkpoint like large-turbo."""
+    """A server of the random checkpoint like large-turbo."""
     with start(sd3_turbo.repository, port=0) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def sd3_clip_server(sd3_clip: Stages) -> Iterator[Server]:
+    """A server of the random checkpoint without T5."""
+    with start(sd3_clip.repository, port=0) as server:
         yield server

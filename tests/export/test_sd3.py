@@ -12,23 +12,25 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import random_sd3
+import single_files
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from exports import traced_once
+from exports import networks_of
+from onnx import TensorProto
+from safetensors.torch import save_file
 
 from ditforge import manifest
 from ditforge.client.sampling import flow_sigmas
-from ditforge.engines.build import build
 from ditforge.engines.verify import compare
 from ditforge.errors import UserError
-from ditforge.export import onnx_export, sd3 as family
-from ditforge.export.calibration import calibrate, read_ranges
-from ditforge.export.checkpoint import Checkpoint, open_checkpoint
-from ditforge.export.network import Network
-from ditforge.export.onnx_export import export_checkpoint, export_network
+from ditforge.export.calibration import calibrate
+from ditforge.export.checkpoint import open_checkpoint
+from ditforge.export.families import read_networks
+from ditforge.export.fit import check_weights
+from ditforge.export.onnx_export import export_checkpoint
 from ditforge.export.precision import parse_precision
-from ditforge.manifest import Component, Manifest
-from ditforge.triton_repo.repository import write_repository
+from ditforge.export.sources import open_source
 
 PROMPTS = ["a large red circle", "", "small green square above a blue one"]
 WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
@@ -61,16 +63,21 @@ def test_graphs_are_valid(request: pytest.FixtureRequest, name: str) -> None:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
-    ("name", "t5", "join"), [("sd3", True, "join"), ("sd3", False, "join_clip"), ("sd3_turbo", False, "join_clip")]
+    ("name", "t5", "join"),
+    [
+        ("sd3", True, "join"),
+        ("sd3", False, "join_clip"),
+        ("sd3_turbo", True, "join"),
+        ("sd3_turbo", False, "join_clip"),
+    ],
 )
 @torch.no_grad()
 def test_text_encoders(request: pytest.FixtureRequest, name: str, t5: bool, join: str, batch: int) -> None:
     stages = request.getfixturevalue(name)
     reference, tokens = pipeline(stages.checkpoint, t5), manifest.read(stages.onnx, "onnx").model.max_tokens
-    zeros = tokens.get("t5", 256)
     prompts = PROMPTS[:batch]
     embeds, _, pooled, _ = reference.encode_prompt(
-        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=zeros
+        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=tokens["t5"]
     )
     tokenizers = {"clip_l": reference.tokenizer, "clip_g": reference.tokenizer_2, "t5": reference.tokenizer_3}
     tensors: dict[str, np.ndarray] = {}
@@ -89,7 +96,7 @@ def test_text_encoders(request: pytest.FixtureRequest, name: str, t5: bool, join
 def test_dit(request: pytest.FixtureRequest, name: str, batch: int, rows: int, columns: int) -> None:
     """Each sample with a noise level of its own, and without blocks of its own; up to the end of the position table."""
     stages = request.getfixturevalue(name)
-    transformer = pipeline(stages.checkpoint, t5=name == "sd3").transformer
+    transformer = pipeline(stages.checkpoint, t5=True).transformer
     described = manifest.read(stages.onnx, "onnx").components["dit"].inputs
     generator = torch.Generator().manual_seed(batch)
     inputs = {
@@ -124,12 +131,12 @@ def test_what_a_client_must_know(sd3, sd3_turbo) -> None:
     medium, turbo = (manifest.read(stages.onnx, "onnx").model for stages in (sd3, sd3_turbo))
     assert medium.guidance == turbo.guidance == "classifier-free"
     assert (medium.default_steps, medium.default_guidance, medium.t5) == (40, 4.5, "optional")
-    assert (turbo.default_steps, turbo.default_guidance, turbo.t5) == (4, 0.0, "absent")
-    assert medium.max_tokens == {"clip_l": 33, "clip_g": 33, "t5": 48}
-    assert turbo.max_tokens == {"clip_l": 33, "clip_g": 33}
-    assert (medium.default_size, medium.max_size) == (96, 384)  # 24 patches are as far as the table goes
+    assert (turbo.default_steps, turbo.default_guidance, turbo.t5) == (4, 0.0, "optional")
+    assert medium.max_tokens == {"clip_l": 24, "clip_g": 24, "t5": 64}
+    assert turbo.max_tokens == {"clip_l": 33, "clip_g": 33, "t5": 48}
+    assert (medium.default_size, medium.max_size) == (128, 384)  # 24 patches are as far as the table goes
     assert (turbo.default_size, turbo.max_size, turbo.size_multiple) == (24, 80, 4)
-    assert medium.skip_layers and medium.skip_layers.layers == (1,)
+    assert medium.skip_layers and medium.skip_layers.layers == (1, 2)
     assert turbo.skip_layers is None
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(28)
@@ -139,34 +146,66 @@ def test_what_a_client_must_know(sd3, sd3_turbo) -> None:
 # Left out: T5
 
 
-@pytest.fixture
-def no_tracing(sd3, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks are not traced again, but taken from the whole export."""
-
-    def copied(network: Network, checkpoint: Checkpoint, folder: Path, *options: object) -> Component:
-        component = manifest.read(sd3.onnx, "onnx").components[network.name]
-        for name in component.files:
-            shutil.copyfile(sd3.onnx / name, folder / name)
-        return component
-
-    monkeypatch.setattr(onnx_export, "export_network", copied)
-
-
-def test_export_without_t5(sd3, tmp_path: Path, no_tracing: None) -> None:
-    exported = export_checkpoint(sd3.checkpoint, tmp_path / "onnx", text_encoders="clip").manifest
+def test_export_without_t5(sd3_turbo, sd3_clip, tmp_path: Path) -> None:
+    """Whose files need not be there. There are as many zeros as diffusers' pipeline takes by default."""
+    exported = manifest.read(sd3_clip.onnx, "onnx")
     assert list(exported.components) == [
         "tokenizer", "clip_l", "clip_g", "join_clip", "dit", "vae_decoder", "vae_encoder",
     ]  # fmt: skip
     assert exported.model.t5 == "absent"
     assert exported.model.max_tokens == {"clip_l": 33, "clip_g": 33}
+    assert exported.components["dit"].inputs["prompt_embeds"].shape[1:] == (33 + 256, random_sd3.T5_WIDTH)
     assert set(exported.components["tokenizer"].outputs) == {"clip_l_ids", "clip_g_ids", "prompt_tokens"}
-    build(tmp_path / "onnx", tmp_path / "engines", "cpu")
-    write_repository(tmp_path / "engines", tmp_path / "repo")
-    assert not list((tmp_path / "repo").glob("t5*"))
-    assert not (tmp_path / "repo" / "text_encoders_clip").exists()
-    assert export_checkpoint(sd3.checkpoint, tmp_path / "onnx", text_encoders="clip").fresh
-    assert not export_checkpoint(sd3.checkpoint, tmp_path / "onnx").fresh
+    assert not list(sd3_clip.repository.glob("t5*"))
+    assert not (sd3_clip.repository / "text_encoders_clip").exists()
+    shutil.copytree(sd3_clip.onnx, tmp_path / "onnx")
+    with networks_of(sd3_turbo.onnx):
+        assert export_checkpoint(sd3_clip.checkpoint, tmp_path / "onnx", text_encoders="clip").fresh
+        with pytest.raises(UserError, match=r"lacks text_encoder_3 and tokenizer_3(?s:.*)--text-encoders clip"):
+            export_checkpoint(sd3_clip.checkpoint, tmp_path / "onnx")
+        assert not export_checkpoint(sd3_turbo.checkpoint, tmp_path / "onnx").fresh
     assert "t5" in manifest.read(tmp_path / "onnx", "onnx").components
+
+
+def test_a_checkpoint_that_comes_without_t5(sd3_clip, tmp_path: Path) -> None:
+    """Its index says so, and the export is the same."""
+    opened = open_checkpoint(random_sd3.save_large_turbo(tmp_path))
+    model, tokenizers, networks = read_networks(opened, parse_precision("fp32"))
+    asked = manifest.read(sd3_clip.onnx, "onnx")
+    assert model == asked.model
+    assert {tokenizer.name: tokenizer.max_tokens for tokenizer in tokenizers} == model.max_tokens
+    for network in networks:
+        described = asked.components[network.name]
+        assert {name: port.names() for name, port in network.inputs.items()} == {
+            name: tensor.shape for name, tensor in described.inputs.items()
+        }
+
+
+def test_a_single_file_on_a_base_without_t5(sd3_clip, tmp_path: Path) -> None:
+    pipeline, base = random_sd3.large(seed=7, with_t5=True), sd3_clip.checkpoint
+    tensors = single_files.sd3_dit(pipeline.transformer.state_dict())
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "sd3_turbo.safetensors")
+    linear = "transformer_blocks.0.attn.to_q"
+    down, up = torch.ones(1, 56), torch.ones(56, 1)
+    save_file({f"{linear}.lora_A.weight": down, f"{linear}.lora_B.weight": up}, tmp_path / "lora.safetensors")
+    with pytest.raises(UserError, match="text_encoder_3, tokenizer_3 missing"):
+        open_source(tmp_path / "sd3_turbo.safetensors", base)
+    loras = [(tmp_path / "lora.safetensors", 1.0)]
+    opened = open_source(tmp_path / "sd3_turbo.safetensors", base, loras, text_encoders="clip")
+    for network in read_networks(opened, parse_precision("fp32"))[2]:
+        check_weights(network, opened.weights(network.weights))
+    assert torch.equal(
+        opened.weights("transformer").read(f"{linear}.weight"),
+        pipeline.transformer.state_dict()[f"{linear}.weight"] + up @ down,
+    )
+
+
+def test_calibration_without_t5(sd3_clip, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="lacks text_encoder_3"):
+        calibrate(sd3_clip.checkpoint, tmp_path / "ranges.json", ["a"], 1)
+    whole = random_sd3.save_large_turbo(tmp_path)
+    ranges = calibrate(sd3_clip.checkpoint, tmp_path / "ranges.json", ["a"], 1, text_encoders="clip")
+    assert ranges == calibrate(whole, tmp_path / "ranges.json", ["a"], 1)
 
 
 def test_flux_needs_t5(random_schnell: Path, tmp_path: Path) -> None:
@@ -177,36 +216,31 @@ def test_flux_needs_t5(random_schnell: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-# 8 bits
+# Precisions
 
 
-@pytest.fixture(scope="module")
-def quantised(sd3, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The DiT alone, fp32 around 8 bits, by its precision."""
-    opened, out = open_checkpoint(sd3.checkpoint), tmp_path_factory.mktemp("quantised")
-    calibrate(sd3.checkpoint, out / "ranges.json", ["a red circle"], steps=4)
-    with traced_once():
-        for name in ("fp8", "int8-weights"):
-            precision = parse_precision(name, "fp32")
-            network = next(n for n in family.networks(opened, precision) if n.name == "dit")
-            (out / name).mkdir()
-            ranges = read_ranges(out / "ranges.json" if name == "fp8" else None, opened, precision)
-            component = export_network(network, opened, out / name, name, ranges)
-            components = {"dit": component}
-            manifest.write(Manifest(kind="onnx", model=family.model(opened), components=components), out / name)
-    return {name: out / name for name in ("fp8", "int8-weights")}
+@pytest.mark.parametrize("base", ["fp16", "bf16"])
+def test_16_bits(sd3, sd3_exports, base: str) -> None:
+    """Every network; bf16 as its fp32 twin, whose weights, stored in bf16, are the same."""
+    folder, dtype = sd3_exports(base, base), {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}[base]
+    for graph in folder.glob("*.onnx"):
+        initializers = onnx.load(graph, load_external_data=False).graph.initializer
+        assert {tensor.data_type for tensor in initializers if len(tensor.dims) > 1 and tensor.dims[0] > 4} <= {dtype}
+    rows = compare(folder, sd3.onnx)
+    assert {row.component for row in rows} == set(manifest.read(folder, "onnx").components) - {"tokenizer"}
+    assert max(row.relative for row in rows) < 0.01, rows
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("fp8", 0.12), ("int8-weights", 0.03)])
-def test_8_bits(sd3, quantised: dict[str, Path], name: str, tolerance: float) -> None:
+@pytest.mark.parametrize(("name", "tolerance"), [("fp8", 0.06), ("fp8-weights", 0.04), ("int8-weights", 0.015)])
+def test_8_bits(sd3, sd3_exports, name: str, tolerance: float) -> None:
     transformer = pipeline(sd3.checkpoint, t5=True).transformer
     linears = {key for key, layer in transformer.named_modules() if isinstance(layer, torch.nn.Linear)}
     intended = {f"{key}.weight" for key in linears if key.startswith("transformer_blocks") and ".norm" not in key}
-    assert len(intended) == 4 * 12 - 3 + 2 * 4  # the last block writes no text; two have a second attention
-    component = manifest.read(quantised[name], "onnx").components["dit"]
+    assert len(intended) == 6 * 12 - 3 + 2 * 4  # the last block writes no text; two have a second attention
+    component = manifest.read(sd3_exports(name, "bf16"), "onnx").components["dit"]
     assert component.layers == dict.fromkeys(component.layers, name)
     assert set(component.layers) == intended
-    (row,) = (row for row in compare(quantised[name], sd3.onnx) if row.component == "dit")
+    (row,) = (row for row in compare(sd3_exports(name, "bf16"), sd3.onnx) if row.component == "dit")
     assert 1e-4 < row.relative < tolerance
 
 
@@ -226,10 +260,10 @@ def damaged(checkpoint: Path, out: Path, file: str, **changes: object) -> Path:
     [
         (
             "transformer/config.json",
-            {"num_layers": 5},
-            r"transformer_blocks\.3\.norm1_context\.linear\.weight has shape \[120, 60\]",
+            {"num_layers": 7},
+            r"transformer_blocks\.5\.norm1_context\.linear\.weight has shape \[320, 160\]",
         ),
-        ("transformer/config.json", {"pos_embed_max_size": 30}, r"pos_embed\.pos_embed has shape \[1, 576, 60\]"),
+        ("transformer/config.json", {"pos_embed_max_size": 30}, r"pos_embed\.pos_embed has shape \[1, 576, 160\]"),
         ("text_encoder_2/config.json", {"projection_dim": 45}, r"text_projection\.weight has shape"),
         ("scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, "scheduler is DDIMScheduler"),
         ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "StableDiffusion3Pipeline"),
@@ -247,32 +281,3 @@ def test_a_missing_text_encoder_is_said(sd3, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "checkpoint" / "text_encoder_3")
     with pytest.raises(UserError, match="text_encoder_3"):
         export_checkpoint(tmp_path / "checkpoint", tmp_path / "onnx")
-
-
-# GPUs
-
-
-@pytest.mark.parametrize(
-    ("gpu", "base", "names"),
-    [("sm_75", "fp16", ("join", "dit")), ("sm_80,sm_86,sm_89,sm_120", "bf16", ("clip_g", "join_clip", "dit"))],
-)
-def test_tensorrt_rtx_compiles_it_for_every_capability(
-    sd3, tmp_path: Path, gpu: str, base: str, names: tuple[str, ...]
-) -> None:
-    """What is new here; T5 and the VAE are the other family's."""
-    pytest.importorskip("tensorrt_rtx")
-    opened, precision, folder = open_checkpoint(sd3.checkpoint), parse_precision(base), tmp_path / "onnx"
-    folder.mkdir()
-    networks = [n for n in family.networks(opened, precision) if n.name in names]
-    components = {"tokenizer": onnx_export.export_tokenizers(family.read_tokenizers(opened), folder)}
-    components |= {network.name: export_network(network, opened, folder) for network in networks}
-    for network in networks:
-        graph = onnx.load(folder / f"{network.name}.onnx", load_external_data=False).graph
-        weights = {tensor.data_type for tensor in graph.initializer if len(tensor.dims) > 1 and tensor.dims[0] > 4}
-        assert weights <= {onnx.TensorProto.BFLOAT16 if base == "bf16" else onnx.TensorProto.FLOAT16}
-    manifest.write(Manifest(kind="onnx", model=family.model(opened), components=components), folder)
-    for row in compare(folder, sd3.onnx):
-        assert row.relative < (0.05 if base == "bf16" else 0.01), row
-    built = build(folder, tmp_path / "engines", gpu)
-    assert set(built.rebuilt) == set(names)
-    assert {engine.compiler for engine in built.manifest.engines.values()} == {"tensorrt-rtx"}

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from ditforge import manifest
-from ditforge.export import calibration, flux, onnx_export
-from ditforge.export.checkpoint import open_checkpoint
+from ditforge.export import calibration, onnx_export
+from ditforge.export.checkpoint import Checkpoint, open_checkpoint
+from ditforge.export.families import family_of
 from ditforge.export.footprint import Measured, measure
 from ditforge.export.network import Network
 from ditforge.export.onnx_export import export_network
@@ -31,25 +32,27 @@ def export_dits(
 ) -> None:
     """The DiT in `base` and, with `base` around them, in 8-bit precisions: each a folder `out`/PRECISION."""
     opened = open_checkpoint(checkpoint)
+    family = family_of(opened)
     with traced_once():
         for name in (base, *precisions):
             precision = parse_precision(name, base)
-            network = next(n for n in flux.networks(opened, precision) if n.name == "dit")
+            network = next(n for n in family.networks(opened, precision) if n.name == "dit")
             read = calibration.read_ranges(ranges if name == "fp8" else None, opened, precision)
             (out / name).mkdir()
             component = export_network(network, opened, out / name, precision.scheme, read)
-            whole = manifest.Manifest(kind="onnx", model=flux.model(opened), components={"dit": component})
+            whole = manifest.Manifest(kind="onnx", model=family.model(opened), components={"dit": component})
             manifest.write(whole, out / name)
 
 
 def export_around(checkpoint: Path, fp32: Path, dit: Path, base: str, out: Path) -> None:
     """A whole export in `base`, with the DiT of the folder `dit`, and what is in fp32 anyway from the export `fp32`."""
     opened = open_checkpoint(checkpoint)
+    networks = family_of(opened).networks
     shutil.copytree(fp32, out, dirs_exist_ok=True)
     whole = manifest.read(fp32, "onnx")
     components = dict(whole.components)
-    same = {n.name: (n.dtype, n.inputs, n.outputs) for n in flux.networks(opened, parse_precision("fp32"))}
-    for network in flux.networks(opened, parse_precision(base)):
+    same = {n.name: (n.dtype, n.inputs, n.outputs) for n in networks(opened, parse_precision("fp32"))}
+    for network in networks(opened, parse_precision(base)):
         if network.name != "dit" and (network.dtype, network.inputs, network.outputs) != same[network.name]:
             components[network.name] = export_network(network, opened, out)
     manifest.write(whole.model_copy(update={"components": components, "source": {}}), out)
@@ -62,6 +65,24 @@ def replace_dit(dit: Path, export: Path) -> None:
     for name in component.files:
         shutil.copyfile(dit / name, export / name)
     manifest.write(whole.model_copy(update={"components": {**whole.components, "dit": component}}), export)
+
+
+@contextmanager
+def networks_of(export: Path) -> Iterator[None]:
+    """Inside, networks of the same shapes are not traced again, but taken from this export of the same checkpoint."""
+
+    def copied(network: Network, checkpoint: Checkpoint, folder: Path, *options: object) -> manifest.Component:
+        component = manifest.read(export, "onnx").components[network.name]
+        ports, described = network.inputs | network.outputs, component.inputs | component.outputs
+        if {name: port.names() for name, port in ports.items()} != {n: t.shape for n, t in described.items()}:
+            return export_network(network, checkpoint, folder, *options)  # type: ignore[arg-type]
+        for name in component.files:
+            shutil.copyfile(export / name, folder / name)
+        return component
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(onnx_export, "export_network", copied)
+        yield
 
 
 @contextmanager

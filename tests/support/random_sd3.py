@@ -25,11 +25,11 @@ def medium(seed: int = 0) -> StableDiffusion3Pipeline:
     return pipeline(seed, with_t5=True, vae_channels=(8, 12, 16, 20), **sizes)
 
 
-def large(seed: int = 0) -> StableDiffusion3Pipeline:
-    """As SD3.5 large, without T5: zeros take its place. Its latents are half the picture's size."""
+def large(seed: int = 0, with_t5: bool = False) -> StableDiffusion3Pipeline:
+    """As SD3.5 large. Without T5, zeros take its place. Its latents are half the picture's size."""
     transformer = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 28, "pos_embed_max_size": 20}
     sizes = {"dual_attention_layers": (), "caption_projection_dim": 56, **transformer}
-    return pipeline(seed, with_t5=False, vae_channels=(8, 12), **sizes)
+    return pipeline(seed, with_t5=with_t5, vae_channels=(8, 12), **sizes)
 
 
 def save_medium(folder: Path, seed: int = 0) -> Path:
@@ -39,10 +39,10 @@ def save_medium(folder: Path, seed: int = 0) -> Path:
     return path
 
 
-def save_large_turbo(folder: Path, seed: int = 0) -> Path:
+def save_large_turbo(folder: Path, seed: int = 0, with_t5: bool = False) -> Path:
     """Save a checkpoint like large-turbo, which its name tells from large, to `folder`/random-sd3-turbo."""
     path = folder / "random-sd3-turbo"
-    large(seed).save_pretrained(path, safe_serialization=True)
+    large(seed, with_t5).save_pretrained(path, safe_serialization=True)
     return path
 
 

@@ -40,12 +40,21 @@ def test_a_row_for_each_gpu(tmp_path: Path) -> None:
     assert any("no fp8-weights" in row for row in rows)
 
 
+def test_without_t5(tmp_path: Path) -> None:
+    result = ditforge(
+        "plan", MODELS / "sd35-tiny", "--gpu", "rtx3060", "--text-encoders", "clip", cwd=tmp_path, timeout=120
+    )
+    assert result.code == 0, result.err
+    assert "join_clip" in result.out and "t5" not in result.out
+
+
 def test_an_export_in_the_precision_that_it_has(schnell, tmp_path: Path) -> None:
     result = ditforge("plan", schnell.onnx, "--gpu", "rtx4090", "--size", "96", cwd=tmp_path)
     assert result.code == 0, result.err
     assert "precision as exported" in result.out
     assert re.search(r"^dit +fp32 +resident +1 +0\.\d GB", result.out, re.MULTILINE)
     assert_error(ditforge("plan", schnell.onnx, "--precision", "bf16", cwd=tmp_path), "exported already")
+    assert_error(ditforge("plan", schnell.onnx, "--text-encoders", "clip", cwd=tmp_path), "exported already")
     for gpu in ("rtx4090", "sm_89"):  # of the latter only what is said is known
         result = ditforge("plan", schnell.onnx, "--gpu", gpu, "--gpu-memory", "0.5", "--size", "96", cwd=tmp_path)
         assert f"random-schnell on {gpu}, 0.5 GB, " in result.out

@@ -30,7 +30,7 @@ from ditforge.export.checkpoint import open_checkpoint
 from ditforge.export.random_weights import CONFIGS
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
-from command_line import heed_interrupts
+from command_line import HEED_INTERRUPTS
 
 AMAX = 16.0  # of the made-up calibration, for every linear
 LIMITS = {"export": (15 * 60, 3e9), "build": (20 * 60, 14e9)}  # seconds, bytes of resident memory
@@ -113,10 +113,7 @@ def interrupt(name: str, arguments: list[str], folder: Path, component: str) -> 
     out = Path(arguments[arguments.index("--out") + 1])
     with log.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "ditforge", *arguments],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            preexec_fn=heed_interrupts,
+            [*HEED_INTERRUPTS, sys.executable, "-m", "ditforge", *arguments], stdout=file, stderr=subprocess.STDOUT
         )
         while process.poll() is None and not any(out.parent.glob(f".{out.name}.*/{component}.onnx.data")):
             time.sleep(1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -88,13 +87,7 @@ def test_a_folder_that_is_being_written_is_nobody_elses_to_remove(tmp_path: Path
 
 def test_a_disk_that_fills_up_in_the_middle(random_schnell: Path, tmp_path: Path) -> None:
     """The kernel refuses to make files larger than 100 kB, and CLIP's weights are."""
-
-    def small_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    command = [*COMMAND, "export", str(random_schnell), "--out", "onnx"]
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=small_files, timeout=120, check=False
-    )
+    command = ["prlimit", "--fsize=100000", *COMMAND, "export", str(random_schnell), "--out", "onnx"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert_error(Result(done.returncode, done.stdout, done.stderr), "cannot write", "onnx", "free some space")
     assert os.listdir(tmp_path) == []

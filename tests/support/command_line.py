@@ -18,6 +18,9 @@ from tritonclient.grpc import InferenceServerClient
 from ditforge import cli
 
 COMMAND = [sys.executable, "-m", "ditforge"]
+# A shell has its background jobs ignore Ctrl-C, and what they start inherits that. A preexec_fn would fork with gRPC's
+# threads, which then complain in the child's standard error.
+HEED_INTERRUPTS = ["env", "--default-signal=INT"]
 BAR = re.compile(r"━|╸| \d+/\d+ .*\d:\d\d:\d\d|-:--:--")
 
 
@@ -39,18 +42,12 @@ def ditforge(*args: str | Path, cwd: Path, timeout: float = 60) -> Result:
 def popen(*args: str | Path, cwd: Path) -> subprocess.Popen[str]:
     """Start `ditforge ARGS` in the folder `cwd`, heeding Ctrl-C even where the tests run in a shell's background."""
     return subprocess.Popen(
-        [*COMMAND, *map(str, args)],
+        [*HEED_INTERRUPTS, *COMMAND, *map(str, args)],
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=heed_interrupts,
     )
-
-
-def heed_interrupts() -> None:
-    """A shell has its background jobs ignore SIGINT, and what they start inherits that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run_here(arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Result:

@@ -7,16 +7,19 @@ Source: black-forest-labs/flux (model.py, layers.py, math.py) and diffusers' tra
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import silu
 from torch.onnx.ops import rotary_embedding
+
+from ditforge.export.blocks import added_inputs, attention, attention_inputs, joined, modulated, modulation
 
 PATCH = 2  # a token is a patch of 2 by 2 latents
 EMBEDDING_SCALE = 1000  # timestep and guidance are embedded as a thousand times what they are
-EPSILON = 1e-6  # of every layer norm
 
 Rotary = tuple[Tensor, Tensor]  # cosine and sine for each token and pair of channels, [B, tokens, head_dim / 2] float32
 
@@ -73,13 +76,9 @@ def double_block(
     shift, scale, gate, *image_mlp = modulation(block.norm1.linear, signal, 6)
     text_shift, text_scale, text_gate, *text_mlp = modulation(block.norm1_context.linear, signal, 6)
     attn = block.attn
-    text_normed, normed = modulated(text, text_shift, text_scale), modulated(image, shift, scale)
-    of_text = attention_inputs(
-        text_normed, attn.add_q_proj, attn.norm_added_q, attn.add_k_proj, attn.norm_added_k, attn.add_v_proj
-    )
-    of_image = attention_inputs(normed, attn.to_q, attn.norm_q, attn.to_k, attn.norm_k, attn.to_v)
-    query, key, value = (torch.cat(pair, dim=1) for pair in zip(of_text, of_image, strict=True))
-    attended = attention(query, key, value, rotary)
+    of_text = added_inputs(modulated(text, text_shift, text_scale), attn)
+    of_image = attention_inputs(modulated(image, shift, scale), attn)
+    attended = attention(joined(of_text, of_image), partial(rotated, rotary=rotary))
     tokens = text.shape[1]
     image = image + gate * attn.to_out[0](attended[:, tokens:])
     text = text + text_gate * attn.to_add_out(attended[:, :tokens])
@@ -93,40 +92,10 @@ def double_block(
 def single_block(block: FluxSingleTransformerBlock, stream: Tensor, signal: Tensor, rotary: Rotary) -> Tensor:
     """The stream [B, tokens, D] of text and image joined; attention and MLP side by side."""
     shift, scale, gate = modulation(block.norm.linear, signal, 3)
-    normed, attn = modulated(stream, shift, scale), block.attn
-    attended = attention(*attention_inputs(normed, attn.to_q, attn.norm_q, attn.to_k, attn.norm_k, attn.to_v), rotary)
+    normed = modulated(stream, shift, scale)
+    attended = attention(attention_inputs(normed, block.attn), partial(rotated, rotary=rotary))
     both = torch.cat((attended, block.act_mlp(block.proj_mlp(normed))), dim=2)
     return clamped(stream + gate * block.proj_out(both))
-
-
-def modulation(linear: nn.Linear, signal: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """What the signal [B, D] says to every token: shifts, scales and gates [B, 1, D]."""
-    return linear(signal)[:, None].chunk(parts, dim=2)
-
-
-def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm with a shift and scale for each sample (Peebles and Xie 2022, arXiv:2212.09748)."""
-    return layer_norm(x, x.shape[-1:], eps=EPSILON) * (1 + scale) + shift
-
-
-def attention_inputs(
-    x: Tensor,
-    to_query: nn.Linear,
-    norm_query: nn.RMSNorm,
-    to_key: nn.Linear,
-    norm_key: nn.RMSNorm,
-    to_value: nn.Linear,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value [B, tokens, heads, head_dim] of x [B, tokens, D], the former two normed."""
-    heads = -1, norm_query.normalized_shape[0]
-    query, key, value = (linear(x).unflatten(2, heads) for linear in (to_query, to_key, to_value))
-    return norm_query(query), norm_key(key), value
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor, rotary: Rotary) -> Tensor:
-    """Rotated query and key [B, tokens, heads, head_dim] choose among the values; [B, tokens, D]."""
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return scaled_dot_product_attention(rotated(query, rotary), rotated(key, rotary), value).transpose(1, 2).flatten(2)
 
 
 def rotated(x: Tensor, rotary: Rotary) -> Tensor:

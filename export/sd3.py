@@ -1,7 +1,7 @@
 """The Stable Diffusion 3.5 family (medium, large, large-turbo and their fine-tunes), and Stable Diffusion 3 medium.
 
-Patches, position table, CLIP's and T5's concatenation are in the graphs. Source: Esser et al. 2024 (arXiv:2403.03206),
-Stability-AI/sd3.5, and diffusers' StableDiffusion3Pipeline and SD3Transformer2DModel, whose module is the one traced.
+sd3_dit.py has the DiT; CLIP's and T5's concatenation is a graph of its own. Source: Esser et al. 2024
+(arXiv:2403.03206), Stability-AI/sd3.5, and diffusers' StableDiffusion3Pipeline.
 """
 
 from __future__ import annotations
@@ -20,78 +20,18 @@ from ditforge.export.checkpoint import INDEX, Checkpoint, t5_parts, with_default
 from ditforge.export.network import BATCH, Dim, Network, Port
 from ditforge.export.precision import Precision, network_dtype, text_dtype
 from ditforge.export.schedule import flow_schedule
+from ditforge.export.sd3_dit import StableDiffusion3Velocity
 from ditforge.export.tokenization import Tokenizer, read_tokenizer
 from ditforge.model import Model, SkipLayers
 
 PIPELINE = "StableDiffusion3Pipeline"
 T5_TOKENS = 256  # diffusers' default max_sequence_length; with zeros in T5's place, there are as many
-TIMESTEPS = 1000  # the module counts noise levels from 0 to 1000
 MAX_SIZE_RATIO = 4  # to the size it was trained at, as far as the table of positions goes
 # The linears of the blocks, but for the modulation (norm…), whose errors reach every token.
 LINEARS = re.compile(r"transformer_blocks\.\d+\.(?!.*norm).*\.weight")
 # What medium's authors recommend (its model card, and diffusers' defaults), of its 24 blocks.
 SKIPPED, OF_BLOCKS = (7, 8, 9), 24
 SKIP_SCALE, SKIP_START, SKIP_STOP = 2.8, 0.01, 0.2
-
-
-class PositionTable(nn.Module):
-    """Patches and their positions: the checkpoint's table [1, M * M, D], of which the middle is taken.
-
-    Takes the place of diffusers' PatchEmbed, which slices the table at symbolic places: tracing would limit the sizes.
-    """
-
-    def __init__(self, proj: nn.Conv2d, table: Tensor, size: int) -> None:
-        super().__init__()
-        self.proj = proj
-        self.pos_embed = nn.Parameter(table.to(proj.weight.dtype), requires_grad=False)  # weights are parameters here
-        self.size = size
-
-    def forward(self, latents: Tensor) -> Tensor:
-        patches = self.proj(latents)
-        rows, columns = patches.shape[2:]
-        row = torch.arange(rows) + (self.size - rows) // 2
-        column = torch.arange(columns) + (self.size - columns) // 2
-        places = (row[:, None] * self.size + column[None, :]).reshape(-1)
-        return patches.flatten(2).transpose(1, 2) + self.pos_embed[0].index_select(0, places)[None]
-
-
-class Velocity(nn.Module):
-    """The contract's `dit`: latents [B, C, h, w], timestep [B], … → velocity float32 [B, C, h, w].
-
-    skip_layers [B, blocks]: a block leaves a sample as it is where there is a 1. SD3Transformer2DModel's own `forward`
-    skips blocks for a whole batch, and puts patches together by an Einsum, which ONNX has no bf16 for.
-    """
-
-    def __init__(self, module: SD3Transformer2DModel) -> None:
-        super().__init__()
-        patches = module.pos_embed
-        module.pos_embed = PositionTable(patches.proj, patches.pos_embed, patches.pos_embed_max_size)
-        self.module = module
-
-    def forward(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        prompt_embeds: Tensor,
-        pooled_embeds: Tensor,
-        skip_layers: Tensor | None = None,
-    ) -> Tensor:
-        module, dtype = self.module, self.module.dtype
-        image = module.pos_embed(latents.to(dtype))
-        text = module.context_embedder(prompt_embeds.to(dtype))
-        modulation = module.time_text_embed(timestep * TIMESTEPS, pooled_embeds.to(dtype))
-        for index, block in enumerate(module.transformer_blocks):
-            before = text, image
-            text, image = block(hidden_states=image, encoder_hidden_states=text, temb=modulation)
-            if skip_layers is not None:
-                skipped = skip_layers[:, index, None, None] > 0.5
-                text = text if text is None else torch.where(skipped, before[0], text)  # the last block has none
-                image = torch.where(skipped, before[1], image)
-        patches = module.proj_out(module.norm_out(image, modulation)).float()
-        patch, channels = module.config.patch_size, module.out_channels
-        batch, rows, columns = latents.shape[0], latents.shape[2] // patch, latents.shape[3] // patch
-        patches = patches.reshape(batch, rows, columns, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
-        return patches.reshape(batch, channels, rows * patch, columns * patch)
 
 
 class JoinedText(nn.Module):
@@ -168,7 +108,7 @@ def dit(config: dict[str, Any], tokens: int, precision: Precision) -> Network:
         inputs["skip_layers"] = Port(torch.float32, (BATCH, config["num_layers"]))
     return Network(
         name="dit",
-        build=lambda: Velocity(SD3Transformer2DModel.from_config(config)),
+        build=lambda: StableDiffusion3Velocity(SD3Transformer2DModel.from_config(config)),
         inputs=inputs,
         outputs={"velocity": Port(torch.float32, (BATCH, config["out_channels"] or config["in_channels"], *size))},
         weights="transformer",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -125,6 +126,18 @@ def test_dit(request: pytest.FixtureRequest, name: str, batch: int, rows: int, c
     ]
     velocity = run(stages.onnx, "dit", {key: value.numpy() for key, value in inputs.items()})["velocity"]
     assert_equal(velocity, torch.cat(expected))
+
+
+def test_norms_and_attention_are_an_operator_each(sd3) -> None:
+    """And leaving out blocks costs no operation on tokens."""
+    nodes = onnx.load(sd3.onnx / "dit.onnx", load_external_data=False).graph.node
+    found = Counter(node.op_type for node in nodes)
+    blocks, second = 6, 2
+    assert found["Attention"] == blocks + second
+    assert found["RMSNormalization"] == 4 * blocks + 2 * second  # query and key of image and text, and of the second
+    assert found["LayerNormalization"] == 4 * blocks - 1 + 1  # the last block ends with the image's; and the final one
+    assert not found.keys() & {"Softmax", "ReduceMean", "Pow", "Where", "Einsum"}
+    assert len(nodes) < 110 * blocks
 
 
 def test_what_a_client_must_know(sd3, sd3_turbo) -> None:

@@ -1,0 +1,60 @@
+"""What the blocks of diffusion transformers have in common, called in a way that makes a small graph.
+
+A modulated norm, an RMS norm and an attention are one or a few ONNX operators (opset 23), which compilers know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
+
+EPSILON = 1e-6  # of every layer norm
+
+Heads = tuple[Tensor, Tensor, Tensor]  # query, key and value, each [B, tokens, heads, head_dim]
+
+
+def modulation(linear: nn.Linear, signal: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """What the signal [B, D] says to every token: shifts, scales and gates [B, 1, D]."""
+    return linear(signal)[:, None].chunk(parts, dim=2)
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer norm with a shift and scale for each sample (Peebles and Xie 2022, arXiv:2212.09748)."""
+    return layer_norm(x, x.shape[-1:], eps=EPSILON) * (1 + scale) + shift
+
+
+def attention_inputs(x: Tensor, attn: Any) -> Heads:
+    """Query, key and value of x [B, tokens, D], the former two normed, by diffusers' attention module `attn`."""
+    return _heads(x, attn.heads, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
+
+
+def added_inputs(x: Tensor, attn: Any) -> Heads:
+    """The same by the weights that `attn` has for the other stream of tokens."""
+    linears = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+    return _heads(x, attn.heads, linears, (attn.norm_added_q, attn.norm_added_k))
+
+
+def _heads(x: Tensor, heads: int, linears: tuple[nn.Linear, ...], norms: tuple[Any, Any]) -> Heads:
+    query, key, value = (linear(x).unflatten(2, (heads, -1)) for linear in linears)
+    return _normed(query, norms[0]), _normed(key, norms[1]), value
+
+
+def _normed(x: Tensor, norm: Any) -> Tensor:
+    """RMS norm over each head by PyTorch's module or diffusers'; some models have none."""
+    return x if norm is None else rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
+
+
+def joined(first: Heads, second: Heads) -> Heads:
+    """The tokens of two streams, one behind the other."""
+    query, key, value = (torch.cat(pair, dim=1) for pair in zip(first, second, strict=True))
+    return query, key, value
+
+
+def attention(inputs: Heads, rotate: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    """[B, tokens, D] of what each query chooses; query and key are rotated as [B, heads, tokens, head_dim]."""
+    query, key, value = (x.transpose(1, 2) for x in inputs)
+    return scaled_dot_product_attention(rotate(query), rotate(key), value).transpose(1, 2).flatten(2)

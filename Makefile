@@ -26,10 +26,10 @@ lint: $(INSTALLED)
 	cd $(VENV)/typed && PYTHONPATH=. ../bin/mypy --config-file ../../pyproject.toml -p ditforge
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/first_picture.py models/flux-tiny --out benchmarks/first_picture.md
+	$(BIN)/python benchmarks/first_picture.py models/flux-tiny models/sd35-tiny --out benchmarks/first_picture.md
 
 accuracy: $(INSTALLED)
-	$(BIN)/python benchmarks/accuracy.py models/flux-tiny --out docs/accuracy.md
+	$(BIN)/python benchmarks/accuracy.py models/flux-tiny models/sd35-tiny --out docs/accuracy.md
 
 memory: $(INSTALLED)
 	$(BIN)/python benchmarks/memory.py --out docs/memory.md

@@ -1,6 +1,6 @@
 """What 8 bits cost: pictures of each 8-bit precision beside the fp32 ones, by numbers and by the judge.
 
-    python benchmarks/accuracy.py models/flux-tiny --out docs/accuracy.md
+    python benchmarks/accuracy.py models/flux-tiny models/sd35-tiny --out docs/accuracy.md
 
 The same held-out captions and seeds go through every stage and a server in each precision, with fp32 around the 8-bit
 linears, so that the differences are quantisation's alone. All sides are measured in one run.
@@ -74,10 +74,9 @@ def report(name: str, count: int, rows: list[list[str]], differences: list[Diffe
     verdict = "met" if loss <= LARGEST_LOSS else "MISSED"
     return "\n".join(
         [
-            f"# {name}: what 8 bits cost",
+            f"## {name}",
             "",
-            f"Written by `benchmarks/accuracy.py`, {date.today()}, {platform.machine()}, on the CPU: {count} held-out "
-            f"captions, {STEPS} Euler steps, seeds from {SEED}; PSNR (dB, at most 60) and SSIM against fp32.",
+            f"{date.today()}, {platform.machine()}, on the CPU: {count} held-out captions.",
             "",
             *markdown(("precision", "captions right, %", "PSNR", "worst", "SSIM", "worst"), rows),
             "",
@@ -94,30 +93,40 @@ def report(name: str, count: int, rows: list[list[str]], differences: list[Diffe
     )
 
 
-def main() -> None:
-    """Export, build and serve in every precision; print and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--captions", type=int, default=200)
-    options = parser.parse_args()
-    captions = held_out_captions(options.captions, SEED)
+def measure(checkpoint: Path, captions: list[str]) -> str:
+    """The report of one checkpoint, which is exported, built and served in every precision."""
     images, rows, differences = {}, [], []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         wording = random.Random(SEED)
         prompts = [caption(scene, wording) for scene in training_scenes(CALIBRATION_PROMPTS, SEED)]
-        calibrate(options.checkpoint, folder / "ranges.json", prompts, STEPS)
+        calibrate(checkpoint, folder / "ranges.json", prompts, STEPS)
         for name in PRECISIONS:
             onnx = folder / name / "onnx"
             ranges = folder / "ranges.json" if name == "fp8" else None
-            export_checkpoint(options.checkpoint, onnx, parse_precision(name, "fp32"), ranges)
+            export_checkpoint(checkpoint, onnx, parse_precision(name, "fp32"), ranges)
             images[name] = pictures(onnx, folder / name, captions)
             rows.append(row(name, images[name], images["fp32"], captions))
             print(json.dumps(rows[-1]), flush=True)
             if name != "fp32":
                 differences += [d for d in compare(onnx, folder / "fp32" / "onnx") if d.component == "dit"]
-    text = report(options.checkpoint.resolve().name, len(captions), rows, differences)
+    return report(checkpoint.resolve().name, len(captions), rows, differences)
+
+
+def main() -> None:
+    """Measure each checkpoint; print and write the reports."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoints", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--captions", type=int, default=200)
+    options = parser.parse_args()
+    captions = held_out_captions(options.captions, SEED)
+    text = (
+        f"# What 8 bits cost\n\nWritten by `make accuracy`: {STEPS} Euler steps at each model's own guidance, "
+        f"seeds from {SEED}; PSNR (dB, at most 60) and SSIM against fp32.\n"
+    )
+    for checkpoint in options.checkpoints:
+        text += f"\n{measure(checkpoint, captions)}"
     print(text)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(text)

@@ -1,6 +1,6 @@
 """How fast a picture is, beside diffusers on the same cores, and what serving adds to each step: `make bench`.
 
-    python benchmarks/first_picture.py models/flux-tiny --out benchmarks/first_picture.md
+    python benchmarks/first_picture.py models/flux-tiny models/sd35-tiny --out benchmarks/first_picture.md
 
 Both sides of each comparison are measured in one run, in turn, so that a drift of the machine meets both.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline
 
 from ditforge import manifest
 from ditforge.client import Client
@@ -51,7 +51,7 @@ def in_turn(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, li
     return times
 
 
-def pictures(client: Client, pipeline: FluxPipeline) -> dict[str, list[float]]:
+def pictures(client: Client, pipeline: DiffusionPipeline) -> dict[str, list[float]]:
     """Whole pictures of the same prompt, seed and steps, at the model's own size."""
     size, tokens = client.model.default_size, client.model.max_tokens["t5"]
 
@@ -119,23 +119,30 @@ def report(picture: dict[str, list[float]], step: dict[str, list[float]]) -> str
     )
 
 
-def main() -> None:
-    """Run all stages in a temporary folder, measure, print and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
-    pipeline = FluxPipeline.from_pretrained(options.checkpoint, dtype=torch.float32)
+def measure(checkpoint: Path) -> str:
+    """The report of one checkpoint, which goes through all stages in a temporary folder."""
+    pipeline = DiffusionPipeline.from_pretrained(checkpoint, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     with tempfile.TemporaryDirectory() as folder:
         onnx, engines, repository = (Path(folder) / name for name in ("onnx", "engines", "repo"))
-        export_checkpoint(options.checkpoint, onnx)
+        export_checkpoint(checkpoint, onnx)
         build(onnx, engines, "cpu")
         write_repository(engines, repository)
         with start(repository, port=0) as server, Client(server.url) as client:
-            text = report(pictures(client, pipeline), steps(server.url, engines))
+            return report(pictures(client, pipeline), steps(server.url, engines))
+
+
+def main() -> None:
+    """Measure each checkpoint; print and write the reports."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoints", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    text = "# Speed\n\nWritten by `make bench`, with each model's own guidance.\n"
+    for checkpoint in options.checkpoints:
+        text += f"\n## {checkpoint.resolve().name}\n\n{measure(checkpoint)}"
     print(text)
-    options.out.write_text(f"# {options.checkpoint.name}: speed\n\nWritten by `make bench`.\n\n{text}")
+    options.out.write_text(text)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,13 @@ EPSILON = 1e-6  # of every layer norm
 Heads = tuple[Tensor, Tensor, Tensor]  # query, key and value, each [B, tokens, heads, head_dim]
 
 
-def modulation(linear: nn.Linear, signal: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """What the signal [B, D] says to every token: shifts, scales and gates [B, 1, D]."""
-    return linear(signal)[:, None].chunk(parts, dim=2)
+def modulation(linear: nn.Linear, signal: Tensor, parts: int, opened: Tensor | None = None) -> tuple[Tensor, ...]:
+    """What the signal [B, D] says to every token: shifts, scales and gates [B, 1, D].
+
+    All are 0 where `opened` [B, 1, 1] is 0, so that a block that ends in gates adds nothing; it is 1 elsewhere.
+    """
+    said = linear(signal)[:, None]
+    return (said if opened is None else said * opened).chunk(parts, dim=2)
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -83,28 +83,25 @@ def joint_block(
     [B, 1, 1] is 0, the block adds nothing.
     """
 
-    def gated(gate: Tensor, x: Tensor) -> Tensor:
-        return (gate if opened is None else gate * opened) * x
-
     second = block.use_dual_attention
-    shift, scale, gate, *image_mlp = modulation(block.norm1.linear, signal, 9 if second else 6)
+    shift, scale, gate, *image_mlp = modulation(block.norm1.linear, signal, 9 if second else 6, opened)
     if block.context_pre_only:
         text_scale, text_shift = modulation(block.norm1_context.linear, signal, 2)
     else:
-        text_shift, text_scale, text_gate, *text_mlp = modulation(block.norm1_context.linear, signal, 6)
+        text_shift, text_scale, text_gate, *text_mlp = modulation(block.norm1_context.linear, signal, 6, opened)
     attn, tokens = block.attn, image.shape[1]
     of_image = attention_inputs(modulated(image, shift, scale), attn)
     of_text = added_inputs(modulated(text, text_shift, text_scale), attn)
     attended = attention(joined(of_image, of_text))
-    before, image = image, image + gated(gate, attn.to_out[0](attended[:, :tokens]))
+    before, image = image, image + gate * attn.to_out[0](attended[:, :tokens])
     if second:
         shift, scale, gate = image_mlp[3:]
         inputs = attention_inputs(modulated(before, shift, scale), block.attn2)
-        image = image + gated(gate, block.attn2.to_out[0](attention(inputs)))
+        image = image + gate * block.attn2.to_out[0](attention(inputs))
     shift, scale, gate = image_mlp[:3]
-    image = image + gated(gate, block.ff(modulated(image, shift, scale)))
+    image = image + gate * block.ff(modulated(image, shift, scale))
     if block.context_pre_only:
         return text, image
-    text = text + gated(text_gate, attn.to_add_out(attended[:, tokens:]))
+    text = text + text_gate * attn.to_add_out(attended[:, tokens:])
     shift, scale, gate = text_mlp
-    return text + gated(gate, block.ff_context(modulated(text, shift, scale))), image
+    return text + gate * block.ff_context(modulated(text, shift, scale)), image

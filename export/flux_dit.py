@@ -76,9 +76,10 @@ def double_block(
     shift, scale, gate, *image_mlp = modulation(block.norm1.linear, signal, 6)
     text_shift, text_scale, text_gate, *text_mlp = modulation(block.norm1_context.linear, signal, 6)
     attn = block.attn
-    of_text = added_inputs(modulated(text, text_shift, text_scale), attn)
-    of_image = attention_inputs(modulated(image, shift, scale), attn)
-    attended = attention(joined(of_text, of_image), partial(rotated, rotary=rotary))
+    text_normed, normed = modulated(text, text_shift, text_scale), modulated(image, shift, scale)
+    of_text, of_image = added_inputs(text_normed, attn), attention_inputs(normed, attn)
+    inputs = joined(of_text, of_image)
+    attended = attention(inputs, partial(rotated, rotary=rotary))
     tokens = text.shape[1]
     image = image + gate * attn.to_out[0](attended[:, tokens:])
     text = text + text_gate * attn.to_add_out(attended[:, :tokens])

@@ -77,31 +77,39 @@ class StableDiffusion3Velocity(nn.Module):
 def joint_block(
     block: JointTransformerBlock, text: Tensor, image: Tensor, signal: Tensor, opened: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Text and image [B, tokens, D] with weights of their own, but in one attention.
+    """Text and image [B, tokens, D] with weights of their own, but in one attention. The last block leaves the text.
 
-    Some blocks have a second attention for the image alone. The last block leaves the text as it is. Where `opened`
-    [B, 1, 1] is 0, the block adds nothing.
+    Where `opened` [B, 1, 1] is 0, the block adds nothing.
     """
-
-    second = block.use_dual_attention
-    shift, scale, gate, *image_mlp = modulation(block.norm1.linear, signal, 9 if second else 6, opened)
+    of_image = modulation(block.norm1.linear, signal, 9 if block.use_dual_attention else 6, opened)
     if block.context_pre_only:
-        text_scale, text_shift = modulation(block.norm1_context.linear, signal, 2)
+        of_text = modulation(block.norm1_context.linear, signal, 2)[::-1]  # this one says the scale first
     else:
-        text_shift, text_scale, text_gate, *text_mlp = modulation(block.norm1_context.linear, signal, 6, opened)
+        of_text = modulation(block.norm1_context.linear, signal, 6, opened)
+    text, image = with_attention(block, text, image, of_text, of_image)
+    image = with_mlp(image, block.ff, *of_image[3:6])
+    if not block.context_pre_only:
+        text = with_mlp(text, block.ff_context, *of_text[3:6])
+    return text, image
+
+
+def with_attention(
+    block: JointTransformerBlock, text: Tensor, image: Tensor, of_text: tuple[Tensor, ...], of_image: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """Both after their attention; some blocks have a second one for the image alone."""
     attn, tokens = block.attn, image.shape[1]
-    of_image = attention_inputs(modulated(image, shift, scale), attn)
-    of_text = added_inputs(modulated(text, text_shift, text_scale), attn)
-    attended = attention(joined(of_image, of_text))
-    before, image = image, image + gate * attn.to_out[0](attended[:, :tokens])
-    if second:
-        shift, scale, gate = image_mlp[3:]
-        inputs = attention_inputs(modulated(before, shift, scale), block.attn2)
-        image = image + gate * block.attn2.to_out[0](attention(inputs))
-    shift, scale, gate = image_mlp[:3]
-    image = image + gate * block.ff(modulated(image, shift, scale))
-    if block.context_pre_only:
-        return text, image
-    text = text + text_gate * attn.to_add_out(attended[:, tokens:])
-    shift, scale, gate = text_mlp
-    return text + gate * block.ff_context(modulated(text, shift, scale)), image
+    normed, text_normed = modulated(image, *of_image[:2]), modulated(text, *of_text[:2])
+    attended = attention(joined(attention_inputs(normed, attn), added_inputs(text_normed, attn)))
+    after = image + of_image[2] * attn.to_out[0](attended[:, :tokens])
+    if block.use_dual_attention:
+        shift, scale, gate = of_image[6:]
+        second = attention_inputs(modulated(image, shift, scale), block.attn2)
+        after = after + gate * block.attn2.to_out[0](attention(second))
+    if not block.context_pre_only:
+        text = text + of_text[2] * attn.to_add_out(attended[:, tokens:])
+    return text, after
+
+
+def with_mlp(x: Tensor, mlp: nn.Module, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+    """A stream after its MLP."""
+    return x + gate * mlp(modulated(x, shift, scale))

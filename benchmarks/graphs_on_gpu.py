@@ -30,6 +30,7 @@ from ditforge import manifest
 from ditforge.client import Client
 from ditforge.client.connection import Connection
 from ditforge.engines.compiler import Arrays
+from ditforge.engines.ort import session_options
 from ditforge.engines.verify import (
     PROMPTS,
     TOKENIZER,
@@ -57,9 +58,7 @@ HEADINGS = ("precision", "network", "output", "relative error", "cosine", "opera
 
 def session(graph: Path, profile: Path | None = None) -> ort.InferenceSession:
     """A session on the GPU; fp32 is not computed as TF32."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options = session_options()
     if profile:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     made = ort.InferenceSession(graph, options, providers=[(CUDA, {"use_tf32": "0"}), CPU])

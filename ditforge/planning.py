@@ -177,9 +177,8 @@ def read_subject(
             raise UserError(f"{path} is exported already, with text encoders or without", "leave out --text-encoders")
         return exported(path, precision, size)
     from ditforge.export.random_weights import random_checkpoint
-    from ditforge.export.sources import check_text_encoders, open_source, with_text_encoders
+    from ditforge.export.sources import open_source, with_text_encoders
 
-    check_text_encoders(text_encoders)
     if not random:
         return measured(open_source(path, base, text_encoders=text_encoders), precision, size)
     if base:

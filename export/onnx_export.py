@@ -24,13 +24,7 @@ from ditforge.export.precision import Precision, dtype_name
 from ditforge.export.quantise import SCHEMES, quantise_linears
 from ditforge.export.resume import Unfinished
 from ditforge.export.sensitivity import SAMPLES, Call, Choice, choose_linears, recorded_calls
-from ditforge.export.sources import (
-    Loras,
-    check_text_encoders,
-    fingerprint,
-    open_source,
-    with_text_encoders,
-)
+from ditforge.export.sources import Loras, fingerprint, open_source, with_text_encoders
 from ditforge.export.tokenization import Tokenizer
 from ditforge.export.trace import trace
 from ditforge.export.weights import Weights
@@ -88,7 +82,6 @@ def export_checkpoint(
     Raises UserError for a checkpoint that is incomplete or of no known family, and if the disk has too little space,
     before anything is written.
     """
-    check_text_encoders(text_encoders)
     if not random:
         opened = open_source(checkpoint, base, loras, text_encoders)
         files = fingerprint(checkpoint, base, loras)

@@ -26,7 +26,6 @@ def open_source(
     `loras` are files and strengths; `text_encoders` "clip" leaves T5 out, whose files may be missing then. No weight is
     read. Raises UserError if something is missing, or does not fit.
     """
-    check_text_encoders(text_encoders)
     if path.is_file():
         checkpoint = _open_file(path, base, text_encoders)
     elif base is not None:
@@ -36,14 +35,13 @@ def open_source(
     return _with_loras(checkpoint, loras) if loras else checkpoint
 
 
-def check_text_encoders(name: str) -> None:
-    """Raise UserError for a name that says nothing of text encoders."""
+def with_text_encoders(checkpoint: Checkpoint, name: str) -> Checkpoint:
+    """The same with all its text encoders, or, for "clip", as if it had come without T5: its index names none.
+
+    Raises UserError for another name.
+    """
     if name not in TEXT_ENCODERS:
         raise UserError(f"unknown text encoders {name!r}", f"--text-encoders {' or '.join(TEXT_ENCODERS)}")
-
-
-def with_text_encoders(checkpoint: Checkpoint, name: str) -> Checkpoint:
-    """The same with all its text encoders, or, for "clip", as if it had come without T5: its index names none."""
     if name == "all":
         return checkpoint
     return replace(checkpoint, configs={**checkpoint.configs, ("", INDEX): _without_t5(checkpoint.config("", INDEX))})

@@ -7,12 +7,15 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ditforge import __version__
 from ditforge.errors import DitforgeError, DitforgeWarning
+
+if TYPE_CHECKING:
+    from ditforge.triton_repo.server import Options
 
 app = typer.Typer(
     name="ditforge",
@@ -51,6 +54,18 @@ MaxBatch = Annotated[int | None, typer.Option(help=MAX_BATCH_HELP)]
 Port = Annotated[int, typer.Option(help="The gRPC port; 0 picks a free one.")]
 Host = Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 for all.")]
 Log = Annotated[Path | None, typer.Option(help="The server's log file; by default a temporary file.")]
+Grace = Annotated[float, typer.Option(metavar="SECONDS", help="What pictures in the middle get when the server stops.")]
+HttpPort = Annotated[int | None, typer.Option(help="Open Triton's HTTP port too; see docs/security.md first.")]
+MetricsPort = Annotated[int | None, typer.Option(help="Serve Prometheus' metrics there, at /metrics.")]
+TlsCert = Annotated[Path | None, typer.Option(metavar="FILE", help="PEM: the server's certificate; turns TLS on.")]
+TlsKey = Annotated[Path | None, typer.Option(metavar="FILE", help="PEM: the certificate's key.")]
+TlsClientCa = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="PEM: clients need a certificate of this authority.")
+]
+TokenFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Clients need the bearer token in this file.")]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Allow an address other than loopback with neither TLS nor tokens.")
+]
 Source = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="A folder in diffusers' layout, or a .safetensors file.")
 ]
@@ -268,14 +283,35 @@ def serve(
     port: Port = 8001,
     host: Host = "127.0.0.1",
     log: Log = None,
+    grace: Grace = 30,
+    http_port: HttpPort = None,
+    metrics_port: MetricsPort = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_client_ca: TlsClientCa = None,
+    token_file: TokenFile = None,
+    insecure: Insecure = False,
 ) -> None:
-    """Run Triton on a model repository until Ctrl-C or SIGTERM, which let requests in flight finish.
+    """Run Triton on a model repository until Ctrl-C or SIGTERM, which let pictures in the middle be finished.
 
     Example: ditforge serve out/repo --port 8001
     """
     from ditforge import serving
 
-    serving.serve(repository, host, port, log)
+    options: Options = {
+        "port": port,
+        "host": host,
+        "log": log,
+        "grace": grace,
+        "http_port": http_port,
+        "metrics_port": metrics_port,
+        "tls_cert": tls_cert,
+        "tls_key": tls_key,
+        "tls_client_ca": tls_client_ca,
+        "token_file": token_file,
+        "insecure": insecure,
+    }
+    serving.serve(repository, options)
 
 
 @app.command()
@@ -338,6 +374,14 @@ def up(
     port: Port = 8001,
     host: Host = "127.0.0.1",
     log: Log = None,
+    grace: Grace = 30,
+    http_port: HttpPort = None,
+    metrics_port: MetricsPort = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_client_ca: TlsClientCa = None,
+    token_file: TokenFile = None,
+    insecure: Insecure = False,
     cache: Annotated[Path | None, typer.Option(help="Where the stages' folders are kept; ~/.cache/ditforge.")] = None,
 ) -> None:
     """Export, build, repo and serve in one; what is there already from the last time is kept.
@@ -364,7 +408,20 @@ def up(
         loras=[parse_lora(option) for option in lora or ()],
         t5_precision=t5_precision,
     )
-    serving.serve(repository, host, port, log)
+    options: Options = {
+        "port": port,
+        "host": host,
+        "log": log,
+        "grace": grace,
+        "http_port": http_port,
+        "metrics_port": metrics_port,
+        "tls_cert": tls_cert,
+        "tls_key": tls_key,
+        "tls_client_ca": tls_client_ca,
+        "token_file": token_file,
+        "insecure": insecure,
+    }
+    serving.serve(repository, options)
 
 
 @app.command()

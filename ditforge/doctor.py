@@ -17,7 +17,8 @@ EXTRAS = {
     "tensorrt-rtx": ("tensorrt_rtx",),
     "tensorrt": ("tensorrt",),
     "gpu": ("cupy",),
-    "serve": ("pytriton", "tokenizers", "google"),
+    "serve-in-container": ("tokenizers", "google", "psutil", "prometheus_client"),
+    "serve": ("pytriton",),
 }
 
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from ditforge import terminal
+from ditforge.cache import default_cache
 from ditforge.errors import DitforgeError
+
+if TYPE_CHECKING:
+    from ditforge.triton_repo.server import Options
 
 LONGEST_NAME = 80  # of a folder in the cache, before the digest
 
 
-def serve(repository: Path, host: str, port: int, log: Path | None) -> None:
-    """Run Triton on `repository` until SIGINT or SIGTERM, then let it drain. Raises DitforgeError if it dies."""
+def serve(repository: Path, options: Options) -> None:
+    """Serve `repository` until SIGINT or SIGTERM, then let pictures in the middle be finished.
+
+    Raises DitforgeError where the server ends by itself.
+    """
     from ditforge.triton_repo.server import start
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -24,10 +31,16 @@ def serve(repository: Path, host: str, port: int, log: Path | None) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     try:
-        with start(repository, host=host, port=port, log=log) as server:
+        with start(repository, terminal.say, **options) as server:
             terminal.say(f"serving {repository} at {server.url} (gRPC), log {server.log}")
+            if server.ports.http is not None:
+                terminal.say(f"Triton's own HTTP at port {server.ports.http}")
+            if server.ports.metrics is not None:
+                terminal.say(f"metrics at http://{server.url.partition(':')[0]}:{server.ports.metrics}/metrics")
+            if not server.options.closed and not server.options.on_loopback:
+                terminal.say(f"warning: anyone who reaches {server.options.host} can use this server, in clear text")
             code = server.wait()
-        raise DitforgeError(f"Triton ended by itself with exit code {code}", f"look at its log, {server.log}")
+        raise DitforgeError(f"the server ended by itself with exit code {code}", f"look at its log, {server.log}")
     except KeyboardInterrupt:
         terminal.say("stopped")
 
@@ -129,8 +142,3 @@ def digest(*parts: object) -> str:
 def say_written(repository: Path, reason: str) -> None:
     """Say why a repository was written, or, where there is no reason, that it was not."""
     terminal.say(f"wrote {repository}: {reason}" if reason else f"{repository} is up to date")
-
-
-def default_cache() -> Path:
-    """$XDG_CACHE_HOME/ditforge, or ~/.cache/ditforge (freedesktop.org's base directories)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ditforge"

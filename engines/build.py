@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,7 +28,6 @@ TOKENIZER = "tokenizer"
 CUTTING = 1  # how segments.cut does it; another number where the same graph and count would give other segments
 TIMING_CACHE = "timing.cache"  # of TensorRT, beside the engines: what it measured on the GPU the last time
 PLAN = ".plan"
-RUNTIME_CACHE = ".runtime-cache"  # of TensorRT-RTX, beside each engine: what it compiled for the GPU the last time
 
 
 @dataclass(frozen=True)
@@ -167,10 +166,9 @@ def write_engines(
     }
     report = progress or (lambda component, done, total: None)
     kept = {name: before.components[name] for name in networks if name not in design.reasons} if before else {}
-    with manifest.written_whole(out, "engines", own=caches(before.components.values() if before else ())) as folder:
-        for cache in caches(kept.values()):  # those of engines that are compiled again are of no use
-            if before and (out / cache).is_file():
-                shutil.copyfile(out / cache, folder / cache)
+    with manifest.written_whole(out, "engines", own=[TIMING_CACHE]) as folder:
+        if before and (out / TIMING_CACHE).is_file():
+            shutil.copyfile(out / TIMING_CACHE, folder / TIMING_CACHE)
         components = {TOKENIZER: copy_component(source.components[TOKENIZER], onnx, folder)}
         engines = {}
         for done, name in enumerate(networks):
@@ -292,12 +290,6 @@ def rebuild_reason(before: Manifest | None, out: Path, name: str, key: dict[str,
         if not path.is_file() or path.stat().st_size != expected.size:
             return f"{file} is missing or truncated"
     return ""
-
-
-def caches(components: Iterable[Component]) -> list[str]:
-    """What may be beside the engines of these components: the timing cache, and the runtime cache of each plan."""
-    plans = [Path(file) for component in components for file in component.files if file.endswith(PLAN)]
-    return [TIMING_CACHE, *(plan.with_suffix(RUNTIME_CACHE).name for plan in plans)]
 
 
 def copy_component(component: Component, source: Path, folder: Path) -> Component:

@@ -7,6 +7,7 @@ https://github.com/triton-inference-server/python_backend#interoperability-and-g
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import threading
@@ -17,7 +18,7 @@ from weakref import WeakSet
 
 import numpy as np
 
-from ditforge.engines.build import RUNTIME_CACHE
+from ditforge.cache import default_cache
 from ditforge.engines.compiler import Arrays, Shape
 from ditforge.engines.gpus import local_target
 from ditforge.engines.tensorrt_common import NO_DRIVER, make_log
@@ -56,7 +57,16 @@ def load_plan(trt: Any, plan: Path, compiler: str, target: str) -> Execution:
         raise UserError(
             "executing engines needs cupy, which is not installed", "pip install 'ditforge[gpu]'"
         ) from error
-    return Execution(trt, cupy, runtime, engine, log, plan.with_suffix(RUNTIME_CACHE))
+    return Execution(trt, cupy, runtime, engine, log, kernels_of(plan))
+
+
+def kernels_of(plan: Path) -> Path:
+    """Where TensorRT-RTX's kernels for a plan on this machine's GPU are kept: not beside it, which may be read-only.
+
+    What lies there is another plan's if one is put in its place; TensorRT-RTX finds that out.
+    """
+    digest = hashlib.sha256(os.fsencode(plan.resolve())).hexdigest()[:16]
+    return default_cache() / "runtime-caches" / f"{plan.stem}-{digest}.runtime-cache"
 
 
 class Execution:
@@ -186,12 +196,13 @@ class Execution:
         self.keep_kernels()
 
     def keep_kernels(self) -> None:
-        """Write what was compiled for the GPU beside the plan, unless it is there already."""
+        """Write what was compiled for the GPU to disk, unless it is there already."""
         kernels = bytes(self.runtime_cache.serialize()) if self.runtime_cache is not None else b""
         if len(kernels) == len(self.on_disk):  # their order may differ from one time to the next
             return
         temporary = self.cache.with_name(f".{self.cache.name}.{os.getpid()}")
         try:
+            temporary.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(kernels)
             temporary.replace(self.cache)
             self.on_disk = kernels

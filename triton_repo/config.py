@@ -13,14 +13,19 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from ditforge.manifest import Component, File, Tensor
 from ditforge.model import Model
+from ditforge.triton_repo.limits import Limits
 
 MODEL_PARAMETER = "ditforge_model"  # of `dit`: the JSON of ditforge.model.Model
 ENGINE_PARAMETER = "ditforge_engine"  # of a network: the JSON of EngineSource
+ENGINES_PARAMETER = "ditforge_engines"  # of `dit`: a digest of all engines, the same where pictures are the same
+LIMITS_PARAMETER = "ditforge_limits"  # of a model: the JSON of ditforge.triton_repo.limits.Limits
 TEXT_ENCODERS, TEXT_ENCODERS_CLIP = "text_encoders", "text_encoders_clip"  # ensembles; the latter without T5
 PROMPT_EMBEDS = "prompt_embeds"
 TEXT_OUTPUTS = (PROMPT_EMBEDS, "pooled_embeds", "prompt_tokens")  # what a text ensemble hands out
 CPU_INSTANCE = pb.ModelInstanceGroup(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
 GPU_INSTANCE = pb.ModelInstanceGroup(count=1, kind=pb.ModelInstanceGroup.KIND_GPU, gpus=[0])
+MAX_QUEUE = 128  # requests that wait for a model; one more is refused at once
+LONGEST_WAIT = 600  # seconds in that queue, where the request names no earlier deadline
 
 
 class EngineSource(BaseModel):
@@ -51,7 +56,7 @@ def python_model(
         input=[_input(tensor, component.inputs[tensor]) for tensor in component.inputs],
         output=[_output(tensor, component.outputs[tensor]) for tensor in component.outputs],
         instance_group=[GPU_INSTANCE if gpu else CPU_INSTANCE],
-        dynamic_batching=pb.ModelDynamicBatching(),
+        dynamic_batching=batching(),
     )
     for key, value in (parameters | ({"FORCE_CPU_ONLY_INPUT_TENSORS": "no"} if gpu else {})).items():
         config.parameters[key].string_value = value
@@ -74,7 +79,7 @@ def tensorrt_model(
         input=[_input(tensor, component.inputs[tensor]) for tensor in component.inputs],
         output=[_output(tensor, component.outputs[tensor]) for tensor in component.outputs],
         instance_group=[GPU_INSTANCE],
-        dynamic_batching=pb.ModelDynamicBatching(),
+        dynamic_batching=batching(),
     )
     for key, value in parameters.items():
         config.parameters[key].string_value = value
@@ -100,8 +105,22 @@ def tensorrt_model(
     return config
 
 
-def ensemble(name: str, members: dict[str, Component], max_batch: int) -> pb.ModelConfig:
-    """The members in a row, wired by the names of their tensors.
+def batching() -> pb.ModelDynamicBatching:
+    """Requests that wait are batched. The queue is bounded; who waited longer than the client does is refused.
+
+    Triton takes a request's own timeout only where it is shorter than the default one.
+    """
+    policy = pb.ModelQueuePolicy(
+        timeout_action=pb.ModelQueuePolicy.REJECT,
+        default_timeout_microseconds=LONGEST_WAIT * 1_000_000,
+        allow_timeout_override=True,
+        max_queue_size=MAX_QUEUE,
+    )
+    return pb.ModelDynamicBatching(default_queue_policy=policy)
+
+
+def ensemble(name: str, members: dict[str, Component], limits: Limits) -> pb.ModelConfig:
+    """The members in a row, wired by the names of their tensors; `limits` are those of the first.
 
     What no member produces is an input of the ensemble; what no member consumes is an output.
     """
@@ -110,10 +129,11 @@ def ensemble(name: str, members: dict[str, Component], max_batch: int) -> pb.Mod
     config = pb.ModelConfig(
         name=name,
         platform="ensemble",
-        max_batch_size=max_batch,
+        max_batch_size=limits.max_batch,
         input=[_input(tensor, consumed[tensor]) for tensor in consumed if tensor not in produced],
         output=[_output(tensor, produced[tensor]) for tensor in produced if tensor not in consumed],
     )
+    config.parameters[LIMITS_PARAMETER].string_value = limits.model_dump_json(exclude_none=True)
     for member_name, member in members.items():
         config.ensemble_scheduling.step.append(
             pb.ModelEnsembling.Step(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import triton_python_backend_utils as pb_utils  # exists inside Triton's Python 
 
 from ditforge.engines.runtime import load_engine
 from ditforge.errors import DitforgeError
-from ditforge.triton_repo.config import ENGINE_PARAMETER, EngineSource
+from ditforge.triton_repo.config import ENGINE_PARAMETER, LIMITS_PARAMETER, EngineSource
+from ditforge.triton_repo.limits import BadRequest, Limits
+
+Arrays = dict[str, Any]
 
 
 class TritonPythonModel:
@@ -33,24 +37,81 @@ class TritonPythonModel:
             )
         except DitforgeError as error:
             raise pb_utils.TritonModelException(str(error)) from error
-        self.inputs = [tensor["name"] for tensor in config["input"]]
+        self.name = config["name"]
+        self.limits = read_limits(config)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """One engine call for all requests: Triton only batches equal shapes."""
-        parts = [
-            {name: read(pb_utils.get_input_tensor_by_name(request, name)) for name in self.inputs}
-            for request in requests
-        ]
-        sizes = [len(part[self.inputs[0]]) for part in parts]
+        """One engine call for all requests that are sound: Triton only batches equal shapes."""
+        return answer_each(self.name, requests, self.read, self.engine.run_batch)
+
+    def read(self, request: Any) -> Arrays:
+        """The inputs of one request. Raises BadRequest if the engine must not see them."""
+        inputs = {name: read(pb_utils.get_input_tensor_by_name(request, name)) for name in self.limits.inputs}
+        self.limits.check_arrays(inputs)
+        return inputs
+
+
+def answer_each(
+    model: str,
+    requests: Sequence[Any],
+    read_request: Callable[[Any], Arrays],
+    run_batch: Callable[[list[Arrays]], Arrays],
+) -> list[Any]:
+    """A response for each request: what is wrong with one of them is an error for that one alone.
+
+    Requests whose client has gone are not executed. Where a batch fails, its requests are executed one by one. Each
+    response gets an error object of its own: one that several responses share ends Triton.
+    """
+    answers: dict[int, Any] = {}
+    sound: dict[int, Arrays] = {}
+    for index, request in enumerate(requests):
+        if request.is_cancelled():
+            answers[index] = failure("the client has gone", pb_utils.TritonError.CANCELLED)
+            continue
         try:
-            outputs = self.engine.run_batch(parts)
-        except Exception as error:  # an engine's errors are of many kinds; the server must answer all the same
-            failure = pb_utils.TritonError(str(error))
-            return [pb_utils.InferenceResponse(error=failure) for _ in requests]
-        return [
-            pb_utils.InferenceResponse([write(name, value[start:end]) for name, value in outputs.items()])
-            for start, end in spans(sizes)
-        ]
+            sound[index] = read_request(request)
+        except BadRequest as error:
+            answers[index] = failure(f"{model}: {error}", pb_utils.TritonError.INVALID_ARG)
+    try:
+        answers |= run_together(sound, run_batch)
+    except Exception as error:  # an engine's errors are of many kinds; the server must answer all the same
+        log(model, error)
+        for index, inputs in sound.items():
+            try:
+                answers |= run_together({index: inputs}, run_batch)
+            except Exception as own:
+                log(model, own)
+                # What the engine said can name files and machines; it is in the log.
+                problem = f"the engine of {model} failed ({type(own).__name__}); the server's log says why"
+                answers[index] = failure(problem, pb_utils.TritonError.INTERNAL)
+    return [answers[index] for index in range(len(requests))]
+
+
+def run_together(parts: dict[int, Arrays], run_batch: Callable[[list[Arrays]], Arrays]) -> dict[int, Any]:
+    """The responses of several requests, by their number, from one call."""
+    if not parts:
+        return {}
+    outputs = run_batch(list(parts.values()))
+    sizes = [len(next(iter(inputs.values()))) for inputs in parts.values()]
+    return {
+        index: pb_utils.InferenceResponse([write(name, value[start:end]) for name, value in outputs.items()])
+        for index, (start, end) in zip(parts, spans(sizes), strict=True)
+    }
+
+
+def failure(message: str, code: Any) -> Any:
+    """A response that is an error."""
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+
+
+def log(model: str, error: Exception) -> None:
+    """Write an engine's error into Triton's log, on one line."""
+    pb_utils.Logger.log_error(f"{model}: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def read_limits(config: dict[str, Any]) -> Limits:
+    """The limits in a model's configuration."""
+    return Limits.model_validate_json(config["parameters"][LIMITS_PARAMETER]["string_value"])
 
 
 def read(tensor: Any) -> Any:

@@ -16,8 +16,8 @@ STUB = "triton_python_backend_stub"  # the program that runs a Python model, lin
 LIBPYTHON = re.compile(rb"libpython3(?:-\w+)?(\.\d+)\.so[.\d]*")
 
 
-def tritonserver_command(folder: Path, env: dict[str, str]) -> list[str]:
-    """The command on PATH, or nvidia-pytriton's with what it needs put into `folder` and into env's LD_LIBRARY_PATH."""
+def find_tritonserver() -> Path:
+    """The command on PATH, or the folder of nvidia-pytriton's wheel. Raises UserError where neither can be run."""
     version = sysconfig.get_python_version()
     if found := shutil.which("tritonserver"):
         stub = Path(found).resolve().parent.parent / "backends" / "python" / STUB
@@ -25,23 +25,31 @@ def tritonserver_command(folder: Path, env: dict[str, str]) -> list[str]:
         if linked and (built := f"3{linked[1].decode()}") != version:
             problem = f"{found} runs Python models in Python {built}, and this is Python {version}"
             raise UserError(problem, f"install and run ditforge in Python {built}")
-        return [os.path.abspath(found)]
+        return Path(os.path.abspath(found))
     spec = importlib.util.find_spec("pytriton")
     if spec is None or spec.origin is None:
         raise UserError("no Triton: no tritonserver is on PATH, and nvidia-pytriton is not installed", INSTALL)
     wheel = Path(spec.origin).parent / "tritonserver"
-    stubs = {stub.parent.name: stub for stub in wheel.glob(f"python_backend_stubs/*/{STUB}")}
-    if version not in stubs:
-        known = ", ".join(sorted(stubs, key=lambda name: int(name.partition(".")[2])))
+    versions = {stub.parent.name for stub in wheel.glob(f"python_backend_stubs/*/{STUB}")}
+    if version not in versions:
+        known = ", ".join(sorted(versions, key=lambda name: int(name.partition(".")[2])))
         raise UserError(f"nvidia-pytriton runs Python models in Python {known}; this is Python {version}", INSTALL)
+    return wheel
 
+
+def tritonserver_command(folder: Path, env: dict[str, str]) -> list[str]:
+    """The command that runs Triton, with what it needs put into `folder` and into env's LD_LIBRARY_PATH."""
+    wheel = find_tritonserver()
+    if wheel.is_file():
+        return [str(wheel)]
+    stub = wheel / "python_backend_stubs" / sysconfig.get_python_version() / STUB
     backend = folder / "backends" / "python"
     backend.mkdir(parents=True)
-    for file in (stubs[version], *(wheel / "backends" / "python").iterdir()):
+    for file in (stub, *(wheel / "backends" / "python").iterdir()):
         if file.is_file():  # __pycache__ is not: Python would write into the wheel's
             (backend / file.name).symlink_to(file)
     bundled = wheel.parents[1] / "nvidia_pytriton.libs"
-    linked = LIBPYTHON.search(stubs[version].read_bytes())
+    linked = LIBPYTHON.search(stub.read_bytes())
     name = linked[0].decode() if linked else "libpython"
     libdir, multiarch = (sysconfig.get_config_var(key) or "" for key in ("LIBDIR", "MULTIARCH"))
     folders = (bundled, Path(libdir), Path(libdir, multiarch), Path(sys.base_prefix, "lib"))
@@ -66,7 +74,8 @@ def python_environment(folder: Path) -> Path:
     packages.mkdir(parents=True)
     paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     sites = site.getsitepackages() + ([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])
-    lines = [f"import sys; sys.path.append({path!a})" for path in paths]
+    lines = ["import sys; sys.dont_write_bytecode = True"]  # a model repository stays as it is, and can be read-only
+    lines += [f"import sys; sys.path.append({path!a})" for path in paths]
     lines += [f"import site; site.addsitedir({path!a})" for path in sites]
     (packages / "ditforge.pth").write_text("\n".join(lines) + "\n")
     settings = f"home = {sys.base_exec_prefix}/bin\ninclude-system-site-packages = false\n"

@@ -14,14 +14,15 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from ditforge import manifest
 from ditforge.errors import UserError
-from ditforge.manifest import Component, Manifest
+from ditforge.manifest import Manifest
 from ditforge.triton_repo import config
+from ditforge.triton_repo.limits import Limits, limits_of
 
 TOKENIZER, DIT = "tokenizer", "dit"
 ENSEMBLES = (config.TEXT_ENCODERS, config.TEXT_ENCODERS_CLIP)
 NOT_TEXT = (DIT, "vae_decoder", "vae_encoder")
 DEFAULT_MAX_BATCH = 8
-RUNTIME_CACHE = ".runtime-cache"  # after an engine's name: what ditforge.engines.tensorrt_runtime writes beside it
+BUILD_AGAIN = "ditforge build ONNX_DIR --gpu GPU --out DIR   again"
 MODEL_CODE = "from ditforge.triton_repo.{module} import TritonPythonModel  # noqa: F401\n"
 
 
@@ -43,10 +44,13 @@ def write_repository(engines: Path, out: Path, max_batch: int | None = None) -> 
     """
     source = manifest.read(engines, "engines")
     max_batch = choose_max_batch(source, max_batch)
-    models = {name: make_model(source, name, max_batch) for name in source.components}
+    known = vocabularies(engines, source)
+    limits = {name: limits_of(name, part, source.model, max_batch, known) for name, part in source.components.items()}
+    models = {name: make_model(source, name, limits[name]) for name in source.components}
+    models[DIT].config.parameters[config.ENGINES_PARAMETER].string_value = digest(source)
     text = {name: component for name, component in source.components.items() if name not in NOT_TEXT}
     for name, members in config.text_ways(text).items():
-        models[name] = Triton(config.ensemble(name, members, max_batch), {}, {})
+        models[name] = Triton(config.ensemble(name, members, limits[TOKENIZER]), {}, {})
     components = {
         name: component.model_copy(
             update={"files": {f"{name}/{path}": component.files[file] for path, file in models[name].engine.items()}}
@@ -60,7 +64,7 @@ def write_repository(engines: Path, out: Path, max_batch: int | None = None) -> 
     if not reason:
         return ""
     for component in source.components.values():
-        manifest.check_files(engines, component.files, fix="ditforge build ONNX_DIR --gpu GPU --out DIR   again")
+        manifest.check_files(engines, component.files, fix=BUILD_AGAIN)
     with manifest.written_whole(out, "repository", own=ENSEMBLES) as folder:
         for name, model in models.items():
             (folder / name / "1").mkdir(parents=True)  # which Triton wants also where there is nothing to put in
@@ -68,9 +72,16 @@ def write_repository(engines: Path, out: Path, max_batch: int | None = None) -> 
                 (folder / name / path).write_text(content)
             for path, file in model.engine.items():
                 place(engines / file, folder / name / path)
-        keep_caches(out, folder, components)
         manifest.write(result, folder)
     return reason
+
+
+def digest(source: Manifest) -> str:
+    """SHA-256 over all files of a build, in hexadecimal: servers of the same one give the same pictures."""
+    files = sorted(
+        (file, described.sha256) for part in source.components.values() for file, described in part.files.items()
+    )
+    return sha256(repr(files).encode()).hexdigest()
 
 
 def choose_max_batch(source: Manifest, max_batch: int | None) -> int:
@@ -88,11 +99,25 @@ def choose_max_batch(source: Manifest, max_batch: int | None) -> int:
     return max_batch
 
 
-def make_model(source: Manifest, name: str, max_batch: int) -> Triton:
+def vocabularies(engines: Path, source: Manifest) -> dict[str, int]:
+    """How many token ids there are, by the name of the tensor that holds them, in the build in the folder `engines`."""
+    from tokenizers import Tokenizer
+
+    found = {}
+    for file in source.components[TOKENIZER].files if TOKENIZER in source.components else ():
+        manifest.check_files(engines, {file: source.components[TOKENIZER].files[file]}, fix=BUILD_AGAIN)
+        ids = Tokenizer.from_file(str(engines / file)).get_vocab(with_added_tokens=True).values()
+        found[f"{Path(file).stem}_ids"] = max(ids) + 1
+    return found
+
+
+def make_model(source: Manifest, name: str, limits: Limits) -> Triton:
     """The model of the component `name`."""
     component, engine = source.components[name], source.engines.get(name)
     files = {f"1/{Path(file).name}": file for file in component.files}
     parameters = {config.MODEL_PARAMETER: source.model.model_dump_json()} if name == DIT else {}
+    parameters[config.LIMITS_PARAMETER] = limits.model_dump_json(exclude_none=True)
+    max_batch = limits.max_batch
     at_once = engine and not engine.segments and not engine.on_demand  # as Triton's own backend has it
     if engine and engine.compiler == "tensorrt" and at_once and has_tensorrt_backend():
         plan = Path(next(iter(component.files))).name
@@ -166,17 +191,6 @@ def place(file: Path, target: Path) -> None:
             target.hardlink_to(file)
             return
     shutil.copyfile(file, target)
-
-
-def keep_caches(out: Path, folder: Path, components: dict[str, Component]) -> None:
-    """Keep what TensorRT-RTX compiled on the GPU, in an earlier repository `out`, of engines that stay the same."""
-    earlier = manifest.earlier(out, "repository")
-    before = earlier.components if earlier else {}
-    for name, component in components.items():
-        for file, described in component.files.items():
-            cache = Path(file).with_suffix(RUNTIME_CACHE)
-            if name in before and before[name].files.get(file) == described and (out / cache).is_file():
-                shutil.copyfile(out / cache, folder / cache)
 
 
 def has_tensorrt_backend() -> bool:

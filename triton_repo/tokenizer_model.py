@@ -10,7 +10,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils  # exists inside Triton's Python backend only
 from tokenizers import Tokenizer
 
-from ditforge.triton_repo.engine_model import spans
+from ditforge.triton_repo.engine_model import Arrays, answer_each, read_limits
 
 COUNTS = "prompt_tokens"
 
@@ -19,8 +19,11 @@ class TritonPythonModel:
     """Triton's interface to a Python model (github.com/triton-inference-server/python_backend)."""
 
     def initialize(self, args: dict[str, str]) -> None:
+        config = json.loads(args["model_config"])
         folder = Path(args["model_repository"]) / args["model_version"]
-        outputs = [tensor["name"] for tensor in json.loads(args["model_config"])["output"]]
+        outputs = [tensor["name"] for tensor in config["output"]]
+        self.name = config["name"]
+        self.limits = read_limits(config)
         self.outputs = [name for name in outputs if name != COUNTS]
         files = [str(folder / f"{name.removesuffix('_ids')}.json") for name in self.outputs]
         self.tokenizers = [Tokenizer.from_file(file) for file in files]
@@ -31,21 +34,21 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Prompts BYTES [B, 1] → ids int32 [B, T] for each encoder, their counts before the cut [B, encoders]."""
-        batches = [
-            [
-                prompt.decode("utf-8", "replace")
-                for prompt in pb_utils.get_input_tensor_by_name(r, "prompt").as_numpy()[:, 0]
-            ]
-            for r in requests
-        ]
-        prompts = [prompt for batch in batches for prompt in batch]
-        tensors = {
+        return answer_each(self.name, requests, self.read, self.tokenize)
+
+    def read(self, request: Any) -> Arrays:
+        """The prompts of one request. Raises BadRequest for what is no text, or too long."""
+        inputs = {"prompt": pb_utils.get_input_tensor_by_name(request, "prompt").as_numpy()}
+        self.limits.check_arrays(inputs)
+        return inputs
+
+    def tokenize(self, parts: list[Arrays]) -> Arrays:
+        """The outputs for the prompts of several requests."""
+        prompts = [prompt.decode() for part in parts for prompt in part["prompt"][:, 0]]
+        tensors: Arrays = {
             name: np.array([e.ids for e in tokenizer.encode_batch(prompts)], np.int32)
             for name, tokenizer in zip(self.outputs, self.tokenizers, strict=True)
         }
         counts = [[len(e.ids) for e in counter.encode_batch(prompts)] for counter in self.counters]
         tensors[COUNTS] = np.array(counts, np.int32).T.copy()
-        return [
-            pb_utils.InferenceResponse([pb_utils.Tensor(name, value[start:end]) for name, value in tensors.items()])
-            for start, end in spans([len(batch) for batch in batches])
-        ]
+        return tensors

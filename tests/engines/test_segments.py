@@ -261,9 +261,7 @@ def test_tensorrt_compiles_segments(exports, tmp_path: Path, key: tuple[str, str
     sizes = [file.size for file in built.manifest.components["dit"].files.values()]
     assert sum(sizes) == pytest.approx(sum(file.size for file in whole.files.values()), rel=0.15)
     assert max(sizes) < 0.6 * sum(sizes)
-    (out / "dit-2.runtime-cache").write_bytes(b"what was compiled on the GPU")
     assert build(folder, out, "sm_89", segments=2, residency="on-demand").rebuilt == {}
-    assert (out / "dit-2.runtime-cache").is_file()
     assert build(folder, out, "sm_89", segments=3).rebuilt == {"dit": "segments was 2 (cutting 1), is 3 (cutting 1)"}
     assert {path.name for path in out.iterdir()} == {"dit-1.plan", "dit-2.plan", "dit-3.plan", "tokenizer"} | {
         "manifest.json"

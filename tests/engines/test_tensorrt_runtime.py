@@ -246,6 +246,17 @@ def test_kernels_are_kept_after_the_warm_up(tmp_path: Path) -> None:
     assert again.config.read == [b"kernels"]
 
 
+def test_kernels_are_not_kept_beside_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model repository can be read-only. Plans of one name, in two repositories, do not share a file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    one, other = (tensorrt_runtime.kernels_of(tmp_path / repo / "dit.plan") for repo in ("one", "other"))
+    assert one.is_relative_to(tmp_path / "cache" / "ditforge") and one != other
+    assert one == tensorrt_runtime.kernels_of(tmp_path / "other" / ".." / "one" / "dit.plan")
+    run = execution(Engine(RANGE), one)
+    run.warm_up()
+    assert one.read_bytes() == b"kernels"
+
+
 def test_kernels_compiled_since_are_kept_when_it_is_closed(tmp_path: Path) -> None:
     cache = tmp_path / "dit.runtime-cache"
     engine = Engine(RANGE)
@@ -291,6 +302,7 @@ def test_bf16_is_stored_in_two_bytes() -> None:
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    run = execution(Engine(RANGE), tmp_path / "nowhere" / "dit.runtime-cache")
+    (tmp_path / "file").touch()
+    run = execution(Engine(RANGE), tmp_path / "file" / "dit.runtime-cache")
     with pytest.warns(DitforgeWarning, match="the next start compiles again"):
         run.warm_up()

@@ -195,18 +195,7 @@ def test_batches_that_the_engines_do_not_take(schnell, tmp_path: Path) -> None:
     assert "--max-batch 4" in error.value.fix and "--batch 8" in error.value.fix
 
 
-def test_what_was_compiled_on_the_gpu_is_kept(schnell, tmp_path: Path) -> None:
-    engines = compiled(schnell.engines, tmp_path / "engines", "tensorrt-rtx", {})
-    write_repository(engines, tmp_path / "repo")
-    caches = {name: tmp_path / "repo" / name / "1" / f"{name}.runtime-cache" for name in ("clip", "dit")}
-    for cache in caches.values():
-        cache.write_bytes(b"kernels")
-    replace_plan(engines, "dit", b"another engine")
-    write_repository(engines, tmp_path / "repo")
-    assert {name for name, cache in caches.items() if cache.exists()} == {"clip"}
-
-
-def test_what_was_compiled_for_each_segment_is_kept(schnell, tmp_path: Path) -> None:
+def test_an_engine_in_segments_has_a_file_for_each(schnell, tmp_path: Path) -> None:
     engines = compiled(schnell.engines, tmp_path / "engines", "tensorrt-rtx", {})
     source, names = manifest.read(engines, "engines"), ("dit-1.plan", "dit-2.plan")
     for name in names:
@@ -220,10 +209,7 @@ def test_what_was_compiled_for_each_segment_is_kept(schnell, tmp_path: Path) -> 
     write_repository(engines, tmp_path / "repo")
     folder = tmp_path / "repo" / "dit" / "1"
     assert {path.name for path in folder.iterdir()} == {*names, "model.py"}
-    for i in (1, 2):
-        (folder / f"dit-{i}.runtime-cache").write_bytes(b"kernels")
     assert write_repository(engines, tmp_path / "repo", max_batch=2) == "max_batch was 4, is 2"
-    assert {path.name for path in folder.glob("*.runtime-cache")} == {"dit-1.runtime-cache", "dit-2.runtime-cache"}
 
 
 # Written once

@@ -14,26 +14,20 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from google.protobuf import text_format
-from tritonclient.grpc import InferenceServerClient, InferInput, model_config_pb2 as pb
+from python_models import ADD_ONE, SLEEP, infer, write_models
+from tritonclient.grpc import InferenceServerClient
+from tritonclient.utils import InferenceServerException
 
 import ditforge
 from ditforge.errors import DitforgeError, UserError
 from ditforge.triton_repo import installation, server
-from ditforge.triton_repo.server import SHM, start
+from ditforge.triton_repo.server import start
+from ditforge.triton_repo.tritonserver import PREFIX, SHM
 
-ADD_ONE = """
-import numpy as np
-import triton_python_backend_utils as pb_utils
-class TritonPythonModel:
-    def execute(self, requests):
-        x = [pb_utils.get_input_tensor_by_name(request, "x").as_numpy() for request in requests]
-        return [pb_utils.InferenceResponse([pb_utils.Tensor("y", x + np.float32(1))]) for x in x]
-"""
-SLEEP = ADD_ONE.replace("        return", "        import time; time.sleep(float(x[0][0]))\n        return")
 BROKEN = ADD_ONE + '    def initialize(self, args):\n        raise ValueError("no plan for sm_00")\n'
 WHERE = """
 import json, os, sys
@@ -50,45 +44,39 @@ class TritonPythonModel:
 @pytest.fixture
 def repository(tmp_path: Path) -> Callable[..., Path]:
     """Writes a repository of Python models, given as NAME=SOURCE: x FP32 [-1] in, y FP32 [-1] out."""
-
-    def write(folder: str = "repo", **models: str) -> Path:
-        for name, source in models.items():
-            config = pb.ModelConfig(name=name, backend="python")
-            config.input.add(name="x", data_type=pb.TYPE_FP32, dims=[-1])
-            config.output.add(name="y", data_type=pb.TYPE_FP32, dims=[-1])
-            config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU)
-            model = tmp_path / folder / name / "1" / "model.py"
-            model.parent.mkdir(parents=True)
-            model.write_text(source)
-            (model.parents[1] / "config.pbtxt").write_text(text_format.MessageToString(config))
-        return tmp_path / folder
-
-    return write
+    return lambda folder="repo", **models: write_models(tmp_path / folder, **models)
 
 
 @pytest.fixture(autouse=True)
-def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fails a test of which shared memory or processes remain; logs go where pytest removes them.
+def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Fails a test of whose servers shared memory or processes remain; logs go where pytest removes them.
 
-    Servers that other tests share with the whole session may run beside it. Names in shared memory begin differently
-    from those of other processes' servers, which would sweep up what a test leaves there on purpose.
+    Gives the process ids of the servers that the test started.
     """
-    monkeypatch.setattr(server, "PREFIX", f"{server.PREFIX}{os.getpid()}-test-")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    entries, servers = own_entries(os.getpid()), own_processes()
-    yield
-    assert set(own_entries(os.getpid())) <= set(entries)
-    assert eventually(lambda: set(own_processes()) <= set(servers))  # one that was killed takes a moment to die
+    started: list[int] = []
+    make = server.Server.__init__
+
+    def noted(self: server.Server, *args: Any) -> None:
+        make(self, *args)
+        started.append(self.pid)
+
+    monkeypatch.setattr(server.Server, "__init__", noted)
+    yield started
+    for pid in started:
+        assert own_entries(pid) == []
+        assert eventually(lambda pid=pid: not processes_of(pid))  # one that was killed takes a moment to die
 
 
 def own_entries(owner: int) -> list[str]:
-    return [path.name for path in SHM.glob(f"{server.PREFIX}*-{owner}-*")]
+    """What a server has in shared memory."""
+    return [path.name for path in SHM.glob(f"{PREFIX}*-{owner}-*")]
 
 
-def own_processes() -> list[int]:
-    """Of servers that this process started, and of their models."""
-    return [pid for pid in processes() if f"-{os.getpid()}-".encode() in command(pid)]
+def processes_of(owner: int) -> list[int]:
+    """A server, its Triton and the models' processes; all of them name the server's folder, or are the server."""
+    return [pid for pid in processes() if command(pid) and (pid == owner or f"-{owner}-".encode() in command(pid))]
 
 
 def processes() -> list[int]:
@@ -103,23 +91,6 @@ def command(pid: int) -> bytes:
         return b""
 
 
-def group(leader: int) -> list[int]:
-    """The live processes of a process group."""
-    members = []
-    for pid in processes():
-        with contextlib.suppress(ProcessLookupError):
-            if os.getpgid(pid) == leader and command(pid):
-                members.append(pid)
-    return members
-
-
-def infer(url: str, model: str, *x: float) -> np.ndarray:
-    tensor = InferInput("x", [len(x)], "FP32")
-    tensor.set_data_from_numpy(np.array(x, np.float32))
-    with InferenceServerClient(url) as client:
-        return client.infer(model, [tensor]).as_numpy("y")
-
-
 def eventually(condition: Callable[[], object], seconds: float = 10) -> bool:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -131,18 +102,17 @@ def eventually(condition: Callable[[], object], seconds: float = 10) -> bool:
 
 def test_serves_and_leaves_nothing(repository: Callable[..., Path], tmp_path: Path) -> None:
     log = tmp_path / "logs" / "triton.log"
-    cache = ["--cache-config=local,size=1048576"]
-    before = len(own_entries(os.getpid()))
+    cache = ("--cache-config=local,size=1048576",)
     with start(repository("a repo; of models", add=ADD_ONE), port=0, log=log, extra_args=cache) as running:
         np.testing.assert_array_equal(infer(running.url, "add", 1, 2), [2, 3])
         large = np.zeros(5 << 20, np.float32)  # 20 MiB: more shared memory than a model starts with
         np.testing.assert_array_equal(infer(running.url, "add", *large), large + 1)
         assert running.url == f"127.0.0.1:{running.ports.grpc}"
-        assert len(group(running.pid)) == 2  # tritonserver and the model's process
-        assert len(own_entries(os.getpid())) == before + 2  # the folder of links and the model's shared memory
+        assert len(processes_of(running.pid)) == 3  # the front, tritonserver and the model's process
+        assert len(own_entries(running.pid)) == 2  # the folder of links and the model's shared memory
     running.stop()
     assert running.wait() == 0
-    assert group(running.pid) == []
+    assert processes_of(running.pid) == []
     assert "successfully loaded 'add'" in log.read_text()
 
 
@@ -170,26 +140,51 @@ def test_two_servers_at_once(repository: Callable[..., Path]) -> None:
         assert infer(servers[1].url, "add", 1) == [2]
 
 
-def test_port_in_use(repository: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("option", ["port", "http_port", "metrics_port"])
+def test_port_in_use(repository: Callable[..., Path], option: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        with pytest.raises(UserError, match=rf"port {port} \(HTTP\) is in use(.|\n)*--port"):
-            start(repository(add=ADD_ONE), port=0, http_port=port)
+        with pytest.raises(UserError, match=rf"port {port} \(--{option.replace('_', '-')}\) is in use(.|\n)*ss -ltnp"):
+            start(repository(add=ADD_ONE), **{"port": 0, option: port})  # type: ignore[arg-type]
 
 
-def test_port_taken_while_the_models_load(repository: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("option", "words"), [("port", "cannot listen on"), ("metrics_port", "cannot listen on")])
+def test_port_taken_in_between(
+    repository: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, option: str, words: str
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        ports = server._claim("127.0.0.1", {"gRPC": 0, "HTTP": 0, "metrics": 0})[1]
-        monkeypatch.setattr(server, "_claim", lambda *_: ("127.0.0.1", server.Ports(ports.grpc, port, ports.metrics)))
-        with pytest.raises(UserError, match=f"port {port} was taken"):
-            start(repository(add=ADD_ONE))
+        monkeypatch.setattr(server, "claim", lambda host, number, name: number)
+        with pytest.raises(UserError, match=f"{words} 127.0.0.1, port {port}"):
+            start(repository(add=ADD_ONE), **{"port": 0, option: port})  # type: ignore[arg-type]
+
+
+def test_the_port_answers_while_the_models_load(repository: Callable[..., Path]) -> None:
+    """It is not ready; a load balancer is told, and clients are told to come again."""
+    slow = ADD_ONE + "    def initialize(self, args):\n        import time; time.sleep(4)\n"
+    port = server.claim("127.0.0.1", 0, "port")
+    with ThreadPoolExecutor() as pool:
+        starting = pool.submit(start, repository(slow=slow), port=port)
+        with InferenceServerClient(f"127.0.0.1:{port}") as client:
+
+            def lives() -> bool:
+                with contextlib.suppress(InferenceServerException):
+                    return client.is_server_live(client_timeout=1)
+                return False
+
+            assert eventually(lives)
+            assert not client.is_server_ready() and not client.is_model_ready("slow")
+            with pytest.raises(InferenceServerException, match=r"UNAVAILABLE.*the models are being started"):
+                infer(f"127.0.0.1:{port}", "slow", 1)
+            with starting.result():
+                assert client.is_server_ready()
+                assert infer(f"127.0.0.1:{port}", "slow", 1) == [2]
 
 
 @pytest.mark.parametrize(("host", "port"), [("no.such.host.invalid", 0), ("192.0.2.1", 0), ("127.0.0.1", 70000)])
 def test_address_that_cannot_be(repository: Callable[..., Path], host: str, port: int) -> None:
-    with pytest.raises(UserError, match=f"{host}.*{port}"):
-        start(repository(add=ADD_ONE), host=host, port=port)
+    with pytest.raises(UserError, match=rf"({host}.*)?{port}"):
+        start(repository(add=ADD_ONE), host=host, port=port, insecure=True)
 
 
 def test_broken_model(repository: Callable[..., Path], tmp_path: Path) -> None:
@@ -236,60 +231,61 @@ def test_stop_kills_what_outlasts_the_grace(repository: Callable[..., Path]) -> 
     with ThreadPoolExecutor() as pool:
         answer = pool.submit(infer, running.url, "sleep", 60)
         time.sleep(0.5)
+        begun = time.monotonic()
         running.stop(grace=1)
-        assert running.wait() == -signal.SIGKILL
-        assert group(running.pid) == []
-        assert answer.exception() is not None
+        assert time.monotonic() < begun + 15, "60 s would be as long as the request takes"
+        assert running.wait() == 0
+        assert "UNAVAILABLE" in str(answer.exception())
 
 
 def test_wait_returns_when_the_server_dies(repository: Callable[..., Path]) -> None:
     with start(repository(add=ADD_ONE), port=0) as running:
         threading.Timer(0.2, os.kill, (running.pid, signal.SIGKILL)).start()
         assert running.wait() == -signal.SIGKILL
-        assert group(running.pid) == []
+        assert eventually(lambda: not processes_of(running.pid))
 
 
-def test_ends_with_a_killed_owner(repository: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("victim", ["owner", "server"])
+def test_ends_with_whoever_is_killed(repository: Callable[..., Path], victim: str) -> None:
+    """Even while a request is answered that would keep a drain from ending. The next server sweeps up."""
     repo = repository(sleep=SLEEP)
     program = """
 import sys, time
 from pathlib import Path
-from ditforge.triton_repo import server
-server.PREFIX = sys.argv[2]
-running = server.start(Path(sys.argv[1]), port=0)
+from ditforge.triton_repo.server import start
+running = start(Path(sys.argv[1]), port=0)
 print(running.pid, running.url, flush=True)
 time.sleep(600)
 """
-    command = [sys.executable, "-c", program, str(repo), server.PREFIX]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
+    with subprocess.Popen([sys.executable, "-c", program, str(repo)], stdout=subprocess.PIPE, text=True) as owner:
         try:
             assert owner.stdout is not None
-            pid, url = owner.stdout.readline().split()
+            line = owner.stdout.readline().split()
+            pid, url = int(line[0]), line[1]
             with ThreadPoolExecutor() as pool:
-                answer = pool.submit(infer, url, "sleep", 60)  # even one that would keep a drain from ending
+                answer = pool.submit(infer, url, "sleep", 60)
                 time.sleep(0.5)
-                assert len(group(int(pid))) == 2
-                owner.kill()
-                assert eventually(lambda: not group(int(pid)))
+                assert len(processes_of(pid)) == 3
+                os.kill(pid if victim == "server" else owner.pid, signal.SIGKILL)
+                assert eventually(lambda: not processes_of(pid))
                 assert answer.exception() is not None
         finally:
             owner.kill()
-    assert own_entries(owner.pid)
     start(repo, port=0).stop()
-    assert own_entries(owner.pid) == []
+    assert own_entries(pid) == []
 
 
-def test_sweeps_only_what_has_no_owner(repository: Callable[..., Path], tmp_path: Path) -> None:
+def test_sweeps_only_what_has_no_owner(repository: Callable[..., Path]) -> None:
     dead = subprocess.Popen(["true"])
     dead.wait()
     here = os.stat("/proc/self/ns/pid").st_ino  # elsewhere, in a container, the same process id may be in use
     owners = (f"{here}-{dead.pid}", f"{here}-{os.getpid()}", f"1-{dead.pid}")
-    left, mine, foreign = paths = [SHM / f"{server.PREFIX}{owner}-a_region" for owner in owners]
+    left, mine, foreign = paths = [SHM / f"{PREFIX}{owner}-a_region" for owner in owners]
     try:
         for path in paths:
             path.touch()
-        with pytest.raises(UserError):  # even a start that fails
-            start(repository(add=ADD_ONE), port=0, log=tmp_path)
+        with pytest.raises(DitforgeError):  # even a start that fails
+            start(repository(broken=BROKEN), port=0)
         assert (left.exists(), mine.exists(), foreign.exists()) == (False, True, True)
     finally:
         for path in paths:

@@ -19,7 +19,7 @@ from command_line import Result, assert_error, calls, ditforge, eventually, pope
 from google.protobuf import text_format
 from PIL import Image
 from transformers import T5Config, T5EncoderModel
-from tritonclient.grpc import InferenceServerClient, model_config_pb2 as pb
+from tritonclient.grpc import model_config_pb2 as pb
 
 from ditforge.export import onnx_export
 from ditforge.triton_repo.server import Server, start
@@ -131,12 +131,6 @@ def test_no_server(refused) -> None:
     refused("generate", "a", "--url", "no.such.host.invalid:8001", mentions=("no.such.host.invalid:8001", "--url"))
 
 
-@pytest.mark.parametrize("port", ["http", "metrics"])
-def test_another_port_of_the_server(refused, schnell_server: Server, port: str) -> None:
-    url = f"127.0.0.1:{getattr(schnell_server.ports, port)}"
-    refused("generate", "a", "--url", url, mentions=(url, "gRPC", "--url"))
-
-
 @pytest.mark.parametrize("answer", [b"\x00\xff, and so on\r\n" * 50, b"HTTP/1.1 400 Bad Request\r\n\r\n", None])
 def test_server_that_is_none(refused, answer: bytes | None) -> None:
     """One that answers garbage, HTTP 1, or (None) takes the connection and never says a word."""
@@ -182,18 +176,20 @@ def write_model(repository: Path, name: str) -> None:
     (repository / name / "config.pbtxt").write_text(text_format.MessageToString(config))
 
 
-def test_triton_with_somebody_elses_models(refused, tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize("names", [("other",), ("text_encoders", "dit", "vae_decoder")])
+def test_triton_with_somebody_elses_models(
+    refused, tmp_path_factory: pytest.TempPathFactory, names: tuple[str, ...]
+) -> None:
+    """Those of the second one happen to be called like ours."""
     repository = tmp_path_factory.mktemp("others")
-    write_model(repository, "other")
-    explicit = ("--model-control-mode=explicit", "--load-model=other")
-    with start(repository, port=0, extra_args=explicit) as server, InferenceServerClient(server.url) as client:
-        no_model = f"{server.url} has no model text_encoders: it has other"
-        refused("generate", "a", "--url", server.url, mentions=(no_model, "ditforge serve"))
-        for name in ("text_encoders", "dit", "vae_decoder"):  # which happen to be called like ours
-            write_model(repository, name)
-            client.load_model(name)
-        foreign = f"the model dit at {server.url} was not made by ditforge"
-        refused("generate", "a", "--url", server.url, mentions=(foreign, "ditforge serve"))
+    for name in names:
+        write_model(repository, name)
+    with start(repository, port=0) as server:
+        words = {
+            "other": f"{server.url} has no model text_encoders: it has other",
+            "text_encoders": f"the model dit at {server.url} was not made by ditforge",
+        }
+        refused("generate", "a", "--url", server.url, mentions=(words[names[0]], "ditforge serve"))
 
 
 def test_model_that_is_not_ready(refused, schnell) -> None:
@@ -204,7 +200,7 @@ def test_model_that_is_not_ready(refused, schnell) -> None:
 
 @pytest.mark.parametrize("end", ["killed", "stopped"])
 def test_server_that_ends_in_the_middle(schnell, tmp_path: Path, end: str) -> None:
-    with start(schnell.repository, port=0) as server:
+    with start(schnell.repository, port=0, grace=1) as server:
         running = popen("generate", "a", "--url", server.url, *LONG, "--out", "picture.png", cwd=tmp_path)
         try:
             eventually(lambda: calls(server.url) > 5)

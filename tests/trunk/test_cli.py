@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from command_line import BAR, COMMAND, calls, ditforge, eventually, popen, tree
 from PIL import Image
@@ -19,7 +20,8 @@ from ditforge import __version__, serving
 from ditforge.client import Client
 from ditforge.engines import build as building
 from ditforge.export import onnx_export
-from ditforge.triton_repo.server import SHM, Server
+from ditforge.triton_repo.server import Server
+from ditforge.triton_repo.tritonserver import SHM
 
 COMMANDS = [
     "export",
@@ -171,24 +173,25 @@ def test_serve_until_sigterm(schnell, tmp_path: Path) -> None:
         assert line.startswith(f"serving {schnell.repository} at 127.0.0.1:"), line
         with Client(line.split(" at ")[1].split()[0]) as client:
             client.generate("a", steps=1)
-        assert owned(running.pid)
+        (server,) = [child.pid for child in psutil.Process(running.pid).children()]
+        assert owned(server)
         running.terminate()
         out, err = running.communicate(timeout=60)
     finally:
         running.kill()
     assert (running.returncode, out, err) == (0, "stopped\n", "")
-    assert owned(running.pid) == []
-    assert processes(running.pid) == []
+    assert owned(server) == []
+    assert processes(server) == []
     assert os.listdir(tmp_path) == ["server.log"]
 
 
 def owned(pid: int) -> list[Path]:
-    """What a server that this process owns has in shared memory."""
+    """What the server in this process has in shared memory."""
     return [path for path in SHM.iterdir() if f"-{pid}-" in path.name]
 
 
 def processes(pid: int) -> list[str]:
-    """The command lines of the servers that this process owns, and of their models."""
+    """The command lines of the Triton that this process watches over, and of its models."""
     lines = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:

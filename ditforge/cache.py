@@ -1,0 +1,9 @@
+"""Where ditforge keeps what it can make again: the folders of `up`, and kernels compiled for this machine's GPU."""
+
+import os
+from pathlib import Path
+
+
+def default_cache() -> Path:
+    """$XDG_CACHE_HOME/ditforge, or ~/.cache/ditforge (freedesktop.org's base directories)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ditforge"

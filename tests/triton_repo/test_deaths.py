@@ -1,0 +1,249 @@
+"""A process that dies is noticed and comes back, and what is short while serving costs one request: the real server."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import grpc
+import numpy as np
+import psutil
+import pytest
+from command_line import eventually, popen, tree
+from hostile import dit_inputs, output, request, said, stub
+from python_models import ADD_ONE, SLEEP, infer, model_processes, tritonserver, write_models
+from tritonclient.grpc import InferenceServerClient
+from tritonclient.utils import InferenceServerException
+
+from ditforge.client import Client
+from ditforge.errors import DitforgeError
+from ditforge.triton_repo.server import Server, start
+
+GOOD = request("dit", dit_inputs())
+NOTICED = 2.0  # seconds within which a death shows in the readiness
+
+
+@pytest.fixture(scope="module")
+def events() -> list[str]:
+    """What the server tells people."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def server(tiny, events: list[str]) -> Iterator[Server]:
+    """It logs to a full disk."""
+    with start(tiny.repository, events.append, port=0, metrics_port=0, log=Path("/dev/full")) as server:
+        yield server
+
+
+def is_ready(server: Server, model: str = "dit") -> bool:
+    with InferenceServerClient(server.url) as client:
+        try:
+            return client.is_server_ready(client_timeout=5) and client.is_model_ready(model, client_timeout=5)
+        except InferenceServerException:
+            return False
+
+
+def metrics(server: Server) -> dict[str, float]:
+    """The metrics' values by name and labels."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.ports.metrics}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+
+@pytest.mark.parametrize(
+    ("victim", "number"),
+    [("dit", signal.SIGKILL), ("tokenizer", signal.SIGSEGV), ("vae_decoder", signal.SIGABRT), ("", signal.SIGKILL)],
+)
+def test_a_process_that_dies_comes_back(server: Server, events: list[str], victim: str, number: signal.Signals) -> None:
+    """In the middle of a picture. It is told, counted, and shows in the readiness; the picture is the same again."""
+    expected = output(stub(server.url).ModelInfer(GOOD, timeout=60))
+    before, told = metrics(server), len(events)
+    process = model_processes(server)[victim] if victim else tritonserver(server)
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(lambda: [stub(server.url).ModelInfer(GOOD, timeout=60) for _ in range(1000)])
+        time.sleep(0.3)
+        process.send_signal(number)
+        begun = time.monotonic()
+        eventually(lambda: not is_ready(server), NOTICED)
+        assert time.monotonic() - begun < NOTICED
+        error = busy.exception(30)
+        assert isinstance(error, grpc.RpcError)
+        said(error, "UNAVAILABLE")  # which tells clients to try again
+    eventually(lambda: is_ready(server), 60)
+    assert output(stub(server.url).ModelInfer(GOOD, timeout=60)) == expected
+    name = f"the process of the model {victim}" if victim else "tritonserver"
+    assert re.match(rf"{name} has died: it was ended by {number.name}\b.*; starting again", events[told])
+    eventually(lambda: len(events) > told + 1)
+    assert events[told + 1] == "ready again"
+    counter = f'ditforge_restarts_total{{process="{victim or "tritonserver"}"}}'
+    assert metrics(server)[counter] == before[counter] + 1
+    assert metrics(server)["ditforge_ready"] == 1
+
+
+def test_metrics_are_tritons_too(server: Server) -> None:
+    stub(server.url).ModelInfer(GOOD, timeout=60)
+    found = metrics(server)
+    assert found['ditforge_requests_total{model="dit",status="OK"}'] >= 1
+    assert found['ditforge_request_seconds_count{model="dit"}'] >= 1
+    assert any(name.startswith("nv_inference_request_success") for name in found)
+
+
+def test_a_model_that_dies_again_and_again(tmp_path: Path) -> None:
+    """The server ends with an error instead of spinning."""
+    dying = ADD_ONE + "    def initialize(self, args):\n        import os, threading\n"
+    dying += "        threading.Timer(1.5, os._exit, [7]).start()\n"
+    events: list[str] = []
+    running = start(write_models(tmp_path / "repo", dying=dying), events.append, port=0)
+    with pytest.raises(DitforgeError, match="6th death in a row, and it is not started again") as caught:
+        running.wait()
+    assert "the process of the model dying has died: it ended with exit code 7" in caught.value.problem
+    waits = [re.search(r"starting again(?: in (\S+) s)?", event) for event in events if "died" in event]
+    assert [float(found[1] or 0) for found in waits if found] == [0, 0.5, 1, 2, 4]
+
+
+def test_it_stops_at_once_while_it_is_starting_again(tmp_path: Path) -> None:
+    slow = SLEEP + "    def initialize(self, args):\n        import time; time.sleep(2)\n"
+    running = start(write_models(tmp_path / "repo", slow=slow), port=0)
+    model_processes(running)["slow"].kill()
+    time.sleep(0.5)
+    begun = time.monotonic()
+    running.stop()
+    assert time.monotonic() < begun + 10
+    assert running.wait() == 0
+
+
+def test_a_dead_model_does_not_delay_the_end(tiny) -> None:
+    """A model that dies while the server drains: it took Triton 32 s to give up."""
+    running = start(tiny.repository, port=0, grace=60)
+    with ThreadPoolExecutor(2) as pool:
+        pool.submit(lambda: [stub(running.url).ModelInfer(GOOD, timeout=60) for _ in range(10_000)])
+        time.sleep(0.3)
+        stopping = pool.submit(running.stop)
+        time.sleep(0.3)
+        begun = time.monotonic()
+        model_processes(running)["dit"].kill()
+        stopping.result(15)
+    assert time.monotonic() < begun + 10
+
+
+# The end
+
+
+def test_serve_writes_nothing_into_the_repository(tiny, tmp_path: Path) -> None:
+    """It can be mounted read-only; told on the terminal is what a user needs."""
+    shutil.copytree(tiny.repository, tmp_path / "repo")
+    before = tree(tmp_path / "repo")
+    with popen("serve", "repo", "--port", "0", cwd=tmp_path) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            found = re.search(r"serving repo at (\S+) \(gRPC\), log (\S+)", line)
+            assert found, line
+            with Client(found[1]) as client:
+                client.generate("a", seed=0, steps=2)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            rest = process.communicate(timeout=60)
+    assert process.returncode == 0, rest
+    assert tree(tmp_path / "repo") == before
+
+
+# What can be short
+
+
+def opened(server: Server, count: int) -> ExitStack:
+    """That many connections which send nothing."""
+    stack = ExitStack()
+    for _ in range(count):
+        stack.enter_context(socket.create_connection(("127.0.0.1", server.ports.grpc), timeout=5))
+    return stack
+
+
+def limit(process: psutil.Process, resource: str, value: int) -> None:
+    """Change the soft limit of a running process."""
+    subprocess.run(["prlimit", f"--pid={process.pid}", f"--{resource}={value}:"], check=True)
+
+
+def test_no_more_file_descriptors(server: Server) -> None:
+    front = psutil.Process(server.pid)
+    used, before = front.num_fds(), front.rlimit(psutil.RLIMIT_NOFILE)[0]
+    limit(front, "nofile", used + 20)
+    try:
+        for process in (tritonserver(server), *model_processes(server).values()):
+            limit(process, "nofile", process.num_fds() + 2)
+        with opened(server, 60):
+            time.sleep(0.5)
+            with pytest.raises(grpc.RpcError):
+                stub(server.url).ModelInfer(GOOD, timeout=3)
+        eventually(lambda: front.num_fds() < used + 20)
+        with Client(server.url) as client:
+            client.generate("a", seed=0, steps=2)
+    finally:
+        limit(front, "nofile", before)
+
+
+def test_no_more_memory(server: Server) -> None:
+    """The engine cannot have what a large picture takes: that request fails, the next good one is served."""
+    expected = output(stub(server.url).ModelInfer(GOOD, timeout=60))
+    process = model_processes(server)["dit"]
+    limit(process, "as", process.memory_info().vms + (16 << 20))
+    large = {name: np.repeat(array, 8, 0) for name, array in dit_inputs(64, 64).items()}
+    with pytest.raises(grpc.RpcError) as caught:
+        stub(server.url).ModelInfer(request("dit", large), timeout=60)
+    said(caught.value, "INTERNAL", "UNAVAILABLE")
+    eventually(lambda: is_ready(server), 60)  # where the process did not survive it, another took its place
+    assert output(stub(server.url).ModelInfer(GOOD, timeout=60)) == expected
+
+
+def can_mount() -> bool:
+    """Whether this user may have a /dev/shm of its own."""
+    return subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not can_mount(), reason="unshare(1) needs to be root, or user namespaces")
+def test_too_little_shared_memory(tmp_path: Path) -> None:
+    """/dev/shm of a container is 64 MiB by default; here 24, of which a model takes 8 from the start."""
+    program = """
+import sys
+from pathlib import Path
+from ditforge.triton_repo.server import start
+running = start(Path(sys.argv[1]), port=0)
+print(running.url, running.pid, flush=True)
+sys.stdin.read()
+running.stop()
+"""
+    repository = write_models(tmp_path / "repo", add=ADD_ONE)
+    mount = 'mount -t tmpfs -o size=24m tmpfs /dev/shm && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", mount, "sh", sys.executable, "-c", program, str(repository)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, env=os.environ | {"TMPDIR": str(tmp_path)}) as process:
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().split()[0]
+            small, large = [1.0, 2.0], np.zeros(8 << 20, np.float32)
+            np.testing.assert_array_equal(infer(url, "add", *small), [2, 3])
+            with pytest.raises(InferenceServerException) as caught:
+                infer(url, "add", *large)
+            assert "the server's /dev/shm is too small for this request" in str(caught.value)
+            eventually(lambda: answers(url, small), 60)
+        finally:
+            process.communicate("", timeout=60)
+
+
+def answers(url: str, x: list[float]) -> bool:
+    try:
+        return list(infer(url, "add", *x)) == [value + 1 for value in x]
+    except InferenceServerException:
+        return False

@@ -1,0 +1,385 @@
+"""No request ends the server, and a stranger's is answered in words: a real Triton behind the front, with flux-tiny."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import numpy as np
+import psutil
+import pytest
+from hostile import dit_inputs, output, prompt, refused, request, said, stub
+from python_models import CAREFUL, infer, model_processes, socket_of, tensor, tritonserver, write_models
+from tritonclient.grpc import InferenceServerClient, service_pb2 as pb
+
+from ditforge.client import Client
+from ditforge.triton_repo.server import Server, start
+
+GOOD = request("dit", dit_inputs())
+
+
+@pytest.fixture(scope="module")
+def server(tiny) -> Iterator[Server]:
+    with start(tiny.repository, port=0) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def nothing_died(server: Server) -> Iterator[None]:
+    """After each test the same processes run, and a good request is answered as before it."""
+    before, answer = pids(server), output(stub(server.url).ModelInfer(GOOD, timeout=60))
+    yield
+    assert output(stub(server.url).ModelInfer(GOOD, timeout=60)) == answer
+    assert pids(server) == before
+
+
+def pids(server: Server) -> set[int]:
+    return {tritonserver(server).pid, *(process.pid for process in model_processes(server).values())}
+
+
+IMAGE = {"image": np.zeros((1, 64, 64, 3), np.uint8)}
+LATENTS = {"latents": np.zeros((1, 16, 8, 8), np.float32)}
+TOKENS = {"t5_ids": np.zeros((1, 64), np.int32)}
+
+
+@pytest.mark.parametrize(
+    ("model", "arrays", "shape"),
+    [
+        ("dit", dit_inputs(), (1, 16, 2**31, 2**33)),
+        ("dit", dit_inputs(8, 8), (1, 16, 8, 8 + 2**55)),
+        ("dit", dit_inputs(), (2**62, 16, 16, 16)),
+        ("vae_decoder", LATENTS, (1, 16, 2**31, 2**33)),
+        ("vae_decoder", LATENTS, (1, 16, 8, 8 + 2**55)),
+        ("vae_decoder", LATENTS, (-1, 16, 8, 8)),
+        ("vae_encoder", IMAGE, (1, 2**31, 2**33, 3)),
+        ("t5", TOKENS, (2**58, 64)),
+        ("text_encoders", prompt(b"a"), (2**62, 4)),
+        ("tokenizer", prompt(b"a"), (2**40, 1)),
+        ("dit", dit_inputs(), (0, 16, 16, 16)),
+        ("dit", dit_inputs(), (1, 16, -16, -16)),
+        ("dit", dit_inputs(), (1,) * 500),
+        ("dit", dit_inputs(), ()),
+    ],
+)
+@pytest.mark.parametrize("empty", [True, False])
+def test_shapes_that_overflow(server: Server, model: str, arrays: dict, shape: tuple[int, ...], empty: bool) -> None:
+    """Element counts that are 0, or as many as there are bytes, in 64 bits; with no bytes and with some."""
+    name = next(iter(arrays))
+    made = request(model, arrays, **{name: shape})
+    if empty:
+        made.raw_input_contents[0] = b""
+    assert name in refused(server.url, made)
+
+
+@pytest.mark.parametrize("size", [(66, 64), (64, 66), (260, 260), (130, 130)])
+def test_pictures_larger_than_any_served(server: Server, size: tuple[int, int]) -> None:
+    before = memory(server)
+    assert "2 to 64 in steps of 2" in refused(server.url, request("dit", dit_inputs(*size)))
+    assert memory(server) < before + (64 << 20)
+
+
+@pytest.mark.parametrize("size", [(7, 8), (8, 7), (1, 2)])
+def test_sizes_that_are_no_multiple(server: Server, size: tuple[int, int]) -> None:
+    assert "latents has the shape [batch, 16, 2 to 64 in steps of 2" in refused(
+        server.url, request("dit", dit_inputs(*size))
+    )
+
+
+def test_two_bad_requests_at_once(server: Server) -> None:
+    """They shared one batch and one error object, which ended Triton."""
+    bad = request("dit", dit_inputs(7, 8))
+    for url in (server.url, socket_of(server)):  # before Triton, and in the model
+        with ThreadPoolExecutor(2) as pool:
+            words = list(pool.map(lambda _, url=url: refused(url, bad), range(100)))
+        assert all("latents" in word for word in words)
+
+
+def test_a_bad_request_among_good_ones(server: Server) -> None:
+    """Straight to a text encoder, and past the front too: the bad one alone fails."""
+    good = request("t5", TOKENS)
+    bad = request("t5", {"t5_ids": np.full((1, 64), 30_000, np.int32)})
+    for url in (server.url, socket_of(server)):
+        call = stub(url).ModelInfer
+        expected = np.frombuffer(output(call(good, timeout=60)), np.float32)
+        with ThreadPoolExecutor(16) as pool:
+            answers = [pool.submit(call, bad if i % 4 == 0 else good, timeout=60) for i in range(48)]
+        for i, answer in enumerate(answers):
+            if i % 4 == 0:
+                error = answer.exception()
+                assert isinstance(error, grpc.RpcError)
+                assert "t5_ids is from 0 to 292, got 30000" in said(error, "INVALID_ARGUMENT")
+            else:  # other samples in the batch round differently
+                np.testing.assert_allclose(np.frombuffer(output(answer.result()), np.float32), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [32_001, 1_000_000])
+def test_prompts_that_are_too_long(server: Server, length: int) -> None:
+    begun = time.monotonic()
+    for model in ("text_encoders", "tokenizer"):
+        words = refused(server.url, request(model, prompt(b"a " * (length // 2) + b"a" * (length % 2))))
+        assert f"prompt has at most 32,000 characters, got {length:,}" in words
+    assert time.monotonic() - begun < 2
+
+
+def test_the_longest_prompt(server: Server) -> None:
+    """Characters are counted, not bytes."""
+    assert stub(server.url).ModelInfer(request("text_encoders", prompt("ä".encode() * 32_000)), timeout=60)
+
+
+def test_a_prompt_that_is_no_text(server: Server) -> None:
+    assert "prompt is not UTF-8" in refused(server.url, request("text_encoders", prompt(b"caf\xe9")))
+
+
+def test_messages_larger_than_any_picture(server: Server) -> None:
+    """They are refused before they are read: six of 300 MB at once took 2.2 GB, for good."""
+    large = request("text_encoders", prompt(b"a" * 300_000_000))
+    before = memory(server)
+    with ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(stub(server.url).ModelInfer, large, timeout=60) for _ in range(6)]
+    for answer in answers:
+        error = answer.exception()
+        assert isinstance(error, grpc.RpcError)
+        said(error, "RESOURCE_EXHAUSTED", "UNAVAILABLE")  # the connection can be closed while it is still sent
+    assert memory(server) < before + (64 << 20)
+
+
+def test_the_largest_request_is_taken(server: Server) -> None:
+    """A batch of eight pictures of 512 pixels, to the network with the largest input."""
+    images = {"image": np.zeros((8, 512, 512, 3), np.uint8)}
+    assert stub(server.url).ModelInfer(request("vae_encoder", images), timeout=120)
+    assert "the batch of image is from 1 to 8, got 9" in refused(
+        server.url, request("vae_encoder", {"image": np.zeros((9, 64, 64, 3), np.uint8)})
+    )
+
+
+def memory(server: Server) -> int:
+    """Bytes that the server's processes hold."""
+    processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+    return sum(process.memory_info().rss for process in processes)
+
+
+def test_one_port_and_no_other(server: Server) -> None:
+    """Nothing but gRPC listens, and on loopback."""
+    processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+    listening = [c for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    (only,) = [connection.laddr for connection in listening]
+    assert (only.ip.removeprefix("::ffff:"), only.port) == ("127.0.0.1", server.ports.grpc)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("latents", np.nan, "latents holds values that are not finite"),
+        ("latents", np.inf, "latents holds values that are not finite"),
+        ("prompt_embeds", -np.inf, "prompt_embeds holds values that are not finite"),
+        ("pooled_embeds", np.nan, "pooled_embeds holds values that are not finite"),
+        ("timestep", np.nan, "timestep holds values that are not finite"),
+        ("timestep", 1.5, "timestep is from 0 to 1, got 1.5"),
+        ("timestep", -0.5, "timestep is from 0 to 1, got -0.5"),
+        ("guidance", -1, "guidance is at least 0, got -1"),
+        ("guidance", np.inf, "guidance holds values that are not finite"),
+    ],
+)
+def test_values_without_a_meaning(server: Server, name: str, value: float, words: str) -> None:
+    inputs = dit_inputs()
+    inputs[name].ravel()[-1] = value
+    assert words in refused(server.url, request("dit", inputs))
+    typed = request("dit", inputs)  # the same as numbers in a list
+    typed.ClearField("raw_input_contents")
+    for tensor_, array in zip(typed.inputs, inputs.values(), strict=True):
+        tensor_.contents.fp32_contents.extend(array.ravel().tolist())
+    assert words in refused(server.url, typed)
+
+
+def test_numbers_in_a_list_are_taken(server: Server) -> None:
+    inputs = dit_inputs()
+    typed = request("dit", inputs)
+    typed.ClearField("raw_input_contents")
+    for tensor_, array in zip(typed.inputs, inputs.values(), strict=True):
+        tensor_.contents.fp32_contents.extend(array.ravel().tolist())
+    call = stub(server.url).ModelInfer
+    assert output(call(typed, timeout=60)) == output(call(GOOD, timeout=60))
+
+
+def changed(change) -> pb.ModelInferRequest:
+    made = request("dit", dit_inputs())
+    change(made)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r.inputs[0].parameters["shared_memory_region"].MergeFromString(b"\x1a\x01x"), "tensors travel in"),
+        (lambda r: r.outputs.add(name="velocity").parameters["classification"].MergeFromString(b"\x10\x05"), "travel"),
+        (lambda r: r.parameters["sequence_id"].MergeFromString(b"\x10\x05"), "got 'sequence_id'"),
+        (lambda r: r.inputs.add(name="latents", datatype="FP32", shape=[1]), "the inputs are latents, timestep"),
+        (lambda r: r.inputs.pop(), "the inputs are latents, timestep"),
+        (lambda r: setattr(r.inputs[1], "name", "x" * 1000), "got 'latents', 'xxx"),
+        (lambda r: setattr(r.inputs[0], "datatype", "FP64"), "latents is FP32, got 'FP64'"),
+        (lambda r: setattr(r.inputs[0], "datatype", "BYTES"), "latents is FP32, got 'BYTES'"),
+        (lambda r: r.raw_input_contents.pop(), "5 inputs and 4 raw contents"),
+        (lambda r: r.raw_input_contents.append(b""), "5 inputs and 6 raw contents"),
+        (lambda r: r.inputs[0].contents.fp32_contents.append(1), "contents of both kinds"),
+        (lambda r: setattr(r, "model_version", "2"), ""),
+        (lambda r: r.outputs.add(name="nothing"), ""),
+    ],
+)
+def test_requests_that_contradict_themselves(server: Server, change, words: str) -> None:
+    made = changed(change)
+    with pytest.raises(grpc.RpcError) as caught:
+        stub(server.url).ModelInfer(made, timeout=10)
+    assert words in said(caught.value, "INVALID_ARGUMENT", "NOT_FOUND", "UNAVAILABLE")
+
+
+def test_texts_that_are_no_texts(server: Server) -> None:
+    for raw in (b"", b"\xff\xff\xff\xff", b"\x01\x00\x00\x00", b"\x01\x00\x00\x00a\x00", b"\x00" * 400):
+        made = request("text_encoders", prompt(b"a"))
+        made.raw_input_contents[0] = raw
+        assert "prompt does not hold 1 texts" in refused(server.url, made)
+
+
+def test_a_message_that_is_none(server: Server) -> None:
+    call = grpc.insecure_channel(server.url).unary_unary("/inference.GRPCInferenceService/ModelInfer")
+    with pytest.raises(grpc.RpcError) as caught:
+        call(b"\xff" * 100, timeout=10)
+    assert said(caught.value, "INVALID_ARGUMENT") == "the message is not a ModelInferRequest"
+
+
+def test_a_model_that_is_not_there(server: Server) -> None:
+    words = refused(server.url, request("../../etc/passwd" * 1000, dit_inputs()), "NOT_FOUND")
+    assert "there are clip, dit, " in words
+
+
+CLOSED = {
+    "RepositoryModelLoad": pb.RepositoryModelLoadRequest(model_name="dit"),
+    "RepositoryModelUnload": pb.RepositoryModelUnloadRequest(model_name="dit"),
+    "SystemSharedMemoryStatus": pb.SystemSharedMemoryStatusRequest(),
+    "SystemSharedMemoryRegister": pb.SystemSharedMemoryRegisterRequest(name="x", key="/x", byte_size=1),
+    "SystemSharedMemoryUnregister": pb.SystemSharedMemoryUnregisterRequest(),
+    "CudaSharedMemoryStatus": pb.CudaSharedMemoryStatusRequest(),
+    "CudaSharedMemoryRegister": pb.CudaSharedMemoryRegisterRequest(name="x"),
+    "CudaSharedMemoryUnregister": pb.CudaSharedMemoryUnregisterRequest(),
+    "TraceSetting": pb.TraceSettingRequest(),
+    "LogSettings": pb.LogSettingsRequest(),
+}
+
+
+@pytest.mark.parametrize("method", CLOSED)
+def test_methods_that_change_the_server_are_closed(server: Server, method: str) -> None:
+    for url, status in ((server.url, "PERMISSION_DENIED"), (socket_of(server), "UNAVAILABLE")):
+        with pytest.raises(grpc.RpcError) as caught:
+            getattr(stub(url), method)(CLOSED[method], timeout=10)
+        said(caught.value, status)
+
+
+def test_methods_that_are_not_there(server: Server) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stub(server.url).ModelStreamInfer(iter([GOOD]), timeout=10))
+    said(caught.value, "PERMISSION_DENIED")
+    with pytest.raises(grpc.RpcError) as caught:
+        grpc.insecure_channel(server.url).unary_unary("/x.Y/Z")(b"", timeout=10)
+    said(caught.value, "UNIMPLEMENTED")
+
+
+def test_what_may_be_asked(server: Server) -> None:
+    """Load balancers, and clients of Triton's of any kind."""
+    with InferenceServerClient(server.url) as client:
+        assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("dit")
+        assert not client.is_model_ready("nothing")
+        assert client.get_server_metadata().name == "triton"
+        assert [tensor_.name for tensor_ in client.get_model_metadata("dit").outputs] == ["velocity"]
+        assert client.get_model_config("dit").config.name == "dit"
+        assert {model.name for model in client.get_model_repository_index().models} >= {"dit", "text_encoders"}
+        assert client.get_inference_statistics("dit").model_stats
+    health = grpc.insecure_channel(server.url).unary_unary("/grpc.health.v1.Health/Check")
+    assert health(b"", timeout=10) == b"\x08\x01"
+
+
+def test_only_this_user_reaches_what_is_behind(server: Server) -> None:
+    """Sockets, and the models' shared memory, in which requests lie."""
+    (folder,) = {path for path in Path("/dev/shm").glob(f"*-{server.pid}-*") if path.is_dir()}
+    regions = [path for path in Path("/dev/shm").glob(f"*-{server.pid}-*") if path.is_file()]
+    assert len(regions) == len(model_processes(server))
+    assert folder.stat().st_mode & 0o077 == 0
+    assert all(region.stat().st_mode & 0o077 == 0 for region in regions)
+
+
+def test_a_picture_begun_with_other_engines(server: Server) -> None:
+    metadata = [("ditforge-engines", "0" * 64)]
+    with pytest.raises(grpc.RpcError) as caught:
+        stub(server.url).ModelInfer(GOOD, timeout=10, metadata=metadata)
+    assert "not '000000000000' with which the picture was begun" in said(caught.value, "FAILED_PRECONDITION")
+
+
+def test_the_client_is_served(server: Server) -> None:
+    with Client(server.url) as client:
+        assert client.generate("a large red circle", seed=0, steps=2).size == (128, 128)
+
+
+# What engines do, whatever they compute
+
+
+@pytest.fixture(scope="module")
+def careful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    repository = write_models(tmp_path_factory.mktemp("careful") / "repo", max_batch=8, queue=12, careful=CAREFUL)
+    with start(repository, port=0) as server:
+        yield server
+
+
+def test_a_batch_that_fails_is_run_one_by_one(careful: Server) -> None:
+    values = [1, 13, 2, 13, 3, 4, 5, 6]
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(infer, careful.url, "careful", x, batched=True) for x in values]
+    failed = [answer.exception() for answer in answers]
+    assert [error is None for error in failed] == [x != 13 for x in values]
+    assert [a.result()[0, 0] for a, x in zip(answers, values, strict=True) if x != 13] == [2, 3, 4, 5, 6, 7]
+    for error in filter(None, failed):
+        assert "the engine of careful failed (RuntimeError); the server's log says why" in str(error)
+    log = careful.log.read_text()
+    assert "no kernel in /opt/build/onnxruntime/core/provider.cc for 13" in log
+
+
+def test_what_clients_do_not_wait_for_is_not_executed(careful: Server) -> None:
+    """Ten that were cancelled, behind one that takes a while: the next one waits for that one only."""
+    before = infer(careful.url, "careful", 0, batched=True)[0, 1]
+    with ThreadPoolExecutor(1) as pool, InferenceServerClient(careful.url) as client:
+        busy = pool.submit(infer, careful.url, "careful", 62, batched=True)
+        time.sleep(0.8)  # it was alone in its batch
+        calls = [client.async_infer("careful", [tensor(61, batched=True)], lambda *_: None) for _ in range(10)]
+        time.sleep(0.5)
+        for call in calls:
+            call.cancel()
+        after = infer(careful.url, "careful", 0, batched=True)[0, 1]
+        busy.result()
+    assert after - before == 2
+
+
+def test_a_request_waits_no_longer_than_its_deadline(careful: Server) -> None:
+    before = infer(careful.url, "careful", 0, batched=True)[0, 1]
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(infer, careful.url, "careful", 62, batched=True)
+        time.sleep(0.8)
+        with pytest.raises(Exception, match=r"(?i)deadline"):
+            infer(careful.url, "careful", 1, batched=True, timeout=0.5)
+        busy.result()
+    assert infer(careful.url, "careful", 0, batched=True)[0, 1] - before == 2
+
+
+def test_a_full_queue_refuses_at_once(careful: Server) -> None:
+    with ThreadPoolExecutor(40) as pool:
+        busy = pool.submit(infer, careful.url, "careful", 63, batched=True)
+        time.sleep(0.8)
+        waiting = [pool.submit(infer, careful.url, "careful", 1, batched=True) for _ in range(30)]
+        begun = time.monotonic()
+        while sum(answer.done() for answer in waiting) < 30 - 12 and time.monotonic() < begun + 10:
+            time.sleep(0.02)
+        assert not busy.done(), "they waited"
+        refusals = [answer for answer in waiting if answer.done()]
+        assert len(refusals) == 30 - 12
+        for answer in refusals:
+            assert "RESOURCE_EXHAUSTED" in str(answer.exception())
+        assert all(answer.exception() is None for answer in waiting if answer not in refusals)

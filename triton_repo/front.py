@@ -1,0 +1,229 @@
+"""The gRPC front: what clients reach in Triton's place, in the same protocol.
+
+Triton ends, or loses a model for good, on requests that its own code reads before any model sees them, it takes
+messages of any size, and it lets whoever reaches its port change its settings. So it listens on a Unix socket that
+only this user can open, and what comes from elsewhere comes through here: a few methods are forwarded, messages are
+bounded, and a request for a model is forwarded once it is known to be one that the model takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import re
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import grpc
+from tritonclient.grpc import service_pb2 as pb
+
+from ditforge.triton_repo import wire
+from ditforge.triton_repo.limits import BadRequest, Limits, shown
+from ditforge.triton_repo.metrics import Metrics
+from ditforge.triton_repo.pictures import Pictures
+
+SERVICE, HEALTH = "/inference.GRPCInferenceService/", "/grpc.health.v1.Health/Check"
+INFER = f"{SERVICE}ModelInfer"
+DESCRIBING = {"ServerMetadata", "ModelMetadata", "ModelConfig", "ModelStatistics"}
+PROBES = {f"{SERVICE}ServerLive", f"{SERVICE}ServerReady", f"{SERVICE}ModelReady", HEALTH}  # which need no token
+PICTURE_KEY, ENGINES_KEY = "ditforge-picture", "ditforge-engines"  # in a request's metadata
+SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"  # grpc.health.v1.HealthCheckResponse: field 1 is the status
+MOST_AT_ONCE = 512  # requests that are read and answered; one more is refused
+PING_INTERVAL = 5_000  # ms: clients may ask as often whether the connection lives
+WINDOW = 4 << 20  # bytes that a client may send ahead of what is read
+PATH = re.compile(r"(?<![\w.])/(?:[^\s/:'\",;()]+/)+[^\s:'\",;()]*")
+Status = grpc.StatusCode
+log = logging.getLogger(__name__)
+
+
+class Refused(Exception):
+    """A request is not answered but by a status."""
+
+    def __init__(self, status: grpc.StatusCode, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+@dataclass
+class Front(grpc.GenericRpcHandler):
+    """Answers clients: itself, or by Triton where `channel` leads to one that is ready.
+
+    `models` has what each model takes; `engines` is the digest of the engines, empty where nobody knows it; `token`
+    is what clients have to send, if anything.
+    """
+
+    models: dict[str, Limits]
+    engines: str
+    token: bytes | None
+    metrics: Metrics
+    channel: grpc.aio.Channel | None = None
+    stopping: bool = False
+    pictures: Pictures = field(default_factory=Pictures)
+
+    def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        """The handler of a method: bytes in, bytes out."""
+        metadata = dict(call.invocation_metadata or ())
+        return grpc.unary_unary_rpc_method_handler(partial(self.answer, call.method, metadata))
+
+    async def answer(
+        self, method: str, metadata: dict[str, Any], data: bytes, context: grpc.aio.ServicerContext
+    ) -> bytes:
+        """The answer to a call, or a status in words."""
+        try:
+            self.check_token(method, metadata)
+            if method == INFER:
+                return await self.infer(data, metadata, context)
+            return await self.tell(method, data)
+        except Refused as refused:
+            status, message = refused.status, refused.message
+        except BadRequest as error:
+            status, message = Status.INVALID_ARGUMENT, str(error)
+        except grpc.aio.AioRpcError as error:
+            status, message = self.of_triton(error)
+        except Exception:
+            log.exception("the front failed in %s", method)
+            status, message = Status.INTERNAL, "the server failed; its log says why"
+        await context.abort(status, message)
+        raise AssertionError("abort() raises")
+
+    def check_token(self, method: str, metadata: dict[str, Any]) -> None:
+        """Raise Refused unless the caller has the token, or asks for no more than whether the server lives."""
+        if self.token is None or method in PROBES:
+            return
+        sent = metadata.get("authorization", "")
+        sent = sent.encode() if isinstance(sent, str) else sent
+        if not hmac.compare_digest(sent, b"Bearer " + self.token):
+            raise Refused(Status.UNAUTHENTICATED, "this server wants a token: authorization: Bearer TOKEN")
+
+    async def tell(self, method: str, data: bytes) -> bytes:
+        """What is asked about the server or a model. Raises Refused for methods that clients have no business in."""
+        name = method.removeprefix(SERVICE)
+        if name == "ServerLive":
+            return pb.ServerLiveResponse(live=True).SerializeToString()
+        if name in ("ServerReady", "ModelReady") or method == HEALTH:
+            ready = await self.is_ready(method, data)
+            if method == HEALTH:
+                return SERVING if ready else NOT_SERVING
+            return pb.ServerReadyResponse(ready=ready).SerializeToString()  # field 1, as in ModelReadyResponse
+        if name == "RepositoryIndex":
+            state = "UNAVAILABLE" if self.channel is None else "READY"
+            listed = [pb.RepositoryIndexResponse.ModelIndex(name=m, version="1", state=state) for m in self.models]
+            return pb.RepositoryIndexResponse(models=listed).SerializeToString()
+        if name in DESCRIBING:
+            return await self.forward(method, data, timeout=10)
+        if name in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name:
+            raise Refused(Status.PERMISSION_DENIED, f"{name} is not open to clients of this server")
+        raise Refused(Status.UNIMPLEMENTED, "this server has no such method")
+
+    async def is_ready(self, method: str, data: bytes) -> bool:
+        """Whether new pictures can be made; in ModelReady, whether that model can be asked."""
+        if self.stopping or self.channel is None:
+            return False
+        asked = method if method.endswith("ModelReady") else f"{SERVICE}ServerReady"
+        try:
+            answer = await self.forward(asked, b"" if method == HEALTH else data, timeout=5)
+        except grpc.aio.AioRpcError as error:
+            if error.code() in (Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED, Status.CANCELLED):
+                return False
+            raise
+        return bool(pb.ServerReadyResponse.FromString(answer).ready)
+
+    async def forward(self, method: str, data: bytes, timeout: float | None) -> bytes:
+        """Triton's answer. Raises Refused while there is no Triton."""
+        if self.channel is None:
+            raise Refused(Status.UNAVAILABLE, "the models are being started; ask again")
+        call: Callable[..., Awaitable[bytes]] = self.channel.unary_unary(method)
+        return await call(data, timeout=timeout)
+
+    async def infer(self, data: bytes, metadata: dict[str, Any], context: grpc.aio.ServicerContext) -> bytes:
+        """A model's outputs for a request that the model takes."""
+        request = wire.parse(data)
+        name, picture = request.model_name, metadata.get(PICTURE_KEY)
+        if name not in self.models:
+            raise Refused(Status.NOT_FOUND, f"there is no model {shown(name)}; there are {', '.join(self.models)}")
+        begun, outcome = time.monotonic(), Status.INTERNAL
+        try:
+            wire.check(request, self.models[name])
+            self.admit(picture, metadata.get(ENGINES_KEY))
+            left = context.time_remaining()
+            if left is not None:  # protobuf joins messages that follow each other
+                waiting = pb.ModelInferRequest()
+                waiting.parameters["timeout"].int64_param = max(int(left * 1e6), 1)
+                data += waiting.SerializeToString()
+            with self.pictures.request(picture):
+                answer = await self.forward(INFER, data, left)
+            outcome = Status.OK
+            return answer
+        except Refused as refused:
+            outcome = refused.status
+            raise
+        except BadRequest as error:
+            outcome = Status.INVALID_ARGUMENT
+            raise BadRequest(f"{name}: {error}") from None
+        except grpc.aio.AioRpcError as error:
+            outcome = self.of_triton(error)[0]
+            raise
+        except asyncio.CancelledError:
+            if not context.cancelled():  # Triton has gone, and the channel to it was closed
+                outcome = Status.UNAVAILABLE
+                raise Refused(outcome, "the models are being started again; repeat the request") from None
+            outcome = Status.CANCELLED
+            raise
+        finally:
+            self.metrics.answered(name, outcome.name, time.monotonic() - begun)
+
+    def admit(self, picture: str | None, engines: str | None) -> None:
+        """Raise Refused where the picture was begun with other engines, or would be begun while the server stops."""
+        if engines and self.engines and engines != self.engines:
+            raise Refused(
+                Status.FAILED_PRECONDITION,
+                f"this server has the engines {self.engines[:12]}, not {shown(engines[:12])} with which the picture"
+                " was begun: all servers at one address have to serve the same repository",
+            )
+        if self.stopping and not self.pictures.knows(picture):
+            raise Refused(Status.UNAVAILABLE, "this server is stopping and begins no more pictures")
+
+    def of_triton(self, error: grpc.aio.AioRpcError) -> tuple[grpc.StatusCode, str]:
+        """Triton's status, and its reason in one line that says nothing of the server's files."""
+        status, details = error.code(), (error.details() or "").strip()
+        line = details.splitlines()[0] if details else "no reason given"
+        if status is Status.UNAVAILABLE and "maximum queue size" in line:
+            return Status.RESOURCE_EXHAUSTED, "too many requests wait for this model; ask again later"
+        if "Request timeout expired" in line:
+            return Status.DEADLINE_EXCEEDED, "the request waited for as long as its deadline allows"
+        if "shared memory pool" in line:
+            return Status.INTERNAL, "the server's /dev/shm is too small for this request: docker run --shm-size"
+        gone = "is not healthy" in line or "no available versions" in line or "Stub process" in line
+        if gone or status is Status.UNAVAILABLE:
+            return Status.UNAVAILABLE, "the models are being started again; repeat the request"
+        return status, PATH.sub("…", line).replace(socket.gethostname(), "…")
+
+    async def drain(self, grace: float) -> int:
+        """Begin no more pictures, wait up to `grace` seconds for those in the middle; returns how many remain."""
+        self.stopping = True
+        deadline = time.monotonic() + grace
+        while (active := self.pictures.active()) and time.monotonic() < deadline and self.channel is not None:
+            await asyncio.sleep(0.05)
+        return active
+
+
+def make_server(front: Front, limit: int) -> grpc.aio.Server:
+    """A gRPC server that refuses messages of more than `limit` bytes before it has read them."""
+    options = [
+        ("grpc.so_reuseport", 0),  # else two servers could share a port, and each get half of the requests
+        ("grpc.max_receive_message_length", limit),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", PING_INTERVAL),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.max_connection_idle_ms", 600_000),
+        ("grpc.max_concurrent_streams", MOST_AT_ONCE),
+        ("grpc.http2.bdp_probe", 0),  # which lets the window of a connection grow without bound
+        ("grpc.http2.lookahead_bytes", WINDOW),
+    ]
+    return grpc.aio.server(handlers=[front], options=options, maximum_concurrent_rpcs=MOST_AT_ONCE)

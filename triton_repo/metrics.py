@@ -1,0 +1,109 @@
+"""Prometheus' metrics of a server: ours, and Triton's behind them."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from socketserver import ThreadingMixIn
+from typing import TYPE_CHECKING, Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse
+
+SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Metrics:
+    """What is counted. `models` are the names that label it, so that a stranger cannot invent labels."""
+
+    def __init__(self, models: Iterable[str]) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "ditforge_requests", "Requests for a model, by gRPC status.", ["model", "status"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "ditforge_request_seconds",
+            "From a request to its answer.",
+            ["model"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.restarts = Counter(
+            "ditforge_restarts", "Starts of Triton after the death of a process.", ["process"], registry=self.registry
+        )
+        self.ready = Gauge("ditforge_ready", "1 while pictures can be made.", registry=self.registry)
+        self.active = Gauge("ditforge_pictures_active", "Pictures in the middle.", registry=self.registry)
+        for model in models:
+            self.requests.labels(model, "OK")
+            self.restarts.labels(model)
+        self.restarts.labels("tritonserver")
+
+    def answered(self, model: str, status: str, seconds: float) -> None:
+        """Count a request."""
+        self.requests.labels(model, status).inc()
+        self.seconds.labels(model).observe(seconds)
+
+    def serve(self, host: str, port: int, triton: Path, active: Callable[[], int]) -> int:
+        """Serve them over HTTP at `host`; returns the port. `triton` is the Unix socket of Triton's own metrics.
+
+        Raises OSError where the port cannot be had.
+        """
+        self.active.set_function(active)
+
+        def answer(environ: dict[str, Any], start_response: StartResponse) -> list[bytes]:
+            if environ["PATH_INFO"] not in ("/metrics", "/"):
+                start_response("404 Not Found", [("Content-Type", "text/plain")])
+                return [b"metrics are at /metrics\n"]
+            start_response("200 OK", [("Content-Type", CONTENT_TYPE)])
+            return [generate_latest(self.registry), tritons_metrics(triton)]
+
+        server = make_server(host, port, answer, ThreadingServer, Quiet)
+        threading.Thread(target=server.serve_forever, daemon=True, name="metrics").start()
+        return server.server_port
+
+
+class ThreadingServer(ThreadingMixIn, WSGIServer):
+    """Each request in a thread, which does not keep the process alive."""
+
+    daemon_threads = True
+
+
+class Quiet(WSGIRequestHandler):
+    """Requests for metrics are not logged, and end if the other side is silent for long."""
+
+    timeout = 10
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
+
+
+def tritons_metrics(path: Path) -> bytes:
+    """Triton's own metrics from its Unix socket; empty while it is not there."""
+    try:
+        with closing(UnixConnection(path)) as connection:
+            connection.request("GET", "/metrics")
+            return connection.getresponse().read()
+    except (OSError, HTTPException):
+        return b""
+
+
+class UnixConnection(HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=5)
+        self.path = path
+
+    def connect(self) -> None:
+        """Connect to the socket."""
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(5)
+        self.sock.connect(str(self.path))

@@ -1,0 +1,80 @@
+"""Which pictures are being made here: while a server stops, these are finished, and no others are begun.
+
+A picture is many requests, of which none depends on this server; they carry the same `ditforge-picture` in their
+metadata. Requests without one count as a picture of their own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+IDLE = 2.0  # seconds without a request after which a picture counts as finished, or as gone on with elsewhere
+REMEMBERED = 60.0  # seconds for which a picture can go on after a pause
+MOST = 10_000  # pictures remembered: a stranger can invent names
+LONGEST_NAME = 64
+
+
+@dataclass
+class Picture:
+    """When a picture was last asked for, and how many of its requests are being answered."""
+
+    seen: float
+    requests: int = 0
+
+
+class Pictures:
+    """The pictures of the last minute."""
+
+    def __init__(self) -> None:
+        self.known: OrderedDict[str, Picture] = OrderedDict()
+        self.anonymous = 0  # requests in flight that belong to no picture
+
+    def knows(self, name: str | None) -> bool:
+        """Whether a request of that picture was seen lately."""
+        self.forget()
+        return name in self.known
+
+    @contextmanager
+    def request(self, name: str | None) -> Iterator[None]:
+        """While a request of the picture called `name` is answered."""
+        if name is None or len(name) > LONGEST_NAME:
+            self.anonymous += 1
+            try:
+                yield
+            finally:
+                self.anonymous -= 1
+            return
+        picture = self.known.setdefault(name, Picture(time.monotonic()))
+        self.touch(name, picture)
+        picture.requests += 1
+        try:
+            yield
+        finally:
+            picture.requests -= 1
+            self.touch(name, picture)
+
+    def touch(self, name: str, picture: Picture) -> None:
+        """Make it the one that was seen last."""
+        picture.seen = time.monotonic()
+        self.known[name] = picture
+        self.known.move_to_end(name)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop those that were not seen for long, and the oldest if they are too many."""
+        now = time.monotonic()
+        for name, picture in list(self.known.items()):
+            if now - picture.seen < REMEMBERED and len(self.known) <= MOST:
+                break
+            if picture.requests and len(self.known) <= MOST:
+                continue
+            del self.known[name]
+
+    def active(self) -> int:
+        """How many pictures are in the middle."""
+        now = time.monotonic()
+        return self.anonymous + sum(p.requests > 0 or now - p.seen < IDLE for p in self.known.values())

@@ -1,0 +1,231 @@
+"""The process that serves: the front, Triton behind it, and what brings Triton back when one of its processes dies.
+
+    python -m ditforge.triton_repo.service OPTIONS
+
+is how `ditforge.triton_repo.server` runs it. OPTIONS is the JSON of ServeOptions; what happens is told on standard
+output, a JSON object a line; `stop SECONDS` on standard input ends it after a drain, and the end of that input at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from ditforge.errors import DitforgeError, UserError
+from ditforge.triton_repo import tritonserver, wire
+from ditforge.triton_repo.config import ENGINES_PARAMETER
+from ditforge.triton_repo.front import Front, make_server
+from ditforge.triton_repo.metrics import Metrics
+from ditforge.triton_repo.serve_options import ServeOptions, read_file
+from ditforge.triton_repo.tritonserver import Triton
+
+T = TypeVar("T")
+Report = Callable[..., None]  # an event, and what is to be said of it
+BACKOFF = (0.0, 0.5, 1.0, 2.0, 4.0)  # seconds before each restart in a row
+STABLE = 30.0  # seconds of service after which a death is not in a row with the last one
+log = logging.getLogger(__name__)
+
+
+class Stop(Exception):
+    """The service is to end, after pictures in the middle got `grace` seconds."""
+
+    def __init__(self, grace: float) -> None:
+        super().__init__(grace)
+        self.grace = grace
+
+
+async def serve(options: ServeOptions, report: Report, stopped: asyncio.Future[float]) -> None:
+    """Serve until `stopped` has a result. Raises DitforgeError where that cannot be, or Triton dies again and again.
+
+    Reported are `listening` (with `port` and `metrics_port`), `ready`, `died` and `draining`.
+    """
+    models = wire.read_limits(options.repo)
+    metrics = Metrics(models)
+    front = Front(models, engines_of(options.repo), token_of(options), metrics)
+    tritonserver.sweep()
+    prefix = f"{tritonserver.namespace()}{os.getpid()}-"
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=tritonserver.SHM))
+    server = make_server(front, wire.message_limit(models))
+    try:
+        port = listen(server, options)
+        await server.start()
+        served = None
+        if options.metrics_port is not None:
+            try:
+                served = metrics.serve(options.host, options.metrics_port, folder / "metrics", front.pictures.active)
+            except OSError as error:
+                raise UserError(
+                    f"cannot listen on {options.host}, port {options.metrics_port} (metrics): {error.strerror}",
+                    "--metrics-port names another",
+                ) from None
+        report("listening", port=port, metrics_port=served)
+        await keep_running(options, folder, front, report, stopped)
+    finally:
+        await server.stop(grace=0)
+        tritonserver.remove(folder)
+
+
+async def keep_running(
+    options: ServeOptions,
+    folder: Path,
+    front: Front,
+    report: Report,
+    stopped: asyncio.Future[float],
+) -> None:
+    """Run Triton behind the front, again whenever one of its processes dies, until `stopped`."""
+    deaths, loop = 0, asyncio.get_running_loop()
+    while True:
+        triton = Triton(options, folder)
+        try:
+            channel = await unless(stopped, triton.start())
+            front.channel = channel
+            front.metrics.ready.set(1)
+            since = loop.time()
+            report("ready")
+            process, how = await unless(stopped, triton.died())
+            deaths = 0 if loop.time() - since >= STABLE else deaths
+            what = f"the process of the model {process} has died" if process in front.models else f"{process} has died"
+            problem = DitforgeError(f"{what}: {how}", f"look at the log, {options.log}")
+        except Stop as stop:
+            active = front.pictures.active()
+            report("draining", message=f"{active} pictures are in the middle" if active else "")
+            if front.channel is not None:  # a Triton that has lost a model never finishes them
+                await first_of(front.drain(stop.grace), triton.died())
+            await triton.stop()
+            return
+        except DitforgeError as error:
+            if deaths == 0:
+                raise  # it has never been ready, or not for a reason that passes
+            process, problem = "tritonserver", error
+        finally:
+            front.channel = None
+            front.metrics.ready.set(0)
+            await triton.kill()
+        deaths += 1
+        front.metrics.restarts.labels(process).inc()
+        if deaths > len(BACKOFF):
+            raise DitforgeError(
+                f"{problem.problem}; that was the {deaths}th death in a row, and it is not started again", problem.fix
+            )
+        wait = BACKOFF[deaths - 1]
+        report("died", message=f"{problem.problem}; starting again" + (f" in {wait:g} s" if wait else ""))
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.shield(stopped), wait)
+
+
+async def first_of(*waiting: Coroutine[Any, Any, object]) -> None:
+    """Until one of them has come to its end; the others are cancelled."""
+    tasks = [asyncio.ensure_future(one) for one in waiting]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def unless(stopped: asyncio.Future[float], waiting: Coroutine[Any, Any, T]) -> T:
+    """What `waiting` gives. Raises Stop, and cancels it, once `stopped` has a result."""
+    task = asyncio.ensure_future(waiting)
+    try:
+        both: list[asyncio.Future[Any]] = [task, stopped]
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if stopped.done():
+            raise Stop(stopped.result())
+        return task.result()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def listen(server: grpc.aio.Server, options: ServeOptions) -> int:
+    """Take the port, with TLS where there is a certificate; returns its number. Raises UserError where it cannot."""
+    address = f"{options.host}:{options.port}"
+    try:
+        if options.tls_cert is None or options.tls_key is None:
+            port = server.add_insecure_port(address)
+        else:
+            clients = options.tls_client_ca and read_file(options.tls_client_ca)
+            pair = (read_file(options.tls_key), read_file(options.tls_cert))
+            credentials = grpc.ssl_server_credentials([pair], clients, require_client_auth=clients is not None)
+            port = server.add_secure_port(address, credentials)
+    except RuntimeError:
+        port = 0
+    if not port:
+        raise UserError(f"cannot listen on {options.host}, port {options.port}", "name a port that is free")
+    return port
+
+
+def engines_of(repository: Path) -> str:
+    """The digest of the engines that a repository holds; empty where it was not made by ditforge."""
+    file = repository / "dit" / "config.pbtxt"
+    if not file.is_file():
+        return ""
+    config = text_format.Parse(file.read_text(), model_config_pb2.ModelConfig())
+    return config.parameters[ENGINES_PARAMETER].string_value if ENGINES_PARAMETER in config.parameters else ""
+
+
+def token_of(options: ServeOptions) -> bytes | None:
+    """The token that clients have to send, if any."""
+    return read_file(options.token_file) if options.token_file else None
+
+
+def main() -> None:
+    """Serve as the one argument says, tell what happens, and obey standard input."""
+    options = ServeOptions.model_validate_json(sys.argv[1])
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each client takes one
+
+    def report(event: str, **details: object) -> None:
+        if message := details.get("message"):
+            log.warning("%s", message)
+        with contextlib.suppress(OSError):
+            print(json.dumps({"event": event, **details}), flush=True)
+
+    try:
+        asyncio.run(obey(options, report))
+    except DitforgeError as error:
+        report("failed", problem=error.problem, fix=error.fix, user=isinstance(error, UserError))
+        sys.exit(1)
+
+
+async def obey(options: ServeOptions, report: Report) -> None:
+    """Serve until standard input says `stop SECONDS`, or ends, or SIGTERM comes."""
+    loop = asyncio.get_running_loop()
+    stopped: asyncio.Future[float] = loop.create_future()
+
+    def stop(grace: float) -> None:
+        if not stopped.done():
+            stopped.set_result(grace)
+
+    loop.add_signal_handler(signal.SIGTERM, stop, options.grace)
+    reader = asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+
+    async def listen_to_owner() -> None:
+        while line := await reader.readline():
+            stop(float(line.split()[1]))
+
+    # What cancels it in the middle of a drain is the end of the input: the owner has died, or waits no longer.
+    await first_of(serve(options, report, stopped), listen_to_owner())
+
+
+if __name__ == "__main__":
+    main()

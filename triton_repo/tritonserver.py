@@ -1,0 +1,233 @@
+"""One run of tritonserver, from its start to its end, and the processes of its models.
+
+What a run needs beside its log lies in /dev/shm under one prefix: a folder of links and sockets, and the shared memory
+of its Python models. Both go when the server ends; where its owner was killed too, the next one sweeps up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc
+import psutil
+from tritonclient.grpc import service_pb2 as pb
+
+from ditforge.errors import DitforgeError
+from ditforge.triton_repo.installation import python_environment, tritonserver_command
+from ditforge.triton_repo.serve_options import ServeOptions
+
+SHM = Path("/dev/shm")  # where glibc's shm_open(3) keeps its regions
+PREFIX = "ditforge-triton-"
+READY = "/inference.GRPCInferenceService/ServerReady"
+UNLOADING = 5  # seconds that Triton gets to unload its models, once all requests are answered
+CLOSED = "model-repository,shared-memory,trace,logging"  # what clients have no business in, in Triton's names
+
+# PR_SET_PDEATHSIG (1) has the kernel kill Triton when its parent dies, of whatever; its models see that and end. The
+# call is made in a process of its own, which then becomes tritonserver: a preexec_fn can deadlock with threads.
+LAUNCH = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+class Triton:
+    """A tritonserver on the repository of `options`, with sockets in `folder`. It writes where this process does."""
+
+    def __init__(self, options: ServeOptions, folder: Path) -> None:
+        self.options, self.folder = options, folder
+        self.socket = folder / "grpc"
+        self.began = os.fstat(sys.stderr.fileno()).st_size  # of the log, where this run's part begins
+        self.channel: grpc.aio.Channel | None = None
+        # Reaped last of all: until then, no other process can get its pid, nor so its group the wrong members.
+        self.process: subprocess.Popen[bytes] | None = None
+        self.models: dict[int, str] = {}  # their processes, by pid
+
+    async def start(self) -> grpc.aio.Channel:
+        """Start it; returns a channel to it once all models are loaded. Raises DitforgeError where they are not.
+
+        The error tells the reason from Triton's log.
+        """
+        command, env = prepare(self.options, self.folder)
+        self.process = subprocess.Popen(
+            [sys.executable, "-ISc", LAUNCH, str(os.getpid()), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr.fileno(),
+            stderr=subprocess.STDOUT,
+            env=env,
+            cwd="/",  # the stub puts its working directory before everything else that Python imports from
+            start_new_session=True,
+        )
+        # Triton adds the port, which a Unix socket has not: it becomes a part of the name.
+        unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+        self.channel = grpc.aio.insecure_channel(f"unix://{self.socket}:1", options=unlimited)
+        deadline = asyncio.get_running_loop().time() + self.options.timeout
+        while not await is_ready(self.channel):
+            if how := how_it_ended(self.process.pid):
+                raise self.failure(f"was not ready: {how}")
+            if asyncio.get_running_loop().time() > deadline:
+                raise self.failure(f"was not ready after {self.options.timeout:g} s")
+            await asyncio.sleep(0.05)
+        self.models = model_processes(self.process.pid)
+        for region in SHM.glob(f"{self.folder.name}-*"):  # which Boost makes readable for everyone
+            region.chmod(0o600)
+        return self.channel
+
+    def failure(self, end: str) -> DitforgeError:
+        """How it failed to start, with the reason from its log."""
+        text = ""
+        if self.options.log and self.options.log.is_file():
+            with self.options.log.open("rb") as file:
+                file.seek(self.began)
+                text = file.read(1 << 24).decode(errors="replace")
+        return DitforgeError(f"tritonserver {end}\n{reason_in(text)}", f"the whole log is {self.options.log}")
+
+    async def died(self) -> tuple[str, str]:
+        """Wait until Triton or the process of a model ends. Returns which (`tritonserver`, or the model), and how."""
+        assert self.process is not None
+        await any_ended([self.process.pid, *self.models])
+        for pid, model in self.models.items():  # where Triton itself has ended, its models soon follow
+            if (how := how_it_ended(pid)) and how_it_ended(self.process.pid) is None:
+                return model, how
+        return "tritonserver", how_it_ended(self.process.pid) or "it ended"
+
+    async def stop(self) -> None:
+        """End it: by SIGTERM where all of it lives, so that models are unloaded, and by SIGKILL after a few seconds."""
+        if self.process is not None and not any(map(how_it_ended, (self.process.pid, *self.models))):
+            self.process.terminate()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(any_ended([self.process.pid]), UNLOADING)
+        await self.kill()
+
+    async def kill(self) -> None:
+        """End it and its models at once, and remove their shared memory."""
+        if self.process is not None and self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            await any_ended([self.process.pid])
+            self.process.wait()
+        if self.channel is not None:
+            await self.channel.close(grace=1)  # requests in flight fail by themselves: the other end is gone
+        for region in SHM.glob(f"{self.folder.name}-*"):
+            region.unlink(missing_ok=True)
+
+
+async def any_ended(pids: Sequence[int]) -> None:
+    """Wait until one of the processes has ended, reaped or not."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    with contextlib.ExitStack() as watched:
+        for pid in pids:
+            try:
+                pidfd = os.pidfd_open(pid)
+            except ProcessLookupError:
+                return
+            watched.callback(os.close, pidfd)
+            loop.add_reader(pidfd, ended.set)
+            watched.callback(loop.remove_reader, pidfd)
+        await ended.wait()
+
+
+def prepare(options: ServeOptions, folder: Path) -> tuple[list[str], dict[str, str]]:
+    """The command that runs Triton, and its environment; what it needs is put into `folder`, anew each time."""
+    for entry in folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    models = options.repo
+    if not re.fullmatch(r"[\w/.+@-]+", str(models), re.ASCII):  # Triton hands it to `bash -c`, unquoted
+        models = folder / "models"
+        models.symlink_to(options.repo)
+    env = os.environ | {"PATH": f"{python_environment(folder)}:{os.environ.get('PATH', os.defpath)}"}
+    args = [*tritonserver_command(folder, env), f"--model-repository={models}", "--exit-on-error=true"]
+    args += [f"--grpc-address=unix://{folder / 'grpc'}", "--grpc-port=1"]
+    # Nobody has this key: the front does not use these methods, and others do not reach the socket. A second lock.
+    args += [f"--grpc-restricted-protocol={CLOSED}:ditforge-key={secrets.token_hex(16)}"]
+    args += ["--allow-sagemaker=false", "--allow-vertex-ai=false", f"--exit-timeout-secs={UNLOADING}"]
+    if options.http_port is None:
+        args += ["--allow-http=false"]
+    else:
+        args += [f"--http-address={options.host}", f"--http-port={options.http_port}"]
+        args += [f"--http-restricted-api={CLOSED}:ditforge-key={secrets.token_hex(16)}"]
+    if options.metrics_port is None:
+        args += ["--allow-metrics=false"]
+    else:
+        args += [f"--metrics-address=unix:{folder / 'metrics'}", "--metrics-port=1"]
+    args += [f"--backend-config=python,shm-region-prefix-name={folder.name}-"]
+    args += [f"--backend-config=python,shm-default-byte-size={options.shm_bytes}"]
+    args += [f"--backend-config=python,shm-growth-byte-size={options.shm_growth}"]
+    return [*args, *options.extra_args], env
+
+
+async def is_ready(channel: grpc.aio.Channel) -> bool:
+    """Whether Triton says that all its models are."""
+    try:
+        answer = await channel.unary_unary(READY)(b"", timeout=5)
+    except grpc.aio.AioRpcError:
+        return False
+    return bool(pb.ServerReadyResponse.FromString(answer).ready)
+
+
+def model_processes(triton: int) -> dict[int, str]:
+    """The processes in which Triton's Python backend runs models: the models' names by pid."""
+    found = {}
+    for process in psutil.Process(triton).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            code = next((Path(word) for word in process.cmdline() if word.endswith("/model.py")), None)
+            if code is not None:
+                found[process.pid] = code.parents[1].name
+    return found
+
+
+def how_it_ended(pid: int) -> str | None:
+    """How a process ended, in words; None if it lives. The exit code is the last field in proc(5)'s stat."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "it ended"
+    if fields[0] not in "ZX":
+        return None
+    status = int(fields[-1])
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        return f"it was ended by {signal.Signals(number).name}" + (
+            ", which the kernel sends where memory runs out" if number == signal.SIGKILL else ""
+        )
+    return f"it ended with exit code {os.waitstatus_to_exitcode(status)}"
+
+
+def reason_in(text: str) -> str:
+    """What Triton's log says: why the models failed to load, else its errors, else its last lines."""
+    entries = re.findall(r'^E\d{4} [\d:.]+ +\d+ \S+\] +"?(.*?)"?\s*$', text, re.MULTILINE)
+    errors = [entry for entry in entries if not entry.startswith("CudaDriverHelper")]  # every start without a GPU
+    plain = [line for line in text.splitlines() if line.strip() and line[0] not in "+|"]
+    lines = [entry for entry in errors if entry.startswith("failed to load")] or errors or plain
+    return "\n".join(dict.fromkeys(lines[-10:])).replace("\\n", "\n").strip() or "it wrote nothing"
+
+
+def namespace() -> str:
+    """How names in /dev/shm begin here; containers can share it, and their process ids mean nothing to each other."""
+    return f"{PREFIX}{os.stat('/proc/self/ns/pid').st_ino}-"
+
+
+def sweep() -> None:
+    """Remove what is left of servers whose owner was killed: then nobody is there to call remove()."""
+    for path in SHM.glob(f"{namespace()}*"):
+        owner = path.name.removeprefix(namespace()).partition("-")[0]
+        if not Path("/proc", owner).exists():
+            remove(path)
+
+
+def remove(folder: Path) -> None:
+    """Remove a server's folder and its shared memory beside it, as far as they are there and ours."""
+    for path in SHM.glob(f"{folder.name}*"):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -18,6 +18,7 @@ from ditforge.manifest import Component, Manifest
 from ditforge.triton_repo import config
 
 TOKENIZER, DIT = "tokenizer", "dit"
+ENGINES_PARAMETER = "ditforge_engines"  # of `dit`: engines_digest, which a client tells servers apart by
 ENSEMBLES = (config.TEXT_ENCODERS, config.TEXT_ENCODERS_CLIP)
 NOT_TEXT = (DIT, "vae_decoder", "vae_encoder")
 DEFAULT_MAX_BATCH = 8
@@ -92,7 +93,9 @@ def make_model(source: Manifest, name: str, max_batch: int) -> Triton:
     """The model of the component `name`."""
     component, engine = source.components[name], source.engines.get(name)
     files = {f"1/{Path(file).name}": file for file in component.files}
-    parameters = {config.MODEL_PARAMETER: source.model.model_dump_json()} if name == DIT else {}
+    parameters = {}
+    if name == DIT:
+        parameters = {config.MODEL_PARAMETER: source.model.model_dump_json(), ENGINES_PARAMETER: engines_digest(source)}
     at_once = engine and not engine.segments and not engine.on_demand  # as Triton's own backend has it
     if engine and engine.compiler == "tensorrt" and at_once and has_tensorrt_backend():
         plan = Path(next(iter(component.files))).name
@@ -114,6 +117,12 @@ def make_model(source: Manifest, name: str, max_batch: int) -> Triton:
     gpu = engine is not None and engine.target != "cpu"
     code = {"1/model.py": MODEL_CODE.format(module=module)}
     return Triton(config.python_model(name, component, max_batch, parameters, gpu), code, files)
+
+
+def engines_digest(source: Manifest) -> str:
+    """SHA-256, in hex, of the names and digests of all files of a build: equal where pictures are made by the same."""
+    files = [(file, d.sha256) for component in source.components.values() for file, d in component.files.items()]
+    return sha256("".join(f"{digest}  {file}\n" for file, digest in sorted(files)).encode()).hexdigest()
 
 
 def texts(model: Triton) -> dict[str, str]:

@@ -100,7 +100,7 @@ def test_server_that_freezes(servers: Servers, alone: bytes, told, settings: dic
             started = time.monotonic()
             freeze = at_step(1, lambda: servers.kill(frozen, signal.SIGSTOP))
             assert client.generate("a", callback=freeze, **SMALL).tobytes() == alone
-            assert time.monotonic() - started < 30  # the default step_timeout is 300
+            assert time.monotonic() - started < 15  # with the defaults, 20 and more
             assert told() == [f"1 call was repeated: {frozen} did not answer in time (1)"]
             client.generate("a", **SMALL)
             assert told() == []  # it is not asked again for a while

@@ -24,6 +24,7 @@ from diffusers import DiffusionPipeline
 from ditforge import manifest
 from ditforge.client import Client
 from ditforge.client.connection import Connection
+from ditforge.client.settings import make_settings
 from ditforge.engines.build import build
 from ditforge.engines.runtime import load_engine
 from ditforge.engines.verify import example
@@ -79,7 +80,7 @@ def steps(url: str, engines: Path) -> dict[str, list[float]]:
     sizes = {"batch": 1, "latent_height": size, "latent_width": size}
     inputs = {name: example(name, tensor, sizes, built.model) for name, tensor in component.inputs.items()}
     loaded = load_engine(engines, component.files, engine.compiler, engine.target)
-    connection = Connection(url)
+    connection = Connection(make_settings(url))
     served = connection.infer("dit", inputs)["velocity"]
     assert np.allclose(served, loaded.run(inputs)["velocity"], atol=1e-4), "the two sides compute different things"
     return in_turn({"in process": lambda: loaded.run(inputs), "served": lambda: connection.infer("dit", inputs)}, CALLS)

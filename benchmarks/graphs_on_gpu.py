@@ -28,7 +28,7 @@ from PIL import Image
 
 from ditforge import manifest
 from ditforge.client import Client
-from ditforge.client.connection import Connection
+from ditforge.client.replica import in_parts
 from ditforge.engines.compiler import Arrays
 from ditforge.engines.ort import session_options
 from ditforge.engines.verify import (
@@ -109,14 +109,14 @@ def rows(folder: Path, against: Path) -> list[tuple[str, ...]]:
     return made
 
 
-class Local(Connection):
+class Local:
     """An export in the place of a server: the client's own loop calls its graphs.
 
     `replaced` are the networks that the GPU cannot run so, and that are taken from the export `against`; not the DiT.
     """
 
     def __init__(self, folder: Path, against: Path) -> None:
-        self.folder, self.found, self.max_batch = folder, manifest.read(folder, "onnx"), BATCH
+        self.folder, self.found, self.repeated = folder, manifest.read(folder, "onnx"), ""
         self.model, self.components = self.found.model, dict(self.found.components)
         self.sessions, self.replaced = {}, []
         for name in (name for name in self.components if name not in (TOKENIZER, "vae_encoder")):
@@ -128,6 +128,14 @@ class Local(Connection):
                 self.sessions[name] = session(against / f"{name}.onnx")
                 self.components[name] = manifest.read(against, "onnx").components[name]
                 self.replaced.append(name)
+
+    def begin(self, cancelled: object = None) -> Local:
+        """The calls of a picture, as ditforge.client.connection.Connection begins them."""
+        return self
+
+    def infer(self, name: str, inputs: Arrays, step: str = "") -> Arrays:
+        """Run a network, on as many samples at a time as fit."""
+        return in_parts(lambda part: self._infer(name, part), inputs, BATCH)
 
     def _infer(self, name: str, inputs: Arrays) -> Arrays:
         if name in self.sessions:

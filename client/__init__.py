@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ditforge.client.client import AsyncClient as AsyncClient, Client as Client
+    from ditforge.client.settings import TLS as TLS
 
-__all__ = ["AsyncClient", "Client"]
+__all__ = ["TLS", "AsyncClient", "Client"]
 
 
 def __getattr__(name: str) -> object:
     """Load gRPC when a client is first asked for: ditforge.client.sampling alone needs NumPy only."""
     if name in __all__:
-        from ditforge.client import client
+        from ditforge.client import client, settings
 
-        return getattr(client, name)
+        return getattr(settings if name == "TLS" else client, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,17 +14,19 @@ import numpy as np
 from PIL import Image
 from typing_extensions import Self, Unpack
 
-from ditforge.client.connection import Arrays, Connection
+from ditforge.client.calls import Calls
+from ditforge.client.connection import Connection
 from ditforge.client.decoding import Pixels, decode
 from ditforge.client.guidance import guided
 from ditforge.client.noise import noise
 from ditforge.client.picture import METADATA_KEY
+from ditforge.client.replica import Arrays
 from ditforge.client.request import T5, Request, make_request
 from ditforge.client.sampling import Array, Callback, find_sampler, flow_sigmas
-from ditforge.errors import DitforgeWarning
+from ditforge.client.settings import DEFAULT_URL, Settings, make_settings
+from ditforge.errors import DitforgeError, DitforgeWarning
 from ditforge.model import Model
 
-DEFAULT_URL = "localhost:8001"
 DEFAULT_SAMPLER = "euler"
 TEXT_ENCODERS, TEXT_ENCODERS_CLIP = "text_encoders", "text_encoders_clip"  # the latter without T5
 
@@ -55,13 +57,15 @@ class Options(TypedDict, total=False):
 
 
 class Client:
-    """A connection to a server at `url` (HOST:PORT of gRPC). Also a context manager that closes it.
+    """A connection to the server at `url` (HOST:PORT of gRPC), or to several of the same engines: a list of addresses.
 
-    Raises UserError where no server with a model made by ditforge answers, DitforgeError where it is not ready.
+    Each picture begins at the next server, and goes on at another one where it fails. For the settings, timeouts in
+    seconds, a token and TLS, see ditforge.client.settings.ConnectionSettings. Also a context manager that closes it.
+    Raises UserError where no server with a model made by ditforge answers, DitforgeError where none is ready in time.
     """
 
-    def __init__(self, url: str = DEFAULT_URL) -> None:
-        self._connection = Connection(url)
+    def __init__(self, url: str | Sequence[str] = DEFAULT_URL, **settings: Unpack[Settings]) -> None:
+        self._connection = Connection(make_settings(url, **settings))
 
     @property
     def model(self) -> Model:
@@ -77,8 +81,8 @@ class Client:
         """A picture for a prompt, or a list of pictures for a list of prompts, made as one batch.
 
         The prompt number i gets the seed `seed` + i: each picture is the one that it would be alone. Each carries its
-        parameters in `info`. Raises UserError for an option that the model cannot take, and DitforgeError if the server
-        fails on the way.
+        parameters in `info`. Raises UserError for an option that the model cannot take, and DitforgeError if servers
+        fail on the way for longer than calls are repeated, or the picture is not done within its time.
         """
         images = self._generate([prompt] if isinstance(prompt, str) else prompt, options)
         return images[0] if isinstance(prompt, str) else images
@@ -86,8 +90,9 @@ class Client:
     def _generate(
         self, prompts: list[str], options: Options, cancelled: threading.Event | None = None
     ) -> list[Image.Image]:
+        calls = self._connection.begin(cancelled)
         request = make_request(
-            self.model,
+            calls.model,
             prompts,
             seed=options.get("seed"),
             steps=options.get("steps"),
@@ -101,7 +106,7 @@ class Client:
             t5=options.get("t5"),
             vae_tile=options.get("vae_tile"),
         )
-        return run(self._connection, request, options.get("callback"), cancelled)
+        return run(calls, request, options.get("callback"))
 
     def close(self) -> None:
         """Close the connection."""
@@ -123,8 +128,8 @@ class AsyncClient:
     before its next step, or the next tile that it decodes.
     """
 
-    def __init__(self, url: str = DEFAULT_URL) -> None:
-        self._url = url
+    def __init__(self, url: str | Sequence[str] = DEFAULT_URL, **settings: Unpack[Settings]) -> None:
+        self._url, self._settings = url, settings
         self._client: Client | None = None
         self._lock = asyncio.Lock()
 
@@ -132,7 +137,7 @@ class AsyncClient:
         """The connection, made when it is first needed."""
         async with self._lock:
             if self._client is None:
-                self._client = await asyncio.to_thread(Client, self._url)
+                self._client = await asyncio.to_thread(Client, self._url, **self._settings)
             return self._client
 
     @overload
@@ -164,54 +169,66 @@ class AsyncClient:
         await self.close()
 
 
-def run(
-    connection: Connection,
-    request: Request,
-    callback: Callback | None = None,
-    cancelled: threading.Event | None = None,
-) -> list[Image.Image]:
+def run(calls: Calls, request: Request, callback: Callback | None = None) -> list[Image.Image]:
     """Text encoders, sampler loop, VAE: the pictures of a request, each with its parameters in `info`.
 
-    Raises asyncio.CancelledError before the next call of the DiT or the VAE once `cancelled` is set.
+    Raises DitforgeError where a network makes something that is not finite, and asyncio.CancelledError before the next
+    call once the calls are cancelled. Warns where calls had to be repeated, and of a picture of a single colour.
     """
-    model = connection.model
-    text, negative = encode(connection, request)
+    model = calls.model
+    text, negative = encode(calls, request)
     height, width = request.height // model.vae_factor, request.width // model.vae_factor
     shape = (1, model.latent_channels, height, width)
     latents = np.concatenate([noise(shape, seed) for seed in request.seeds])
     sigmas = flow_sigmas(request.steps, model.schedule, height, width)
 
-    def infer(name: str, inputs: Mapping[str, np.ndarray]) -> Arrays:
-        if cancelled is not None and cancelled.is_set():
-            raise asyncio.CancelledError
-        return connection.infer(name, inputs)
-
     def evaluate(inputs: Mapping[str, np.ndarray]) -> Array:
-        return infer("dit", inputs)["velocity"]
+        # Heun's method evaluates a step's end too, which is where the next one begins, and is called so here.
+        begun = int((sigmas[:-1] > inputs["timestep"][0]).sum()) + 1
+        step = f"step {begun} of {request.steps}"
+        velocity = calls.infer("dit", inputs, step)["velocity"]
+        check_finite(velocity, "velocity", f"dit, {step}")
+        return velocity
 
     def decoder(latents: Array) -> Pixels:
-        return infer("vae_decoder", {"latents": latents})["image"]
+        return calls.infer("vae_decoder", {"latents": latents})["image"]
 
     denoise = guided(evaluate, model, request, sigmas, text, negative)
     latents = find_sampler(request.sampler)(denoise, latents, sigmas, callback)
-    images = [Image.fromarray(image) for image in decode(decoder, latents, model.vae_factor, request.vae_tile)]
+    pixels = decode(decoder, latents, model.vae_factor, request.vae_tile)
+    images = [Image.fromarray(image) for image in pixels]
     for index, image in enumerate(images):
         image.info[METADATA_KEY] = json.dumps(request.parameters(index, model), ensure_ascii=False)
+        if (pixels[index] == pixels[index, 0, 0]).all():
+            # The decoder's last node turns NaN into some pixel, so this is all that shows of it.
+            which = f"picture {index + 1} of {len(images)}" if len(images) > 1 else "the picture"
+            empty = f"{which} is of one colour everywhere, {image.getpixel((0, 0))}: vae_decoder may have failed"
+            warnings.warn(empty, DitforgeWarning, stacklevel=4)
+    if calls.repeated:
+        warnings.warn(calls.repeated, DitforgeWarning, stacklevel=4)
     return images
 
 
-def encode(connection: Connection, request: Request) -> tuple[Arrays, Arrays | None]:
+def check_finite(array: np.ndarray, tensor: str, where: str) -> None:
+    """Raise DitforgeError if there is a NaN or an infinity in what a network made."""
+    broken = np.count_nonzero(~np.isfinite(array))
+    if broken:
+        problem = f"{tensor} is not finite (NaN or infinity) in {broken} of {array.size} elements: {where}"
+        raise DitforgeError(problem, "ditforge verify ENGINE_DIR --against ONNX_DIR   or export in another --precision")
+
+
+def encode(calls: Calls, request: Request) -> tuple[Arrays, Arrays | None]:
     """`prompt_embeds` and `pooled_embeds` of the prompts, and of the negative prompts where they are needed.
 
     What occurs more than once is encoded once.
     """
     wanted = list(zip(request.prompts, request.with_t5, strict=True))
-    if guided_by_negative := request.cfg_scale(connection.model) > 1:
+    if guided_by_negative := request.cfg_scale(calls.model) > 1:
         wanted += [(request.negative_prompt, with_t5) for with_t5 in request.with_t5]
     rows: dict[tuple[str, bool], Arrays] = {}
     for with_t5 in dict.fromkeys(request.with_t5):
         prompts = list(dict.fromkeys(prompt for prompt, t5 in wanted if t5 == with_t5))
-        encoded = encode_prompts(connection, prompts, with_t5)
+        encoded = encode_prompts(calls, prompts, with_t5)
         rows |= {(p, with_t5): {key: array[[i]] for key, array in encoded.items()} for i, p in enumerate(prompts)}
     found = [rows[item] for item in wanted]
     stacked = {key: np.concatenate([row[key] for row in found]) for key in found[0]}
@@ -220,12 +237,14 @@ def encode(connection: Connection, request: Request) -> tuple[Arrays, Arrays | N
     return text, {key: array[count:] for key, array in stacked.items()} if guided_by_negative else None
 
 
-def encode_prompts(connection: Connection, prompts: Sequence[str], with_t5: bool) -> Arrays:
+def encode_prompts(calls: Calls, prompts: Sequence[str], with_t5: bool) -> Arrays:
     """`prompt_embeds` and `pooled_embeds` of the prompts. Warns once if a text encoder does not read all of one."""
-    model = connection.model
+    model = calls.model
     name = TEXT_ENCODERS if with_t5 or model.t5 == "absent" else TEXT_ENCODERS_CLIP
-    encoded = connection.infer(name, {"prompt": np.array([[p.encode()] for p in prompts], np.object_)})
+    encoded = calls.infer(name, {"prompt": np.array([[p.encode()] for p in prompts], np.object_)})
     longest = encoded.pop("prompt_tokens").max(axis=0)
+    for tensor, array in encoded.items():
+        check_finite(array, tensor, name)
     cut = [
         f"{name} reads {limit} of {n} tokens"
         for n, (name, limit) in zip(longest, model.max_tokens.items(), strict=True)

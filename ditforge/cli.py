@@ -53,6 +53,8 @@ MAX_BATCH_HELP = "The most samples that Triton puts into one call; by default 8,
 MaxBatch = Annotated[int | None, typer.Option(help=MAX_BATCH_HELP)]
 Port = Annotated[int, typer.Option(help="The gRPC port; 0 picks a free one.")]
 Host = Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 for all.")]
+URL_HELP = "A server's gRPC port, by default localhost:8001; again for others that serve the same engines."
+Urls = Annotated[list[str] | None, typer.Option("--url", metavar="HOST:PORT", help=URL_HELP)]
 Log = Annotated[Path | None, typer.Option(help="The server's log file; by default a temporary file.")]
 Grace = Annotated[float, typer.Option(metavar="SECONDS", help="What pictures in the middle get when the server stops.")]
 HttpPort = Annotated[int | None, typer.Option(help="Open Triton's HTTP port too; see docs/security.md first.")]
@@ -317,7 +319,7 @@ def serve(
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
-    url: Annotated[str, typer.Option(metavar="HOST:PORT", help="The server's gRPC port.")] = "localhost:8001",
+    url: Urls = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="A .png file; by default picture-SEED.png.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed, the same picture; by default random.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampler steps; by default the model's.")] = None,
@@ -342,17 +344,48 @@ def generate(
     vae_tile: Annotated[
         int | None, typer.Option(help="Decode in tiles of this many pixels, to save memory; by default as need be.")
     ] = None,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="How long all of it may take.")] = 1800,
+    connect_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How long to wait until a server answers and is ready.")
+    ] = 10,
+    step_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How long a server may take for one step, before it is repeated.")
+    ] = 300,
+    retry_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How long a step that failed is repeated; 0: on each server once.")
+    ] = 60,
+    token_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The token that the server wants is in this file.")
+    ] = None,
+    tls: Annotated[bool, typer.Option("--tls", help="Encrypt the connection; so do the next three.")] = False,
+    tls_ca: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Certificates to check the server's against, in PEM.")
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Our own certificate, for a server that asks for it, in PEM.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="The key to our certificate, in PEM.")] = None,
 ) -> None:
-    """A picture for a prompt, from a running server.
+    """A picture for a prompt, from a running server, or from several: where one fails, it goes on at another.
 
     Example: ditforge generate "a large red circle" --seed 0 --out circle.png
     """
     from ditforge import generating
+    from ditforge.client.settings import DEFAULT_URL, TLS, make_settings, read_token
 
     options = {"seed": seed, "steps": steps, "height": height, "width": width, "guidance": guidance, "sampler": sampler}
     options |= {"negative_prompt": negative_prompt, "true_cfg": true_cfg, "skip_layer_guidance": skip_layer_guidance}
     options |= {"t5": t5, "vae_tile": vae_tile}
-    generating.generate(prompt, url, out, count, options)
+    settings = make_settings(
+        url or DEFAULT_URL,
+        timeout=timeout,
+        connect_timeout=connect_timeout,
+        step_timeout=step_timeout,
+        retry_timeout=retry_timeout,
+        token=read_token(token_file),
+        tls=TLS(tls_ca, tls_cert, tls_key) if tls or tls_ca or tls_cert or tls_key else None,
+    )
+    generating.generate(prompt, settings, out, count, options)
 
 
 @app.command()
@@ -471,6 +504,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that temporary files are removed
     warnings.simplefilter("ignore")  # the libraries' remarks to their developers
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what matters of it is in the errors
     warnings.simplefilter("default", DitforgeWarning)
     warnings.showwarning = lambda message, *args, **kwargs: print(f"warning: {message}", file=sys.stderr)
     try:

@@ -14,12 +14,15 @@ from ditforge.client.connection import Connection
 from ditforge.client.picture import check_writable, read_info, save_picture
 from ditforge.client.request import make_request
 from ditforge.client.sampling import Step
+from ditforge.client.settings import ConnectionSettings
 from ditforge.errors import UserError
 
 MAX_COUNT = 1000  # all of them are in memory at once
 
 
-def generate(prompt: str, url: str, out: Path | None, count: int, options: dict[str, Any]) -> list[Path]:
+def generate(
+    prompt: str, settings: ConnectionSettings, out: Path | None, count: int, options: dict[str, Any]
+) -> list[Path]:
     """Make `count` pictures and write them to `out`, numbered if there are several; prints their paths.
 
     Everything that can be wrong with the paths is found out before the first step.
@@ -27,10 +30,11 @@ def generate(prompt: str, url: str, out: Path | None, count: int, options: dict[
     if not 1 <= count <= MAX_COUNT:
         raise UserError(f"the number of pictures must be from 1 to {MAX_COUNT}, got {count}", "--count 1")
     check_writable(out or Path("picture.png"))
-    with closing(Connection(url)) as connection:
-        request = make_request(connection.model, [prompt] * count, **options)
+    with closing(Connection(settings)) as connection:
+        calls = connection.begin()
+        request = make_request(calls.model, [prompt] * count, **options)
         with bar() as progress:
-            task = progress.add_task(connection.model.name, total=request.steps, each="")
+            task = progress.add_task(calls.model.name, total=request.steps, each="")
             last = progress.get_time()
 
             def show(step: Step) -> None:
@@ -40,7 +44,7 @@ def generate(prompt: str, url: str, out: Path | None, count: int, options: dict[
                 last = now
                 progress.update(task, completed=step.index, each=each)
 
-            images = run(connection, request, show)
+            images = run(calls, request, show)
             progress.update(task, completed=request.steps)
     paths = []
     for index, image in enumerate(images):

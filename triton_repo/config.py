@@ -22,8 +22,10 @@ LIMITS_PARAMETER = "ditforge_limits"  # of a model: the JSON of ditforge.triton_
 TEXT_ENCODERS, TEXT_ENCODERS_CLIP = "text_encoders", "text_encoders_clip"  # ensembles; the latter without T5
 PROMPT_EMBEDS = "prompt_embeds"
 TEXT_OUTPUTS = (PROMPT_EMBEDS, "pooled_embeds", "prompt_tokens")  # what a text ensemble hands out
+FORGONE_VARIABLE = "DITFORGE_FORGONE"  # of the environment: a folder of the names of requests nobody waits for
 CPU_INSTANCE = pb.ModelInstanceGroup(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
 GPU_INSTANCE = pb.ModelInstanceGroup(count=1, kind=pb.ModelInstanceGroup.KIND_GPU, gpus=[0])
+MEMBER_PARAMETER = "ditforge_member"  # of a text encoder: it must not answer an ensemble with errors
 MAX_QUEUE = 128  # requests that wait for a model; one more is refused at once
 LONGEST_WAIT = 600  # seconds in that queue, where the request names no earlier deadline
 
@@ -56,7 +58,7 @@ def python_model(
         input=[_input(tensor, component.inputs[tensor]) for tensor in component.inputs],
         output=[_output(tensor, component.outputs[tensor]) for tensor in component.outputs],
         instance_group=[GPU_INSTANCE if gpu else CPU_INSTANCE],
-        dynamic_batching=batching(),
+        dynamic_batching=pb.ModelDynamicBatching() if MEMBER_PARAMETER in parameters else batching(),
     )
     for key, value in (parameters | ({"FORCE_CPU_ONLY_INPUT_TENSORS": "no"} if gpu else {})).items():
         config.parameters[key].string_value = value
@@ -79,7 +81,7 @@ def tensorrt_model(
         input=[_input(tensor, component.inputs[tensor]) for tensor in component.inputs],
         output=[_output(tensor, component.outputs[tensor]) for tensor in component.outputs],
         instance_group=[GPU_INSTANCE],
-        dynamic_batching=batching(),
+        dynamic_batching=pb.ModelDynamicBatching() if MEMBER_PARAMETER in parameters else batching(),
     )
     for key, value in parameters.items():
         config.parameters[key].string_value = value
@@ -108,7 +110,8 @@ def tensorrt_model(
 def batching() -> pb.ModelDynamicBatching:
     """Requests that wait are batched. The queue is bounded; who waited longer than the client does is refused.
 
-    Triton takes a request's own timeout only where it is shorter than the default one.
+    Triton takes a request's own timeout only where it is shorter than the default one. Text encoders have no such
+    queue, since they must not refuse what an ensemble asks of them; what they are asked came through the tokenizer's.
     """
     policy = pb.ModelQueuePolicy(
         timeout_action=pb.ModelQueuePolicy.REJECT,

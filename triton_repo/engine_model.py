@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,14 @@ import triton_python_backend_utils as pb_utils  # exists inside Triton's Python 
 
 from ditforge.engines.runtime import load_engine
 from ditforge.errors import DitforgeError
-from ditforge.triton_repo.config import ENGINE_PARAMETER, LIMITS_PARAMETER, EngineSource
-from ditforge.triton_repo.limits import BadRequest, Limits
+from ditforge.triton_repo.config import (
+    ENGINE_PARAMETER,
+    FORGONE_VARIABLE,
+    LIMITS_PARAMETER,
+    MEMBER_PARAMETER,
+    EngineSource,
+)
+from ditforge.triton_repo.limits import DTYPES, BadRequest, Limits
 
 Arrays = dict[str, Any]
 
@@ -39,10 +46,26 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(str(error)) from error
         self.name = config["name"]
         self.limits = read_limits(config)
+        self.outputs = config["output"]
+        self.fail = self.spoil if MEMBER_PARAMETER in config["parameters"] else failure
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One engine call for all requests that are sound: Triton only batches equal shapes."""
-        return answer_each(self.name, requests, self.read, self.engine.run_batch)
+        return answer_each(self.name, requests, self.read, self.engine.run_batch, self.fail)
+
+    def spoil(self, request: Any, message: str, code: Any) -> Any:
+        """Outputs that are not numbers, in place of an error.
+
+        Where two members of an ensemble answer one request with an error each, Triton (2.51) loses the answer, or ends
+        with SIGSEGV. The front makes the error of it.
+        """
+        batch = len(read(pb_utils.get_input_tensor_by_name(request, next(iter(self.limits.inputs)))))
+        arrays = {}
+        for tensor in self.outputs:
+            dtype = DTYPES[tensor["data_type"].removeprefix("TYPE_")]
+            value = np.nan if np.issubdtype(dtype, np.floating) else 0
+            arrays[tensor["name"]] = np.full((batch, *map(int, tensor["dims"])), value, dtype)
+        return pb_utils.InferenceResponse([write(name, array) for name, array in arrays.items()])
 
     def read(self, request: Any) -> Arrays:
         """The inputs of one request. Raises BadRequest if the engine must not see them."""
@@ -56,22 +79,25 @@ def answer_each(
     requests: Sequence[Any],
     read_request: Callable[[Any], Arrays],
     run_batch: Callable[[list[Arrays]], Arrays],
+    fail: Callable[[Any, str, Any], Any] | None = None,
 ) -> list[Any]:
     """A response for each request: what is wrong with one of them is an error for that one alone.
 
-    Requests whose client has gone are not executed. Where a batch fails, its requests are executed one by one. Each
-    response gets an error object of its own: one that several responses share ends Triton.
+    What nobody waits for any more is not executed. Where a batch fails, its requests are executed one by one. Each
+    response gets an error object of its own: one that several responses share ends Triton. `fail` makes the response to
+    a request that was not executed, or failed; by default it is an error.
     """
+    fail = fail or failure
     answers: dict[int, Any] = {}
     sound: dict[int, Arrays] = {}
     for index, request in enumerate(requests):
-        if request.is_cancelled():
-            answers[index] = failure("the client has gone", pb_utils.TritonError.CANCELLED)
+        if is_forgone(request.request_id()):
+            answers[index] = fail(request, "nobody waits for it any more", pb_utils.TritonError.CANCELLED)
             continue
         try:
             sound[index] = read_request(request)
         except BadRequest as error:
-            answers[index] = failure(f"{model}: {error}", pb_utils.TritonError.INVALID_ARG)
+            answers[index] = failure(request, f"{model}: {error}", pb_utils.TritonError.INVALID_ARG)
     try:
         answers |= run_together(sound, run_batch)
     except Exception as error:  # an engine's errors are of many kinds; the server must answer all the same
@@ -83,8 +109,14 @@ def answer_each(
                 log(model, own)
                 # What the engine said can name files and machines; it is in the log.
                 problem = f"the engine of {model} failed ({type(own).__name__}); the server's log says why"
-                answers[index] = failure(problem, pb_utils.TritonError.INTERNAL)
+                answers[index] = fail(requests[index], problem, pb_utils.TritonError.INTERNAL)
     return [answers[index] for index in range(len(requests))]
+
+
+def is_forgone(name: str) -> bool:
+    """Whether the front left word that nobody waits for the request of this name any more."""
+    folder = os.environ.get(FORGONE_VARIABLE)
+    return bool(folder and name) and os.path.exists(f"{folder}/{name}")
 
 
 def run_together(parts: dict[int, Arrays], run_batch: Callable[[list[Arrays]], Arrays]) -> dict[int, Any]:
@@ -99,8 +131,8 @@ def run_together(parts: dict[int, Arrays], run_batch: Callable[[list[Arrays]], A
     }
 
 
-def failure(message: str, code: Any) -> Any:
-    """A response that is an error."""
+def failure(request: Any, message: str, code: Any) -> Any:
+    """A response to a request that is an error."""
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
 
 

@@ -9,6 +9,7 @@ bounded, and a request for a model is forwarded once it is known to be one that 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import re
@@ -17,7 +18,9 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import grpc
 from tritonclient.grpc import service_pb2 as pb
@@ -29,7 +32,13 @@ from ditforge.triton_repo.pictures import Pictures
 
 SERVICE, HEALTH = "/inference.GRPCInferenceService/", "/grpc.health.v1.Health/Check"
 INFER = f"{SERVICE}ModelInfer"
-DESCRIBING = {"ServerMetadata", "ModelMetadata", "ModelConfig", "ModelStatistics"}
+DESCRIBING = {
+    "ServerMetadata": pb.ServerMetadataRequest,
+    "ModelMetadata": pb.ModelMetadataRequest,
+    "ModelConfig": pb.ModelConfigRequest,
+    "ModelStatistics": pb.ModelStatisticsRequest,
+    "ModelReady": pb.ModelReadyRequest,
+}  # the methods that are forwarded, and their messages
 PROBES = {f"{SERVICE}ServerLive", f"{SERVICE}ServerReady", f"{SERVICE}ModelReady", HEALTH}  # which need no token
 PICTURE_KEY, ENGINES_KEY = "ditforge-picture", "ditforge-engines"  # in a request's metadata
 SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"  # grpc.health.v1.HealthCheckResponse: field 1 is the status
@@ -55,13 +64,16 @@ class Front(grpc.GenericRpcHandler):
     """Answers clients: itself, or by Triton where `channel` leads to one that is ready.
 
     `models` has what each model takes; `engines` is the digest of the engines, empty where nobody knows it; `token`
-    is what clients have to send, if anything.
+    is what clients have to send, if anything; `forgone` is the folder of words about requests that nobody waits for;
+    the models in `spoiling` give outputs that are not numbers where they fail.
     """
 
     models: dict[str, Limits]
     engines: str
     token: bytes | None
     metrics: Metrics
+    forgone: Path
+    spoiling: frozenset[str] = frozenset()
     channel: grpc.aio.Channel | None = None
     stopping: bool = False
     pictures: Pictures = field(default_factory=Pictures)
@@ -89,6 +101,8 @@ class Front(grpc.GenericRpcHandler):
         except Exception:
             log.exception("the front failed in %s", method)
             status, message = Status.INTERNAL, "the server failed; its log says why"
+        if context.done():  # nobody hears it
+            raise asyncio.CancelledError
         await context.abort(status, message)
         raise AssertionError("abort() raises")
 
@@ -106,6 +120,8 @@ class Front(grpc.GenericRpcHandler):
         name = method.removeprefix(SERVICE)
         if name == "ServerLive":
             return pb.ServerLiveResponse(live=True).SerializeToString()
+        if name in DESCRIBING:  # Triton reads nothing that is no message
+            data = wire.parse(data, DESCRIBING[name]).SerializeToString()
         if name in ("ServerReady", "ModelReady") or method == HEALTH:
             ready = await self.is_ready(method, data)
             if method == HEALTH:
@@ -125,9 +141,9 @@ class Front(grpc.GenericRpcHandler):
         """Whether new pictures can be made; in ModelReady, whether that model can be asked."""
         if self.stopping or self.channel is None:
             return False
-        asked = method if method.endswith("ModelReady") else f"{SERVICE}ServerReady"
+        asked = method if method == f"{SERVICE}ModelReady" else f"{SERVICE}ServerReady"
         try:
-            answer = await self.forward(asked, b"" if method == HEALTH else data, timeout=5)
+            answer = await self.forward(asked, data if asked == f"{SERVICE}ModelReady" else b"", timeout=5)
         except grpc.aio.AioRpcError as error:
             if error.code() in (Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED, Status.CANCELLED):
                 return False
@@ -143,7 +159,7 @@ class Front(grpc.GenericRpcHandler):
 
     async def infer(self, data: bytes, metadata: dict[str, Any], context: grpc.aio.ServicerContext) -> bytes:
         """A model's outputs for a request that the model takes."""
-        request = wire.parse(data)
+        request = wire.parse(data, pb.ModelInferRequest)
         name, picture = request.model_name, metadata.get(PICTURE_KEY)
         if name not in self.models:
             raise Refused(Status.NOT_FOUND, f"there is no model {shown(name)}; there are {', '.join(self.models)}")
@@ -151,13 +167,10 @@ class Front(grpc.GenericRpcHandler):
         try:
             wire.check(request, self.models[name])
             self.admit(picture, metadata.get(ENGINES_KEY))
-            left = context.time_remaining()
-            if left is not None:  # protobuf joins messages that follow each other
-                waiting = pb.ModelInferRequest()
-                waiting.parameters["timeout"].int64_param = max(int(left * 1e6), 1)
-                data += waiting.SerializeToString()
             with self.pictures.request(picture):
-                answer = await self.forward(INFER, data, left)
+                answer = await self.run_model(request, data, context.time_remaining())
+            if name in self.spoiling and wire.is_spoilt(answer):
+                raise Refused(outcome, f"the engines of {name} failed; the server's log says why")
             outcome = Status.OK
             return answer
         except Refused as refused:
@@ -177,6 +190,43 @@ class Front(grpc.GenericRpcHandler):
             raise
         finally:
             self.metrics.answered(name, outcome.name, time.monotonic() - begun)
+
+    async def run_model(self, request: pb.ModelInferRequest, data: bytes, left: float | None) -> bytes:
+        """Triton's answer to the request, whose message is `data`. Raises Refused after `left` seconds.
+
+        A request that Triton itself sees cancelled, or run out of time, can end Triton with SIGSEGV (2.51 does; see
+        https://github.com/triton-inference-server/server/issues/8034). So it sees neither: the front waits no longer,
+        leaves a word with the request's name for the models, which do not execute it, and lets Triton finish with it.
+        """
+        name = uuid4().hex
+        # Protobuf joins messages that follow each other; the last one of two names counts.
+        added = pb.ModelInferRequest(id=name)
+        if left is not None:
+            added.parameters["timeout"].int64_param = max(int(left * 1e6), 1)
+        running = asyncio.ensure_future(self.forward(INFER, data + added.SerializeToString(), timeout=None))
+        try:
+            answer = await asyncio.wait_for(asyncio.shield(running), left)
+        except asyncio.TimeoutError:
+            self.forgo(name, running)
+            raise Refused(Status.DEADLINE_EXCEEDED, "the deadline passed before the model had answered") from None
+        except asyncio.CancelledError:
+            if not running.done():
+                self.forgo(name, running)
+            raise
+        return answer + pb.ModelInferResponse(id=request.id).SerializeToString()
+
+    def forgo(self, name: str, running: asyncio.Future[bytes]) -> None:
+        """Nobody waits for the request of this name any more: tell the models, until Triton is done with it."""
+        word = self.forgone / name
+
+        def done(ended: asyncio.Future[bytes]) -> None:
+            word.unlink(missing_ok=True)
+            if not ended.cancelled():
+                ended.exception()  # which nobody asks for
+
+        with contextlib.suppress(OSError):
+            word.touch()
+        running.add_done_callback(done)
 
     def admit(self, picture: str | None, engines: str | None) -> None:
         """Raise Refused where the picture was begun with other engines, or would be begun while the server stops."""

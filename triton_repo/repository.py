@@ -47,7 +47,6 @@ def write_repository(engines: Path, out: Path, max_batch: int | None = None) -> 
     known = vocabularies(engines, source)
     limits = {name: limits_of(name, part, source.model, max_batch, known) for name, part in source.components.items()}
     models = {name: make_model(source, name, limits[name]) for name in source.components}
-    models[DIT].config.parameters[config.ENGINES_PARAMETER].string_value = digest(source)
     text = {name: component for name, component in source.components.items() if name not in NOT_TEXT}
     for name, members in config.text_ways(text).items():
         models[name] = Triton(config.ensemble(name, members, limits[TOKENIZER]), {}, {})
@@ -74,14 +73,6 @@ def write_repository(engines: Path, out: Path, max_batch: int | None = None) -> 
                 place(engines / file, folder / name / path)
         manifest.write(result, folder)
     return reason
-
-
-def digest(source: Manifest) -> str:
-    """SHA-256 over all files of a build, in hexadecimal: servers of the same one give the same pictures."""
-    files = sorted(
-        (file, described.sha256) for part in source.components.values() for file, described in part.files.items()
-    )
-    return sha256(repr(files).encode()).hexdigest()
 
 
 def choose_max_batch(source: Manifest, max_batch: int | None) -> int:
@@ -115,8 +106,12 @@ def make_model(source: Manifest, name: str, limits: Limits) -> Triton:
     """The model of the component `name`."""
     component, engine = source.components[name], source.engines.get(name)
     files = {f"1/{Path(file).name}": file for file in component.files}
-    parameters = {config.MODEL_PARAMETER: source.model.model_dump_json()} if name == DIT else {}
-    parameters[config.LIMITS_PARAMETER] = limits.model_dump_json(exclude_none=True)
+    parameters = {config.LIMITS_PARAMETER: limits.model_dump_json(exclude_none=True)}
+    if name == DIT:
+        parameters[config.MODEL_PARAMETER] = source.model.model_dump_json()
+        parameters[config.ENGINES_PARAMETER] = engines_digest(source)
+    if name not in (TOKENIZER, *NOT_TEXT):
+        parameters[config.MEMBER_PARAMETER] = "true"
     max_batch = limits.max_batch
     at_once = engine and not engine.segments and not engine.on_demand  # as Triton's own backend has it
     if engine and engine.compiler == "tensorrt" and at_once and has_tensorrt_backend():
@@ -139,6 +134,12 @@ def make_model(source: Manifest, name: str, limits: Limits) -> Triton:
     gpu = engine is not None and engine.target != "cpu"
     code = {"1/model.py": MODEL_CODE.format(module=module)}
     return Triton(config.python_model(name, component, max_batch, parameters, gpu), code, files)
+
+
+def engines_digest(source: Manifest) -> str:
+    """SHA-256, in hex, of the names and digests of all files of a build: equal where pictures are made by the same."""
+    files = [(file, d.sha256) for component in source.components.values() for file, d in component.files.items()]
+    return sha256("".join(f"{digest}  {file}\n" for file, digest in sorted(files)).encode()).hexdigest()
 
 
 def texts(model: Triton) -> dict[str, str]:

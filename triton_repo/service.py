@@ -55,10 +55,11 @@ async def serve(options: ServeOptions, report: Report, stopped: asyncio.Future[f
     """
     models = wire.read_limits(options.repo)
     metrics = Metrics(models)
-    front = Front(models, engines_of(options.repo), token_of(options), metrics)
     tritonserver.sweep()
     prefix = f"{tritonserver.namespace()}{os.getpid()}-"
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=tritonserver.SHM))
+    front = Front(models, engines_of(options.repo), token_of(options), metrics, folder / tritonserver.FORGONE)
+    front.spoiling = wire.read_spoiling(options.repo)
     server = make_server(front, wire.message_limit(models))
     try:
         port = listen(server, options)

@@ -23,9 +23,11 @@ import psutil
 from tritonclient.grpc import service_pb2 as pb
 
 from ditforge.errors import DitforgeError
+from ditforge.triton_repo.config import FORGONE_VARIABLE
 from ditforge.triton_repo.installation import python_environment, tritonserver_command
 from ditforge.triton_repo.serve_options import ServeOptions
 
+FORGONE = "forgone"  # a folder of words about requests that nobody waits for, beside the sockets
 SHM = Path("/dev/shm")  # where glibc's shm_open(3) keeps its regions
 PREFIX = "ditforge-triton-"
 READY = "/inference.GRPCInferenceService/ServerReady"
@@ -142,11 +144,13 @@ def prepare(options: ServeOptions, folder: Path) -> tuple[list[str], dict[str, s
     """The command that runs Triton, and its environment; what it needs is put into `folder`, anew each time."""
     for entry in folder.iterdir():
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    (folder / FORGONE).mkdir()
     models = options.repo
     if not re.fullmatch(r"[\w/.+@-]+", str(models), re.ASCII):  # Triton hands it to `bash -c`, unquoted
         models = folder / "models"
         models.symlink_to(options.repo)
-    env = os.environ | {"PATH": f"{python_environment(folder)}:{os.environ.get('PATH', os.defpath)}"}
+    path = f"{python_environment(folder)}:{os.environ.get('PATH', os.defpath)}"
+    env = os.environ | {"PATH": path, FORGONE_VARIABLE: str(folder / FORGONE)}
     args = [*tritonserver_command(folder, env), f"--model-repository={models}", "--exit-on-error=true"]
     args += [f"--grpc-address=unix://{folder / 'grpc'}", "--grpc-port=1"]
     # Nobody has this key: the front does not use these methods, and others do not reach the socket. A second lock.

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from google.protobuf import text_format
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from tritonclient.grpc import model_config_pb2, service_pb2
 
-from ditforge.triton_repo.config import LIMITS_PARAMETER
+from ditforge.triton_repo.config import LIMITS_PARAMETER, MEMBER_PARAMETER
 from ditforge.triton_repo.limits import (
     DTYPES,
     ITEM_BYTES,
@@ -22,9 +23,11 @@ from ditforge.triton_repo.limits import (
     InputLimits,
     Limits,
     check_batches,
+    is_finite,
     shown,
 )
 
+M = TypeVar("M", bound=Message)
 UNBOUNDED = 64 << 20  # bytes of a request to a model that somebody else made, which says nothing of its largest
 ENVELOPE = 64 << 10  # bytes of a message beside its tensors
 CONTENTS = {
@@ -57,6 +60,24 @@ def read_limits(repository: Path) -> dict[str, Limits]:
     return found
 
 
+def read_spoiling(repository: Path) -> frozenset[str]:
+    """The models whose failures are outputs that are not numbers: members of ensembles, and the ensembles."""
+    found = set()
+    for file in sorted(repository.glob("*/config.pbtxt")):
+        config = text_format.Parse(file.read_text(), model_config_pb2.ModelConfig())
+        if MEMBER_PARAMETER in config.parameters or config.platform == "ensemble":
+            found.add(config.name or file.parent.name)
+    return frozenset(found)
+
+
+def is_spoilt(data: bytes) -> bool:
+    """Whether an output in the ModelInferResponse `data` has a NaN or an infinity in it."""
+    response = service_pb2.ModelInferResponse.FromString(data)
+    kinds = [DTYPES.get(tensor.datatype, np.uint8) for tensor in response.outputs]
+    pairs = zip(kinds, response.raw_output_contents, strict=False)
+    return not all(is_finite(np.frombuffer(raw, dtype)) for dtype, raw in pairs if np.issubdtype(dtype, np.floating))
+
+
 def generic_limits(config: model_config_pb2.ModelConfig) -> Limits:
     """What a configuration alone says of a model's inputs."""
     inputs = {}
@@ -78,12 +99,12 @@ def is_generic(limits: Limits) -> bool:
     return any(axis.most >= UNBOUNDED for one in limits.inputs.values() for shape in one.shapes for axis in shape)
 
 
-def parse(data: bytes) -> service_pb2.ModelInferRequest:
-    """The message in `data`. Raises BadRequest if there is none."""
+def parse(data: bytes, kind: type[M]) -> M:
+    """The message of that kind in `data`. Raises BadRequest if there is none."""
     try:
-        return service_pb2.ModelInferRequest.FromString(data)
+        return kind.FromString(data)
     except DecodeError:
-        raise BadRequest("the message is not a ModelInferRequest") from None
+        raise BadRequest(f"the message is not a {kind.DESCRIPTOR.name}") from None
 
 
 def check(request: service_pb2.ModelInferRequest, limits: Limits) -> None:

@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL
 from hypothesis import given, settings, strategies as st
 
 from ditforge.client import AsyncClient, Client
-from ditforge.client.connection import Connection
+from ditforge.client.calls import Calls
 from ditforge.client.decoding import Decoder, decode, starts, weights
 from ditforge.client.picture import read_info
 from ditforge.client.request import make_request
@@ -283,14 +283,14 @@ def test_the_server_says_which_tiles_it_takes(tiling_server: Server, tiny_server
 
 def test_a_cancelled_task_decodes_no_more_tiles(tiling_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """The task is cancelled while the first of twelve tiles is in the server."""
-    decoding, infer, calls = threading.Event(), Connection.infer, []
+    decoding, infer, calls = threading.Event(), Calls.infer, []
 
-    def watched(self: Connection, name: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def watched(self: Calls, name: str, inputs: Mapping[str, np.ndarray], step: str = "") -> dict[str, np.ndarray]:
         calls.append(name)
         if name == "vae_decoder":
             decoding.set()
             time.sleep(0.5)
-        return infer(self, name, inputs)
+        return infer(self, name, inputs, step)
 
     async def main() -> None:
         async with AsyncClient(tiling_server.url) as client:
@@ -300,6 +300,6 @@ def test_a_cancelled_task_decodes_no_more_tiles(tiling_server: Server, monkeypat
             with pytest.raises(asyncio.CancelledError):
                 await task
 
-    monkeypatch.setattr(Connection, "infer", watched)
+    monkeypatch.setattr(Calls, "infer", watched)
     asyncio.run(main())  # which waits for the thread
     assert calls.count("vae_decoder") == 1

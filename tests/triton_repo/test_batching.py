@@ -10,7 +10,9 @@ import tritonclient.grpc as triton
 from command_line import eventually
 
 from ditforge import manifest
-from ditforge.client.connection import Connection, encode
+from ditforge.client.connection import Connection
+from ditforge.client.replica import encode
+from ditforge.client.settings import make_settings
 from ditforge.engines.verify import example
 
 USERS = 16
@@ -18,7 +20,7 @@ USERS = 16
 
 def test_requests_of_several_users_run_as_one(schnell, schnell_server) -> None:
     component = manifest.read(schnell.onnx, "onnx").components["dit"]
-    connection = Connection(schnell_server.url)
+    connection = Connection(make_settings(schnell_server.url))
     client = triton.InferenceServerClient(schnell_server.url)
 
     def examples(**sizes: int) -> dict[str, np.ndarray]:
@@ -64,7 +66,7 @@ def test_requests_of_several_users_run_as_one(schnell, schnell_server) -> None:
 
 def test_a_bad_request_is_answered_and_the_next_one_served(schnell, schnell_server) -> None:
     client = triton.InferenceServerClient(schnell_server.url)
-    connection = Connection(schnell_server.url)
+    connection = Connection(make_settings(schnell_server.url))
     component = manifest.read(schnell.onnx, "onnx").components["dit"]
     sizes = {"batch": 1, "latent_height": 7, "latent_width": 12}  # no whole number of patches
     inputs = {name: example(name, tensor, sizes, connection.model) for name, tensor in component.inputs.items()}

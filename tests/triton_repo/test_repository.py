@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,19 @@ def test_the_ensemble_is_wired_by_names(schnell) -> None:
 def test_the_dit_carries_what_a_client_must_know(schnell) -> None:
     text = read_config(schnell.repository, "dit").parameters["ditforge_model"].string_value
     assert Model.model_validate_json(text) == manifest.read(schnell.onnx, "onnx").model
+
+
+def test_the_dit_says_of_which_engines_it_is(schnell, tmp_path: Path) -> None:
+    def said(repository: Path) -> str:
+        return read_config(repository, "dit").parameters["ditforge_engines"].string_value
+
+    components = manifest.read(schnell.engines, "engines").components.values()
+    names = sorted(name for component in components for name in component.files)
+    assert "dit.onnx" in names
+    listed = [f"{sha256((schnell.engines / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    assert said(schnell.repository) == sha256("".join(listed).encode()).hexdigest()
+    write_repository(schnell.engines, tmp_path / "repo", max_batch=3)
+    assert said(tmp_path / "repo") == said(schnell.repository)  # the same engines, however they are called
 
 
 def test_max_batch(schnell, tmp_path: Path) -> None:

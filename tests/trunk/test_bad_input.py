@@ -195,13 +195,15 @@ def test_triton_with_somebody_elses_models(
 def test_model_that_is_not_ready(refused, schnell) -> None:
     loaded = ("--model-control-mode=explicit", "--load-model=text_encoders", "--load-model=vae_decoder")
     with start(schnell.repository, port=0, extra_args=loaded) as server:
-        refused("generate", "a", "--url", server.url, mentions=("dit", server.url, "not ready", "wait"), code=1)
+        mentions = ("dit", server.url, "not ready within 1 s", "wait", "--connect-timeout")
+        refused("generate", "a", "--url", server.url, "--connect-timeout", "1", mentions=mentions, code=1)
 
 
 @pytest.mark.parametrize("end", ["killed", "stopped"])
 def test_server_that_ends_in_the_middle(schnell, tmp_path: Path, end: str) -> None:
     with start(schnell.repository, port=0, grace=1) as server:
-        running = popen("generate", "a", "--url", server.url, *LONG, "--out", "picture.png", cwd=tmp_path)
+        arguments = ("generate", "a", "--url", server.url, "--retry-timeout", "1", *LONG, "--out", "picture.png")
+        running = popen(*arguments, cwd=tmp_path)
         try:
             eventually(lambda: calls(server.url) > 5)
             os.kill(server.pid, signal.SIGKILL if end == "killed" else signal.SIGTERM)
@@ -209,7 +211,8 @@ def test_server_that_ends_in_the_middle(schnell, tmp_path: Path, end: str) -> No
         finally:
             running.kill()
         server.wait()
-    assert_error(Result(running.returncode, out, err), server.url, "went away during dit", "start it again", code=1)
+    said = (server.url, "during dit, step ", " of 1000", "tries in 1 s", "start it again", "--retry-timeout")
+    assert_error(Result(running.returncode, out, err), *said, code=1)
     assert os.listdir(tmp_path) == []
 
 

@@ -1,7 +1,7 @@
 # Builds engines for the GPU it finds, and serves them: NVIDIA's Triton with its TensorRT backend, and ditforge.
 #
 #   docker build -t ditforge .
-#   docker run --gpus all -p 8001:8001 -v /path/to/checkpoint:/checkpoint:ro -v ditforge-cache:/cache ditforge
+#   docker run --gpus all --shm-size 1g -p 127.0.0.1:8001:8001 -v /path/to/checkpoint:/checkpoint:ro -v ditforge-cache:/cache ditforge
 #
 # Engines are kept in the volume /cache: the second start builds nothing.
 ARG TRITON=26.05
@@ -23,6 +23,8 @@ USER 10001
 WORKDIR /home/ditforge
 VOLUME /cache
 EXPOSE 8001
-HEALTHCHECK --interval=10s --start-period=1h CMD ["python", "-c", "import sys, tritonclient.grpc as triton; sys.exit(not triton.InferenceServerClient('localhost:8001').is_server_ready())"]
+# Connecting asks whether each model is ready.
+HEALTHCHECK --interval=10s --start-period=1h CMD ["python", "-c", "from ditforge.client import Client; Client('localhost:8001', connect_timeout=5).close()"]
 ENTRYPOINT ["ditforge"]
-CMD ["up", "/checkpoint", "--gpu", "local", "--host", "0.0.0.0"]
+# Inside the container, all addresses are the container's; -p says who reaches it from outside. See docs/security.md.
+CMD ["up", "/checkpoint", "--gpu", "local", "--host", "0.0.0.0", "--insecure"]

@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test lint bench accuracy memory full-size image-check gpu-check clean
+.PHONY: demo test lint fuzz soak bench accuracy memory full-size image-check gpu-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/first_picture.py models/flux-tiny --out out/demo
@@ -24,6 +24,17 @@ lint: $(INSTALLED)
 	$(BIN)/hadolint Dockerfile
 	rm -rf $(VENV)/typed && $(BIN)/pip install --quiet --no-deps --target $(VENV)/typed .
 	cd $(VENV)/typed && PYTHONPATH=. ../bin/mypy --config-file ../../pyproject.toml -p ditforge
+
+# 20,000 requests to a real server, of a seed that is printed: SEED=7 make fuzz sends the same ones again.
+SEED ?= $(shell date +%s)
+fuzz: $(INSTALLED)
+	@echo "seed $(SEED)"
+	FUZZ_REQUESTS=10000 $(BIN)/python -m pytest tests/triton_repo/test_fuzz.py --timeout 3600 \
+		--hypothesis-profile default --hypothesis-seed $(SEED)
+
+# Three servers, 64 clients, two minutes; a model's process is killed every 10 s and a server every 20 s.
+soak: $(INSTALLED)
+	$(BIN)/python benchmarks/soak.py models/flux-tiny --out docs/soak.md
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/first_picture.py models/flux-tiny models/sd35-tiny --out benchmarks/first_picture.md

@@ -22,6 +22,10 @@ EXTRAS = {
 }
 
 
+SAFE_TRITON = "26.07"  # the release of NVIDIA's container that deployments should run, or a later one
+WHY_NEWER = f"to deploy, NVIDIA's container {SAFE_TRITON} or later: older ones have known crashes (docs/security.md)"
+
+
 def extra_for(module: str) -> str | None:
     """The extra of ditforge that installs the top-level module, if there is one."""
     return next((extra for extra, modules in EXTRAS.items() if module in modules), None)
@@ -61,8 +65,14 @@ def triton_row() -> tuple[str, str, str]:
     """Which tritonserver `ditforge serve` would take."""
     on_path = shutil.which("tritonserver")
     if on_path:
-        return "tritonserver", on_path, ""
+        release = os.environ.get("NVIDIA_TRITON_SERVER_VERSION", "")  # which NVIDIA's container sets, e.g. 26.07
+        newer = "" if not release or release >= SAFE_TRITON else f"{WHY_NEWER}; this is {release}"
+        return "tritonserver", f"{on_path} {release}".strip(), newer
     try:
-        return "tritonserver", f"from nvidia-pytriton {version('nvidia-pytriton')}", ""
+        return (
+            "tritonserver",
+            f"2.51, from nvidia-pytriton {version('nvidia-pytriton')}",
+            f"{WHY_NEWER}; fine on loopback",
+        )
     except PackageNotFoundError:
         return "tritonserver", "none", "pip install 'ditforge\\[serve]', or run in NVIDIA's Triton container"

@@ -153,7 +153,7 @@ class Front(grpc.GenericRpcHandler):
     async def forward(self, method: str, data: bytes, timeout: float | None) -> bytes:
         """Triton's answer. Raises Refused while there is no Triton."""
         if self.channel is None:
-            raise Refused(Status.UNAVAILABLE, "the models are being started; ask again")
+            raise Refused(Status.UNAVAILABLE, "the models are starting; ask again")
         call: Callable[..., Awaitable[bytes]] = self.channel.unary_unary(method)
         return await call(data, timeout=timeout)
 
@@ -185,7 +185,7 @@ class Front(grpc.GenericRpcHandler):
         except asyncio.CancelledError:
             if not context.cancelled():  # Triton has gone, and the channel to it was closed
                 outcome = Status.UNAVAILABLE
-                raise Refused(outcome, "the models are being started again; repeat the request") from None
+                raise Refused(outcome, "the models are starting again; repeat the request") from None
             outcome = Status.CANCELLED
             raise
         finally:
@@ -251,7 +251,7 @@ class Front(grpc.GenericRpcHandler):
             return Status.INTERNAL, "the server's /dev/shm is too small for this request: docker run --shm-size"
         gone = "is not healthy" in line or "no available versions" in line or "Stub process" in line
         if gone or status is Status.UNAVAILABLE:
-            return Status.UNAVAILABLE, "the models are being started again; repeat the request"
+            return Status.UNAVAILABLE, "the models are starting again; repeat the request"
         return status, PATH.sub("…", line).replace(socket.gethostname(), "…")
 
     async def drain(self, grace: float) -> int:

@@ -223,11 +223,23 @@ def namespace() -> str:
 
 
 def sweep() -> None:
-    """Remove what is left of servers whose owner was killed: then nobody is there to call remove()."""
+    """Remove what is left of servers whose owner was killed: then nobody is there to call remove().
+
+    A model's process that was in the middle of something when its Triton was killed can wait for it for ever.
+    """
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(is_left(word.rpartition("/")[2]) for word in process.cmdline() if namespace() in word):
+                process.kill()
     for path in SHM.glob(f"{namespace()}*"):
-        owner = path.name.removeprefix(namespace()).partition("-")[0]
-        if not Path("/proc", owner).exists():
+        if is_left(path.name):
             remove(path)
+
+
+def is_left(name: str) -> bool:
+    """Whether a name in /dev/shm is one of a server whose owner has ended."""
+    owner = name.removeprefix(namespace()).partition("-")[0]
+    return name.startswith(namespace()) and not Path("/proc", owner).exists()
 
 
 def remove(folder: Path) -> None:

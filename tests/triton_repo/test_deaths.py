@@ -141,6 +141,30 @@ def test_a_dead_model_does_not_delay_the_end(tiny) -> None:
 # The end
 
 
+def test_pictures_in_the_middle_are_finished(tiny) -> None:
+    """And no others are begun; those that are refused can be made elsewhere."""
+    running = start(tiny.repository, port=0)
+    with Client(running.url) as client:
+        expected = client.generate("a large red circle", seed=0, steps=8)
+        stopping: list = []
+        refusals: list[str] = []
+
+        def in_the_middle(step) -> None:
+            if step.index == 3:
+                stopping.append(pool.submit(running.stop))
+                eventually(lambda: not is_ready(running))
+                with pytest.raises(grpc.RpcError) as caught:
+                    stub(running.url).ModelInfer(GOOD, timeout=10, metadata=[("ditforge-picture", "another")])
+                refusals.append(said(caught.value, "UNAVAILABLE"))
+
+        with ThreadPoolExecutor(1) as pool:
+            image = client.generate("a large red circle", seed=0, steps=8, callback=in_the_middle)
+            stopping[0].result(60)
+    assert np.array_equal(np.asarray(image), np.asarray(expected))
+    assert refusals == ["this server is stopping and begins no more pictures"]
+    assert running.wait() == 0
+
+
 def test_serve_writes_nothing_into_the_repository(tiny, tmp_path: Path) -> None:
     """It can be mounted read-only; told on the terminal is what a user needs."""
     shutil.copytree(tiny.repository, tmp_path / "repo")

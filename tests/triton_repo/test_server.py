@@ -174,7 +174,7 @@ def test_the_port_answers_while_the_models_load(repository: Callable[..., Path])
 
             assert eventually(lives)
             assert not client.is_server_ready() and not client.is_model_ready("slow")
-            with pytest.raises(InferenceServerException, match=r"UNAVAILABLE.*the models are being started"):
+            with pytest.raises(InferenceServerException, match=r"UNAVAILABLE.*the models are starting"):
                 infer(f"127.0.0.1:{port}", "slow", 1)
             with starting.result():
                 assert client.is_server_ready()
@@ -273,6 +273,16 @@ time.sleep(600)
             owner.kill()
     start(repo, port=0).stop()
     assert own_entries(pid) == []
+
+
+def test_a_model_that_does_not_see_the_end_is_ended(repository: Callable[..., Path]) -> None:
+    """A model's process that waits for its Triton, which was killed, waits for ever; a stopped one does the same."""
+    running = start(repository(add=ADD_ONE), port=0)
+    (model,) = [pid for pid in processes_of(running.pid) if b"/model.py" in command(pid)]
+    os.kill(model, signal.SIGSTOP)
+    os.kill(running.pid, signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL
+    assert eventually(lambda: not processes_of(running.pid))
 
 
 def test_sweeps_only_what_has_no_owner(repository: Callable[..., Path]) -> None:

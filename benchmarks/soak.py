@@ -264,7 +264,7 @@ def main() -> None:
             if hasattr(server, "process"):
                 server.process.terminate()
                 server.process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder)  # not after an error: the servers' logs are in it
 
 
 if __name__ == "__main__":

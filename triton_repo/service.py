@@ -123,7 +123,9 @@ async def keep_running(
                 f"{problem.problem}; that was the {deaths}th death in a row, and it is not started again", problem.fix
             )
         wait = BACKOFF[deaths - 1]
-        report("died", message=f"{problem.problem}; starting again" + (f" in {wait:g} s" if wait else ""))
+        report(
+            "died", message=f"{problem.problem.splitlines()[0]}; starting again" + (f" in {wait:g} s" if wait else "")
+        )
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(asyncio.shield(stopped), wait)
 

@@ -32,6 +32,7 @@ SHM = Path("/dev/shm")  # where glibc's shm_open(3) keeps its regions
 PREFIX = "ditforge-triton-"
 READY = "/inference.GRPCInferenceService/ServerReady"
 UNLOADING = 5  # seconds that Triton gets to unload its models, once all requests are answered
+LAST_WORDS = 3  # seconds that Triton gets to say why a model's process ended while it was loaded
 CLOSED = "model-repository,shared-memory,trace,logging"  # what clients have no business in, in Triton's names
 
 # PR_SET_PDEATHSIG (1) has the kernel kill Triton when its parent dies, of whatever; its models see that and end. The
@@ -74,17 +75,28 @@ class Triton:
         # Triton adds the port, which a Unix socket has not: it becomes a part of the name.
         unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
         self.channel = grpc.aio.insecure_channel(f"unix://{self.socket}:1", options=unlimited)
-        deadline = asyncio.get_running_loop().time() + self.options.timeout
-        while not await is_ready(self.channel):
-            if how := how_it_ended(self.process.pid):
-                raise self.failure(f"was not ready: {how}")
-            if asyncio.get_running_loop().time() > deadline:
-                raise self.failure(f"was not ready after {self.options.timeout:g} s")
-            await asyncio.sleep(0.05)
-        self.models = model_processes(self.process.pid)
+        await self.become_ready(self.process.pid, self.channel)
         for region in SHM.glob(f"{self.folder.name}-*"):  # which Boost makes readable for everyone
             region.chmod(0o600)
         return self.channel
+
+    async def become_ready(self, pid: int, channel: grpc.aio.Channel) -> None:
+        """Wait until all models are loaded. Raises DitforgeError where it ends, takes too long, or lost a process."""
+        loop = asyncio.get_running_loop()
+        deadline, last_words = loop.time() + self.options.timeout, 0.0
+        while not await is_ready(channel):
+            self.models |= model_processes(pid)
+            if how := how_it_ended(pid):
+                raise self.failure(f"was not ready: {how}")
+            if loop.time() > deadline:
+                raise self.failure(f"was not ready after {self.options.timeout:g} s")
+            if lost := [name for model, name in self.models.items() if how_it_ended(model)]:
+                # Triton says why where a model raised an error, and ends; of a process that was killed it knows nothing
+                last_words = last_words or loop.time() + LAST_WORDS
+                if loop.time() > last_words:
+                    raise self.failure(f"lost the process of the model {lost[0]} while it was loaded")
+            await asyncio.sleep(0.05)
+        self.models = model_processes(pid)
 
     def failure(self, end: str) -> DitforgeError:
         """How it failed to start, with the reason from its log."""
@@ -155,7 +167,12 @@ def prepare(options: ServeOptions, folder: Path) -> tuple[list[str], dict[str, s
     args += [f"--grpc-address=unix://{folder / 'grpc'}", "--grpc-port=1"]
     # Nobody has this key: the front does not use these methods, and others do not reach the socket. A second lock.
     args += [f"--grpc-restricted-protocol={CLOSED}:ditforge-key={secrets.token_hex(16)}"]
-    args += ["--allow-sagemaker=false", "--allow-vertex-ai=false", f"--exit-timeout-secs={UNLOADING}"]
+    args += [
+        "--allow-sagemaker=false",
+        "--allow-vertex-ai=false",
+        "--disable-auto-complete-config",
+        f"--exit-timeout-secs={UNLOADING}",
+    ]
     if options.http_port is None:
         args += ["--allow-http=false"]
     else:

@@ -113,6 +113,19 @@ def test_a_model_that_dies_again_and_again(tmp_path: Path) -> None:
     assert [float(found[1] or 0) for found in waits if found] == [0, 0.5, 1, 2, 4]
 
 
+def test_a_process_that_dies_while_it_is_loaded(tmp_path: Path) -> None:
+    """At the second start: Triton, which starts a model's process anew, would wait for it for ever."""
+    slow = ADD_ONE + "    def initialize(self, args):\n        import time; time.sleep(3)\n"
+    events: list[str] = []
+    with start(write_models(tmp_path / "repo", slow=slow), events.append, port=0) as running:
+        first = model_processes(running)["slow"]
+        first.kill()
+        eventually(lambda: model_processes(running).get("slow", first).pid != first.pid)
+        model_processes(running)["slow"].kill()
+        eventually(lambda: answers(running.url, "slow"), 60)
+    assert "lost the process of the model slow while it was loaded" in "".join(events)
+
+
 def test_it_stops_at_once_while_it_is_starting_again(tmp_path: Path) -> None:
     slow = SLEEP + "    def initialize(self, args):\n        import time; time.sleep(2)\n"
     running = start(write_models(tmp_path / "repo", slow=slow), port=0)
@@ -261,13 +274,14 @@ running.stop()
             with pytest.raises(InferenceServerException) as caught:
                 infer(url, "add", *large)
             assert "the server's /dev/shm is too small for this request" in str(caught.value)
-            eventually(lambda: answers(url, small), 60)
+            eventually(lambda: answers(url, "add"), 60)
         finally:
             process.communicate("", timeout=60)
 
 
-def answers(url: str, x: list[float]) -> bool:
+def answers(url: str, model: str) -> bool:
+    """Whether a model that adds one does so."""
     try:
-        return list(infer(url, "add", *x)) == [value + 1 for value in x]
+        return list(infer(url, model, 1, 2)) == [2, 3]
     except InferenceServerException:
         return False

@@ -203,6 +203,6 @@ def test_cancelled_task_stops_at_once(client: Client, schnell_server: Server) ->
             return time.monotonic() - started, calls(url)
 
     waited, at_cancel = asyncio.run(main())
-    assert waited < 3
+    assert waited < 15  # not after all of the 1000 steps
     client.generate("a", steps=30, **SMALL)  # meanwhile, a loop that went on would go on
     assert calls(url) - at_cancel <= 30 + 2  # one step in flight, and the one that it was at

@@ -24,6 +24,9 @@ from ditforge.export.sources import Loras, open_source
 PROMPT = ["a red circle"]
 ATTENTION, CLIP = "lora_unet_double_blocks_0_img_attn_qkv", "lora_te1_text_model_encoder_layers_1_mlp_fc1"
 FP8 = parse_precision("fp8", "fp32")
+# The same weights from another file lie elsewhere in memory. On some CPUs, how libraries add up depends on a tensor's
+# address too, so that sums of some hundred products differ in their last bits; other weights differ by percents.
+ROUNDING = 1e-5
 
 
 def save(tensors: dict[str, torch.Tensor], file: Path) -> Path:
@@ -85,14 +88,17 @@ def ranges_of(path: Path, out: Path, base: Path | None = None, loras: Loras = ()
 
 
 def test_a_single_file_gives_the_calibration_of_its_folder(random_schnell: Path, bare: Path, tmp_path: Path) -> None:
-    """By the command line: byte for byte, because both are called alike. The scheduler is the published one's."""
+    """By the command line: the same file, because both are called alike. The scheduler is the published one's."""
     file = save_all_in_one(FluxPipeline.from_pretrained(random_schnell), tmp_path / "random-schnell.safetensors")
     (tmp_path / "prompts.txt").write_text(PROMPT[0])
     options = ("--prompts", "prompts.txt", "--steps", "2")
     result = ditforge("calibrate", file, "--base", bare, *options, "--out", "file.json", cwd=tmp_path, timeout=120)
     assert result.code == 0, result.err
     expected = ranges_of(random_schnell, tmp_path)
-    assert (tmp_path / "file.json").read_bytes() == (tmp_path / "ranges.json").read_bytes()
+    found = json.loads((tmp_path / "file.json").read_text())
+    wanted = json.loads((tmp_path / "ranges.json").read_text())
+    assert found.pop("amax") == pytest.approx(wanted.pop("amax"), rel=ROUNDING)
+    assert found == wanted
     assert len(set(expected.amax.values())) > 10
 
 
@@ -104,9 +110,9 @@ def test_only_the_dit_is_the_files(random_schnell: Path, merged: Path, tmp_path:
     both = FluxPipeline.from_pretrained(random_schnell, transformer=dit)
     both.save_pretrained(tmp_path / "folder")
     expected = ranges_of(tmp_path / "folder", tmp_path)
-    assert found.amax == expected.amax
+    assert found.amax == pytest.approx(expected.amax, rel=ROUNDING)
     assert found.config_sha256 == expected.config_sha256
-    assert found.amax != ranges_of(random_schnell, tmp_path).amax
+    assert found.amax != pytest.approx(ranges_of(random_schnell, tmp_path).amax, rel=ROUNDING)
 
 
 def test_a_lora_gives_the_calibration_of_a_folder_that_it_was_merged_into(
@@ -116,8 +122,8 @@ def test_a_lora_gives_the_calibration_of_a_folder_that_it_was_merged_into(
     file = save_all_in_one(FluxPipeline.from_pretrained(random_schnell), tmp_path / "all.safetensors")
     for source, base in ((random_schnell, None), (file, bare)):
         found = ranges_of(source, tmp_path, base, [(lora, 0.5)])
-        assert found.amax == pytest.approx(expected.amax, rel=1e-5)
-        assert found.amax != ranges_of(random_schnell, tmp_path).amax
+        assert found.amax == pytest.approx(expected.amax, rel=ROUNDING)
+        assert found.amax != pytest.approx(ranges_of(random_schnell, tmp_path).amax, rel=ROUNDING)
         assert found.loras == ("style.safetensors:0.5",)
 
 
@@ -130,7 +136,7 @@ def test_stable_diffusion(with_t5: bool, tmp_path: Path) -> None:
     clip = single_files.text_model(pipeline.text_encoder_2.state_dict())
     tensors |= single_files.prefixed("text_encoders.clip_g.transformer.", clip)
     found = ranges_of(save(tensors, tmp_path / f"{folder.name}.safetensors"), tmp_path, base=folder)
-    assert found.amax == ranges_of(folder, tmp_path).amax
+    assert found.amax == pytest.approx(ranges_of(folder, tmp_path).amax, rel=ROUNDING)
 
 
 def test_the_worst_linears_of_a_file_with_a_lora_are_those_of_the_merged_folder(

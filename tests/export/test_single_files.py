@@ -192,7 +192,7 @@ def test_autoencoder_alone(schnell: DiffusionPipeline, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["flux.1-dev", "flux.1-schnell", "sd3.5-medium", "sd3.5-large"])
 def test_published_sizes(name: str, tmp_path: Path) -> None:
-    """A file of the published size: recognised within seconds, all shapes as diffusers', configuration as published."""
+    """A file of the published size: recognised without reading it, all shapes and the configuration as published."""
     published = json.loads((CONFIGS / name / "transformer" / "config.json").read_text())
     classes = {cls.__name__: cls for cls in (FluxTransformer2DModel, SD3Transformer2DModel)}
     with torch.device("meta"):
@@ -200,9 +200,9 @@ def test_published_sizes(name: str, tmp_path: Path) -> None:
     written = single_files.flux_dit if "flux" in name else single_files.sd3_dit
     file = tmp_path / "dit.safetensors"
     single_files.write_holes(written(dit.to("meta").state_dict()), file)
-    started = time.monotonic()
+    started = time.process_time()
     single = open_single_file(file)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5  # seconds of this process alone; reading 24 GB of zeros takes longer
     shapes = {key: tuple(tensor.shape) for key, tensor in dit.state_dict().items()}
     assert {key: tensor.shape for key, tensor in single.components["transformer"].items()} == shapes
     config = single.transformer_config()

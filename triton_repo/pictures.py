@@ -50,6 +50,7 @@ class Pictures:
             return
         picture = self.known.setdefault(name, Picture(time.monotonic()))
         self.touch(name, picture)
+        self.forget()
         picture.requests += 1
         try:
             yield
@@ -62,17 +63,20 @@ class Pictures:
         picture.seen = time.monotonic()
         self.known[name] = picture
         self.known.move_to_end(name)
-        self.forget()
 
     def forget(self) -> None:
         """Drop those that were not seen for long, and the oldest if they are too many."""
         now = time.monotonic()
-        for name, picture in list(self.known.items()):
-            if now - picture.seen < REMEMBERED and len(self.known) <= MOST:
+        while self.known:
+            name, picture = next(iter(self.known.items()))
+            too_many = len(self.known) > MOST
+            if now - picture.seen < REMEMBERED and not too_many:
                 break
-            if picture.requests and len(self.known) <= MOST:
-                continue
-            del self.known[name]
+            if picture.requests and not too_many:  # it is being asked for now
+                picture.seen = now
+                self.known.move_to_end(name)
+            else:
+                del self.known[name]
 
     def active(self) -> int:
         """How many pictures are in the middle."""

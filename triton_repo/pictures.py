@@ -78,6 +78,10 @@ class Pictures:
             else:
                 del self.known[name]
 
+    def asked(self) -> int:
+        """How many requests are being answered."""
+        return self.anonymous + sum(picture.requests for picture in self.known.values())
+
     def active(self) -> int:
         """How many pictures are in the middle."""
         now = time.monotonic()

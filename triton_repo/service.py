@@ -102,8 +102,7 @@ async def keep_running(
             what = f"the process of the model {process} has died" if process in front.models else f"{process} has died"
             problem = DitforgeError(f"{what}: {how}", f"look at the log, {options.log}")
         except Stop as stop:
-            active = front.pictures.active()
-            report("draining", message=f"{active} pictures are in the middle" if active else "")
+            report("draining", message="pictures in the middle are finished" if front.pictures.asked() else "")
             if front.channel is not None:  # a Triton that has lost a model never finishes them
                 await first_of(front.drain(stop.grace), triton.died())
             await triton.stop()

@@ -24,7 +24,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from ditforge.errors import DitforgeError
 from ditforge.triton_repo.config import FORGONE_VARIABLE
-from ditforge.triton_repo.installation import python_environment, tritonserver_command
+from ditforge.triton_repo.installation import STUB, python_environment, tritonserver_command
 from ditforge.triton_repo.serve_options import ServeOptions
 
 FORGONE = "forgone"  # a folder of words about requests that nobody waits for, beside the sockets
@@ -85,18 +85,19 @@ class Triton:
         loop = asyncio.get_running_loop()
         deadline, last_words = loop.time() + self.options.timeout, 0.0
         while not await is_ready(channel):
-            self.models |= model_processes(pid)
             if how := how_it_ended(pid):
                 raise self.failure(f"was not ready: {how}")
             if loop.time() > deadline:
                 raise self.failure(f"was not ready after {self.options.timeout:g} s")
-            if lost := [name for model, name in self.models.items() if how_it_ended(model)]:
+            if lost_a_model(pid):
                 # Triton says why where a model raised an error, and ends; of a process that was killed it knows nothing
                 last_words = last_words or loop.time() + LAST_WORDS
                 if loop.time() > last_words:
-                    raise self.failure(f"lost the process of the model {lost[0]} while it was loaded")
+                    raise self.failure("lost the process of a model while it was loaded")
             await asyncio.sleep(0.05)
         self.models = model_processes(pid)
+        if lost_a_model(pid):  # since it was ready
+            raise self.failure("lost the process of a model")
 
     def failure(self, end: str) -> DitforgeError:
         """How it failed to start, with the reason from its log."""
@@ -206,6 +207,15 @@ def model_processes(triton: int) -> dict[int, str]:
             if code is not None:
                 found[process.pid] = code.parents[1].name
     return found
+
+
+def lost_a_model(triton: int) -> bool:
+    """Whether a process in which Triton's Python backend runs a model has ended; Triton does not reap it."""
+    for process in psutil.Process(triton).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.status() == psutil.STATUS_ZOMBIE and STUB.startswith(process.name()):
+                return True
+    return False
 
 
 def how_it_ended(pid: int) -> str | None:

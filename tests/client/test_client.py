@@ -109,11 +109,11 @@ def test_any_prompt(client: Client, prompt: str) -> None:
 def test_long_prompt_is_cut_with_one_warning(client: Client) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        cut, _ = client.generate(["red circle " * 10_000, "blue " * 100], seed=0, steps=2, **SMALL)
+        cut, _ = client.generate(["red circle " * 2_900, "blue " * 100], seed=0, steps=2, **SMALL)
         same = client.generate("red circle " * 1_000, seed=0, steps=2, **SMALL)
         client.generate("a red circle", steps=1, **SMALL)
     assert [w.category for w in caught] == [DitforgeWarning] * 2  # one a call, none for the short prompt
-    assert "clip reads 33 of 90002 tokens, t5 reads 40 of 20002 tokens" in str(caught[0].message)
+    assert "clip reads 33 of 26102 tokens, t5 reads 40 of 5802 tokens" in str(caught[0].message)
     assert caught[0].filename == __file__
     assert_same(cut, same)
 

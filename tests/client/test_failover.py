@@ -153,7 +153,7 @@ def test_only_server_starts_again(servers: Servers, alone: bytes, told) -> None:
     (only, *_) = servers.urls
 
     def end() -> None:
-        servers.kill(only, signal.SIGTERM)  # and its models are gone before it ends
+        servers.kill(only)
         threading.Thread(target=servers.start_again, args=[only]).start()
 
     with Client(only) as client:

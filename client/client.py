@@ -7,6 +7,7 @@ import json
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from types import TracebackType
 from typing import TypedDict, overload
 
@@ -24,7 +25,7 @@ from ditforge.client.replica import Arrays
 from ditforge.client.request import T5, Request, make_request
 from ditforge.client.sampling import Array, Callback, find_sampler, flow_sigmas
 from ditforge.client.settings import DEFAULT_URL, Settings, make_settings
-from ditforge.errors import DitforgeError, DitforgeWarning
+from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 from ditforge.model import Model
 
 DEFAULT_SAMPLER = "euler"
@@ -54,6 +55,16 @@ class Options(TypedDict, total=False):
     t5: T5 | None
     vae_tile: int | None
     callback: Callback | None
+
+
+def check_names(options: Options) -> None:
+    """Raise UserError, with the nearest name, if there is an option that nobody knows."""
+    known = list(Options.__annotations__)
+    for name in options:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            fix = f"{close[0]}=…" if close else f"leave it out; there are {', '.join(known)}"
+            raise UserError(f"there is no option {name!r}", fix)
 
 
 class Client:
@@ -90,6 +101,7 @@ class Client:
     def _generate(
         self, prompts: list[str], options: Options, cancelled: threading.Event | None = None
     ) -> list[Image.Image]:
+        check_names(options)
         calls = self._connection.begin(cancelled)
         request = make_request(
             calls.model,

@@ -66,7 +66,7 @@ TlsClientCa = Annotated[
 ]
 TokenFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Clients need the bearer token in this file.")]
 Insecure = Annotated[
-    bool, typer.Option("--insecure", help="Allow an address other than loopback with neither TLS nor tokens.")
+    bool, typer.Option("--insecure", help="Listen beyond loopback without TLS plus a token or client certificates.")
 ]
 Source = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="A folder in diffusers' layout, or a .safetensors file.")

@@ -32,13 +32,14 @@ def serve(repository: Path, options: Options) -> None:
     signal.signal(signal.SIGTERM, stop)
     try:
         with start(repository, terminal.say, **options) as server:
-            terminal.say(f"serving {repository} at {server.url} (gRPC), log {server.log}")
+            host, access = server.options.host, ["gRPC", *server.options.access]
+            terminal.say(f"serving {repository} at {server.url} ({', '.join(access)}), log {server.log}")
             if server.ports.http is not None:
-                terminal.say(f"Triton's own HTTP at port {server.ports.http}")
+                terminal.say(f"Triton's own HTTP at {host}:{server.ports.http}")
             if server.ports.metrics is not None:
-                terminal.say(f"metrics at http://{server.url.partition(':')[0]}:{server.ports.metrics}/metrics")
+                terminal.say(f"metrics at http://{host}:{server.ports.metrics}/metrics, in clear text")
             if not server.options.closed and not server.options.on_loopback:
-                terminal.say(f"warning: anyone who reaches {server.options.host} can use this server, in clear text")
+                terminal.say(f"warning: anyone who reaches {host} can use this server, or read what it is sent")
             code = server.wait()
         raise DitforgeError(f"the server ended by itself with exit code {code}", f"look at its log, {server.log}")
     except KeyboardInterrupt:

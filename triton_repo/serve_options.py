@@ -55,6 +55,12 @@ class ServeOptions(BaseModel):
         return self.host == "localhost" or self.host.startswith("127.")
 
     @property
+    def access(self) -> list[str]:
+        """How the port is protected, in words."""
+        ways = {"TLS": self.tls_cert, "client certificates": self.tls_client_ca, "token": self.token_file}
+        return [*([] if self.on_loopback else [f"listening at {self.host}"]), *(w for w, file in ways.items() if file)]
+
+    @property
     def closed(self) -> bool:
         """Whether strangers are kept out, and cannot listen either."""
         return self.tls_cert is not None and (self.tls_client_ca is not None or self.token_file is not None)
@@ -99,8 +105,12 @@ def check_certificates(options: ServeOptions) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         if options.tls_cert:
-            context.load_cert_chain(options.tls_cert, options.tls_key)
+            # An encrypted key would have OpenSSL ask for its password on the terminal.
+            context.load_cert_chain(options.tls_cert, options.tls_key, password=lambda: "")
     except ssl.SSLError as error:
+        if options.tls_key and b"ENCRYPTED" in read_file(options.tls_key):
+            problem = f"the key {options.tls_key} is encrypted, and a server has nobody to ask for its password"
+            raise UserError(problem, f"openssl pkey -in {options.tls_key} -out key.pem; --tls-key key.pem") from None
         problem = f"{options.tls_cert} is no certificate in PEM, or {options.tls_key} is not its key: {error.reason}"
         raise UserError(problem, "--tls-cert FILE --tls-key FILE, both in PEM") from None
     try:

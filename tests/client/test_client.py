@@ -62,6 +62,11 @@ def test_batch_is_what_its_pictures_are_alone(client: Client, sampler: str) -> N
         assert_same(images[i], client.generate(prompt, seed=3 + i, steps=3, sampler=sampler, **SMALL))
 
 
+def test_an_option_that_nobody_knows(client: Client) -> None:
+    with pytest.raises(UserError, match=r"there is no option 'stepz'\nfix: +steps="):
+        client.generate("a", stepz=3)  # type: ignore[call-arg]
+
+
 def test_samplers_differ(client: Client) -> None:
     euler, heun, dpmpp = (client.generate("a", seed=0, sampler=name, **SMALL) for name in ("euler", "heun", "dpmpp_2m"))
     assert_different(euler, heun)

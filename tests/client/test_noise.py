@@ -106,14 +106,17 @@ def test_is_standard_normal():
     assert abs(values.var() - 1) < 5 * math.sqrt(2 / values.size)
 
 
-def test_a_large_latent_takes_well_under_a_tenth_of_a_second():
-    noise((16, 256, 256), 0)
-    durations = []
-    for seed in range(5):
+def test_a_large_latent_takes_as_long_as_a_few_of_numpys_own():
+    """It takes 0.06 s on a CPU where NumPy's take half of that; a loop in Python would take a hundred times as long."""
+
+    def duration(draw):
         start = time.process_time()
-        noise((16, 256, 256), seed)
-        durations.append(time.process_time() - start)
-    assert min(durations) < 0.1
+        draw()
+        return time.process_time() - start
+
+    ours = min(duration(lambda: noise((16, 256, 256), 0)) for _ in range(5))
+    numpys = min(duration(lambda: np.random.RandomState(0).standard_normal((16, 256, 256))) for _ in range(5))
+    assert ours < 10 * numpys
 
 
 @pytest.mark.parametrize("seed", [-1, -(2**63), 2**64, 1.5, 1.0, "1", None, True, np.float32(1), np.int64(-1)])

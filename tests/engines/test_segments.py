@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from command_line import eventually, popen
+from command_line import PATIENCE, eventually, popen
 from exports import alone
 from onnx import TensorProto, helper
 
@@ -66,6 +66,14 @@ def most_segments(export: Path) -> int:
     return int(error.value.fix.split()[-1])
 
 
+def assert_close(actual: np.ndarray, expected: np.ndarray) -> None:
+    """But for rounding: a graph in segments is fused otherwise, and batches and CPUs have sums in other orders.
+
+    Seen were 5e-7 of the largest velocity, in 29 segments; numbers of 16 bits between them would cost 1e-4 and more.
+    """
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 @pytest.fixture(params=["schnell", "tiny", "sd3"])
 def stages(request: pytest.FixtureRequest):
     """Checkpoints through every stage, fp32."""
@@ -94,9 +102,9 @@ def test_segments_compute_what_the_whole_does(stages, tmp_path: Path) -> None:
             inputs = example(component, sizes)
             expected = whole.run(inputs)["velocity"]
             (velocity,) = chain.run(inputs).values()
-            np.testing.assert_allclose(velocity, expected, atol=1e-5)
+            assert_close(velocity, expected)
             requests = [{name: value[i : i + 1] for name, value in inputs.items()} for i in range(sizes["batch"])]
-            np.testing.assert_allclose(chain.run_batch(requests)["velocity"], expected, atol=1e-5)
+            assert_close(chain.run_batch(requests)["velocity"], expected)
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in onnx_dir.rglob("*") if path.is_file()} == (
         before
     )
@@ -286,7 +294,7 @@ def test_the_compilers_process_ends_with_ours(dit: Path, tmp_path: Path, number:
         eventually(lambda: list(tmp_path.glob(".engines.*/dit-1.plan")))  # which is opened before the compiler starts
         (child,) = children(process.pid)
         process.send_signal(number)
-        process.wait(30)
+        process.wait(PATIENCE)
         eventually(lambda: not running(child))
     codes = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
     assert process.returncode == codes[signal.Signals(number)]
@@ -299,7 +307,7 @@ def test_a_compiler_that_is_killed(dit: Path, tmp_path: Path) -> None:
     with popen("build", dit, "--gpu", "sm_89", "--out", "engines", cwd=tmp_path) as process:
         eventually(lambda: list(tmp_path.glob(".engines.*/dit.plan")))
         os.kill(children(process.pid)[0], signal.SIGKILL)
-        _, said = process.communicate(timeout=30)
+        _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert "error: the compiler was killed by SIGKILL while it compiled dit" in said
     assert "fix:   --segments" in said
@@ -338,7 +346,7 @@ def test_at_most_one_segment_is_loaded_on_demand(
     build(dit, tmp_path / "engines", "cpu", segments=3)
     sessions.clear()
     chain = load(tmp_path / "engines")
-    np.testing.assert_array_equal(chain.run(inputs)["velocity"], velocity)
+    assert_close(chain.run(inputs)["velocity"], velocity)
     assert alive(sessions) == 3
     chain.close()
     assert alive(sessions) == 0

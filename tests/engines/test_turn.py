@@ -14,6 +14,7 @@ import pytest
 HOLD = """
 import sys, time
 from ditforge.engines.turn import turn
+print("asks", flush=True)
 with turn():
     print("in", time.monotonic(), flush=True)
     time.sleep(float(sys.argv[1]))
@@ -31,6 +32,13 @@ def hold(seconds: float, **environment: str) -> subprocess.Popen[str]:
     )
 
 
+def wait_until(said: str, process: subprocess.Popen[str]) -> None:
+    """Until the process says so: that it asks for its turn, or is in."""
+    assert process.stdout is not None
+    while not (line := process.stdout.readline()).startswith(said):
+        assert line, f"it ended without having said {said}"
+
+
 @pytest.fixture(autouse=True)
 def own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tests have on-demand engines too."""
@@ -39,8 +47,9 @@ def own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def times(process: subprocess.Popen[str]) -> tuple[float, float]:
     """When it came in and went out."""
-    out, _ = process.communicate(timeout=60)
-    begin, end = (float(line.split()[1]) for line in out.splitlines())
+    assert process.stdout is not None
+    begin, end = (float(line.split()[1]) for line in process.stdout.read().splitlines() if line != "asks")
+    process.communicate()
     return begin, end
 
 
@@ -50,9 +59,9 @@ def test_one_at_a_time() -> None:
 
 
 def test_servers_with_gpus_of_their_own_do_not_wait_for_each_other() -> None:
-    first = hold(60, CUDA_VISIBLE_DEVICES="0")
+    first = hold(600, CUDA_VISIBLE_DEVICES="0")
     try:
-        assert first.stdout is not None and first.stdout.readline().startswith("in")
+        wait_until("in", first)
         begin, _ = times(hold(0, CUDA_VISIBLE_DEVICES="1"))
         assert first.poll() is None
         assert begin <= time.monotonic()
@@ -63,9 +72,10 @@ def test_servers_with_gpus_of_their_own_do_not_wait_for_each_other() -> None:
 
 def test_a_killed_process_gives_its_turn_up() -> None:
     first = hold(600)
-    assert first.stdout is not None and first.stdout.readline().startswith("in")
+    wait_until("in", first)
     second = hold(0)
-    time.sleep(0.5)
+    wait_until("asks", second)
+    time.sleep(0.5)  # for what it would do if it did not wait
     assert second.poll() is None, "it did not wait"
     first.kill()
     times(second)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import COMMAND, Result, assert_error
+from command_line import COMMAND, PATIENCE, Result, assert_error
 
 from ditforge import manifest
 from ditforge.export import flux, resume
@@ -50,7 +50,7 @@ def test_killed_between_components(bare: Path, tmp_path: Path, monkeypatch: pyte
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
     out, networks = tmp_path / "killed" / "onnx", flux.networks
-    killed = subprocess.run([sys.executable, "-c", KILLED, bare, out], check=False, timeout=120)
+    killed = subprocess.run([sys.executable, "-c", KILLED, bare, out], check=False, timeout=PATIENCE)
     assert killed.returncode == -signal.SIGKILL
     kept = tmp_path / "killed" / ".onnx.unfinished" / "t5.onnx.data"
     inode, left = kept.stat().st_ino, sorted(os.listdir(tmp_path / "killed"))
@@ -88,6 +88,6 @@ def test_a_folder_that_is_being_written_is_nobody_elses_to_remove(tmp_path: Path
 def test_a_disk_that_fills_up_in_the_middle(random_schnell: Path, tmp_path: Path) -> None:
     """The kernel refuses to make files larger than 100 kB, and CLIP's weights are."""
     command = ["prlimit", "--fsize=100000", *COMMAND, "export", str(random_schnell), "--out", "onnx"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert_error(Result(done.returncode, done.stdout, done.stderr), "cannot write", "onnx", "free some space")
     assert os.listdir(tmp_path) == []

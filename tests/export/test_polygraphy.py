@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import PATIENCE
 
 from ditforge import manifest
 
@@ -17,7 +18,7 @@ SIZES = {"batch": 2, "latent_height": 8, "latent_width": 12, "height": 64, "widt
 def polygraphy(*arguments: str) -> str:
     """What a command of Polygraphy prints; fails if it fails."""
     command = [str(Path(sys.executable).parent / "polygraphy"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

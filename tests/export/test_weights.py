@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import PATIENCE
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -230,7 +231,7 @@ CLAIMS = {
 def test_a_huge_claim_in_a_small_file_allocates_nothing(tmp_path: Path, name: str) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(CLAIMS[name])
-    run = subprocess.run([sys.executable, "-c", LIMITED, path], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", LIMITED, path], capture_output=True, text=True, timeout=PATIENCE)
     assert run.returncode == 0, run.stderr
     peak, problem = run.stdout.split(maxsplit=1)
     assert int(peak) < 100_000  # kB, most of them Python's own

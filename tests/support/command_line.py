@@ -17,6 +17,9 @@ from tritonclient.grpc import InferenceServerClient
 
 from ditforge import cli
 
+PATIENCE = 300  # seconds after which a program counts as stuck, on a machine however slow and busy
+# Steps that a loop may still make before it notices that it was ended: it must be given the CPU for that.
+FEW = 50
 COMMAND = [sys.executable, "-m", "ditforge"]
 # A shell has its background jobs ignore Ctrl-C, and what they start inherits that. A preexec_fn would fork with gRPC's
 # threads, which then complain in the child's standard error.
@@ -33,7 +36,7 @@ class Result:
     err: str
 
 
-def ditforge(*args: str | Path, cwd: Path, timeout: float = 60) -> Result:
+def ditforge(*args: str | Path, cwd: Path, timeout: float = PATIENCE) -> Result:
     """Run `ditforge ARGS` in the folder `cwd`."""
     done = subprocess.run([*COMMAND, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout)
     return Result(done.returncode, done.stdout, done.stderr)
@@ -85,7 +88,7 @@ def tree(folder: Path) -> dict[str, int]:
     }
 
 
-def eventually(condition: Callable[[], object], seconds: float = 30) -> None:
+def eventually(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
     """Wait until `condition` holds; fails after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -102,7 +105,7 @@ def calls(url: str, model: str = "dit") -> int:
 def settled_calls(url: str, model: str = "dit") -> int:
     """How many requests for the model the server at `url`, which nobody asks for more, has answered."""
     count, since = calls(url, model), time.monotonic()
-    while time.monotonic() < since + 0.3:
+    while time.monotonic() < since + 1:
         time.sleep(0.05)
         if (now := calls(url, model)) != count:
             count, since = now, time.monotonic()

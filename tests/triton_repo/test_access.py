@@ -39,6 +39,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
         openssl(f"req {new} -keyout {name}.key -out {name}.csr -subj /CN={name}")
         signed = "-CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile names"
         openssl(f"x509 -req -in {name}.csr {signed} -out {name}.pem")
+    openssl("pkey -in server.key -aes128 -passout pass:secret -out encrypted.key")
     (folder / "token").write_text("a secret\n")
     return folder
 
@@ -86,6 +87,7 @@ def test_clients_with_certificates(repository: Path, keys: Path) -> None:
         ({"token_file": "token", "http_port": 0}, "neither TLS nor tokens"),
         ({"token_file": "nothing"}, "cannot read .*nothing: No such file"),
         ({"token_file": "names", "tls_cert": "names", "tls_key": "names"}, "names is no certificate in PEM, or"),
+        ({"tls_cert": "server.pem", "tls_key": "encrypted.key"}, "is encrypted(.|\n)*openssl pkey -in"),
         ({"tls_cert": "server.pem", "tls_key": "client.key"}, "client.key is not its key: KEY_VALUES_MISMATCH"),
         ({"tls_cert": "server.pem", "tls_key": "server.key", "tls_client_ca": "names"}, "holds no certificate in PEM"),
         ({"port": -1}, "port=-1"),

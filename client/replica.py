@@ -168,6 +168,7 @@ class Replica:
         def answer(result: Any, error: InferenceServerException | None) -> None:
             answers.put((result, error))
 
+        last = time.monotonic() + timeout + self._settings.keepalive  # gRPC may never tell of an answer it cannot read
         running = client.async_infer(name, tensors, answer, headers=dict(headers), client_timeout=timeout)
         try:
             while True:
@@ -175,6 +176,8 @@ class Replica:
                     result, error = answers.get(timeout=self._settings.keepalive)
                     break
                 except Empty:
+                    if time.monotonic() > last:
+                        raise CallFailed(Failure("DEADLINE_EXCEEDED", "no answer that can be read")) from None
                     self._check_alive(client)
         except BaseException:  # Ctrl-C too: the server need not go on
             running.cancel()

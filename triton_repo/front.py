@@ -43,7 +43,10 @@ PROBES = {f"{SERVICE}ServerLive", f"{SERVICE}ServerReady", f"{SERVICE}ModelReady
 PICTURE_KEY, ENGINES_KEY = "ditforge-picture", "ditforge-engines"  # in a request's metadata
 SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"  # grpc.health.v1.HealthCheckResponse: field 1 is the status
 MOST_AT_ONCE = 512  # requests that are read and answered; one more is refused
+MOST_OF_ONE = 128  # of them over one connection
 PING_INTERVAL = 5_000  # ms: clients may ask as often whether the connection lives
+LONGEST_MESSAGE = 1000  # characters of an error; gRPC loses those that are too long
+LONGEST_QUESTION = 4096  # bytes of a message that asks about the server or a model
 WINDOW = 4 << 20  # bytes that a client may send ahead of what is read
 PATH = re.compile(r"(?<![\w.])/(?:[^\s/:'\",;()]+/)+[^\s:'\",;()]*")
 Status = grpc.StatusCode
@@ -81,6 +84,8 @@ class Front(grpc.GenericRpcHandler):
     def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
         """The handler of a method: bytes in, bytes out."""
         metadata = dict(call.invocation_metadata or ())
+        if not self.may_call(call.method, metadata):
+            return grpc.stream_unary_rpc_method_handler(refuse)  # which does not wait for the message
         return grpc.unary_unary_rpc_method_handler(partial(self.answer, call.method, metadata))
 
     async def answer(
@@ -88,7 +93,6 @@ class Front(grpc.GenericRpcHandler):
     ) -> bytes:
         """The answer to a call, or a status in words."""
         try:
-            self.check_token(method, metadata)
             if method == INFER:
                 return await self.infer(data, metadata, context)
             return await self.tell(method, data)
@@ -103,23 +107,24 @@ class Front(grpc.GenericRpcHandler):
             status, message = Status.INTERNAL, "the server failed; its log says why"
         if context.done():  # nobody hears it
             raise asyncio.CancelledError
-        await context.abort(status, message)
+        await context.abort(status, message[:LONGEST_MESSAGE])
         raise AssertionError("abort() raises")
 
-    def check_token(self, method: str, metadata: dict[str, Any]) -> None:
-        """Raise Refused unless the caller has the token, or asks for no more than whether the server lives."""
+    def may_call(self, method: str, metadata: dict[str, Any]) -> bool:
+        """Whether the caller has the token, or asks for no more than whether the server lives."""
         if self.token is None or method in PROBES:
-            return
+            return True
         sent = metadata.get("authorization", "")
         sent = sent.encode() if isinstance(sent, str) else sent
-        if not hmac.compare_digest(sent, b"Bearer " + self.token):
-            raise Refused(Status.UNAUTHENTICATED, "this server wants a token: authorization: Bearer TOKEN")
+        return hmac.compare_digest(sent, b"Bearer " + self.token)
 
     async def tell(self, method: str, data: bytes) -> bytes:
         """What is asked about the server or a model. Raises Refused for methods that clients have no business in."""
         name = method.removeprefix(SERVICE)
         if name == "ServerLive":
             return pb.ServerLiveResponse(live=True).SerializeToString()
+        if len(data) > LONGEST_QUESTION and (name in DESCRIBING or name == "RepositoryIndex"):
+            raise BadRequest(f"a question has at most {LONGEST_QUESTION} bytes, got {len(data)}")
         if name in DESCRIBING:  # Triton reads nothing that is no message
             data = wire.parse(data, DESCRIBING[name]).SerializeToString()
         if name in ("ServerReady", "ModelReady") or method == HEALTH:
@@ -204,6 +209,7 @@ class Front(grpc.GenericRpcHandler):
         if left is not None:
             added.parameters["timeout"].int64_param = max(int(left * 1e6), 1)
         running = asyncio.ensure_future(self.forward(INFER, data + added.SerializeToString(), timeout=None))
+        running.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody may be left to ask
         try:
             answer = await asyncio.wait_for(asyncio.shield(running), left)
         except asyncio.TimeoutError:
@@ -221,8 +227,6 @@ class Front(grpc.GenericRpcHandler):
 
         def done(ended: asyncio.Future[bytes]) -> None:
             word.unlink(missing_ok=True)
-            if not ended.cancelled():
-                ended.exception()  # which nobody asks for
 
         with contextlib.suppress(OSError):
             word.touch()
@@ -263,6 +267,11 @@ class Front(grpc.GenericRpcHandler):
         return active
 
 
+async def refuse(request_iterator: object, context: grpc.aio.ServicerContext) -> None:
+    """The answer to callers without the token."""
+    await context.abort(Status.UNAUTHENTICATED, "this server wants a token: authorization: Bearer TOKEN")
+
+
 def make_server(front: Front, limit: int) -> grpc.aio.Server:
     """A gRPC server that refuses messages of more than `limit` bytes before it has read them."""
     options = [
@@ -272,7 +281,7 @@ def make_server(front: Front, limit: int) -> grpc.aio.Server:
         ("grpc.http2.min_recv_ping_interval_without_data_ms", PING_INTERVAL),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.max_connection_idle_ms", 600_000),
-        ("grpc.max_concurrent_streams", MOST_AT_ONCE),
+        ("grpc.max_concurrent_streams", MOST_OF_ONE),
         ("grpc.http2.bdp_probe", 0),  # which lets the window of a connection grow without bound
         ("grpc.http2.lookahead_bytes", WINDOW),
     ]

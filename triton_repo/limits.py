@@ -100,7 +100,8 @@ class Limits(_Record):
     def check_names(self, names: Sequence[str]) -> None:
         """Raise BadRequest unless `names` has each of the inputs once, and nothing else."""
         if sorted(names) != sorted(self.inputs):
-            raise BadRequest(f"the inputs are {', '.join(self.inputs)}, got {', '.join(map(shown, names)) or 'none'}")
+            got = ", ".join(map(shown, names[:5])) or "none"
+            raise BadRequest(f"the inputs are {', '.join(self.inputs)}, got {got}")
 
     def check_shape(self, name: str, dtype: str, shape: Sequence[int]) -> None:
         """Raise BadRequest unless the input called `name` may have that dtype, and that shape, its batch first."""

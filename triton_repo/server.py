@@ -112,9 +112,10 @@ class Server:
         elif event["event"] == "ready":
             event["message"] = "ready again"
         if message := event.get("message"):
-            log.warning("%s", message)
             if self._on_event:
                 self._on_event(message)
+            else:
+                log.warning("%s", message)
 
     @property
     def url(self) -> str:

@@ -29,6 +29,7 @@ from ditforge.triton_repo.limits import (
 
 M = TypeVar("M", bound=Message)
 UNBOUNDED = 64 << 20  # bytes of a request to a model that somebody else made, which says nothing of its largest
+MOST_FIELDS = 200  # parts of a message: inputs, outputs, parameters, raw contents
 ENVELOPE = 64 << 10  # bytes of a message beside its tensors
 CONTENTS = {
     "FP64": "fp64_contents",
@@ -100,11 +101,48 @@ def is_generic(limits: Limits) -> bool:
 
 
 def parse(data: bytes, kind: type[M]) -> M:
-    """The message of that kind in `data`. Raises BadRequest if there is none."""
+    """The message of that kind in `data`. Raises BadRequest if there is none, or one of absurdly many parts."""
+    check_fields(data)
     try:
         return kind.FromString(data)
     except DecodeError:
         raise BadRequest(f"the message is not a {kind.DESCRIPTOR.name}") from None
+
+
+def check_fields(data: bytes) -> None:
+    """Raise BadRequest if the message `data` has more than MOST_FIELDS parts: millions of empty ones take gigabytes.
+
+    Source: https://protobuf.dev/programming-guides/encoding
+    """
+    position = 0
+    for _ in range(MOST_FIELDS):
+        if position >= len(data):
+            return
+        tag, position = varint(data, position)
+        if (kind := tag & 7) == 0:
+            _, position = varint(data, position)
+        elif kind == 2:
+            length, position = varint(data, position)
+            position += length
+        elif kind in (1, 5):
+            position += 8 if kind == 1 else 4
+        else:
+            return  # it is no message, which the parser finds out
+    if position < len(data):
+        raise BadRequest(f"a message has at most {MOST_FIELDS} inputs, outputs and parameters")
+
+
+def varint(data: bytes, position: int) -> tuple[int, int]:
+    """The number of variable length at `position`, and the position after it."""
+    value = shift = 0
+    while position < len(data) and shift < 70:
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7
+    return value, len(data)
 
 
 def check(request: service_pb2.ModelInferRequest, limits: Limits) -> None:

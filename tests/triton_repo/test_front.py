@@ -249,6 +249,17 @@ def test_a_message_that_is_none(server: Server) -> None:
     assert said(caught.value, "INVALID_ARGUMENT") == "the message is not a ModelInferRequest"
 
 
+@pytest.mark.parametrize("part", [b"\x32\x00", b"\x2a\x00", b"\x3a\x00"], ids=["outputs", "inputs", "raw contents"])
+def test_millions_of_empty_parts(server: Server, part: bytes) -> None:
+    """Two million in 4 MB: they held everyone up for seconds, and took gigabytes."""
+    before = memory(server)
+    call = grpc.insecure_channel(server.url).unary_unary("/inference.GRPCInferenceService/ModelInfer")
+    with pytest.raises(grpc.RpcError) as caught:
+        call(GOOD.SerializeToString() + part * 2_000_000, timeout=60)
+    assert "a message has at most 200 inputs, outputs and parameters" in said(caught.value, "INVALID_ARGUMENT")
+    assert memory(server) < before + (64 << 20)
+
+
 def test_a_model_that_is_not_there(server: Server) -> None:
     words = refused(server.url, request("../../etc/passwd" * 1000, dit_inputs()), "NOT_FOUND")
     assert "there are clip, dit, " in words

@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test lint fuzz soak bench accuracy memory full-size image-check gpu-check clean
+.PHONY: demo test test-cpu-kinds lint fuzz soak bench accuracy memory full-size image-check gpu-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/first_picture.py models/flux-tiny --out out/demo
@@ -17,6 +17,16 @@ demo: $(INSTALLED)
 # Three processes for two cores, each of one thread: what is tested for minutes, tracing, takes one, and others wait.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist worksteal
+
+# What computes floats, with the kernels of other CPUs: PyTorch and MKL without AVX; oneDNN without it; and MKL's for
+# SSE4.2, where the order of sums depends on how numbers lie in memory, as on AMD's CPUs (MKL_CBWR keeps it from that).
+CPU_KINDS := "ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE" "ONEDNN_MAX_CPU_ISA=SSE41" "MKL_ENABLE_INSTRUCTIONS=SSE4_2"
+test-cpu-kinds: $(INSTALLED)
+	for kind in $(CPU_KINDS); do \
+		echo "$$kind"; \
+		env $$kind OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist worksteal \
+			tests/client tests/export tests/engines tests/trunk tests/models || exit 1; \
+	done
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Activation ranges for fp8: a checkpoint's own pipeline is run over prompts, and the largest inputs are noted.
 
-The file is small JSON that can be shared: it says what it was made from, and the same inputs give the same file.
+The file is small JSON that can be shared: it says what it was made from, and the same inputs give the same ranges,
+but for the rounding of sums, whose order is the CPU's.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import pytest
 import random_sd3
 import single_files
 import torch
+from calibrations import CHANGE, assert_same, assert_same_ranges, largest_change
 from command_line import ditforge
 from diffusers import DiffusionPipeline, FluxPipeline
 from safetensors.torch import load_file, save_file
@@ -88,17 +89,14 @@ def ranges_of(path: Path, out: Path, base: Path | None = None, loras: Loras = ()
 
 
 def test_a_single_file_gives_the_calibration_of_its_folder(random_schnell: Path, bare: Path, tmp_path: Path) -> None:
-    """By the command line: the same file, because both are called alike. The scheduler is the published one's."""
+    """By the command line; both are called alike, so the whole file is. The scheduler is the published one's."""
     file = save_all_in_one(FluxPipeline.from_pretrained(random_schnell), tmp_path / "random-schnell.safetensors")
     (tmp_path / "prompts.txt").write_text(PROMPT[0])
     options = ("--prompts", "prompts.txt", "--steps", "2")
-    result = ditforge("calibrate", file, "--base", bare, *options, "--out", "file.json", cwd=tmp_path, timeout=120)
+    result = ditforge("calibrate", file, "--base", bare, *options, "--out", "file.json", cwd=tmp_path)
     assert result.code == 0, result.err
     expected = ranges_of(random_schnell, tmp_path)
-    found = json.loads((tmp_path / "file.json").read_text())
-    wanted = json.loads((tmp_path / "ranges.json").read_text())
-    assert found.pop("amax") == pytest.approx(wanted.pop("amax"), rel=ROUNDING)
-    assert found == wanted
+    assert_same(Calibration.model_validate_json((tmp_path / "file.json").read_bytes()), expected)
     assert len(set(expected.amax.values())) > 10
 
 
@@ -110,9 +108,9 @@ def test_only_the_dit_is_the_files(random_schnell: Path, merged: Path, tmp_path:
     both = FluxPipeline.from_pretrained(random_schnell, transformer=dit)
     both.save_pretrained(tmp_path / "folder")
     expected = ranges_of(tmp_path / "folder", tmp_path)
-    assert found.amax == pytest.approx(expected.amax, rel=ROUNDING)
+    assert_same_ranges(found, expected)
     assert found.config_sha256 == expected.config_sha256
-    assert found.amax != pytest.approx(ranges_of(random_schnell, tmp_path).amax, rel=ROUNDING)
+    assert largest_change(found, ranges_of(random_schnell, tmp_path)) > CHANGE
 
 
 def test_a_lora_gives_the_calibration_of_a_folder_that_it_was_merged_into(
@@ -122,8 +120,8 @@ def test_a_lora_gives_the_calibration_of_a_folder_that_it_was_merged_into(
     file = save_all_in_one(FluxPipeline.from_pretrained(random_schnell), tmp_path / "all.safetensors")
     for source, base in ((random_schnell, None), (file, bare)):
         found = ranges_of(source, tmp_path, base, [(lora, 0.5)])
-        assert found.amax == pytest.approx(expected.amax, rel=ROUNDING)
-        assert found.amax != pytest.approx(ranges_of(random_schnell, tmp_path).amax, rel=ROUNDING)
+        assert_same_ranges(found, expected)
+        assert largest_change(found, ranges_of(random_schnell, tmp_path)) > CHANGE
         assert found.loras == ("style.safetensors:0.5",)
 
 
@@ -136,7 +134,7 @@ def test_stable_diffusion(with_t5: bool, tmp_path: Path) -> None:
     clip = single_files.text_model(pipeline.text_encoder_2.state_dict())
     tensors |= single_files.prefixed("text_encoders.clip_g.transformer.", clip)
     found = ranges_of(save(tensors, tmp_path / f"{folder.name}.safetensors"), tmp_path, base=folder)
-    assert found.amax == pytest.approx(ranges_of(folder, tmp_path).amax, rel=ROUNDING)
+    assert_same_ranges(found, ranges_of(folder, tmp_path))
 
 
 def test_the_worst_linears_of_a_file_with_a_lora_are_those_of_the_merged_folder(
@@ -147,9 +145,10 @@ def test_the_worst_linears_of_a_file_with_a_lora_are_those_of_the_merged_folder(
     found = onnx_export.measure_linears(open_source(file, bare, [(lora, 0.5)]), precision, None, 0.003, None)
     expected = onnx_export.measure_linears(open_source(merged), precision, None, 0.003, None)
     assert found is not None and expected is not None
+    # Rounding changes an error by 1e-6 of it, and 0.2 % at least lie between two of those that are kept.
     assert found.keep == expected.keep != ()
-    assert found.errors == pytest.approx(expected.errors, rel=1e-3)
-    assert found.velocity == pytest.approx(expected.velocity, rel=1e-3)
+    assert found.errors == pytest.approx(expected.errors, rel=1e-4)
+    assert found.velocity == pytest.approx(expected.velocity, rel=1e-4)
 
 
 def test_ranges_of_other_weights_are_taken_with_a_warning(

@@ -34,6 +34,10 @@ RESCALED = ("t5", "vae_decoder", "vae_encoder")
 # Relative errors. fp16 rounds each number to within 2^-11 of it; some tens of roundings in a row add up like a random
 # walk, to about twice that here.
 TOLERANCE = 2**-8
+# The same numbers times a power of two are rounded alike, so rescaling changes no bit where sums have the same order.
+# Of two graphs, or two runs with MKL, that is not promised on every CPU; these are float32's roundings, 2^-24, of some
+# tens of terms and layers. Were one factor missing, in one norm's epsilon, 1e-4 and more would be off.
+ROUNDING = 1e-5
 T5_FILE, VAE_FILE = "text_encoder_2/model.safetensors", "vae/diffusion_pytorch_model.safetensors"
 WRITES_TO_A_STREAM = r".*\.(conv1|conv2|conv_in|to_out\.0)\..*"
 # What weights of the random checkpoint are multiplied by, so that streams are about as large as can be (1e5 to 1e6), or
@@ -146,11 +150,18 @@ def assert_close(actual: np.ndarray, expected: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("name", RESCALED)
-def test_in_fp32_rescaling_changes_no_bit(schnell, run: Run, name: str) -> None:
+def test_in_fp32_rescaling_changes_nothing(schnell, run: Run, name: str) -> None:
+    """But for rounding: of 16-bit text embeddings and 8-bit pixels, one in a hundred may be its neighbour."""
     rescaled = replace(networks(schnell.checkpoint)[name], dtype=torch.float32)
     actual = run(rescaled, schnell.checkpoint)
-    expected = execute(schnell.onnx, name)
-    np.testing.assert_array_equal(actual, expected.astype(actual.dtype))  # fp16, where that is the contract's dtype
+    expected = execute(schnell.onnx, name).astype(actual.dtype)  # fp16, where that is the contract's dtype
+    if name == "vae_encoder":
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=ROUNDING * np.abs(expected).max())
+        return
+    assert actual.dtype == {"t5": np.float16, "vae_decoder": np.uint8}[name]
+    spacing = np.spacing(np.abs(expected)) if name == "t5" else 1
+    assert (np.abs(actual.astype(np.float32) - expected) <= spacing).all()
+    assert (actual != expected).mean() < 0.01
 
 
 @pytest.mark.parametrize("feed_forward", ["gated-gelu", "gated-silu", "relu", "gelu"])
@@ -170,11 +181,12 @@ def test_each_kind_of_feed_forward_layer(feed_forward: str) -> None:
     ids = inputs("t5")
     streams: list[torch.Tensor] = []
     module.module.encoder.final_layer_norm.register_forward_pre_hook(lambda norm, args: streams.append(args[0]))
-    assert torch.equal(module(**ids), original(*ids.values()).last_hidden_state.half())
+    torch.testing.assert_close(module(**ids), original(*ids.values()).last_hidden_state.half())
     # The hook comes after the one that gives the stream its size back.
     original.encoder.final_layer_norm.register_forward_pre_hook(lambda norm, args: streams.append(args[0]))
     original(*ids.values())
-    assert torch.equal(*streams)
+    rescaled, stream = streams
+    torch.testing.assert_close(rescaled, stream, rtol=0, atol=ROUNDING * stream.abs().max().item())
 
 
 @pytest.mark.parametrize("checkpoint", ["random_schnell", "flux_tiny"])

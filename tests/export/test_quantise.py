@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from calibrations import CHANGE, ROUNDING, assert_same, largest_change
 from onnx import numpy_helper
 
 from ditforge import manifest
@@ -112,11 +113,11 @@ def test_the_twin_of_bf16_is_what_is_verified(schnell, dits) -> None:
 
 def test_the_same_prompts_give_the_same_calibration(random_schnell: Path, ranges: Path, tmp_path: Path) -> None:
     again = calibration.calibrate(random_schnell, tmp_path / "ranges.json", ["a red circle", "two blue squares"])
-    assert (tmp_path / "ranges.json").read_bytes() == ranges.read_bytes()
+    assert_same(again, calibration.Calibration.model_validate_json(ranges.read_bytes()))
     assert set(again.amax) == intended(random_schnell)
     other = calibration.calibrate(random_schnell, tmp_path / "other.json", ["nothing"])
     assert other.prompts_sha256 != again.prompts_sha256
-    assert other.amax != again.amax
+    assert largest_change(other, again) > CHANGE
 
 
 def test_ranges_are_the_largest_inputs(random_schnell: Path, ranges: Path) -> None:
@@ -129,7 +130,7 @@ def test_ranges_are_the_largest_inputs(random_schnell: Path, ranges: Path) -> No
     pipeline("two blue squares", **PLAIN, generator=torch.Generator().manual_seed(1))
     read = calibration.read_ranges(ranges, opened, parse_precision("fp8"))
     assert read is not None
-    assert read.amax["single_transformer_blocks.0.proj_out.weight"] == pytest.approx(max(seen), rel=1e-6)
+    assert read.amax["single_transformer_blocks.0.proj_out.weight"] == pytest.approx(max(seen), rel=ROUNDING)
 
 
 def test_fp8_needs_a_calibration(random_schnell: Path, tmp_path: Path) -> None:
@@ -206,7 +207,8 @@ def test_the_worst_linears_are_kept_until_the_velocity_is_good_enough(measured) 
     assert 0 < len(tight.keep) < len(linears)
     assert tight.velocity <= wanted
     assert tight.keep == tuple(tight.errors)[: len(tight.keep)]
-    assert loose.errors == tight.errors  # measuring leaves the model as it was
+    # Measuring leaves the model as it was: quantised weights would have no error. The same sums may round otherwise.
+    assert tight.errors == pytest.approx(loose.errors, rel=1e-4)
 
     nothing = sensitivity.choose_linears(transformer, linears, calls, scheme, {}, max_error=1e-9)
     assert set(nothing.keep) == set(linears)

@@ -35,6 +35,7 @@ def save_dit(pipeline: DiffusionPipeline, file: Path) -> Path:
 
 
 def save_lora(file: Path, fill: float = 1.0) -> Path:
+    """A LoRA whose product is the sum of two numbers: the same bits in whatever order a CPU takes them."""
     down, up = torch.full((2, 72), fill), torch.randn(216, 2, generator=torch.Generator().manual_seed(0))
     name = "lora_unet_double_blocks_0_img_attn_qkv"
     return save({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, file)

@@ -47,6 +47,7 @@ def test_blocks_of_a_kind_are_compiled_once(pipeline, kinds: int, counted: dict[
     assert counted["stats"]["unique_graphs"] == 0
     compile_blocks(made.transformer, "eager")
     torch.manual_seed(0)
-    torch.testing.assert_close(run(made), expected)
+    # The same operators on the same numbers, but for the rounding of sums: float32's, 6e-8, through some layers.
+    torch.testing.assert_close(run(made), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
     assert counted["stats"]["unique_graphs"] == kinds
     assert not counted["graph_break"]

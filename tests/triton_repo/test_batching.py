@@ -7,7 +7,7 @@ from queue import Queue
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from command_line import eventually
+from command_line import PATIENCE, eventually
 
 from ditforge import manifest
 from ditforge.client.connection import Connection
@@ -54,7 +54,7 @@ def test_requests_of_several_users_run_as_one(schnell, schnell_server) -> None:
         )
     together: dict[int, np.ndarray] = {}
     for _ in range(1 + USERS):
-        i, result, error = answers.get(timeout=120)
+        i, result, error = answers.get(timeout=PATIENCE)
         assert error is None
         together[i] = result.as_numpy("velocity")
     counted(before.inference_count + LARGEST_BATCH + USERS)

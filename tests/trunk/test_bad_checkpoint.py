@@ -14,7 +14,7 @@ import random_flux
 import random_sd3
 import single_files
 import torch
-from command_line import Result, assert_error, run_here
+from command_line import PATIENCE, Result, assert_error, run_here
 from safetensors.torch import save_file
 
 from ditforge.export import onnx_export
@@ -142,7 +142,7 @@ def test_claims_of_10_gb_take_no_memory(random_schnell: Path, tmp_path: Path) ->
     before = sorted(tmp_path.rglob("*"))
     arguments = json.dumps([["export", *map(str, case), "--out", str(tmp_path / "onnx")] for case in cases])
     command = [sys.executable, "-c", LIMITED, arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     *codes, peak = map(int, done.stdout.split())
     errors = [f"error: {error}" for error in done.stderr.split("error: ")[1:]]

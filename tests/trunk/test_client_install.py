@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pictures import LAST_BIT, largest_difference
 from PIL import Image
 
 from ditforge.triton_repo.server import Server
@@ -47,4 +48,4 @@ def test_client_from_the_wheel(schnell_server: Server, tmp_path: Path) -> None:
     run(python, "-c", program, cwd=work)
     with Image.open(work / "command.png") as command, Image.open(work / "python.png") as api:
         assert command.size == (96, 96)
-        assert command.tobytes() == api.tobytes()
+        assert largest_difference(command, api) <= LAST_BIT

@@ -15,7 +15,7 @@ PEAK = r"(\d+\.\d) GB"
 
 
 def test_a_published_model_on_one_card(tmp_path: Path) -> None:
-    result = ditforge("plan", "flux.1-dev", "--random-weights", "--gpu", "rtx3060", cwd=tmp_path, timeout=120)
+    result = ditforge("plan", "flux.1-dev", "--random-weights", "--gpu", "rtx3060", cwd=tmp_path)
     assert result.code == 0, result.err
     assert result.out.startswith("flux.1-dev on rtx3060, 12 GB, precision int8-weights\n")
     for side in (512, 768, 1024, 1536, 2048):
@@ -31,7 +31,7 @@ def test_a_published_model_on_one_card(tmp_path: Path) -> None:
 
 
 def test_a_row_for_each_gpu(tmp_path: Path) -> None:
-    result = ditforge("plan", MODELS / "flux-tiny", "--precision", "fp8-weights", cwd=tmp_path, timeout=120)
+    result = ditforge("plan", MODELS / "flux-tiny", "--precision", "fp8-weights", cwd=tmp_path)
     assert result.code == 0, result.err
     heading, *rows = result.out.splitlines()
     assert heading.split() == ["--gpu", "memory", "precision", "128", "512"]
@@ -41,9 +41,7 @@ def test_a_row_for_each_gpu(tmp_path: Path) -> None:
 
 
 def test_without_t5(tmp_path: Path) -> None:
-    result = ditforge(
-        "plan", MODELS / "sd35-tiny", "--gpu", "rtx3060", "--text-encoders", "clip", cwd=tmp_path, timeout=120
-    )
+    result = ditforge("plan", MODELS / "sd35-tiny", "--gpu", "rtx3060", "--text-encoders", "clip", cwd=tmp_path)
     assert result.code == 0, result.err
     assert "join_clip" in result.out and "t5" not in result.out
 
@@ -79,4 +77,4 @@ def test_an_export_in_the_precision_that_it_has(schnell, tmp_path: Path) -> None
     ],
 )
 def test_what_cannot_be_planned(arguments: list[str], mention: str, tmp_path: Path) -> None:
-    assert_error(ditforge("plan", *arguments, cwd=tmp_path, timeout=120), mention)
+    assert_error(ditforge("plan", *arguments, cwd=tmp_path), mention)

@@ -36,16 +36,14 @@ def cut(tmp_path: Path) -> Path:
 
 
 def test_four_blocks_are_exported_in_8_bits_and_compiled_in_segments(cut: Path, tmp_path: Path) -> None:
-    done = ditforge(
-        *("export", cut, "--random-weights", "--precision", "fp8-weights", "--out", "onnx"), cwd=tmp_path, timeout=300
-    )
+    done = ditforge(*("export", cut, "--random-weights", "--precision", "fp8-weights", "--out", "onnx"), cwd=tmp_path)
     assert done.code == 0, done.err
     component = manifest.read(tmp_path / "onnx", "onnx").components["dit"]
     weights = component.files["dit.onnx.data"].size
     assert BLOCKS * (DOUBLE + SINGLE) < weights < 2 * BLOCKS * (DOUBLE + SINGLE)
 
     build = ("build", "onnx", "--gpu", "rtx4090", "--segments", str(SEGMENTS), "--out", "engines")
-    done = ditforge(*build, cwd=tmp_path, timeout=300)
+    done = ditforge(*build, cwd=tmp_path)
     assert done.code == 0, done.err
     built = manifest.read(tmp_path / "engines", "engines")
     files = [built.components["dit"].files[file].size for part in built.engines["dit"].segments for file in part]

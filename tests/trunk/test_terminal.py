@@ -7,9 +7,10 @@ import pty
 import re
 import subprocess
 import sys
+from typing import Any
 
 BYTES = """
-import time
+import sys
 from ditforge import terminal
 with terminal.progress("export", unit="bytes") as report, terminal.progress("measure") as measured:
     measured("prompt", 0, 4)
@@ -17,7 +18,7 @@ with terminal.progress("export", unit="bytes") as report, terminal.progress("mea
     report("t5", 0, 3_000_000_000)
     report("t5", 3_000_000_000, 3_000_000_000)
     report("dit", 1_000_000_000, 3_000_000_000)
-    time.sleep(0.3)
+    sys.stdin.readline()
     report("done", 3_000_000_000, 3_000_000_000)
 """
 FAILED = """
@@ -29,11 +30,16 @@ with terminal.progress("build") as report:
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 
 
-def on_a_terminal(program: str) -> str:
-    """What the program writes to a terminal of 100 columns, without control sequences."""
+def on_a_terminal(program: str, until: bytes = b"") -> str:
+    """What the program writes to a terminal of 100 columns, without control sequences.
+
+    It can read a line as soon as it has shown `until`.
+    """
     mine, its = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
-    with subprocess.Popen([sys.executable, "-c", program], stderr=its, stdout=its, env=environment):
+    options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": its, "stderr": its, "env": environment}
+    with subprocess.Popen([sys.executable, "-c", program], **options) as running:
+        assert running.stdin is not None
         os.close(its)
         written = b""
         while True:
@@ -41,6 +47,8 @@ def on_a_terminal(program: str) -> str:
                 written += os.read(mine, 1 << 16)
             except OSError:  # which is how a terminal's other end says that it was closed
                 break
+            if until in written and not running.stdin.closed:
+                running.stdin.close()
     os.close(mine)
     assert b"\x1b[" in written
     return CONTROL.sub("", written.decode())
@@ -48,13 +56,14 @@ def on_a_terminal(program: str) -> str:
 
 def elsewhere(program: str) -> list[str]:
     """The lines that the program writes to a pipe."""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert done.stdout == ""
     return done.stderr.splitlines()
 
 
 def test_bytes_their_speed_and_the_time_left() -> None:
-    shown = on_a_terminal(BYTES)
+    shown = on_a_terminal(BYTES, until=b"1.0/3.0 GB")
     assert re.search(r"export dit .*1\.0/3\.0 GB +(\? +|\S+ .B/s +)\S*:", shown)
     assert re.search(r"export done ━+ 3\.0/3\.0 GB .*\d:\d\d:\d\d", shown)
     assert shown.index("measure done") < shown.index("export ")  # one bar after the other

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +19,17 @@ def partial_folder(target: Path) -> Iterator[Path]:
     Those of processes that were killed are removed first. Raises OSError if it cannot be made.
     """
     remove_abandoned(target)
-    made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    lock = locked(made)
-    folder = made.rename(made.with_name(made.name + SUFFIX))  # only now: what bears the name and no lock is abandoned
+    # Both names are known before they are made: whenever an interrupt comes, what was made by then is removed.
+    new = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    folder = new.with_name(new.name + SUFFIX)
+    lock = None
     try:
+        new.mkdir(mode=0o700)
+        lock = locked(new)
+        new.rename(folder)  # only now: what bears the suffix and no lock is abandoned
         yield folder
     finally:
+        shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)

@@ -83,21 +83,25 @@ class Triton:
     async def become_ready(self, pid: int, channel: grpc.aio.Channel) -> None:
         """Wait until all models are loaded. Raises DitforgeError where it ends, takes too long, or lost a process."""
         loop = asyncio.get_running_loop()
-        deadline, last_words = loop.time() + self.options.timeout, 0.0
+        deadline, lost_since = loop.time() + self.options.timeout, dict[int, float]()
         while not await is_ready(channel):
             if how := how_it_ended(pid):
                 raise self.failure(f"was not ready: {how}")
             if loop.time() > deadline:
                 raise self.failure(f"was not ready after {self.options.timeout:g} s")
-            if lost_a_model(pid):
+            self.models |= model_processes(pid)
+            for lost in lost_models(pid):
                 # Triton says why where a model raised an error, and ends; of a process that was killed it knows nothing
-                last_words = last_words or loop.time() + LAST_WORDS
-                if loop.time() > last_words:
-                    raise self.failure("lost the process of a model while it was loaded")
+                if loop.time() - lost_since.setdefault(lost, loop.time()) > LAST_WORDS:
+                    raise self.failure(f"lost {self.name(lost)} while it was loaded: {how_it_ended(lost)}")
             await asyncio.sleep(0.05)
         self.models = model_processes(pid)
-        if lost_a_model(pid):  # since it was ready
-            raise self.failure("lost the process of a model")
+        for lost in lost_models(pid):  # since it was ready
+            raise self.failure(f"lost {self.name(lost)}: {how_it_ended(lost)}")
+
+    def name(self, pid: int) -> str:
+        """What a model's process is called in messages; one that ended before it was seen has no name any more."""
+        return f"the process of the model {self.models[pid]}" if pid in self.models else "the process of a model"
 
     def failure(self, end: str) -> DitforgeError:
         """How it failed to start, with the reason from its log."""
@@ -201,7 +205,7 @@ async def is_ready(channel: grpc.aio.Channel) -> bool:
 def model_processes(triton: int) -> dict[int, str]:
     """The processes in which Triton's Python backend runs models: the models' names by pid."""
     found = {}
-    for process in psutil.Process(triton).children(recursive=True):
+    for process in psutil.Process(triton).children():
         with contextlib.suppress(psutil.Error):
             code = next((Path(word) for word in process.cmdline() if word.endswith("/model.py")), None)
             if code is not None:
@@ -209,13 +213,17 @@ def model_processes(triton: int) -> dict[int, str]:
     return found
 
 
-def lost_a_model(triton: int) -> bool:
-    """Whether a process in which Triton's Python backend runs a model has ended; Triton does not reap it."""
-    for process in psutil.Process(triton).children(recursive=True):
+def lost_models(triton: int) -> list[int]:
+    """The processes in which Triton's Python backend ran a model and that have ended: Triton does not reap them.
+
+    While it loads models it also asks the same program, through a shell, for its version; that one is soon reaped.
+    """
+    lost = []
+    for process in psutil.Process(triton).children():
         with contextlib.suppress(psutil.Error):
             if process.status() == psutil.STATUS_ZOMBIE and STUB.startswith(process.name()):
-                return True
-    return False
+                lost.append(process.pid)
+    return lost
 
 
 def how_it_ended(pid: int) -> str | None:

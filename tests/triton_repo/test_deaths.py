@@ -124,7 +124,7 @@ def test_a_process_that_dies_while_it_is_loaded(tmp_path: Path) -> None:
         model_processes(running)["slow"].kill()
         eventually(lambda: answers(running.url, "slow"), 60)
     # Triton notices some such deaths itself, and ends.
-    assert re.search(r"tritonserver (lost the process of a model|was not ready)", "".join(events))
+    assert re.search(r"tritonserver (lost the process of the model|was not ready)", "".join(events))
 
 
 def test_it_stops_at_once_while_it_is_starting_again(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ditforge.client.client import AsyncClient as AsyncClient, Client as Client
-    from ditforge.client.settings import TLS as TLS
+    from ditforge.client.tls import TLS as TLS
 
 __all__ = ["TLS", "AsyncClient", "Client"]
 
@@ -18,7 +18,7 @@ __all__ = ["TLS", "AsyncClient", "Client"]
 def __getattr__(name: str) -> object:
     """Load gRPC when a client is first asked for: ditforge.client.sampling alone needs NumPy only."""
     if name in __all__:
-        from ditforge.client import client, settings
+        from ditforge.client import client, tls
 
-        return getattr(settings if name == "TLS" else client, name)
+        return getattr(tls if name == "TLS" else client, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

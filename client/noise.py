@@ -12,6 +12,7 @@ from numbers import Integral
 import numpy as np
 import numpy.typing as npt
 
+from ditforge.client.option import option
 from ditforge.errors import UserError
 
 MAX_SEED = 2**64 - 1
@@ -39,7 +40,7 @@ def check_seed(seed: int) -> int:
     if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
         raise UserError(
             f"seed must be an integer from 0 to {MAX_SEED} (2^64 - 1), got {seed!r}",
-            "--seed 0, or any number up to that",
+            f"{option('seed=0')}, or any number up to that",
         )
     return int(seed)
 

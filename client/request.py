@@ -10,6 +10,7 @@ from numbers import Integral, Real
 from typing import Literal, get_args
 
 from ditforge.client.noise import check_seed
+from ditforge.client.option import option
 from ditforge.client.sampling import check_steps, find_sampler
 from ditforge.client.t5 import needs_t5
 from ditforge.errors import DitforgeWarning, UserError
@@ -19,6 +20,7 @@ MAX_GUIDANCE = 100.0
 USUAL_CFG = 4.0  # what an error suggests where the model itself has no default
 
 T5 = Literal["auto", "always", "never"]
+T5_AUTO = option('t5="auto"', "--t5 auto")
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def check_together(request: Request, model: Model) -> None:
     if request.cfg_scale(model) > 1:
         return
     scale = model.default_guidance if model.default_guidance > 1 else USUAL_CFG
-    fix = f"--guidance {scale:g}" if model.guidance == "classifier-free" else f"--true-cfg {USUAL_CFG:g}"
+    fix = option(f"guidance={scale:g}" if model.guidance == "classifier-free" else f"true_cfg={USUAL_CFG:g}")
     if request.skip_layer_guidance:
         raise UserError("skip-layer guidance works on top of classifier-free guidance, which is off", fix)
     if request.negative_prompt:
@@ -150,7 +152,7 @@ def choose_size(height: int | None, width: int | None, model: Model) -> tuple[in
     for size in model.sizes:
         if height in (None, size[0]) and width in (None, size[1]):
             return size
-    made = " or ".join(f"--height {height} --width {width}" for height, width in model.sizes)
+    made = " or ".join(option(f"height={h}, width={w}", f"--height {h} --width {w}") for h, w in model.sizes)
     asked = f"{'any' if height is None else height} x {'any' if width is None else width}"
     raise UserError(f"the engines were built for fixed sizes, and {asked} (height x width) is none of them", made)
 
@@ -162,19 +164,19 @@ def check_size(name: str, value: int, model: Model) -> int:
     if not isinstance(value, Integral) or isinstance(value, bool) or not smallest <= value <= model.max_size:
         raise UserError(
             f"{name} must be from {smallest} to {model.max_size} pixels, got {value!r}",
-            f"--{name} {model.default_size}",
+            option(f"{name}={model.default_size}"),
         )
     if value % multiple:
         near = min(max(round(value / multiple), 1) * multiple, model.max_size // multiple * multiple)
-        raise UserError(f"{name} must be divisible by {multiple}, got {value}", f"--{name} {near}")
+        raise UserError(f"{name} must be divisible by {multiple}, got {value}", option(f"{name}={near}"))
     return int(value)
 
 
 def check_scale(name: str, value: float, suggestion: float) -> float:
     """`value` as a number from 0 to MAX_GUIDANCE."""
     if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= MAX_GUIDANCE:
-        fix = f"--{name.replace('_', '-')} {suggestion}"
-        raise UserError(f"{name} must be a number from 0 to {MAX_GUIDANCE:g}, got {value!r}", fix)
+        problem = f"{name} must be a number from 0 to {MAX_GUIDANCE:g}, got {value!r}"
+        raise UserError(problem, option(f"{name}={suggestion}"))
     return float(value)
 
 
@@ -194,7 +196,8 @@ def check_true_cfg(true_cfg: float | None, model: Model) -> float:
     if true_cfg is None:
         return 1.0
     if model.guidance == "classifier-free":
-        raise UserError(f"the guidance of {model.name} is classifier-free guidance already", f"--guidance {true_cfg}")
+        problem = f"the guidance of {model.name} is classifier-free guidance already"
+        raise UserError(problem, option(f"guidance={true_cfg}"))
     return check_scale("true_cfg", true_cfg, USUAL_CFG)
 
 
@@ -204,19 +207,21 @@ def check_skip_layer_guidance(scale: float | None, model: Model) -> float:
         return 0.0
     scale = check_scale("skip_layer_guidance", scale, model.skip_layers.scale if model.skip_layers else 0.0)
     if scale and model.skip_layers is None:
-        raise UserError(f"{model.name} has no skip-layer guidance", "leave out --skip-layer-guidance")
+        raise UserError(
+            f"{model.name} has no skip-layer guidance", "leave out skip_layer_guidance (--skip-layer-guidance)"
+        )
     return scale
 
 
 def choose_t5(t5: T5 | None, prompts: Sequence[str], model: Model) -> tuple[bool, ...]:
     """For each prompt whether T5 reads it, and its negative prompt with it. None: always, where there is a T5."""
     if t5 is not None and t5 not in get_args(T5):
-        raise UserError(f"t5 must be one of {', '.join(get_args(T5))}, got {t5!r}", "--t5 auto")
+        raise UserError(f"t5 must be one of {', '.join(get_args(T5))}, got {t5!r}", T5_AUTO)
     if t5 == "always" and model.t5 == "absent":
-        fix = "--t5 auto, or ditforge export CHECKPOINT --text-encoders all"
+        fix = f"{T5_AUTO}, or ditforge export CHECKPOINT --text-encoders all"
         raise UserError(f"{model.name} was exported without T5", fix)
     if t5 == "never" and model.t5 == "required":
-        raise UserError(f"{model.name} cannot do without T5", "--t5 auto")
+        raise UserError(f"{model.name} cannot do without T5", T5_AUTO)
     if t5 == "auto" and model.t5 == "optional":
         return tuple(needs_t5(prompt) for prompt in prompts)
     return (t5 != "never" and model.t5 != "absent",) * len(prompts)
@@ -232,12 +237,13 @@ def check_vae_tile(vae_tile: int, model: Model) -> int:
     """`vae_tile` in pixels, if the model's decoder takes tiles of that size."""
     multiple, largest = model.vae_factor, model.max_size if model.vae_tile is None else model.vae_tile
     if model.sizes and vae_tile != model.vae_tile:  # fixed shapes: those of the sizes, or of the tile
-        fix = "leave it out" if model.vae_tile is None else f"--vae-tile {model.vae_tile}"
+        fix = "leave it out" if model.vae_tile is None else option(f"vae_tile={model.vae_tile}")
         raise UserError(f"the engines were built for fixed sizes, and decode no tiles of {vae_tile!r}", fix)
     least = min(max(multiple * LEAST_TILE, model.min_size), largest // multiple * multiple)
     if not isinstance(vae_tile, Integral) or isinstance(vae_tile, bool) or not least <= vae_tile <= largest:
-        raise UserError(f"vae_tile must be from {least} to {largest} pixels, got {vae_tile!r}", f"--vae-tile {least}")
+        problem = f"vae_tile must be from {least} to {largest} pixels, got {vae_tile!r}"
+        raise UserError(problem, option(f"vae_tile={least}"))
     if vae_tile % multiple:
         near = vae_tile // multiple * multiple
-        raise UserError(f"vae_tile must be divisible by {multiple}, got {vae_tile}", f"--vae-tile {near}")
+        raise UserError(f"vae_tile must be divisible by {multiple}, got {vae_tile}", option(f"vae_tile={near}"))
     return int(vae_tile)

@@ -15,20 +15,19 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ditforge.client.option import option
 from ditforge.errors import UserError
-from ditforge.model import Schedule
+from ditforge.model import MAX_STEPS, Schedule
 
 Array = npt.NDArray[np.floating[Any]]
 Denoise = Callable[[Array, float], Array]  # (latents [B, C, h, w], sigma) -> velocity [B, C, h, w]
-
-MAX_STEPS = 1000
 
 
 def check_steps(steps: int) -> int:
     """`steps` as it is; raises UserError unless it is an integer from 1 to 1000."""
     if not isinstance(steps, Integral) or isinstance(steps, bool) or not 1 <= steps <= MAX_STEPS:
         raise UserError(
-            f"steps must be from 1 to {MAX_STEPS}, got {steps!r}", "--steps 28, or any integer in that range"
+            f"steps must be from 1 to {MAX_STEPS}, got {steps!r}", f"{option('steps=28')}, or any integer in that range"
         )
     return int(steps)
 
@@ -55,8 +54,7 @@ def flow_sigmas(steps: int, schedule: Schedule, height: int, width: int) -> npt.
 def dynamic_shift(schedule: Schedule, height: int, width: int) -> float:
     """The shift of a dynamic schedule for latents [B, C, height, width]: larger pictures need more noise to lose."""
     tokens = (height // schedule.patch_size) * (width // schedule.patch_size)
-    slope = (schedule.max_shift - schedule.base_shift) / (schedule.max_tokens - schedule.base_tokens)
-    mu = tokens * slope + (schedule.base_shift - slope * schedule.base_tokens)
+    mu = schedule.mu(tokens)
     return math.exp(mu) if schedule.time_shift == "exponential" else mu
 
 
@@ -143,4 +141,7 @@ def find_sampler(name: str) -> Sampler:
     if name in SAMPLERS:
         return SAMPLERS[name]
     close = get_close_matches(name.lower(), SAMPLERS, n=1) or ["euler"]
-    raise UserError(f"unknown sampler {name!r}, known are {', '.join(SAMPLERS)}", f"--sampler {close[0]}")
+    raise UserError(
+        f"unknown sampler {name!r}, known are {', '.join(SAMPLERS)}",
+        option(f'sampler="{close[0]}"', f"--sampler {close[0]}"),
+    )

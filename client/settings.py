@@ -10,54 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from numbers import Real
-from os import PathLike, fspath
 from pathlib import Path
 from typing import TypedDict
 
 from typing_extensions import Unpack
 
+from ditforge.client.address import DEFAULT_URL, check_url
+from ditforge.client.option import TOKEN, option
+from ditforge.client.tls import TLS
 from ditforge.errors import UserError
 
-DEFAULT_URL = "localhost:8001"
 LONGEST = 7 * 24 * 3600.0  # seconds
-NAMES = {"ca": "--tls-ca", "certificate": "--tls-cert", "key": "--tls-key"}
-
-
-@dataclass(frozen=True)
-class TLS:
-    """Encrypted connections, by files in PEM. `ca` has the certificates that the servers' are checked against (None:
-    those that gRPC brings); `certificate` and `key` are what the client shows servers that ask for it (mutual TLS).
-
-    Raises UserError for a file that is missing or no PEM, and for a key without a certificate or the other way round.
-    """
-
-    ca: str | PathLike[str] | None = None
-    certificate: str | PathLike[str] | None = None
-    key: str | PathLike[str] | None = None
-
-    def __post_init__(self) -> None:
-        for name in NAMES:
-            self.read(name)
-        if (self.certificate is None) != (self.key is None):
-            there, missing = ("certificate", "key") if self.key is None else ("key", "certificate")
-            raise UserError(f"there is a TLS {there}, but no {missing}", f"{NAMES[missing]} FILE, or leave out both")
-
-    def read(self, name: str) -> bytes | None:
-        """What is in the file called `name` here: ca, certificate or key."""
-        path = getattr(self, name)
-        if path is None:
-            return None
-        try:
-            content = Path(path).read_bytes()
-        except OSError as error:
-            raise UserError(
-                f"cannot read the TLS {name} {fspath(path)}: {error.strerror}", f"{NAMES[name]} FILE"
-            ) from None
-        if b"-----BEGIN " not in content:
-            raise UserError(
-                f"the TLS {name} {fspath(path)} is not in PEM", f"{NAMES[name]} FILE, that begins -----BEGIN"
-            )
-        return content
+PYTHON_ONLY = ("keepalive", "keepalive_timeout")  # without an option on the command line
 
 
 class Settings(TypedDict, total=False):
@@ -99,7 +63,7 @@ class ConnectionSettings:
 
     def __post_init__(self) -> None:
         if not self.urls:
-            raise UserError("no server was named", f"--url {DEFAULT_URL}")
+            raise UserError("no server was named", option(f'Client("{DEFAULT_URL}")', f"--url {DEFAULT_URL}"))
         for url in self.urls:
             check_url(url)
             if self.urls.count(url) > 1:
@@ -110,7 +74,7 @@ class ConnectionSettings:
         if self.token is not None:
             check_token(self.token, "the token")
         if self.tls is not None and not isinstance(self.tls, TLS):
-            raise UserError(f"tls is a TLS of ditforge.client, got {self.tls!r}", "tls=TLS(ca='ca.pem')")
+            raise UserError(f"tls is a TLS of ditforge.client, got {self.tls!r}", 'tls=TLS(ca="ca.pem")')
 
     def headers(self) -> dict[str, str]:
         """The gRPC metadata of every call, whatever it asks for."""
@@ -129,29 +93,19 @@ def make_settings(url: str | Sequence[str], **settings: Unpack[Settings]) -> Con
     return ConnectionSettings(urls=(url,) if isinstance(url, str) else tuple(url), **settings)
 
 
-def check_url(url: str) -> str:
-    """HOST:PORT as it is. Raises UserError for anything else."""
-    host, _, port = url.rpartition(":")
-    if "/" in url or not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 1 << 16:
-        raise UserError(f"{url!r} is not HOST:PORT of a gRPC server", f"--url {DEFAULT_URL}")
-    return url
-
-
 def check_seconds(name: str, value: float, default: float) -> None:
     """Raise UserError unless `value` is a number of seconds above 0 (retry_timeout: or 0), and at most a week."""
     number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and value <= LONGEST
     if not number or value < 0 or (value == 0 and name != "retry_timeout"):
         least = "0" if name == "retry_timeout" else "above 0"
-        flag = f"--{name.replace('_', '-')} {default:g}"
-        raise UserError(f"{name} must be from {least} to {LONGEST:.0f} seconds, got {value!r}", flag)
+        problem = f"{name} must be from {least} to {LONGEST:.0f} seconds, got {value!r}"
+        raise UserError(problem, f"{name}={default:g}" if name in PYTHON_ONLY else option(f"{name}={default:g}"))
 
 
 def check_token(token: str, what: str) -> str:
     """A token as it is. Raises UserError, which does not show it, for what cannot be sent."""
     if not isinstance(token, str) or not token or not all("!" <= character <= "~" for character in token):
-        raise UserError(
-            f"{what} is not one word of visible ASCII characters", "--token-file FILE, with the token alone"
-        )
+        raise UserError(f"{what} is not one word of visible ASCII characters", f"{TOKEN}, with the token alone")
     return token
 
 
@@ -163,5 +117,5 @@ def read_token(path: Path | None) -> str | None:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
-        raise UserError(f"cannot read the token in {path}: {reason}", "--token-file FILE") from None
+        raise UserError(f"cannot read the token in {path}: {reason}", TOKEN) from None
     return check_token(text.strip(), f"what is in {path}")

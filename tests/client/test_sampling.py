@@ -340,10 +340,10 @@ def test_an_unknown_sampler_is_refused_with_the_closest_name(name, closest):
     with pytest.raises(UserError) as error:
         find_sampler(name)
     assert error.value.problem == f"unknown sampler {name!r}, known are euler, heun, dpmpp_2m"
-    assert error.value.fix == f"--sampler {closest}"
+    assert error.value.fix == f'--sampler {closest} (in Python: sampler="{closest}")'
 
 
 def test_an_unknown_sampler_with_no_close_name_still_gets_a_fix():
     with pytest.raises(UserError) as error:
         find_sampler("zzzz")
-    assert error.value.fix == "--sampler euler"
+    assert error.value.fix.startswith("--sampler euler ")

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import assert_error, run_here
+from proxy import make_certificates
 
 from ditforge.client import TLS, AsyncClient, Client
 from ditforge.client.settings import ConnectionSettings, make_settings, read_token
 from ditforge.errors import UserError
-
-PEM = "-----BEGIN CERTIFICATE-----\n"
 
 
 def test_defaults() -> None:
@@ -35,7 +36,6 @@ def test_addresses() -> None:
     ("url", "problem"),
     [
         ([], "no server"),
-        ("a", "'a' is not HOST:PORT"),
         (["a:1", "http://b:2"], "'http://b:2' is not HOST:PORT"),
         (["a:1", "b:2", "a:1"], "a:1 is named more than once"),
         ([1], "addresses are strings"),
@@ -46,12 +46,57 @@ def test_addresses_that_are_none(url: Any, problem: str) -> None:
         Client(url)
 
 
+@pytest.mark.parametrize(
+    ("url", "problem", "meant"),
+    [
+        ("a", "the port is missing", ["a:8001"]),
+        ("http://a:1", "written without http://", ["a:1"]),
+        ("https://a/", "written without https://", ["a:8001"]),
+        ("grpc://a:1/b", "written without grpc://", ["a:1"]),
+        ("a:1/", "a path", ["a:1"]),
+        ("a:1,b:2", "each address is given by itself", ["a:1", "b:2"]),
+        ("a:1, b", "each address is given by itself", ["a:1", "b:8001"]),
+        (" a:1\n", "white space around it", ["a:1"]),
+        ("::1", "in brackets", ["[::1]:8001"]),
+        ("[::1]", "in brackets", ["[::1]:8001"]),
+        ("::1:8002", "in brackets", ["[::1]:8002"]),
+        ("a:99999", "from 1 to 65535, got '99999'", ["a:8001"]),
+        ("a:0", "from 1 to 65535, got '0'", ["a:8001"]),
+        ("a:", "from 1 to 65535, got ''", ["a:8001"]),
+        ("a b:1", "white space or a control character", None),
+        ("a\nb:1", "white space or a control character", None),
+        ("a\x1b[31m:1", "white space or a control character", None),
+        ("a\0:1", "white space or a control character", None),
+        ("\u202ea:1", "white space or a control character", None),
+        ("unix:///tmp/socket", "Unix sockets are not supported", None),
+        ("unix:socket", "Unix sockets are not supported", None),
+        (":1", "the host is missing", None),
+        ("", "the port is missing", None),
+        ("me@a:1", "no name of a host", None),
+        ("[::g]:1", "no name of a host", None),
+        ("a:b:1", "no name of a host", None),
+        ("http://" * 1000, "7000 characters", None),
+    ],
+)
+def test_address_that_is_none_is_corrected(url: str, problem: str, meant: list[str] | None) -> None:
+    with pytest.raises(UserError, match="is not HOST:PORT of a gRPC server: ") as caught:
+        Client(url)
+    assert problem in caught.value.problem
+    assert str(caught.value).replace("\n", "").isprintable()
+    addresses = ["localhost:8001"] if meant is None else meant
+    assert re.findall(r"--url (\S+)", caught.value.fix) == addresses
+    assert all(f'"{address}"' in caught.value.fix for address in addresses)  # as Python has it
+    make_settings(addresses)
+
+
 @pytest.mark.parametrize("name", ["timeout", "connect_timeout", "step_timeout", "retry_timeout", "keepalive_timeout"])
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "10", True, None, 1e9])
 def test_seconds_that_are_none(name: str, value: Any) -> None:
     with pytest.raises(UserError, match=f"^{name} must be from .* seconds, got ") as caught:
         make_settings("a:1", **{name: value})
-    assert caught.value.fix.startswith(f"--{name.replace('_', '-')} ")
+    flag = f"--{name.replace('_', '-')} "
+    assert name == "keepalive_timeout" or caught.value.fix.startswith(flag)
+    assert f"{name}=" in caught.value.fix  # as Python has it
 
 
 def test_zero_seconds() -> None:
@@ -100,22 +145,66 @@ def test_token_file_that_is_missing(tmp_path: Path) -> None:
         read_token(tmp_path / "nowhere")
 
 
-def test_tls_files(tmp_path: Path) -> None:
-    good, bad = tmp_path / "good.pem", tmp_path / "bad.pem"
-    good.write_text(PEM)
-    bad.write_bytes(b"0\x82\x03")
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Certificates and keys, by openssl; encrypted.key is client.key with a password, der is no PEM."""
+    folder = tmp_path_factory.mktemp("tls")
+    make_certificates(folder)
+    encrypt = ("openssl", "pkey", "-in", "client.key", "-aes128", "-passout", "pass:secret", "-out", "encrypted.key")
+    subprocess.run(encrypt, cwd=folder, check=True, capture_output=True)
+    (folder / "der").write_bytes(b"0\x82\x03")
+    (folder / "damaged.pem").write_text((folder / "client.pem").read_text().replace("M", "N", 5))
+    (folder / "damaged.key").write_text((folder / "client.key").read_text().replace("M", "N", 5))
+    (folder / "both.pem").write_text((folder / "client.pem").read_text() + (folder / "client.key").read_text())
+    return folder
+
+
+def test_tls_files(files: Path) -> None:
     assert TLS().read("ca") is None
-    assert TLS(good, str(good), good).read("certificate") == PEM.encode()
-    with pytest.raises(UserError, match=r"ca .*bad\.pem is not in PEM"):
-        TLS(ca=bad)
-    with pytest.raises(UserError, match=r"cannot read the TLS key .*nowhere: No such file"):
-        TLS(certificate=good, key=tmp_path / "nowhere")
-    with pytest.raises(UserError, match="a TLS key, but no certificate"):
-        TLS(key=good)
-    with pytest.raises(UserError, match="a TLS certificate, but no key"):
-        TLS(certificate=good)
+    tls = TLS(files / "ca.pem", str(files / "client.pem"), files / "client.key")
+    assert tls.read("certificate") == (files / "client.pem").read_bytes()
+    assert replace(tls, ca=None).ca is None
+    TLS(certificate=files / "both.pem", key=files / "both.pem")
     with pytest.raises(UserError, match="tls=TLS"):
         replace(ConnectionSettings(), tls=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("named", "problem", "flags"),
+    [
+        ({"ca": "der"}, r"ca \S*der is not in PEM", ["--tls-ca"]),
+        ({"ca": "nowhere"}, r"cannot read the TLS ca \S*nowhere: No such file", ["--tls-ca"]),
+        ({"ca": "ca.key"}, r"ca \S*ca\.key should hold a certificate, and holds a key", ["--tls-ca"]),
+        ({"ca": "damaged.pem"}, r"ca \S*damaged\.pem is damaged", ["--tls-ca"]),
+        ({"key": "client.key"}, "a TLS key, but no certificate", ["--tls-cert"]),
+        ({"certificate": "client.pem"}, "a TLS certificate, but no key", ["--tls-key"]),
+        (
+            {"certificate": "client.key", "key": "client.pem"},
+            r"certificate \S*client\.key holds a key, and the TLS key \S*client\.pem a certificate",
+            ["--tls-cert", "--tls-key"],
+        ),
+        ({"certificate": "client.key", "key": "client.key"}, r"certificate \S*client\.key should hold", ["--tls-cert"]),
+        ({"certificate": "damaged.pem", "key": "client.key"}, r"certificate \S*damaged\.pem is dam", ["--tls-cert"]),
+        ({"certificate": "client.pem", "key": "client.pem"}, r"key \S*client\.pem should hold a pr", ["--tls-key"]),
+        ({"certificate": "client.pem", "key": "damaged.key"}, r"key \S*damaged\.key cannot be used", ["--tls-key"]),
+        (
+            {"certificate": "client.pem", "key": "server.key"},
+            r"key \S*server\.key does not belong to the certificate \S*client\.pem",
+            ["--tls-cert", "--tls-key"],
+        ),
+        ({"certificate": "client.pem", "key": "encrypted.key"}, r"key \S*encrypted\.key is encrypted", ["--tls-key"]),
+    ],
+)
+def test_tls_files_that_cannot_be_used(files: Path, named: dict[str, str], problem: str, flags: list[str]) -> None:
+    with pytest.raises(UserError, match=problem) as caught:
+        TLS(**{name: files / file for name, file in named.items()})
+    assert re.findall(r"--tls-\w+", caught.value.fix) == flags
+    assert "tls=TLS(" in caught.value.fix  # as Python has it
+
+
+def test_tls_has_no_other_files() -> None:
+    with pytest.raises(UserError, match="TLS has no file 'cafile', but ca, certificate and key"):
+        TLS(cafile="ca.pem")  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(

@@ -7,17 +7,27 @@ import logging
 import threading
 import time
 import uuid
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
 
-from ditforge.client.failures import all_of, call_error, connect_error, gave_up, other_engines, short, too_late
-from ditforge.client.replica import Arrays, CallFailed, Replica, Served, Unfit
-from ditforge.client.retry import Failure, Retries
+from ditforge.client.answer import Arrays, WrongAnswer
+from ditforge.client.failures import (
+    all_of,
+    call_error,
+    connect_error,
+    gave_up,
+    other_engines,
+    short,
+    too_late,
+    wrong_answer,
+)
+from ditforge.client.replica import CallFailed, Replica, Served, Unfit
+from ditforge.client.retry import ENDING_WAIT, WENT_AWAY, Failure, Retries
 from ditforge.client.settings import ConnectionSettings
-from ditforge.errors import DitforgeError, DitforgeWarning
+from ditforge.client.told import Told
+from ditforge.errors import DitforgeError
 from ditforge.model import Model
 
 log = logging.getLogger("ditforge.client")
@@ -26,8 +36,8 @@ log = logging.getLogger("ditforge.client")
 class Calls:
     """What one picture asks of the servers `order`, the first of which is asked as long as it answers.
 
-    `served` is what the picture is begun with. Its time begins now. `told` has the (address, engines) of servers that
-    somebody was warned of, and is added to. What is waited for ends where `cancelled` is set.
+    `served` is what the picture is begun with. Its time begins now. `told` has what somebody was warned of. What is
+    waited for ends where `cancelled` is set.
     """
 
     def __init__(
@@ -35,7 +45,7 @@ class Calls:
         settings: ConnectionSettings,
         order: list[Replica],
         served: Served,
-        told: set[tuple[str, str]],
+        told: Told,
         cancelled: threading.Event,
     ) -> None:
         self._settings, self._order, self._served, self._told = settings, order, served, told
@@ -44,8 +54,9 @@ class Calls:
         self._headers = {"ditforge-picture": uuid.uuid4().hex, **settings.headers()}
         if served.engines:
             self._headers["ditforge-engines"] = served.engines
-        self._repeated = 0
-        self._failures: Counter[str] = Counter()
+        self._answered = False
+        self._repeats: Counter[tuple[tuple[tuple[str, str], ...], str]] = Counter()
+        self._wrong: dict[str, DitforgeError] = {}  # servers that gave a wrong answer, and are asked no more
 
     @property
     def model(self) -> Model:
@@ -54,11 +65,14 @@ class Calls:
 
     @property
     def repeated(self) -> str:
-        """How many calls were repeated, and why; empty where none was."""
-        if not self._repeated:
-            return ""
-        calls = "1 call was" if self._repeated == 1 else f"{self._repeated} calls were"
-        return f"{calls} repeated: {', '.join(f'{what} ({count})' for what, count in self._failures.items())}"
+        """Which servers failed, where the picture went on, and how many calls were repeated; empty where none was."""
+        parts = []
+        for (failures, there), count in self._repeats.items():
+            failed = " and ".join(f"the server {url} {reason}" for url, reason in failures)
+            where = "there" if [url for url, _ in failures] == [there] else f"at {there}"
+            calls = "1 call was" if count == 1 else f"{count} calls were"
+            parts.append(f"{failed}; {calls} repeated, and the picture went on {where}")
+        return "; then ".join(parts)
 
     def infer(self, name: str, inputs: Mapping[str, np.ndarray], step: str = "") -> Arrays:
         """Run the model `name` on `inputs`, each with the batch first; errors say at which `step` that was.
@@ -69,10 +83,12 @@ class Calls:
         what = f"{name}, {step}" if step else name
         retries = Retries(self._settings.retry_timeout, self._deadline)
         failures: dict[str, Failure] = {}
-        reasons: set[str] = set()
+        reasons: dict[tuple[str, str], None] = {}  # in their order
         while True:
-            unfit: dict[str, DitforgeError] = {}
+            unfit = dict(self._wrong)
             for replica in sorted(self._order, key=lambda replica: replica.failed_lately):
+                if replica.url in self._wrong:
+                    continue
                 if self._cancelled.is_set():
                     raise asyncio.CancelledError
                 if time.monotonic() >= self._deadline:
@@ -81,23 +97,37 @@ class Calls:
                     answer = self._try(replica, name, dict(inputs))
                 except Unfit as problem:
                     unfit[replica.url] = problem.error
-                    self._tell(replica.url, problem.engines)
+                    if problem.engines is not None:
+                        self._told.of_engines(replica.url, self._served.engines, problem.engines, len(self._order))
+                except WrongAnswer as wrong:
+                    # The same request would be answered alike: the server is broken, or no server of ditforge's. What
+                    # it said before may have been wrong unnoticed, but nobody can tell; others make the rest.
+                    replica.failed()
+                    self._wrong[replica.url] = unfit[replica.url] = error = wrong_answer(replica.url, what, wrong)
+                    self._told.left_out(replica.url, error.problem, len(self._order))
                 except CallFailed as failed:
                     replica.failed()
-                    failures[replica.url] = failure = failed.failure
+                    failure, before = failed.failure, failures.get(replica.url)
                     if failure.reason is None:
-                        raise call_error(replica.url, what, failure) from failed
+                        raise call_error(replica.url, what, failure, self._settings) from failed
+                    if self._answered or not (before and before.ending and failure.reason == WENT_AWAY):
+                        failures[replica.url] = failure
                     retries.failed(time.monotonic())
-                    reasons.add(f"{replica.url} {failure.reason}")
+                    reasons[replica.url, failure.reason] = None
                     log.info("%s %s during %s: %s", replica.url, failure.reason, what, failure.shown)
                 else:
-                    self._repeated += bool(reasons)
-                    self._failures.update(reasons)
+                    self._answered = True
+                    if reasons:
+                        self._repeats[tuple(reasons), replica.url] += 1
                     return answer
             if len(unfit) == len(self._order):
                 raise all_of(unfit, "no server is left for the picture")
             now = time.monotonic()
             wait = retries.wait(now)
+            # A picture that no server has begun is not worth a long wait for one that has said that it ends.
+            ending = not self._answered and all(failure.ending for failure in failures.values())
+            if ending and now - (retries.first or now) >= ENDING_WAIT:
+                raise gave_up(what, failures, unfit, retries, now)
             if wait is None and now < self._deadline:
                 raise gave_up(what, failures, unfit, retries, now)
             self._cancelled.wait(wait or 0)
@@ -115,17 +145,8 @@ class Calls:
         if not served.makes_the_same(self._served):
             raise Unfit(other_engines(replica.url, wanted, short(served.engines)), served.engines)
         try:
-            return replica.infer(name, inputs, served.max_batch, self._headers, self._deadline)
+            return replica.infer(name, inputs, served, self._headers, self._deadline)
         except CallFailed as failed:
             if failed.failure.status == "FAILED_PRECONDITION":  # one of several servers behind the address
                 raise Unfit(other_engines(replica.url, wanted, failed.failure.shown)) from failed
             raise
-
-    def _tell(self, url: str, engines: str | None) -> None:
-        """Warn, once, of a server that is left out for its engines, if there are others."""
-        if engines is None or len(self._order) == 1 or (url, engines) in self._told:
-            return
-        self._told.add((url, engines))
-        mine, theirs = short(self._served.engines), short(engines)
-        problem = f"{url} is left out: it serves the engines {theirs}, and the picture was begun with {mine}"
-        warnings.warn(problem, DitforgeWarning, stacklevel=2)

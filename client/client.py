@@ -15,16 +15,17 @@ import numpy as np
 from PIL import Image
 from typing_extensions import Self, Unpack
 
+from ditforge.client.address import DEFAULT_URL
+from ditforge.client.answer import Arrays
 from ditforge.client.calls import Calls
 from ditforge.client.connection import Connection
 from ditforge.client.decoding import Pixels, decode
 from ditforge.client.guidance import guided
 from ditforge.client.noise import noise
 from ditforge.client.picture import METADATA_KEY
-from ditforge.client.replica import Arrays
 from ditforge.client.request import T5, Request, make_request
 from ditforge.client.sampling import Array, Callback, find_sampler, flow_sigmas
-from ditforge.client.settings import DEFAULT_URL, Settings, make_settings
+from ditforge.client.settings import Settings, make_settings
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 from ditforge.model import Model
 

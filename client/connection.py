@@ -9,15 +9,18 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from ditforge.client.answer import Arrays
 from ditforge.client.calls import Calls
 from ditforge.client.failures import all_of, connect_error
-from ditforge.client.replica import Arrays, CallFailed, Replica, Served, Unfit
-from ditforge.client.retry import Retries
+from ditforge.client.replica import CallFailed, Replica, Served, Unfit
+from ditforge.client.retry import ENDING_WAIT, WENT_AWAY, Failure, Retries
 from ditforge.client.settings import ConnectionSettings
+from ditforge.client.told import Told
 from ditforge.errors import DitforgeError
 from ditforge.model import Model
 
 LEAST_TIMEOUT = 0.1  # seconds for a server's answer, where others took the time to connect
+OTHERS = 1.0  # seconds for the other servers to say what they serve, once one has: to warn of those that are no use
 
 
 class Connection:
@@ -30,7 +33,7 @@ class Connection:
         self.settings = settings
         self._replicas = [Replica(url, settings) for url in settings.urls]
         self._turns = itertools.count()
-        self._told: set[tuple[str, str]] = set()
+        self._told = Told()
         try:
             self._served = self._connect()
         except BaseException:
@@ -75,26 +78,81 @@ class Connection:
             replica.close()
 
     def _connect(self) -> Served:
-        """What the first server serves that answers. Servers that are only about to be ready are waited for."""
+        """What the first of the servers serves that answer. Servers that are only about to be ready are waited for."""
         now = time.monotonic()
         retries = Retries(self.settings.connect_timeout, now + self.settings.connect_timeout)
         retries.failed(now)
+        ending: dict[str, Failure] = {}
         while True:
+            answers = self._ask_all()
+            if served := next((answer for answer in answers.values() if isinstance(answer, Served)), None):
+                self._warn_of_others(answers, served)
+                return served
             errors: dict[str, DitforgeError] = {}
-            passing = False
-            for replica, timeout in self._asked(self._replicas):
-                try:
-                    return replica.describe(timeout)
-                except Unfit as problem:
-                    errors[replica.url] = problem.error
-                except CallFailed as failed:
-                    replica.failed()
-                    passing = passing or failed.failure.passing
-                    errors[replica.url] = connect_error(replica.url, failed.failure, self.settings)
-            wait = retries.wait(time.monotonic())
-            if not passing or wait is None:
+            passing = lasting = False
+            for url, answer in answers.items():
+                if isinstance(answer, Unfit):
+                    errors[url] = answer.error
+                elif isinstance(answer, CallFailed):
+                    failure = answer.failure
+                    if failure.ending:
+                        ending[url] = failure
+                    elif failure.reason == WENT_AWAY and url in ending:
+                        failure = ending[url]  # it has ended, as it said, and another one may begin there
+                    passing = passing or failure.passing
+                    lasting = lasting or (failure.passing and not failure.ending)
+                    errors[url] = connect_error(url, failure, self.settings)
+            now = time.monotonic()
+            wait = retries.wait(now)
+            short = ending and not lasting and now - (retries.first or now) >= ENDING_WAIT
+            if not passing or wait is None or short:
                 raise all_of(errors, "no server can be used")
             time.sleep(wait)
+
+    def _ask_all(self) -> dict[str, Served | Unfit | CallFailed]:
+        """What the servers say when they are all asked at once, in their order, without those that take too long.
+
+        Once one has said what it serves, the others get OTHERS seconds more.
+        """
+        answers: dict[str, Served | Unfit | CallFailed] = {}
+        heard = threading.Condition()
+        until = time.monotonic() + self.settings.connect_timeout
+
+        def ask(replica: Replica) -> None:
+            answer: Served | Unfit | CallFailed
+            try:
+                answer = replica.describe(self.settings.connect_timeout)
+            except (Unfit, CallFailed) as problem:
+                if isinstance(problem, CallFailed):
+                    replica.failed()
+                answer = problem
+            except DitforgeError as closed:
+                answer = Unfit(closed)
+            with heard:
+                answers[replica.url] = answer
+                heard.notify()
+
+        for replica in self._replicas:
+            threading.Thread(target=ask, args=[replica], daemon=True).start()
+        with heard:
+            while len(answers) < len(self._replicas):
+                if any(isinstance(answer, Served) for answer in answers.values()):
+                    until = min(until, time.monotonic() + OTHERS)
+                    heard.wait_for(lambda: len(answers) == len(self._replicas), until - time.monotonic())
+                    break
+                heard.wait()
+            return {replica.url: answers[replica.url] for replica in self._replicas if replica.url in answers}
+
+    def _warn_of_others(self, answers: dict[str, Served | Unfit | CallFailed], served: Served) -> None:
+        """Warn of servers that pictures will not go to, or not now."""
+        count = len(self._replicas)
+        for url, answer in answers.items():
+            if isinstance(answer, Unfit):
+                self._told.left_out(url, answer.error.problem, count)
+            elif isinstance(answer, CallFailed):
+                self._told.left_out(url, connect_error(url, answer.failure, self.settings).problem, count)
+            elif not answer.makes_the_same(served):
+                self._told.of_engines(url, served.engines, answer.engines, count)
 
     def _asked(self, order: list[Replica]) -> Iterator[tuple[Replica, float]]:
         """The servers, those that failed lately last, and how many seconds each has to answer: its share of them."""

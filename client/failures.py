@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ditforge.client.option import CA, ENCRYPT, PAIR, PLAIN, TOKEN, option
+from ditforge.client.probe import speaks_tls
 from ditforge.client.retry import Failure, Retries
 from ditforge.client.settings import ConnectionSettings
 from ditforge.errors import DitforgeError, UserError
 
-START_SERVER = "ditforge serve REPO_DIR --port PORT   starts a server; --url HOST:PORT names its gRPC port"
+NAME_SERVER = option('Client("HOST:PORT")', "--url HOST:PORT")
+START_SERVER = f"ditforge serve REPO_DIR --port PORT   starts a server; its gRPC port is named by {NAME_SERVER}"
 SAME_ENGINES = "serve the same engines at every address, and behind each of them; then repeat the request"
-TOKEN = "--token-file FILE   with a token that the server takes"
-# How gRPC and its TLS library put it, and what it means.
+NOT_TRUSTED = "CERTIFICATE_VERIFY_FAILED: "  # as gRPC's TLS library puts it; the reason follows
+# How gRPC and its TLS library put it, what it means, and what helps.
 TLS_PROBLEMS = {
-    "CERTIFICATE_VERIFY_FAILED": ("its certificate is signed by nobody that is trusted here", "--tls-ca FILE"),
-    "Verification Check failed": ("its certificate is for another name", "--url with the name in its certificate"),
-    "WRONG_VERSION_NUMBER": ("it speaks no TLS", "leave out --tls and --tls-…"),
-    "create security handshaker": ("the files are damaged, or no pair", "--tls-cert and --tls-key of a pair"),
-    "andshake failed": ("TLS could not be agreed on", "--tls-ca FILE, and --tls-cert, --tls-key where it wants yours"),
+    "Verification Check failed": ("its certificate is for another name", f"{NAME_SERVER}, as its certificate has it"),
+    "WRONG_VERSION_NUMBER": ("it speaks no TLS", PLAIN),
+    "create security handshaker": ("the TLS files are damaged, or no pair", f"{CA}, {PAIR}"),
+    "andshake failed": ("TLS could not be agreed on", f"{CA}; and where the server wants a certificate, {PAIR}"),
 }
 
 
@@ -25,19 +27,16 @@ def connect_error(url: str, failure: Failure, settings: ConnectionSettings) -> D
     """Why a server could not be used at all."""
     status = failure.status
     if status in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
-        return token_error(url, failure)
-    for mark, (problem, fix) in TLS_PROBLEMS.items():
-        if mark in failure.message:
-            return UserError(f"no encrypted connection to {url}: {problem} ({failure.shown})", fix)
-    if "status: 400" in failure.message or "HTTP status 400" in failure.message:  # of nginx, before gRPC is spoken
-        fix = (
-            "--tls where it wants an encrypted connection, --tls-cert and --tls-key where it wants a certificate; or\n"
-        )
-        fix += f"       {START_SERVER}"
-        return UserError(f"the server at {url} does not talk to this client: {failure.shown}", fix)
+        return token_error(url, failure, settings.token)
+    if failure.too_large:
+        return UserError(f"what the server at {url} was asked, or what it answered, is too large: {failure.shown}", "")
+    if error := tls_error(url, failure, settings):
+        return error
+    if failure.ending:
+        return DitforgeError(f"{url} is stopping: it begins no more pictures", "ask another server, or start it again")
     if failure.passing:
         waited = f"the server at {url} was not ready within {settings.connect_timeout:g} s: {failure.shown}"
-        return DitforgeError(waited, "wait for it, and look at the server's log; --connect-timeout 60 waits longer")
+        return DitforgeError(waited, f"wait for it, and look at the server's log; {longer(settings)}")
     if status == "UNAVAILABLE":
         return UserError(f"no gRPC server answers at {url}: {failure.shown}", START_SERVER)
     if status == "DEADLINE_EXCEEDED":
@@ -45,6 +44,40 @@ def connect_error(url: str, failure: Failure, settings: ConnectionSettings) -> D
     if status in ("UNIMPLEMENTED", "UNKNOWN", "INTERNAL"):
         return UserError(f"the server at {url} is not a Triton server: {failure.shown}", START_SERVER)
     return DitforgeError(f"the server at {url} refused: {status} {failure.shown}", "look at the server's log")
+
+
+def longer(settings: ConnectionSettings) -> str:
+    return f"{option(f'connect_timeout={max(60, 2 * settings.connect_timeout):g}')} waits longer"
+
+
+def tls_error(url: str, failure: Failure, settings: ConnectionSettings) -> DitforgeError | None:
+    """Why client and server do not agree on encryption, where that is why a connection failed; else None."""
+    tls, said = settings.tls, failure.message
+    if NOT_TRUSTED in said:
+        reason = said.partition(NOT_TRUSTED)[2].partition(":")[0]
+        if "expired" in reason or "not yet valid" in reason:
+            return UserError(f"no encrypted connection to {url}: {reason} (its certificate)", "give it a valid one")
+        trusted = f"the certificates in {tls.ca}" if tls and tls.ca else "the public authorities that gRPC brings"
+        problem = f"its certificate is signed by nobody that is trusted here ({trusted}): {reason}"
+        return UserError(f"no encrypted connection to {url}: {problem}", f"{CA}, with who signed its certificate")
+    for mark, (problem, fix) in TLS_PROBLEMS.items():
+        if mark in said:
+            return UserError(f"no encrypted connection to {url}: {problem}", fix)
+    closed = failure.status == "UNAVAILABLE" and ("Socket closed" in said or "reset by peer" in said.lower())
+    if not closed and "status: 400" not in said and "HTTP status 400" not in said:  # of nginx, before gRPC is spoken
+        return None
+    spoken = speaks_tls(url, tls)
+    if tls is None and spoken == "TLS":
+        return UserError(f"{url} wants an encrypted connection, and this one is not", f"{ENCRYPT}, or {CA}")
+    if tls is None and spoken == "TLS, but not with us":
+        problem = f"{url} wants an encrypted connection, and a certificate of the client (mutual TLS)"
+        return UserError(problem, f"{CA}, with {PAIR}")
+    if tls is not None and (spoken == "TLS, but not with us" or not closed):
+        if tls.certificate is None:
+            return UserError(f"{url} wants a certificate of the client (mutual TLS), and was shown none", PAIR)
+        problem = f"{url} does not accept the certificate that it was shown, {tls.certificate}"
+        return UserError(problem, f"{PAIR}, signed by whom the server trusts (its --tls-client-ca)")
+    return None
 
 
 def all_of(errors: Mapping[str, DitforgeError], problem: str) -> DitforgeError:
@@ -56,18 +89,33 @@ def all_of(errors: Mapping[str, DitforgeError], problem: str) -> DitforgeError:
     return kind(f"{problem}: {'; '.join(error.problem for error in errors.values())}", first.fix)
 
 
-def call_error(url: str, what: str, failure: Failure) -> DitforgeError:
+def call_error(url: str, what: str, failure: Failure, settings: ConnectionSettings) -> DitforgeError:
     """Why a model could not be run, where another try would do no better. `what`: the model, and which step."""
     if failure.status in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
-        return token_error(url, failure)
+        return token_error(url, failure, settings.token)
+    if failure.too_large:
+        fix = f"a smaller picture, or fewer at once; or {option('vae_tile=512')}"
+        problem = f"what the server at {url} was asked of {what}, or what it answered, is too large"
+        return UserError(f"{problem}: {failure.shown}", fix)
     if failure.status == "INVALID_ARGUMENT":
         fix = "ask for something else, or pip install --upgrade 'ditforge[client]'"
         return UserError(f"the server at {url} refuses what was asked of {what}: {failure.shown}", fix)
     return DitforgeError(f"the server at {url} could not run {what}: {failure.shown}", "look at the server's log")
 
 
-def token_error(url: str, failure: Failure) -> UserError:
-    return UserError(f"the server at {url} wants another token: {failure.shown}", TOKEN)
+def wrong_answer(url: str, what: str, wrong: object) -> DitforgeError:
+    """A server answered something else than it was asked. `wrong`: what was expected, and what came."""
+    fix = "look at the server's log; are client and server of one version?   pip install --upgrade 'ditforge[client]'"
+    return DitforgeError(f"the server at {url} gave a wrong answer to {what}: {wrong}", fix)
+
+
+def token_error(url: str, failure: Failure, token: str | None) -> UserError:
+    """The server says the same where there is no token and where it is another one; the client knows which it is."""
+    if token is None and failure.status == "UNAUTHENTICATED":
+        return UserError(f"the server at {url} wants a token, and none was sent", TOKEN)
+    said = "" if "wants a token" in failure.shown else f": {failure.shown}"
+    what = "this client" if token is None else "this token"
+    return UserError(f"the server at {url} refused {what}{said}", f"{TOKEN}, with the token that the server has")
 
 
 def other_engines(url: str, wanted: str, found: str) -> UserError:
@@ -83,7 +131,11 @@ def gave_up(
     each += [error.problem for error in unfit.values()]
     seconds = now - (now if retries.first is None else retries.first)
     tried = f" ({retries.tries} tries in {seconds:.0f} s)" if retries.tries > 1 else ""
-    waits = "--retry-timeout 300 waits longer for a server that starts"
+    if failures and all(failure.ending for failure in failures.values()):
+        each = [f"{url} is stopping: it begins no more pictures" for url in failures]
+        each += [error.problem for error in unfit.values()]
+        return DitforgeError("; ".join(each), "ask another server, or start it again and repeat the request")
+    waits = f"{option('retry_timeout=300')} waits longer for a server that starts"
     if len(each) == 1:
         return DitforgeError(f"the server at {each[0]}{tried}", f"start it again, and repeat the request; {waits}")
     return DitforgeError(f"no server is left{tried}: {'; '.join(each)}", f"start them again, and repeat it; {waits}")
@@ -95,7 +147,7 @@ def too_late(what: str, failures: Mapping[str, Failure], timeout: float) -> Ditf
     problem = f"the picture was not finished within {timeout:g} s: it was at {what}" + (
         f", where {each}" if each else ""
     )
-    return DitforgeError(problem, f"--timeout {2 * timeout:g}, or fewer steps, or a smaller picture")
+    return DitforgeError(problem, f"{option(f'timeout={2 * timeout:g}')}, or fewer steps, or a smaller picture")
 
 
 def short(engines: str) -> str:

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any
 
 import grpc
 import numpy as np
-import tritonclient.grpc as triton
 from pydantic import ValidationError
-from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+from tritonclient.grpc import model_config_pb2, service_pb2 as pb, service_pb2_grpc
+from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
 
+from ditforge.client.answer import Arrays, Output, WrongAnswer, embeddings_of, expected_outputs, read_answer
 from ditforge.client.failures import START_SERVER
 from ditforge.client.retry import NOT_READY, Failure
-from ditforge.client.settings import TLS, ConnectionSettings
+from ditforge.client.settings import ConnectionSettings
+from ditforge.client.tls import TLS
 from ditforge.errors import DitforgeError, UserError
 from ditforge.model import Model
 
 MODEL_PARAMETER, ENGINES_PARAMETER = "ditforge_model", "ditforge_engines"
 NEEDED = ("text_encoders", "dit", "vae_decoder")
+SERVICE = "inference.GRPCInferenceService"
+DESCRIBING = ("RepositoryIndex", "ModelReady", "ModelConfig", "ServerLive")
+LARGEST_DESCRIPTION = 4 << 20  # bytes: the configurations of our models have some thousands
+LONGEST_MESSAGE = 500  # characters of what a server says, which is shown
 HEARD_LATELY = 1.0  # seconds, in which no server ends, starts again and has its models ready
 REST = 30.0  # seconds for which a server that failed is only used after the others
 
@@ -37,9 +43,20 @@ CHANNEL = [
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),
+    (
+        "grpc.service_config",
+        json.dumps(
+            {
+                "methodConfig": [
+                    {
+                        "name": [{"service": SERVICE, "method": method} for method in DESCRIBING],
+                        "maxResponseMessageBytes": LARGEST_DESCRIPTION,
+                    }
+                ]
+            }
+        ),
+    ),
 ]
-
-Arrays = dict[str, np.ndarray]
 
 
 class CallFailed(Exception):
@@ -60,11 +77,15 @@ class Unfit(Exception):
 
 @dataclass(frozen=True)
 class Served:
-    """What a server says of itself. `engines` is the SHA-256 of its engines; of an older repository, empty."""
+    """What a server says of itself. `engines` is the SHA-256 of its engines; of an older repository, empty.
+
+    `embeddings` is what its text encoders make of one prompt, by name.
+    """
 
     model: Model
     max_batch: int
     engines: str
+    embeddings: Mapping[str, Output] = field(default_factory=dict)
 
     def makes_the_same(self, other: Served) -> bool:
         """Whether a picture that began at one server can go on at the other, and be the same."""
@@ -77,7 +98,7 @@ class Replica:
     def __init__(self, url: str, settings: ConnectionSettings) -> None:
         self.url = url
         self._settings, self._lock = settings, threading.Lock()
-        self._channel: triton.InferenceServerClient | None = None
+        self._channel: grpc.Channel | None = None
         self._served: Served | None = None
         self._heard = self._failed = -float("inf")  # when last, as time.monotonic has it
         self._closed = False
@@ -93,19 +114,21 @@ class Replica:
             self._served, self._heard = served, time.monotonic()
         return served
 
-    def infer(self, name: str, inputs: Arrays, max_batch: int, headers: Mapping[str, str], until: float) -> Arrays:
-        """Run the model `name` once on `inputs`; batches larger than `max_batch` go in parts.
+    def infer(self, name: str, inputs: Arrays, served: Served, headers: Mapping[str, str], until: float) -> Arrays:
+        """Run the model `name` once on `inputs`; batches larger than what is `served` takes go in parts.
 
-        Each call ends after the settings' step_timeout, and at `until`, of time.monotonic. Raises CallFailed.
+        Each call ends after the settings' step_timeout, and at `until`, of time.monotonic. Raises CallFailed, and
+        WrongAnswer where the answer is not what such a server makes of the inputs.
         """
 
         def call(part: Arrays) -> Arrays:
             timeout = min(self._settings.step_timeout, until - time.monotonic())
-            result = self._call(name, part, headers, max(timeout, 0.001))
+            data = self._call(name, part, headers, max(timeout, 0.001))
+            arrays = read_answer(data, expected_outputs(name, part, served.model, served.embeddings))
             self._heard = time.monotonic()
-            return {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
+            return arrays
 
-        return in_parts(call, inputs, max_batch)
+        return in_parts(call, inputs, served.max_batch)
 
     def failed(self) -> None:
         """Note that it failed just now, and forget what it serves: once it is back, that may be something else."""
@@ -123,75 +146,97 @@ class Replica:
             if self._channel is not None:
                 self._channel.close()
 
-    def _open(self) -> triton.InferenceServerClient:
+    def _open(self) -> grpc.Channel:
         with self._lock:
             if self._closed:
                 raise DitforgeError(f"the connection to {self.url} is closed", "make a new Client")
             if self._channel is None:
                 tls = self._settings.tls
-                creds = None if tls is None else credentials(tls)
-                self._channel = triton.InferenceServerClient(self.url, creds=creds, channel_args=CHANNEL)
+                self._channel = (
+                    grpc.insecure_channel(self.url, CHANNEL)
+                    if tls is None
+                    else grpc.secure_channel(self.url, credentials(tls), CHANNEL)
+                )
             return self._channel
 
     def _ask(self, timeout: float) -> Served:
-        client = self._open()
-        asked: dict[str, Any] = {"client_timeout": timeout, "headers": self._settings.headers()}
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(self._open())
+        asked: dict[str, Any] = {"timeout": timeout, "metadata": tuple(self._settings.headers().items())}
         try:
-            known = sorted(model.name for model in client.get_model_repository_index(**asked).models)
+            index = stub.RepositoryIndex(pb.RepositoryIndexRequest(), **asked)
+            known = sorted({model.name for model in index.models})
             for name in NEEDED:
                 if name not in known:
-                    serves = ", ".join(known) or "nothing"
+                    serves = shown(", ".join(known)) or "nothing"
                     no_model = f"the Triton server at {self.url} has no model {name}: it has {serves}"
                     raise Unfit(UserError(no_model, START_SERVER))
-                if not client.is_model_ready(name, **asked):
-                    raise CallFailed(Failure("UNAVAILABLE", f"the model {name} is {NOT_READY}"))
-            config = client.get_model_config("dit", **asked).config
-        except InferenceServerException as error:
+                if not stub.ModelReady(pb.ModelReadyRequest(name=name), **asked).ready:
+                    raise CallFailed(self._why_not_ready(name, timeout))
+            config = stub.ModelConfig(pb.ModelConfigRequest(name="dit"), **asked).config
+        except grpc.RpcError as error:
             raise CallFailed(failure_of(error)) from error
+        return self._read(config)
+
+    def _why_not_ready(self, name: str, timeout: float) -> Failure:
+        """Whether a server whose model is not ready is about to be, or about to end: it says so where it is asked for a
+        picture. A server that is ready again by then reads an empty prompt, once.
+        """
+        try:
+            self._call("text_encoders", {"prompt": np.array([[b""]], np.object_)}, self._settings.headers(), timeout)
+        except CallFailed as failed:
+            if failed.failure.ending:
+                return failed.failure
+        return Failure("UNAVAILABLE", f"the model {name} is {NOT_READY}")
+
+    def _read(self, config: model_config_pb2.ModelConfig) -> Served:
+        """What the server serves, by the configuration of its DiT. Raises Unfit where that is none of ditforge's."""
         if MODEL_PARAMETER not in config.parameters:
             raise Unfit(UserError(f"the model dit at {self.url} was not made by ditforge", START_SERVER))
         try:
             model = Model.model_validate_json(config.parameters[MODEL_PARAMETER].string_value)
-        except ValidationError as error:
-            what = str(error).splitlines()[0]
+            embeddings = embeddings_of(config)
+        except (ValidationError, WrongAnswer) as error:
+            what = first_of(error) if isinstance(error, ValidationError) else str(error)
             problem = f"the server at {self.url} describes its model in a way this client does not read: {what}"
             fix = "pip install --upgrade 'ditforge[client]'   or make the repository again with this version"
             raise Unfit(UserError(problem, fix)) from error
         engines = config.parameters[ENGINES_PARAMETER].string_value if ENGINES_PARAMETER in config.parameters else ""
-        return Served(model, max(1, config.max_batch_size), engines)
+        return Served(model, max(1, config.max_batch_size), shown(engines), embeddings)
 
-    def _call(self, name: str, inputs: Arrays, headers: Mapping[str, str], timeout: float) -> triton.InferResult:
-        """One call, during which the server is asked now and then whether it is live."""
-        client, answers = self._open(), SimpleQueue[tuple[Any, InferenceServerException | None]]()
-        tensors = [encode(key, value) for key, value in inputs.items()]
+    def _call(self, name: str, inputs: Arrays, headers: Mapping[str, str], timeout: float) -> bytes:
+        """One call, during which the server is asked now and then whether it is live; the ModelInferResponse unread.
 
-        def answer(result: Any, error: InferenceServerException | None) -> None:
-            answers.put((result, error))
-
-        last = time.monotonic() + timeout + self._settings.keepalive  # gRPC may never tell of an answer it cannot read
-        running = client.async_infer(name, tensors, answer, headers=dict(headers), client_timeout=timeout)
+        gRPC for Python would never tell of an answer that it cannot read.
+        """
+        channel, ended = self._open(), SimpleQueue[grpc.Future]()
+        request = encode(name, inputs).SerializeToString()
+        running = channel.unary_unary(f"/{SERVICE}/ModelInfer").future(request, timeout, tuple(headers.items()))
+        running.add_done_callback(ended.put)
         try:
             while True:
                 try:
-                    result, error = answers.get(timeout=self._settings.keepalive)
+                    ended.get(timeout=self._settings.keepalive)
                     break
                 except Empty:
-                    if time.monotonic() > last:
-                        raise CallFailed(Failure("DEADLINE_EXCEEDED", "no answer that can be read")) from None
-                    self._check_alive(client)
+                    self._check_alive(channel)
         except BaseException:  # Ctrl-C too: the server need not go on
             running.cancel()
             raise
-        if error is not None:
-            raise CallFailed(failure_of(error)) from error
-        return result
-
-    def _check_alive(self, client: triton.InferenceServerClient) -> None:
-        """Raise CallFailed if there is no answer at all; whatever else the answer is, the call itself will tell."""
-        timeout = self._settings.keepalive_timeout
         try:
-            client.is_server_live(headers=self._settings.headers(), client_timeout=timeout)
-        except InferenceServerException as error:
+            data: bytes = running.result()
+        except grpc.RpcError as error:
+            raise CallFailed(failure_of(error)) from error
+        except grpc.FutureCancelledError as error:  # the channel was closed meanwhile
+            raise CallFailed(Failure("CANCELLED", "channel closed")) from error
+        return data
+
+    def _check_alive(self, channel: grpc.Channel) -> None:
+        """Raise CallFailed if there is no answer at all; whatever else the answer is, the call itself will tell."""
+        timeout, headers = self._settings.keepalive_timeout, tuple(self._settings.headers().items())
+        try:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            stub.ServerLive(pb.ServerLiveRequest(), timeout=timeout, metadata=headers)
+        except grpc.RpcError as error:
             if failure_of(error).status == "DEADLINE_EXCEEDED":
                 raise CallFailed(Failure("DEADLINE_EXCEEDED", f"no sign of life for {timeout:g} s")) from error
 
@@ -211,17 +256,31 @@ def in_parts(call: Callable[[Arrays], Arrays], inputs: Mapping[str, np.ndarray],
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]} if len(parts) > 1 else parts[0]
 
 
-def encode(name: str, value: np.ndarray) -> triton.InferInput:
-    """An array as Triton's client sends it; strings as BYTES, one number a sample as [B, 1]."""
-    value = value[:, None] if value.ndim == 1 else value
-    tensor = triton.InferInput(name, value.shape, np_to_triton_dtype(value.dtype))
-    tensor.set_data_from_numpy(np.ascontiguousarray(value))
-    return tensor
+def encode(model: str, inputs: Mapping[str, np.ndarray]) -> pb.ModelInferRequest:
+    """A request as Triton takes it; strings as BYTES, one number a sample as [B, 1]."""
+    request = pb.ModelInferRequest(model_name=model)
+    for name, value in inputs.items():
+        array = value[:, None] if value.ndim == 1 else value
+        request.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)
+        raw = serialize_byte_tensor(array).item() if array.dtype == np.object_ else array.tobytes()
+        request.raw_input_contents.append(raw)
+    return request
 
 
-def failure_of(error: InferenceServerException) -> Failure:
+def failure_of(error: grpc.RpcError) -> Failure:
     """gRPC's status code, e.g. UNAVAILABLE, and the first line of the message."""
-    message = "no reason given"
-    with suppress(IndexError):
-        message = str(error.message()).strip().splitlines()[0]
-    return Failure(str(error.status() or "").removeprefix("StatusCode."), message)
+    lines = (error.details() or "").strip().splitlines()
+    return Failure(error.code().name, shown(lines[0]) if lines else "no reason given")
+
+
+def first_of(error: ValidationError) -> str:
+    """The first of the things that are wrong: where, what, and the value."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"])) or MODEL_PARAMETER
+    return shown(f"{where}: {first['msg']}, got {first['input']!a:.60}")
+
+
+def shown(text: str) -> str:
+    """What a server said, with nothing in it that a terminal would obey, and no more than people read."""
+    text = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}…"

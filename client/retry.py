@@ -11,13 +11,22 @@ from dataclasses import dataclass
 
 FIRST_WAIT = 0.1  # seconds
 LONGEST_WAIT = 5.0
+ENDING_WAIT = 3.0  # for another server behind the address of one that ends, as in a rolling restart
 
 WENT_AWAY, STOPPING, RESTARTING = "went away", "was stopping", "was restarting"
 BUSY, SILENT = "was busy", "did not answer in time"
 NOT_READY = "not ready"
 
-# What the client itself brought about, or what is no better the next time: a closed channel, TLS, a message's size.
-FINAL = ("channel closed", "locally cancelled", "ssl", "tls", "handshake", "verification check", "larger than max")
+# What is too large is so the next time as well, though gRPC gives it the status of a server that is busy. As gRPC's
+# core, and its Go and Java put it: "CLIENT: Received message larger than max (5 vs. 4)", "SERVER: Sent message larger
+# than max (…)", "Decompressed message larger than max", "received metadata size exceeds hard limit (value length 5 vs.
+# 4)", "… soft limit", "to-be-sent initial metadata size exceeds peer limit", "header list size to send violates the
+# maximum size", "gRPC message exceeds maximum size 4: 5".
+TOO_LARGE = ("larger than max", "metadata size exceeds", "header list size", "exceeds maximum size")
+# What the client itself brought about, or what is no better the next time: a closed channel, or TLS.
+FINAL = ("channel closed", "locally cancelled", "ssl_error", "handshake", "verification check")
+# Of ditforge's own server: it lets pictures in the middle be finished, and then ends.
+ENDING_MESSAGES = ("begins no more pictures",)
 BUSY_MESSAGES = ("maximum queue size", "queue is full", "timeout expired")  # Triton's, of a model's queue
 LOADING_MESSAGES = ("restart", "starting", "loading", NOT_READY)
 GATEWAY = tuple(f"http2 header with status: {code}" for code in (502, 503, 504))  # as gRPC puts what proxies answer
@@ -37,7 +46,7 @@ class Failure:
     def reason(self) -> str | None:
         """What became of the server, as the end of a sentence, where another try may do better; else None."""
         said = self.message.lower()
-        if any(mark in said for mark in FINAL):
+        if self.too_large or any(mark in said for mark in FINAL):
             return None
         if "no available versions" in said:  # of a model that was there: Triton unloads them when it stops
             return STOPPING
@@ -52,6 +61,16 @@ class Failure:
         if self.status == "CANCELLED" or "rst_stream" in said or "stream removed" in said:
             return WENT_AWAY
         return {"RESOURCE_EXHAUSTED": BUSY, "DEADLINE_EXCEEDED": SILENT}.get(self.status)
+
+    @property
+    def too_large(self) -> bool:
+        """Whether a message, or the metadata beside it, is larger than one side takes."""
+        return any(mark in self.message.lower() for mark in TOO_LARGE)
+
+    @property
+    def ending(self) -> bool:
+        """Whether the server says that it ends: another one may take its place, but it will not change its mind."""
+        return any(mark in self.message.lower() for mark in ENDING_MESSAGES)
 
     @property
     def shown(self) -> str:

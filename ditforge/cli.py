@@ -371,7 +371,9 @@ def generate(
     Example: ditforge generate "a large red circle" --seed 0 --out circle.png
     """
     from ditforge import generating
-    from ditforge.client.settings import DEFAULT_URL, TLS, make_settings, read_token
+    from ditforge.client.address import DEFAULT_URL
+    from ditforge.client.settings import make_settings, read_token
+    from ditforge.client.tls import TLS
 
     options = {"seed": seed, "steps": steps, "height": height, "width": width, "guidance": guidance, "sampler": sampler}
     options |= {"negative_prompt": negative_prompt, "true_cfg": true_cfg, "skip_layer_guidance": skip_layer_guidance}

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
 
 LEAST_TILE = 16  # latents: of a smaller tile, most would be overlap
 TILED = ("vae_decoder", "vae_encoder")
 
 
+MOST_PIXELS = 1 << 17  # of a side
+MAX_STEPS = 1000
+# What no model has, whatever a file or a server says: such sizes would be computed with, or memory taken for them.
+Count = Annotated[int, Field(gt=0, le=1 << 20)]
+Pixels = Annotated[int, Field(gt=0, le=MOST_PIXELS)]
+Factor = Annotated[int, Field(gt=0, le=1024)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, le=1000)]
+Scale = Annotated[float, Field(ge=0, le=1000)]
+Shift = Annotated[float, Field(ge=-100, le=100)]
+MOST_MU = 100.0  # e^100 times as much noise as data
+
+
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Schedule(_Record):
@@ -27,14 +41,25 @@ class Schedule(_Record):
     """
 
     kind: Literal["fixed", "dynamic"]
-    shift: float = 1.0
-    sigma_min: float | None = None
+    shift: Positive = 1.0
+    sigma_min: Annotated[float, Field(gt=0, lt=1)] | None = None
     time_shift: Literal["exponential", "linear"] = "exponential"
-    base_tokens: int = 256
-    max_tokens: int = 4096
-    base_shift: float = 0.5
-    max_shift: float = 1.15
-    patch_size: int = 2
+    base_tokens: Count = 256
+    max_tokens: Count = 4096
+    base_shift: Shift = 0.5
+    max_shift: Shift = 1.15
+    patch_size: Factor = 2
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.base_tokens >= self.max_tokens:
+            raise ValueError(f"base_tokens must be below max_tokens, got {self.base_tokens} and {self.max_tokens}")
+        return self
+
+    def mu(self, tokens: int) -> float:
+        """Of a dynamic schedule, for a picture of that many image tokens."""
+        slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
+        return tokens * slope + (self.base_shift - slope * self.base_tokens)
 
 
 class SkipLayers(_Record):
@@ -44,11 +69,17 @@ class SkipLayers(_Record):
     the steps i of N with start * N < i < stop * N.
     """
 
-    blocks: int
-    layers: tuple[int, ...]
-    scale: float
-    start: float
-    stop: float
+    blocks: Annotated[int, Field(gt=0, le=10_000)]
+    layers: tuple[Annotated[int, Field(ge=0)], ...]
+    scale: Scale
+    start: Share
+    stop: Share
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.layers and max(self.layers) >= self.blocks:
+            raise ValueError(f"there are {self.blocks} blocks, and no layer {max(self.layers)}")
+        return self
 
 
 class Model(_Record):
@@ -63,22 +94,36 @@ class Model(_Record):
     the largest piece of a picture that the autoencoder's networks take at once; None: they take whole pictures.
     """
 
-    name: str
-    latent_channels: int
-    vae_factor: int
-    size_multiple: int
-    default_size: int
-    max_size: int
-    min_size: int = 1
-    sizes: tuple[tuple[int, int], ...] = ()
-    default_steps: int
+    name: Annotated[str, Field(max_length=1000)]
+    latent_channels: Factor
+    vae_factor: Factor
+    size_multiple: Pixels
+    default_size: Pixels
+    max_size: Pixels
+    min_size: Pixels = 1
+    sizes: tuple[tuple[Pixels, Pixels], ...] = ()
+    default_steps: Annotated[int, Field(gt=0, le=MAX_STEPS)]
     guidance: Literal["embedded", "classifier-free", "none"]
-    default_guidance: float
+    default_guidance: Scale
     skip_layers: SkipLayers | None = None
     schedule: Schedule
-    max_tokens: dict[str, int]
+    max_tokens: dict[str, Count]
     t5: Literal["required", "optional", "absent"] = "required"
-    vae_tile: int | None = None
+    vae_tile: Pixels | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.size_multiple % self.vae_factor:
+            problem = f"size_multiple must be divisible by vae_factor, got {self.size_multiple} and {self.vae_factor}"
+            raise ValueError(problem)
+        for side in (side for size in self.sizes for side in size if side % self.vae_factor):
+            raise ValueError(f"sizes must be divisible by vae_factor, {self.vae_factor}, got {side}")
+        sides = max(self.min_size, self.size_multiple), max(self.max_size, self.default_size)
+        for side in sides if self.schedule.kind == "dynamic" else ():
+            mu = self.schedule.mu((side // self.vae_factor // self.schedule.patch_size) ** 2)
+            if abs(mu) > MOST_MU or (self.schedule.time_shift == "linear" and mu <= 0):
+                raise ValueError(f"a picture of {side} pixels has no noise levels: mu is {mu:g}")
+        return self
 
     def piece(self, network: str, height: int, width: int) -> tuple[int, int]:
         """How much of a picture of that height and width the network called `network` takes at once, in pixels."""

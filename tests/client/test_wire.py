@@ -108,7 +108,8 @@ def test_what_passes_is_repeated(
     ):
         warnings.simplefilter("always")
         assert client.generate("a", **SMALL).tobytes() == alone
-    assert said(caught) == [f"1 call was repeated: {between.url} {why} (1)"]
+    repeated = "1 call was repeated, and the picture went on there"
+    assert said(caught) == [f"the server {between.url} {why}; {repeated}"]
     assert caught[0].filename == __file__
     logged = [record.getMessage() for record in caplog.records if record.name == "ditforge.client"]
     assert logged == [f"{between.url} {why} during dit, step 1 of 4: {refusal[1]}"] * 3
@@ -122,8 +123,13 @@ def test_what_passes_is_repeated(
             UserError,
             "refuses .* dit, .*: latents has rank 5",
         ),
-        ((grpc.StatusCode.UNAUTHENTICATED, "no token"), UserError, "wants another token: no token"),
-        ((grpc.StatusCode.PERMISSION_DENIED, "not this one"), UserError, "wants another token: not this one"),
+        ((grpc.StatusCode.UNAUTHENTICATED, "no token"), UserError, "wants a token, and none was sent"),
+        ((grpc.StatusCode.PERMISSION_DENIED, "not you"), UserError, "refused this client: not you"),
+        (
+            (grpc.StatusCode.RESOURCE_EXHAUSTED, "SERVER: Sent message larger than max (5 vs. 4)"),
+            UserError,
+            "too large",
+        ),
         ((grpc.StatusCode.INTERNAL, "out of memory"), DitforgeError, "could not run dit, step 1 of 4: out of memory"),
         ((grpc.StatusCode.FAILED_PRECONDITION, "12ab"), UserError, "serves other engines than the picture .*: 12ab"),
     ],
@@ -183,7 +189,8 @@ def test_command_line_says_on_one_line_that_it_retried(between: Front, tmp_path:
     result = ditforge("generate", "a", "--url", between.url, "--seed", "0", "--out", "a.png", cwd=tmp_path)
     assert (result.code, result.out) == (0, "a.png\n")
     lines = [line for line in result.err.splitlines() if "repeated" in line]
-    assert lines == [f"warning: 1 call was repeated: {between.url} was busy (1)"]
+    went_on = "1 call was repeated, and the picture went on there"
+    assert lines == [f"warning: the server {between.url} was busy; {went_on}"]
 
 
 # what networks make

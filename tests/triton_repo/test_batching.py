@@ -8,15 +8,23 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 from command_line import PATIENCE, eventually
+from tritonclient.utils import np_to_triton_dtype
 
 from ditforge import manifest
 from ditforge.client.connection import Connection
-from ditforge.client.replica import encode
 from ditforge.client.settings import make_settings
 from ditforge.engines.verify import example
 
 USERS = 16
 LARGEST_BATCH = 8  # the repository's default
+
+
+def encode(name: str, value: np.ndarray) -> triton.InferInput:
+    """An input as Triton's client sends it; one number a sample as [B, 1]."""
+    value = value[:, None] if value.ndim == 1 else value
+    tensor = triton.InferInput(name, value.shape, np_to_triton_dtype(value.dtype))
+    tensor.set_data_from_numpy(value)
+    return tensor
 
 
 def test_requests_of_several_users_run_as_one(schnell, schnell_server) -> None:

@@ -1,0 +1,107 @@
+"""What servers answer, read and checked against what was asked: names, dtypes, shapes, and the bytes themselves.
+
+Nothing that a server sends is believed: it may be another program, another version, or broken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from google.protobuf.message import DecodeError
+from tritonclient.grpc import model_config_pb2, service_pb2 as pb
+
+from ditforge.model import Model
+
+Arrays = dict[str, np.ndarray]
+
+DTYPES = {"FP32": np.float32, "FP16": np.float16, "INT32": np.int32, "UINT8": np.uint8}
+EMBEDDINGS = ("prompt_embeds", "pooled_embeds")
+SPARE = 64 << 10  # bytes of an answer beside its tensors: names, shapes, parameters
+
+
+class WrongAnswer(Exception):
+    """A server answered, but not what it was asked; the text says what was expected and what came."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """An output as it should be: its dtype as Triton names it, and its shape, the batch first."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+def embeddings_of(config: model_config_pb2.ModelConfig) -> dict[str, Output]:
+    """The embeddings of one prompt, [1, …], as the DiT with that configuration takes them. Raises WrongAnswer."""
+    found = {}
+    for name in EMBEDDINGS:
+        (tensor,) = [tensor for tensor in config.input if tensor.name == name] or [None]
+        dtype = model_config_pb2.DataType.Name(tensor.data_type).removeprefix("TYPE_") if tensor else ""
+        if tensor is None or dtype not in DTYPES or not tensor.dims or min(tensor.dims) < 1:
+            raise WrongAnswer(f"its dit has no input {name} of fixed size in {' or '.join(DTYPES)}")
+        found[name] = Output(dtype, (1, *tensor.dims))
+    return found
+
+
+def expected_outputs(
+    name: str, inputs: Mapping[str, np.ndarray], model: Model, embeddings: Mapping[str, Output]
+) -> dict[str, Output]:
+    """What the model `name` makes of `inputs`, each with the batch first: the contract of docs/design.md.
+
+    dit: velocity, float32, as latents [B, C, h, w]. vae_decoder: image, uint8 [B, H, W, 3]. text_encoders and
+    text_encoders_clip: `embeddings`, and prompt_tokens, int32 [B, encoders].
+    """
+    batch = len(next(iter(inputs.values())))
+    if name == "dit":
+        return {"velocity": Output("FP32", inputs["latents"].shape)}
+    if name == "vae_decoder":
+        height, width = (size * model.vae_factor for size in inputs["latents"].shape[2:])
+        return {"image": Output("UINT8", (batch, height, width, 3))}
+    outputs = {key: Output(output.dtype, (batch, *output.shape[1:])) for key, output in embeddings.items()}
+    return {**outputs, "prompt_tokens": Output("INT32", (batch, len(model.max_tokens)))}
+
+
+def read_answer(data: bytes, expected: Mapping[str, Output]) -> Arrays:
+    """The outputs in the ModelInferResponse `data`. Raises WrongAnswer unless they are all of the expected ones."""
+    most = sum(output.bytes for output in expected.values()) + SPARE
+    if len(data) > most:  # before it is read: a message of many small parts takes many times its size in memory
+        raise WrongAnswer(f"{_listed(expected)} is at most {most} bytes, got {len(data)}")
+    try:
+        answer = pb.ModelInferResponse.FromString(data)
+    except DecodeError:
+        raise WrongAnswer(f"the {len(data)} bytes that came are no ModelInferResponse") from None
+    names = [output.name for output in answer.outputs]
+    if sorted(names) != sorted(expected):
+        raise WrongAnswer(f"expected {_listed(expected)}, got {_shown(names)}")
+    if len(answer.raw_output_contents) != len(names):
+        came = len(answer.raw_output_contents)
+        raise WrongAnswer(f"expected the contents of {len(names)} outputs ({_listed(expected)}), got {came}")
+    arrays = {}
+    for output, raw in zip(answer.outputs, answer.raw_output_contents, strict=True):
+        wanted = expected[output.name]
+        if (output.datatype, tuple(output.shape)) != (wanted.dtype, wanted.shape):
+            shape = _shown(list(output.shape))
+            raise WrongAnswer(f"{output.name}: expected {wanted}, got {output.datatype[:20]!a} {shape}")
+        if len(raw) != wanted.bytes:
+            raise WrongAnswer(f"{output.name}: expected {wanted}, which is {wanted.bytes} bytes, got {len(raw)} bytes")
+        arrays[output.name] = np.frombuffer(raw, DTYPES[wanted.dtype]).reshape(wanted.shape)
+    return arrays
+
+
+def _listed(expected: Mapping[str, Output]) -> str:
+    return ", ".join(f"{name} {output}" for name, output in expected.items())
+
+
+def _shown(values: list[str] | list[int]) -> str:
+    """Some of what a stranger sent, with nothing in it that a terminal would obey."""
+    return ascii([value[:40] if isinstance(value, str) else value for value in values[:8]]) + " …" * (len(values) > 8)

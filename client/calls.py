@@ -126,11 +126,12 @@ class Calls:
             wait = retries.wait(now)
             # A picture that no server has begun is not worth a long wait for one that has said that it ends.
             ending = not self._answered and all(failure.ending for failure in failures.values())
-            if ending and now - (retries.first or now) >= ENDING_WAIT:
+            left = ENDING_WAIT - (now - (retries.first or now)) if ending else float("inf")
+            if left <= 0:
                 raise gave_up(what, failures, unfit, retries, now)
             if wait is None and now < self._deadline:
                 raise gave_up(what, failures, unfit, retries, now)
-            self._cancelled.wait(wait or 0)
+            self._cancelled.wait(min(wait or 0, left))
 
     def _try(self, replica: Replica, name: str, inputs: Arrays) -> Arrays:
         """Raises Unfit where the server is not one of the picture's, CallFailed where it fails."""

@@ -104,10 +104,10 @@ class Connection:
                     errors[url] = connect_error(url, failure, self.settings)
             now = time.monotonic()
             wait = retries.wait(now)
-            short = ending and not lasting and now - (retries.first or now) >= ENDING_WAIT
-            if not passing or wait is None or short:
+            left = ENDING_WAIT - (now - (retries.first or now)) if ending and not lasting else float("inf")
+            if not passing or wait is None or left <= 0:
                 raise all_of(errors, "no server can be used")
-            time.sleep(wait)
+            time.sleep(min(wait, left))
 
     def _ask_all(self) -> dict[str, Served | Unfit | CallFailed]:
         """What the servers say when they are all asked at once, in their order, without those that take too long.

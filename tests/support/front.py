@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 from tritonclient.grpc import service_pb2 as pb, service_pb2_grpc
 
+METHODS = ("ModelInfer", "RepositoryIndex", "ModelReady", "ModelConfig", "ServerLive")
 Refusal = tuple[grpc.StatusCode, str]
 
 
@@ -24,15 +25,19 @@ class Call:
 
 
 @dataclass
-class Front(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """`refuse(CALL)` says with what to refuse the call of a model, None: it is passed on; `change` the answer then."""
+class Front:
+    """`refuse(CALL)` says with what to refuse the call of a model, None: it is passed on; `change` the answer then, or
+    returns the bytes to send instead. `configure` changes what it says of a model, and `ready` whether one is ready.
+    """
 
     stub: service_pb2_grpc.GRPCInferenceServiceStub
     url: str = ""
     calls: list[Call] = field(default_factory=list)
     asked: list[dict[str, str]] = field(default_factory=list)  # the metadata of calls of everything else
     refuse: Callable[[Call], Refusal | None] = lambda call: None
-    change: Callable[[Call, pb.ModelInferResponse], None] = lambda call, answer: None
+    change: Callable[[Call, pb.ModelInferResponse], bytes | None] = lambda call, answer: None
+    configure: Callable[[Any], None] = lambda config: None
+    ready: Callable[[], bool] = lambda: True
 
     def ModelInfer(self, request: Any, context: grpc.ServicerContext) -> Any:
         call = Call(request.model_name, dict(context.invocation_metadata()), context.time_remaining())
@@ -40,18 +45,19 @@ class Front(service_pb2_grpc.GRPCInferenceServiceServicer):
         if refusal := self.refuse(call):
             context.abort(*refusal)
         answer = self.stub.ModelInfer(request)
-        self.change(call, answer)
-        return answer
+        return self.change(call, answer) or answer
 
     def RepositoryIndex(self, request: Any, context: grpc.ServicerContext) -> Any:
         self.asked.append(dict(context.invocation_metadata()))
         return self.stub.RepositoryIndex(request)
 
     def ModelReady(self, request: Any, context: grpc.ServicerContext) -> Any:
-        return self.stub.ModelReady(request)
+        return self.stub.ModelReady(request) if self.ready() else pb.ModelReadyResponse(ready=False)
 
     def ModelConfig(self, request: Any, context: grpc.ServicerContext) -> Any:
-        return self.stub.ModelConfig(request)
+        answer = self.stub.ModelConfig(request)
+        self.configure(answer.config)
+        return answer
 
     def ServerLive(self, request: Any, context: grpc.ServicerContext) -> Any:
         return self.stub.ServerLive(request)
@@ -60,10 +66,19 @@ class Front(service_pb2_grpc.GRPCInferenceServiceServicer):
 @contextmanager
 def front(url: str) -> Iterator[Front]:
     """A Front before the server at `url`, on a free port."""
-    server = grpc.server(ThreadPoolExecutor(8))
+    server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.max_send_message_length", -1)])
     with grpc.insecure_channel(url) as channel:
         passes = Front(service_pb2_grpc.GRPCInferenceServiceStub(channel))
-        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(passes, server)
+        handlers = {
+            name: grpc.unary_unary_rpc_method_handler(
+                getattr(passes, name),
+                request_deserializer=getattr(pb, f"{name}Request").FromString,
+                response_serializer=lambda answer: answer if isinstance(answer, bytes) else answer.SerializeToString(),
+            )
+            for name in METHODS
+        }
+        generic = grpc.method_handlers_generic_handler("inference.GRPCInferenceService", handlers)
+        server.add_generic_rpc_handlers((generic,))
         passes.url = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         server.start()
         try:

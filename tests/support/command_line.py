@@ -64,8 +64,9 @@ def run_here(arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch, capfd: p
     finally:
         signal.signal(signal.SIGTERM, handler)
     printed = capfd.readouterr()
-    assert isinstance(ended.value.code, int)
-    return Result(ended.value.code, printed.out, printed.err)
+    code = ended.value.code or 0  # sys.exit(None) is how Python reports success
+    assert isinstance(code, int)
+    return Result(code, printed.out, printed.err)
 
 
 def assert_error(result: Result, *mentions: str | Path, code: int = 2) -> None:

@@ -34,22 +34,14 @@ TEXT_ENCODERS, TEXT_ENCODERS_CLIP = "text_encoders", "text_encoders_clip"  # the
 
 
 class Options(TypedDict, total=False):
-    """What `generate` takes beside the prompt; None means the model's default.
-
-    seed: 0 … 2^64 - 1, default random. steps: 1 … 1000. height, width: pixels. guidance: what the model makes of it.
-    sampler: a name in ditforge.client.sampling.SAMPLERS. callback: called once a step with a sampling.Step.
-    negative_prompt: what the picture should not be, for classifier-free guidance, whose scale is `guidance` in models
-    that were trained for it, and true_cfg in others (by default 1, off). skip_layer_guidance: a scale (by default 0).
-    t5: always, never or auto (where a prompt is not short and plain), for models that can do without it.
-    vae_tile: decode in tiles of this many pixels, which saves the server memory (by default, only as it has to).
-    """
+    """What `generate` takes beside the prompt; Client.generate says what each means."""
 
     seed: int | None
     steps: int | None
     height: int | None
     width: int | None
     guidance: float | None
-    sampler: str
+    sampler: str | None
     negative_prompt: str | None
     true_cfg: float | None
     skip_layer_guidance: float | None
@@ -71,9 +63,21 @@ def check_names(options: Options) -> None:
 class Client:
     """A connection to the server at `url` (HOST:PORT of gRPC), or to several of the same engines: a list of addresses.
 
-    Each picture begins at the next server, and goes on at another one where it fails. For the settings, timeouts in
-    seconds, a token and TLS, see ditforge.client.settings.ConnectionSettings. Also a context manager that closes it.
-    Raises UserError where no server with a model made by ditforge answers, DitforgeError where none is ready in time.
+    Each picture begins at the next server, and goes on at another one where it fails. Servers that are of no use are
+    warned of, as long as there is another. Also a context manager that closes the connection. Settings, by name:
+
+    timeout (1800 seconds): how long a picture may take, from its first call to its last.
+    connect_timeout (10 seconds): how long to wait until a server answers and is ready.
+    step_timeout (300 seconds): how long a server may take for one call (the text encoders, a step, the VAE).
+    retry_timeout (60 seconds): how long a call that failed is repeated, from its first failure on; 0: on each server
+        once.
+    keepalive (10 seconds): how often a server that is busy with a call is asked whether it lives.
+    keepalive_timeout (10 seconds): how long it may take to answer that.
+    token (None): sent with every call as a bearer token; without TLS it can be read on the way.
+    tls (None): a ditforge.client.TLS with the files of an encrypted connection; TLS() trusts public authorities.
+
+    Raises UserError for settings that cannot be, and where no server with a model made by ditforge answers;
+    DitforgeError where none is ready in time.
     """
 
     def __init__(self, url: str | Sequence[str] = DEFAULT_URL, **settings: Unpack[Settings]) -> None:
@@ -93,8 +97,23 @@ class Client:
         """A picture for a prompt, or a list of pictures for a list of prompts, made as one batch.
 
         The prompt number i gets the seed `seed` + i: each picture is the one that it would be alone. Each carries its
-        parameters in `info`. Raises UserError for an option that the model cannot take, and DitforgeError if servers
-        fail on the way for longer than calls are repeated, or the picture is not done within its time.
+        parameters in `info`. Options, by name; without them, or with None, the model's defaults:
+
+        seed: an integer from 0 to 2^64 - 1; by default random.
+        steps: an integer from 1 to 1000.
+        height, width: in pixels.
+        guidance: how strictly the prompt is followed, for models that take it.
+        sampler: "euler" (the default), "heun" or "dpmpp_2m".
+        negative_prompt: what the picture should not be; it needs classifier-free guidance above 1, which is `guidance`
+            in Stable Diffusion 3.5, and `true_cfg` in FLUX.1.
+        true_cfg: the scale of classifier-free guidance in models that have another one built in; by default 1, off.
+        skip_layer_guidance: its scale, for models that have it; by default 0, off.
+        t5: "always", "never", or "auto" (not for short and plain prompts), for models that can do without T5.
+        vae_tile: decode in tiles of that many pixels, which saves the server memory; by default, only as it has to.
+        callback: called once a step with a ditforge.client.sampling.Step, for a progress bar or a preview.
+
+        Raises UserError for an option that the model cannot take; DitforgeError if servers fail for longer than calls
+        are repeated or answer something else than they were asked, or the picture is not done within its time.
         """
         images = self._generate([prompt] if isinstance(prompt, str) else prompt, options)
         return images[0] if isinstance(prompt, str) else images
@@ -112,7 +131,7 @@ class Client:
             height=options.get("height"),
             width=options.get("width"),
             guidance=options.get("guidance"),
-            sampler=options.get("sampler", DEFAULT_SAMPLER),
+            sampler=options.get("sampler") or DEFAULT_SAMPLER,
             negative_prompt=options.get("negative_prompt"),
             true_cfg=options.get("true_cfg"),
             skip_layer_guidance=options.get("skip_layer_guidance"),
@@ -137,8 +156,8 @@ class Client:
 class AsyncClient:
     """`Client` for asyncio: `async with AsyncClient(url) as client: await client.generate(…)`.
 
-    Each picture is made in a thread of its own. Cancelling the task ends the wait at once, and the loop in the thread
-    before its next step, or the next tile that it decodes.
+    Settings and options are those of `Client`. Each picture is made in a thread of its own. Cancelling the task ends
+    the wait at once, and the loop in the thread before its next step, or the next tile that it decodes.
     """
 
     def __init__(self, url: str | Sequence[str] = DEFAULT_URL, **settings: Unpack[Settings]) -> None:

@@ -140,7 +140,7 @@ def find_sampler(name: str) -> Sampler:
     """The sampler called `name` in SAMPLERS; raises UserError, with the closest name, where there is none."""
     if name in SAMPLERS:
         return SAMPLERS[name]
-    close = get_close_matches(name.lower(), SAMPLERS, n=1) or ["euler"]
+    close = get_close_matches(str(name).lower(), SAMPLERS, n=1) or ["euler"]
     raise UserError(
         f"unknown sampler {name!r}, known are {', '.join(SAMPLERS)}",
         option(f'sampler="{close[0]}"', f"--sampler {close[0]}"),

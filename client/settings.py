@@ -25,7 +25,7 @@ PYTHON_ONLY = ("keepalive", "keepalive_timeout")  # without an option on the com
 
 
 class Settings(TypedDict, total=False):
-    """What `Client` takes beside addresses; see ConnectionSettings."""
+    """What `Client` takes beside addresses; its docstring says what each means."""
 
     timeout: float
     connect_timeout: float
@@ -41,12 +41,7 @@ class Settings(TypedDict, total=False):
 class ConnectionSettings:
     """Addresses (HOST:PORT of gRPC) of one server, or of several that serve the same engines, and times in seconds.
 
-    timeout: for a picture, from the first call to the last. connect_timeout: until a server says what it serves, and is
-    ready to. step_timeout: for each call of a model (the text encoders, a step, the VAE), which then is repeated.
-    retry_timeout: how long after its first failure a call is repeated; 0: on each server once. keepalive: how often a
-    server that is busy with a call is asked whether it still lives, and keepalive_timeout: how long it may take to
-    answer. token: sent with every call as a bearer token (RFC 6750); without TLS it can be read on the way. tls: None
-    for connections that are not encrypted.
+    `Client` says what each setting means. The token is a bearer token (RFC 6750).
 
     Raises UserError for what cannot be.
     """

@@ -55,6 +55,7 @@ Port = Annotated[int, typer.Option(help="The gRPC port; 0 picks a free one.")]
 Host = Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 for all.")]
 URL_HELP = "A server's gRPC port, by default localhost:8001; again for others that serve the same engines."
 Urls = Annotated[list[str] | None, typer.Option("--url", metavar="HOST:PORT", help=URL_HELP)]
+TLS_HELP = "Encrypt the connection, and trust the public authorities; not needed beside the next three."
 Log = Annotated[Path | None, typer.Option(help="The server's log file; by default a temporary file.")]
 Grace = Annotated[float, typer.Option(metavar="SECONDS", help="What pictures in the middle get when the server stops.")]
 HttpPort = Annotated[int | None, typer.Option(help="Open Triton's HTTP port too; see docs/security.md first.")]
@@ -344,27 +345,31 @@ def generate(
     vae_tile: Annotated[
         int | None, typer.Option(help="Decode in tiles of this many pixels, to save memory; by default as need be.")
     ] = None,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="How long all of it may take.")] = 1800,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How long the picture may take, from the first call to the last.")
+    ] = 1800,
     connect_timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", help="How long to wait until a server answers and is ready.")
+        float, typer.Option(metavar="SECONDS", help="How long to wait at first until a server answers and is ready.")
     ] = 10,
     step_timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", help="How long a server may take for one step, before it is repeated.")
+        float,
+        typer.Option(metavar="SECONDS", help="How long a server may take for one call; then the call is repeated."),
     ] = 300,
     retry_timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", help="How long a step that failed is repeated; 0: on each server once.")
+        float,
+        typer.Option(metavar="SECONDS", help="How long a failed call is repeated, at all servers; 0: at each once."),
     ] = 60,
     token_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The token that the server wants is in this file.")
+        Path | None, typer.Option(metavar="FILE", help="A file with the token that the server wants, and nothing else.")
     ] = None,
-    tls: Annotated[bool, typer.Option("--tls", help="Encrypt the connection; so do the next three.")] = False,
+    tls: Annotated[bool, typer.Option("--tls", help=TLS_HELP)] = False,
     tls_ca: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Certificates to check the server's against, in PEM.")
+        Path | None, typer.Option(metavar="FILE", help="PEM: encrypt, and trust who signed these certificates.")
     ] = None,
     tls_cert: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Our own certificate, for a server that asks for it, in PEM.")
+        Path | None, typer.Option(metavar="FILE", help="PEM: our own certificate, for a server that asks for it.")
     ] = None,
-    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="The key to our certificate, in PEM.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="PEM: the key to our certificate.")] = None,
 ) -> None:
     """A picture for a prompt, from a running server, or from several: where one fails, it goes on at another.
 

@@ -20,6 +20,7 @@ from ditforge.client.failures import (
     gave_up,
     other_engines,
     short,
+    stopping,
     too_late,
     wrong_answer,
 )
@@ -56,6 +57,7 @@ class Calls:
             self._headers["ditforge-engines"] = served.engines
         self._answered = False
         self._repeats: Counter[tuple[tuple[tuple[str, str], ...], str]] = Counter()
+        self._asked: dict[str, Served] = {}  # what the servers serve that were asked for this picture
         self._wrong: dict[str, DitforgeError] = {}  # servers that gave a wrong answer, and are asked no more
 
     @property
@@ -68,8 +70,11 @@ class Calls:
         """Which servers failed, where the picture went on, and how many calls were repeated; empty where none was."""
         parts = []
         for (failures, there), count in self._repeats.items():
-            failed = " and ".join(f"the server {url} {reason}" for url, reason in failures)
-            where = "there" if [url for url, _ in failures] == [there] else f"at {there}"
+            reasons: dict[str, list[str]] = {}
+            for url, reason in failures:
+                reasons.setdefault(url, []).append(reason)
+            failed = " and ".join(f"the server {url} {' and '.join(said)}" for url, said in reasons.items())
+            where = "there" if list(reasons) == [there] else f"at {there}"
             calls = "1 call was" if count == 1 else f"{count} calls were"
             parts.append(f"{failed}; {calls} repeated, and the picture went on {where}")
         return "; then ".join(parts)
@@ -128,7 +133,7 @@ class Calls:
             ending = not self._answered and all(failure.ending for failure in failures.values())
             left = ENDING_WAIT - (now - (retries.first or now)) if ending else float("inf")
             if left <= 0:
-                raise gave_up(what, failures, unfit, retries, now)
+                raise stopping(failures, unfit)
             if wait is None and now < self._deadline:
                 raise gave_up(what, failures, unfit, retries, now)
             self._cancelled.wait(min(wait or 0, left))
@@ -141,10 +146,13 @@ class Calls:
         except CallFailed as failed:
             if failed.failure.reason is None:
                 raise Unfit(connect_error(replica.url, failed.failure, self._settings)) from failed
-            raise
+            if not failed.failure.ending or replica.url not in self._asked:
+                raise
+            served = self._asked[replica.url]  # it ends, but it lets the pictures in the middle be finished
         wanted = short(self._served.engines)
         if not served.makes_the_same(self._served):
             raise Unfit(other_engines(replica.url, wanted, short(served.engines)), served.engines)
+        self._asked[replica.url] = served
         try:
             return replica.infer(name, inputs, served, self._headers, self._deadline)
         except CallFailed as failed:

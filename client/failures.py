@@ -131,14 +131,17 @@ def gave_up(
     each += [error.problem for error in unfit.values()]
     seconds = now - (now if retries.first is None else retries.first)
     tried = f" ({retries.tries} tries in {seconds:.0f} s)" if retries.tries > 1 else ""
-    if failures and all(failure.ending for failure in failures.values()):
-        each = [f"{url} is stopping: it begins no more pictures" for url in failures]
-        each += [error.problem for error in unfit.values()]
-        return DitforgeError("; ".join(each), "ask another server, or start it again and repeat the request")
     waits = f"{option('retry_timeout=300')} waits longer for a server that starts"
     if len(each) == 1:
         return DitforgeError(f"the server at {each[0]}{tried}", f"start it again, and repeat the request; {waits}")
     return DitforgeError(f"no server is left{tried}: {'; '.join(each)}", f"start them again, and repeat it; {waits}")
+
+
+def stopping(failures: Mapping[str, Failure], unfit: Mapping[str, DitforgeError]) -> DitforgeError:
+    """No server has begun the picture, and those that could say that they end."""
+    each = [f"{url} is stopping: it begins no more pictures" for url in failures]
+    each += [error.problem for error in unfit.values()]
+    return DitforgeError("; ".join(each), "ask another server, or start it again and repeat the request")
 
 
 def too_late(what: str, failures: Mapping[str, Failure], timeout: float) -> DitforgeError:

@@ -345,19 +345,15 @@ def generate(
     vae_tile: Annotated[
         int | None, typer.Option(help="Decode in tiles of this many pixels, to save memory; by default as need be.")
     ] = None,
-    timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", help="How long the picture may take, from the first call to the last.")
-    ] = 1800,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="How long the pictures may take in all.")] = 1800,
     connect_timeout: Annotated[
         float, typer.Option(metavar="SECONDS", help="How long to wait at first until a server answers and is ready.")
     ] = 10,
     step_timeout: Annotated[
-        float,
-        typer.Option(metavar="SECONDS", help="How long a server may take for one call; then the call is repeated."),
+        float, typer.Option(metavar="SECONDS", help="How long a server may take for a call, before it is repeated.")
     ] = 300,
     retry_timeout: Annotated[
-        float,
-        typer.Option(metavar="SECONDS", help="How long a failed call is repeated, at all servers; 0: at each once."),
+        float, typer.Option(metavar="SECONDS", help="How long a call that failed is repeated; 0: at each server once.")
     ] = 60,
     token_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A file with the token that the server wants, and nothing else.")

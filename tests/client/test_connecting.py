@@ -12,10 +12,10 @@ from pathlib import Path
 import grpc
 import pytest
 from command_line import PATIENCE, run_here
-from front import Front, front
-from replicas import lasting_port
+from front import Call, Front, Refusal, front
+from replicas import at_step, lasting_port
 
-from ditforge.client import Client, calls, connection
+from ditforge.client import Client, calls, connection, replica
 from ditforge.errors import DitforgeError, DitforgeWarning
 from ditforge.triton_repo.server import Server
 
@@ -113,6 +113,27 @@ def test_new_picture_at_a_server_that_is_stopping(between: Front) -> None:
         with pytest.raises(DitforgeError, match=f"^{between.url} is stopping: it begins no more pictures\n"):
             client.generate("a", **SMALL)
         assert time.monotonic() - started < PATIENCE / 2
+
+
+def test_picture_in_the_middle_at_a_server_that_is_stopping(
+    between: Front, schnell_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is finished there, also where the server is asked what it serves, after a pause between two steps."""
+    monkeypatch.setattr(replica, "HEARD_LATELY", 0.0)
+    with Client(schnell_server.url) as client:
+        alone = client.generate("a", **SMALL).tobytes()
+    pictures: set[str] = set()
+
+    def refuse(call: Call) -> Refusal | None:
+        return None if call.headers.get("ditforge-picture") in pictures else STOPPING
+
+    def stop() -> None:
+        pictures.update(call.headers["ditforge-picture"] for call in between.calls)
+        between.ready, between.refuse = lambda: False, refuse
+
+    with warnings.catch_warnings(), Client(between.url) as client:
+        warnings.simplefilter("error", DitforgeWarning)
+        assert client.generate("a", callback=at_step(1, stop), **SMALL).tobytes() == alone
 
 
 def test_every_server_is_stopping(between: Front, another: Front) -> None:

@@ -132,7 +132,7 @@ def test_out_that_cannot_be_written(refused, schnell_server: Server, tmp_path: P
 
 @pytest.mark.parametrize("url", ["localhost", "http://localhost:8001", ":8001", "localhost:", "localhost:99999", "a:²"])
 def test_url(refused, url: str) -> None:
-    refused("generate", "a", "--url", url, mentions=(repr(url), "HOST:PORT", "--url localhost:8001"))
+    refused("generate", "a", "--url", url, mentions=(repr(url), "HOST:PORT", "--url ", ":8001"))
 
 
 def test_no_server(refused) -> None:

@@ -234,7 +234,7 @@ def test_tiles_have_no_seam_where_a_cut_has_one(decoded: list[Decoded]) -> None:
 def test_tiles_that_cannot_be(model: dict, tile: object, problem: str, fix: str) -> None:
     with pytest.raises(UserError, match=problem) as error:
         ask(MODEL.model_copy(update=model), tile)
-    assert error.value.fix == fix
+    assert error.value.fix.split(" (in Python: ")[0] == fix
 
 
 def test_a_tile_is_used_where_the_picture_is_larger() -> None:

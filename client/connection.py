@@ -110,13 +110,12 @@ class Connection:
             time.sleep(min(wait, left))
 
     def _ask_all(self) -> dict[str, Served | Unfit | CallFailed]:
-        """What the servers say when they are all asked at once, in their order, without those that take too long.
+        """What the servers say when they are all asked at once, in their order.
 
-        Once one has said what it serves, the others get OTHERS seconds more.
+        Once one has said what it serves, the others get OTHERS seconds more; those that take longer are not in it.
         """
         answers: dict[str, Served | Unfit | CallFailed] = {}
         heard = threading.Condition()
-        until = time.monotonic() + self.settings.connect_timeout
 
         def ask(replica: Replica) -> None:
             answer: Served | Unfit | CallFailed
@@ -126,8 +125,11 @@ class Connection:
                 if isinstance(problem, CallFailed):
                     replica.failed()
                 answer = problem
-            except DitforgeError as closed:
-                answer = Unfit(closed)
+            except (
+                DitforgeError,
+                ValueError,
+            ) as closed:  # which gRPC raises once the channel is closed
+                answer = Unfit(DitforgeError(str(closed)))
             with heard:
                 answers[replica.url] = answer
                 heard.notify()
@@ -137,8 +139,7 @@ class Connection:
         with heard:
             while len(answers) < len(self._replicas):
                 if any(isinstance(answer, Served) for answer in answers.values()):
-                    until = min(until, time.monotonic() + OTHERS)
-                    heard.wait_for(lambda: len(answers) == len(self._replicas), until - time.monotonic())
+                    heard.wait_for(lambda: len(answers) == len(self._replicas), OTHERS)
                     break
                 heard.wait()
             return {replica.url: answers[replica.url] for replica in self._replicas if replica.url in answers}

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -85,7 +85,7 @@ class Served:
     model: Model
     max_batch: int
     engines: str
-    embeddings: Mapping[str, Output] = field(default_factory=dict)
+    embeddings: Mapping[str, Output]
 
     def makes_the_same(self, other: Served) -> bool:
         """Whether a picture that began at one server can go on at the other, and be the same."""
@@ -194,6 +194,8 @@ class Replica:
             raise Unfit(UserError(f"the model dit at {self.url} was not made by ditforge", START_SERVER))
         try:
             model = Model.model_validate_json(config.parameters[MODEL_PARAMETER].string_value)
+            if unreadable := [name for name in (model.name, *model.max_tokens) if not name.isprintable()]:
+                raise WrongAnswer(f"{unreadable[0]!a} is no name")  # warnings show it, and the progress bar
             embeddings = embeddings_of(config)
         except (ValidationError, WrongAnswer) as error:
             what = first_of(error) if isinstance(error, ValidationError) else str(error)

@@ -60,7 +60,7 @@ def generate(
 def bar() -> Progress:
     """Step, time of the last step, time left."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # a model's name, as the server has it
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[each]}"),

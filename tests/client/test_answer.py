@@ -217,6 +217,8 @@ def described(**changes: Any) -> Callable[[Any], None]:
         ("skip_layers", {"blocks": 1 << 40, "layers": [], "scale": 1, "start": 0, "stop": 1}),
         ("name", "a" * 10_000),
         ("unheard_of", 1),
+        ("name", "name\x1b[31m"),
+        ("max_tokens", {"max_tokens\n": 77, "t5": 40}),
     ],
 )
 def test_description_that_is_nonsense(between: Front, path: str, value: object) -> None:

@@ -14,7 +14,8 @@ from command_line import assert_error, run_here
 from proxy import make_certificates
 
 from ditforge.client import TLS, AsyncClient, Client
-from ditforge.client.settings import ConnectionSettings, make_settings, read_token
+from ditforge.client.client import Options
+from ditforge.client.settings import ConnectionSettings, Settings, make_settings, read_token
 from ditforge.errors import UserError
 
 
@@ -226,3 +227,10 @@ def test_command_line(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     assert_error(run_here(["generate", "a", *arguments], monkeypatch, capfd), *mentions)
+
+
+def test_help_says_what_each_setting_and_option_means() -> None:
+    for documented, known in ((Client, Settings), (Client.generate, Options)):
+        lines = [line.strip() for line in (documented.__doc__ or "").splitlines()]
+        explained = {name for line in lines for name in re.match(r"([\w, ]*)", line.partition(" (")[0])[0].split(", ")}
+        assert set(known.__annotations__) <= explained

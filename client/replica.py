@@ -6,9 +6,10 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -24,6 +25,7 @@ from ditforge.client.tls import TLS
 from ditforge.errors import DitforgeError, UserError
 from ditforge.model import Model
 
+T = TypeVar("T")
 MODEL_PARAMETER, ENGINES_PARAMETER = "ditforge_model", "ditforge_engines"
 NEEDED = ("text_encoders", "dit", "vae_decoder")
 SERVICE = "inference.GRPCInferenceService"
@@ -110,7 +112,7 @@ class Replica:
         """
         served = self._served
         if served is None or time.monotonic() - self._heard > HEARD_LATELY:
-            served = self._ask(timeout)
+            served = aside(self._ask, timeout).result()
             self._served, self._heard = served, time.monotonic()
         return served
 
@@ -210,22 +212,28 @@ class Replica:
 
         gRPC for Python would never tell of an answer that it cannot read.
         """
-        channel, ended = self._open(), SimpleQueue[grpc.Future]()
+        channel, ended = self._open(), SimpleQueue[object]()
         request = encode(name, inputs).SerializeToString()
-        running = channel.unary_unary(f"/{SERVICE}/ModelInfer").future(request, timeout, tuple(headers.items()))
-        running.add_done_callback(ended.put)
+
+        def begin() -> grpc.Future:
+            call = channel.unary_unary(f"/{SERVICE}/ModelInfer").future(request, timeout, tuple(headers.items()))
+            call.add_done_callback(ended.put)
+            return call
+
+        begun = aside(begin)
+        begun.add_done_callback(lambda ready: ready.exception() and ended.put(ready))
         try:
             while True:
                 try:
                     ended.get(timeout=self._settings.keepalive)
                     break
                 except Empty:
-                    self._check_alive(channel)
+                    aside(self._check_alive, channel).result()
         except BaseException:  # Ctrl-C too: the server need not go on
-            running.cancel()
+            begun.add_done_callback(lambda ready: ready.exception() or ready.result().cancel())
             raise
         try:
-            data: bytes = running.result()
+            data: bytes = begun.result().result()
         except grpc.RpcError as error:
             raise CallFailed(failure_of(error)) from error
         except grpc.FutureCancelledError as error:  # the channel was closed meanwhile
@@ -241,6 +249,24 @@ class Replica:
         except grpc.RpcError as error:
             if failure_of(error).status == "DEADLINE_EXCEEDED":
                 raise CallFailed(Failure("DEADLINE_EXCEEDED", f"no sign of life for {timeout:g} s")) from error
+
+
+def aside(function: Callable[..., T], *args: Any) -> Future[T]:
+    """What a function gives, from a thread of its own, which Ctrl-C does not interrupt.
+
+    A call of gRPC's that is interrupted while it begins counts as one that never ends, and closing its channel waits
+    for it for ever.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def credentials(tls: TLS) -> grpc.ChannelCredentials:

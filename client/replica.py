@@ -220,8 +220,12 @@ class Replica:
             call.add_done_callback(ended.put)
             return call
 
+        def failed(ready: Future[grpc.Future]) -> None:
+            if ready.exception():
+                ended.put(ready)
+
         begun = aside(begin)
-        begun.add_done_callback(lambda ready: ready.exception() and ended.put(ready))
+        begun.add_done_callback(failed)
         try:
             while True:
                 try:

@@ -15,7 +15,7 @@ import logging
 import re
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,9 +26,10 @@ import grpc
 from tritonclient.grpc import service_pb2 as pb
 
 from ditforge.triton_repo import wire
-from ditforge.triton_repo.limits import BadRequest, Limits, shown
+from ditforge.triton_repo.limits import BadRequest, shown
 from ditforge.triton_repo.metrics import Metrics
 from ditforge.triton_repo.pictures import Pictures
+from ditforge.triton_repo.served import ServedModel, message_limit
 
 SERVICE, HEALTH = "/inference.GRPCInferenceService/", "/grpc.health.v1.Health/Check"
 INFER = f"{SERVICE}ModelInfer"
@@ -39,15 +40,21 @@ DESCRIBING = {
     "ModelStatistics": pb.ModelStatisticsRequest,
     "ModelReady": pb.ModelReadyRequest,
 }  # the methods that are forwarded, and their messages
-PROBES = {f"{SERVICE}ServerLive", f"{SERVICE}ServerReady", f"{SERVICE}ModelReady", HEALTH}  # which need no token
+LIVE, READY = f"{SERVICE}ServerLive", f"{SERVICE}ServerReady"
+PROBES = {LIVE, READY, HEALTH}  # which are answered without their message, and however many others there are
+OPEN = {*PROBES, f"{SERVICE}ModelReady"}  # which need no token
 PICTURE_KEY, ENGINES_KEY = "ditforge-picture", "ditforge-engines"  # in a request's metadata
 SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"  # grpc.health.v1.HealthCheckResponse: field 1 is the status
-MOST_AT_ONCE = 512  # requests that are read and answered; one more is refused
-MOST_OF_ONE = 128  # of them over one connection
+MOST_AT_ONCE = 512  # requests that are read and answered, probes aside; one more is refused
+MOST_OF_ONE = 128  # requests over one connection; gRPC lets clients wait with one more
+MOST_BYTES = 256 << 20  # of all requests for models that are read, and of all that are answered
+LEAST_READERS = 4  # requests that are read at once, however large they may be
+ARRIVAL = 30.0  # seconds within which the message of a request has to arrive
 PING_INTERVAL = 5_000  # ms: clients may ask as often whether the connection lives
 LONGEST_MESSAGE = 1000  # characters of an error; gRPC loses those that are too long
 LONGEST_QUESTION = 4096  # bytes of a message that asks about the server or a model
-WINDOW = 4 << 20  # bytes that a client may send ahead of what is read
+WINDOW = 256 << 10  # bytes of a message that a client may send before it is read
+STUB = re.compile(r"Stub process '(.+?)_\d+_\d+'")  # Triton's name of a model's process, as it complains of one
 PATH = re.compile(r"(?<![\w.])/(?:[^\s/:'\",;()]+/)+[^\s:'\",;()]*")
 Status = grpc.StatusCode
 log = logging.getLogger(__name__)
@@ -67,35 +74,43 @@ class Front(grpc.GenericRpcHandler):
     """Answers clients: itself, or by Triton where `channel` leads to one that is ready.
 
     `models` has what each model takes; `engines` is the digest of the engines, empty where nobody knows it; `token`
-    is what clients have to send, if anything; `forgone` is the folder of words about requests that nobody waits for;
-    the models in `spoiling` give outputs that are not numbers where they fail.
+    is what clients have to send, if anything; `forgone` is the folder of words about requests that nobody waits for.
+    `doubted` gets the name of a model whose process Triton complains of.
     """
 
-    models: dict[str, Limits]
+    models: dict[str, ServedModel]
     engines: str
     token: bytes | None
     metrics: Metrics
     forgone: Path
-    spoiling: frozenset[str] = frozenset()
     channel: grpc.aio.Channel | None = None
     stopping: bool = False
     pictures: Pictures = field(default_factory=Pictures)
+    doubted: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
+    calls: int = 0  # that are being answered, probes aside
+    held: int = 0  # bytes of the requests that are being answered
+
+    def __post_init__(self) -> None:
+        self.readers = asyncio.Semaphore(max(MOST_BYTES // message_limit(self.models), LEAST_READERS))
 
     def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
-        """The handler of a method: bytes in, bytes out."""
+        """The handler of a method: bytes in, bytes out; it reads the message itself, once there is room for it."""
         metadata = dict(call.invocation_metadata or ())
         if not self.may_call(call.method, metadata):
-            return grpc.stream_unary_rpc_method_handler(refuse)  # which does not wait for the message
-        return grpc.unary_unary_rpc_method_handler(partial(self.answer, call.method, metadata))
+            return grpc.stream_unary_rpc_method_handler(refuse)
+        return grpc.stream_unary_rpc_method_handler(partial(self.answer, call.method, metadata))
 
     async def answer(
-        self, method: str, metadata: dict[str, Any], data: bytes, context: grpc.aio.ServicerContext
+        self, method: str, metadata: dict[str, Any], messages: object, context: grpc.aio.ServicerContext
     ) -> bytes:
         """The answer to a call, or a status in words."""
         try:
-            if method == INFER:
-                return await self.infer(data, metadata, context)
-            return await self.tell(method, data)
+            if method in PROBES:
+                return await self.probe(method)
+            with self.call():
+                if method == INFER:
+                    return await self.infer(metadata, context)
+                return await self.tell(method, await arrived(context.read()))
         except Refused as refused:
             status, message = refused.status, refused.message
         except BadRequest as error:
@@ -103,35 +118,66 @@ class Front(grpc.GenericRpcHandler):
         except grpc.aio.AioRpcError as error:
             status, message = self.of_triton(error)
         except Exception:
+            if context.done():  # the client has gone while its message was read
+                raise asyncio.CancelledError from None
             log.exception("the front failed in %s", method)
             status, message = Status.INTERNAL, "the server failed; its log says why"
         if context.done():  # nobody hears it
             raise asyncio.CancelledError
-        await context.abort(status, message[:LONGEST_MESSAGE])
+        try:
+            await context.abort(status, message[:LONGEST_MESSAGE])
+        except grpc.aio.InternalError:  # nobody has heard it
+            raise asyncio.CancelledError from None
         raise AssertionError("abort() raises")
 
     def may_call(self, method: str, metadata: dict[str, Any]) -> bool:
         """Whether the caller has the token, or asks for no more than whether the server lives."""
-        if self.token is None or method in PROBES:
+        if self.token is None or method in OPEN:
             return True
         sent = metadata.get("authorization", "")
         sent = sent.encode() if isinstance(sent, str) else sent
         return hmac.compare_digest(sent, b"Bearer " + self.token)
 
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """While a call is read and answered. Raises Refused where there are too many."""
+        if self.calls >= MOST_AT_ONCE:
+            raise Refused(Status.RESOURCE_EXHAUSTED, "the server answers as many requests as it can; ask again later")
+        self.calls += 1
+        try:
+            yield
+        finally:
+            self.calls -= 1
+
+    @contextlib.contextmanager
+    def holding(self, size: int) -> Iterator[None]:
+        """While a request of `size` bytes is answered. Raises Refused where they are too many in all."""
+        if self.held and self.held + size > MOST_BYTES:
+            raise Refused(Status.RESOURCE_EXHAUSTED, "the server holds as many requests as it can; ask again later")
+        self.held += size
+        try:
+            yield
+        finally:
+            self.held -= size
+
+    async def probe(self, method: str) -> bytes:
+        """Whether the server lives, or is ready."""
+        if method == LIVE:
+            return pb.ServerLiveResponse(live=True).SerializeToString()
+        ready = await self.is_ready(READY, b"")
+        if method == HEALTH:
+            return SERVING if ready else NOT_SERVING
+        return pb.ServerReadyResponse(ready=ready).SerializeToString()
+
     async def tell(self, method: str, data: bytes) -> bytes:
         """What is asked about the server or a model. Raises Refused for methods that clients have no business in."""
         name = method.removeprefix(SERVICE)
-        if name == "ServerLive":
-            return pb.ServerLiveResponse(live=True).SerializeToString()
         if len(data) > LONGEST_QUESTION and (name in DESCRIBING or name == "RepositoryIndex"):
             raise BadRequest(f"a question has at most {LONGEST_QUESTION} bytes, got {len(data)}")
         if name in DESCRIBING:  # Triton reads nothing that is no message
             data = wire.parse(data, DESCRIBING[name]).SerializeToString()
-        if name in ("ServerReady", "ModelReady") or method == HEALTH:
-            ready = await self.is_ready(method, data)
-            if method == HEALTH:
-                return SERVING if ready else NOT_SERVING
-            return pb.ServerReadyResponse(ready=ready).SerializeToString()  # field 1, as in ModelReadyResponse
+        if name == "ModelReady":
+            return pb.ModelReadyResponse(ready=await self.is_ready(method, data)).SerializeToString()
         if name == "RepositoryIndex":
             state = "UNAVAILABLE" if self.channel is None else "READY"
             listed = [pb.RepositoryIndexResponse.ModelIndex(name=m, version="1", state=state) for m in self.models]
@@ -143,17 +189,16 @@ class Front(grpc.GenericRpcHandler):
         raise Refused(Status.UNIMPLEMENTED, "this server has no such method")
 
     async def is_ready(self, method: str, data: bytes) -> bool:
-        """Whether new pictures can be made; in ModelReady, whether that model can be asked."""
+        """Triton's answer to the question whether it, or a model, is ready; no while new pictures cannot be begun."""
         if self.stopping or self.channel is None:
             return False
-        asked = method if method == f"{SERVICE}ModelReady" else f"{SERVICE}ServerReady"
         try:
-            answer = await self.forward(asked, data if asked == f"{SERVICE}ModelReady" else b"", timeout=5)
+            answer = await self.forward(method, data, timeout=5)
         except grpc.aio.AioRpcError as error:
             if error.code() in (Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED, Status.CANCELLED):
                 return False
             raise
-        return bool(pb.ServerReadyResponse.FromString(answer).ready)
+        return bool(pb.ServerReadyResponse.FromString(answer).ready)  # field 1, as in ModelReadyResponse
 
     async def forward(self, method: str, data: bytes, timeout: float | None) -> bytes:
         """Triton's answer. Raises Refused while there is no Triton."""
@@ -162,19 +207,19 @@ class Front(grpc.GenericRpcHandler):
         call: Callable[..., Awaitable[bytes]] = self.channel.unary_unary(method)
         return await call(data, timeout=timeout)
 
-    async def infer(self, data: bytes, metadata: dict[str, Any], context: grpc.aio.ServicerContext) -> bytes:
+    async def infer(self, metadata: dict[str, Any], context: grpc.aio.ServicerContext) -> bytes:
         """A model's outputs for a request that the model takes."""
-        request = wire.parse(data, pb.ModelInferRequest)
+        request, raw = wire.parse_infer(await arrived(self.receive(context)))
         name, picture = request.model_name, metadata.get(PICTURE_KEY)
         if name not in self.models:
             raise Refused(Status.NOT_FOUND, f"there is no model {shown(name)}; there are {', '.join(self.models)}")
         begun, outcome = time.monotonic(), Status.INTERNAL
         try:
-            wire.check(request, self.models[name])
+            wire.check(request, raw, self.models[name])
             self.admit(picture, metadata.get(ENGINES_KEY))
-            with self.pictures.request(picture):
-                answer = await self.run_model(request, data, context.time_remaining())
-            if name in self.spoiling and wire.is_spoilt(answer):
+            with self.holding(sum(map(len, raw))), self.pictures.request(picture):
+                answer = await self.run_model(request, raw, context.time_remaining())
+            if self.models[name].spoils and wire.is_spoilt(answer):
                 raise Refused(outcome, f"the engines of {name} failed; the server's log says why")
             outcome = Status.OK
             return answer
@@ -196,19 +241,25 @@ class Front(grpc.GenericRpcHandler):
         finally:
             self.metrics.answered(name, outcome.name, time.monotonic() - begun)
 
-    async def run_model(self, request: pb.ModelInferRequest, data: bytes, left: float | None) -> bytes:
-        """Triton's answer to the request, whose message is `data`. Raises Refused after `left` seconds.
+    async def receive(self, context: grpc.aio.ServicerContext) -> object:
+        """The message of a call, once no more than some others are read."""
+        async with self.readers:
+            return await context.read()
+
+    async def run_model(self, request: pb.ModelInferRequest, raw: list[memoryview], left: float | None) -> bytes:
+        """Triton's answer to the request with these raw contents, which are let go of. Raises Refused after `left` s.
 
         A request that Triton itself sees cancelled, or run out of time, can end Triton with SIGSEGV (2.51 does; see
         https://github.com/triton-inference-server/server/issues/8034). So it sees neither: the front waits no longer,
         leaves a word with the request's name for the models, which do not execute it, and lets Triton finish with it.
         """
-        name = uuid4().hex
-        # Protobuf joins messages that follow each other; the last one of two names counts.
-        added = pb.ModelInferRequest(id=name)
+        asked, name = request.id, uuid4().hex
+        request.id = name
         if left is not None:
-            added.parameters["timeout"].int64_param = max(int(left * 1e6), 1)
-        running = asyncio.ensure_future(self.forward(INFER, data + added.SerializeToString(), timeout=None))
+            request.parameters["timeout"].int64_param = max(int(left * 1e6), 1)
+        message = wire.message(request, raw)
+        raw.clear()  # what came from the wire need not stay until the answer
+        running = asyncio.ensure_future(self.forward(INFER, message, timeout=None))
         running.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody may be left to ask
         try:
             answer = await asyncio.wait_for(asyncio.shield(running), left)
@@ -219,7 +270,8 @@ class Front(grpc.GenericRpcHandler):
             if not running.done():
                 self.forgo(name, running)
             raise
-        return answer + pb.ModelInferResponse(id=request.id).SerializeToString()
+        # Protobuf joins messages that follow each other; the last one of two names counts.
+        return answer + pb.ModelInferResponse(id=asked).SerializeToString()
 
     def forgo(self, name: str, running: asyncio.Future[bytes]) -> None:
         """Nobody waits for the request of this name any more: tell the models, until Triton is done with it."""
@@ -253,6 +305,8 @@ class Front(grpc.GenericRpcHandler):
             return Status.DEADLINE_EXCEEDED, "the request waited for as long as its deadline allows"
         if "shared memory pool" in line:
             return Status.INTERNAL, "the server's /dev/shm is too small for this request: docker run --shm-size"
+        if stub := STUB.search(line):
+            self.doubted.put_nowait(stub[1])
         gone = "is not healthy" in line or "no available versions" in line or "Stub process" in line
         if gone or status is Status.UNAVAILABLE:
             return Status.UNAVAILABLE, "the models are starting again; repeat the request"
@@ -267,22 +321,37 @@ class Front(grpc.GenericRpcHandler):
         return active
 
 
-async def refuse(request_iterator: object, context: grpc.aio.ServicerContext) -> None:
-    """The answer to callers without the token."""
+async def arrived(reading: Awaitable[object]) -> bytes:
+    """The message of a call. Raises Refused where it does not come in time, BadRequest where there is none."""
+    message = asyncio.ensure_future(reading)
+    message.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+    await asyncio.wait([message], timeout=ARRIVAL)
+    if not message.done():  # it ends with the call
+        raise Refused(Status.DEADLINE_EXCEEDED, f"the message of the request did not arrive within {ARRIVAL:g} s")
+    data = message.result()
+    if not isinstance(data, bytes):
+        raise BadRequest("the call has no message")
+    return data
+
+
+async def refuse(messages: object, context: grpc.aio.ServicerContext) -> None:
+    """The answer to callers without the token, which does not wait for their message."""
     await context.abort(Status.UNAUTHENTICATED, "this server wants a token: authorization: Bearer TOKEN")
 
 
-def make_server(front: Front, limit: int) -> grpc.aio.Server:
-    """A gRPC server that refuses messages of more than `limit` bytes before it has read them."""
+def make_server(front: Front) -> grpc.aio.Server:
+    """A gRPC server that refuses messages larger than any of the models takes before it has read them."""
     options = [
         ("grpc.so_reuseport", 0),  # else two servers could share a port, and each get half of the requests
-        ("grpc.max_receive_message_length", limit),
+        ("grpc.max_receive_message_length", message_limit(front.models)),
         ("grpc.max_send_message_length", -1),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", PING_INTERVAL),
         ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.keepalive_time_ms", 60_000),  # a client's machine that is gone frees its connection
+        ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.max_connection_idle_ms", 600_000),
         ("grpc.max_concurrent_streams", MOST_OF_ONE),
         ("grpc.http2.bdp_probe", 0),  # which lets the window of a connection grow without bound
         ("grpc.http2.lookahead_bytes", WINDOW),
     ]
-    return grpc.aio.server(handlers=[front], options=options, maximum_concurrent_rpcs=MOST_AT_ONCE)
+    return grpc.aio.server(handlers=[front], options=options)

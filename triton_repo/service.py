@@ -22,26 +22,25 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
-from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2
 
 from ditforge.errors import DitforgeError, UserError
-from ditforge.triton_repo import tritonserver, wire
-from ditforge.triton_repo.config import ENGINES_PARAMETER
+from ditforge.triton_repo import tritonserver
 from ditforge.triton_repo.front import Front, make_server
 from ditforge.triton_repo.metrics import Metrics
 from ditforge.triton_repo.serve_options import ServeOptions, read_file
+from ditforge.triton_repo.served import read_models
 from ditforge.triton_repo.tritonserver import Triton
 
 T = TypeVar("T")
 Report = Callable[..., None]  # an event, and what is to be said of it
 BACKOFF = (0.0, 0.5, 1.0, 2.0, 4.0)  # seconds before each restart in a row
+DOUBT = 2.0  # seconds in which a process that Triton complains of shows that it has died
 STABLE = 30.0  # seconds of service after which a death is not in a row with the last one
 log = logging.getLogger(__name__)
 
 
 class Stop(Exception):
-    """The service is to end, after pictures in the middle got `grace` seconds."""
+    """The service is to end, after unfinished pictures got `grace` seconds."""
 
     def __init__(self, grace: float) -> None:
         super().__init__(grace)
@@ -51,16 +50,16 @@ class Stop(Exception):
 async def serve(options: ServeOptions, report: Report, stopped: asyncio.Future[float]) -> None:
     """Serve until `stopped` has a result. Raises DitforgeError where that cannot be, or Triton dies again and again.
 
-    Reported are `listening` (with `port` and `metrics_port`), `ready`, `died` and `draining`.
+    Reported are `listening` (with `port` and `metrics_port`), `ready`, `died`, `draining`, and `stopped` (with
+    `unfinished`, how many pictures were cut off).
     """
-    models = wire.read_limits(options.repo)
+    models, engines = read_models(options.repo)
     metrics = Metrics(models)
     tritonserver.sweep()
     prefix = f"{tritonserver.namespace()}{os.getpid()}-"
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=tritonserver.SHM))
-    front = Front(models, engines_of(options.repo), token_of(options), metrics, folder / tritonserver.FORGONE)
-    front.spoiling = wire.read_spoiling(options.repo)
-    server = make_server(front, wire.message_limit(models))
+    front = Front(models, engines, token_of(options), metrics, folder / tritonserver.FORGONE)
+    server = make_server(front)
     try:
         port = listen(server, options)
         await server.start()
@@ -97,14 +96,15 @@ async def keep_running(
             front.metrics.ready.set(1)
             since = loop.time()
             report("ready")
-            process, how = await unless(stopped, triton.died())
+            process, end = await unless(stopped, first_of(triton.died(), triton.fell_silent(), hangs(front)))
             deaths = 0 if loop.time() - since >= STABLE else deaths
-            what = f"the process of the model {process} has died" if process in front.models else f"{process} has died"
-            problem = DitforgeError(f"{what}: {how}", f"look at the log, {options.log}")
+            what = f"the process of the model {process}" if process in front.models else process
+            problem = DitforgeError(f"{what} {end}", f"look at the log, {options.log}")
         except Stop as stop:
-            report("draining", message="pictures in the middle are finished" if front.pictures.asked() else "")
+            report("draining", message=stopping(front.pictures.asked(), stop.grace))
             if front.channel is not None:  # a Triton that has lost a model never finishes them
                 await first_of(front.drain(stop.grace), triton.died())
+            report("stopped", unfinished=front.pictures.asked())
             await triton.stop()
             return
         except DitforgeError as error:
@@ -129,13 +129,30 @@ async def keep_running(
             await asyncio.wait_for(asyncio.shield(stopped), wait)
 
 
-async def first_of(*waiting: Coroutine[Any, Any, object]) -> None:
-    """Until one of them has come to its end; the others are cancelled."""
+async def hangs(front: Front) -> tuple[str, str]:
+    """Wait until Triton complains of a model's process that then has not died: it is stopped, or waits for ever."""
+    while not front.doubted.empty():  # of the Triton before this one
+        front.doubted.get_nowait()
+    model = await front.doubted.get()
+    await asyncio.sleep(DOUBT)
+    return model, "does not answer any more"
+
+
+def stopping(pictures: int, grace: float) -> str:
+    """What people read when the server is to end; nothing where it does at once."""
+    if not pictures:
+        return ""
+    what = "1 unfinished picture gets" if pictures == 1 else f"{pictures} unfinished pictures get"
+    return f"stopping: {what} up to {grace:g} s; Ctrl-C again stops at once"
+
+
+async def first_of(*waiting: Coroutine[Any, Any, T]) -> T:
+    """What the first of them gives that comes to its end; the others are cancelled."""
     tasks = [asyncio.ensure_future(one) for one in waiting]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
+        results = [task.result() for task in done]  # which raises what any of them did
+        return results[0]
     finally:
         for task in tasks:
             task.cancel()
@@ -174,15 +191,6 @@ def listen(server: grpc.aio.Server, options: ServeOptions) -> int:
     return port
 
 
-def engines_of(repository: Path) -> str:
-    """The digest of the engines that a repository holds; empty where it was not made by ditforge."""
-    file = repository / "dit" / "config.pbtxt"
-    if not file.is_file():
-        return ""
-    config = text_format.Parse(file.read_text(), model_config_pb2.ModelConfig())
-    return config.parameters[ENGINES_PARAMETER].string_value if ENGINES_PARAMETER in config.parameters else ""
-
-
 def token_of(options: ServeOptions) -> bytes | None:
     """The token that clients have to send, if any."""
     return read_file(options.token_file) if options.token_file else None
@@ -206,6 +214,10 @@ def main() -> None:
     except DitforgeError as error:
         report("failed", problem=error.problem, fix=error.fix, user=isinstance(error, UserError))
         sys.exit(1)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        report("failed", problem=f"{error.strerror or error}{where}", fix=f"look at the log, {options.log}", user=False)
+        raise
 
 
 async def obey(options: ServeOptions, report: Report) -> None:

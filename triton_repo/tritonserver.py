@@ -30,7 +30,9 @@ from ditforge.triton_repo.serve_options import ServeOptions
 FORGONE = "forgone"  # a folder of words about requests that nobody waits for, beside the sockets
 SHM = Path("/dev/shm")  # where glibc's shm_open(3) keeps its regions
 PREFIX = "ditforge-triton-"
-READY = "/inference.GRPCInferenceService/ServerReady"
+READY, LIVE = "/inference.GRPCInferenceService/ServerReady", "/inference.GRPCInferenceService/ServerLive"
+SILENCE = 30.0  # seconds without an answer after which Triton is taken for stuck
+ASKED_EVERY = 5.0  # seconds
 UNLOADING = 5  # seconds that Triton gets to unload its models, once all requests are answered
 LAST_WORDS = 3  # seconds that Triton gets to say why a model's process ended while it was loaded
 CLOSED = "model-repository,shared-memory,trace,logging"  # what clients have no business in, in Triton's names
@@ -118,8 +120,19 @@ class Triton:
         await any_ended([self.process.pid, *self.models])
         for pid, model in self.models.items():  # where Triton itself has ended, its models soon follow
             if (how := how_it_ended(pid)) and how_it_ended(self.process.pid) is None:
-                return model, how
-        return "tritonserver", how_it_ended(self.process.pid) or "it ended"
+                return model, f"has died: {how}"
+        return "tritonserver", f"has died: {how_it_ended(self.process.pid) or 'it ended'}"
+
+    async def fell_silent(self) -> tuple[str, str]:
+        """Wait until Triton, which lives, has not answered for SILENCE seconds. Returns as died() does."""
+        assert self.channel is not None
+        while True:
+            try:
+                await self.channel.unary_unary(LIVE)(b"", timeout=SILENCE)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    return "tritonserver", f"did not answer for {SILENCE:g} s"
+            await asyncio.sleep(ASKED_EVERY)
 
     async def stop(self) -> None:
         """End it: by SIGTERM where all of it lives, so that models are unloaded, and by SIGKILL after a few seconds."""

@@ -6,31 +6,20 @@ Source: https://github.com/triton-inference-server/common/blob/main/protobuf/grp
 from __future__ import annotations
 
 import struct
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
-from google.protobuf import text_format
 from google.protobuf.message import DecodeError, Message
-from tritonclient.grpc import model_config_pb2, service_pb2
+from tritonclient.grpc import service_pb2
 
-from ditforge.triton_repo.config import LIMITS_PARAMETER, MEMBER_PARAMETER
-from ditforge.triton_repo.limits import (
-    DTYPES,
-    ITEM_BYTES,
-    Axis,
-    BadRequest,
-    InputLimits,
-    Limits,
-    check_batches,
-    is_finite,
-    shown,
-)
+from ditforge.triton_repo.limits import DTYPES, ITEM_BYTES, BadRequest, Limits, check_batches, is_finite, shown
+from ditforge.triton_repo.served import ServedModel
 
 M = TypeVar("M", bound=Message)
-UNBOUNDED = 64 << 20  # bytes of a request to a model that somebody else made, which says nothing of its largest
 MOST_FIELDS = 200  # parts of a message: inputs, outputs, parameters, raw contents
-ENVELOPE = 64 << 10  # bytes of a message beside its tensors
+LARGEST_HEAD = 1 << 20  # bytes of a message beside its raw contents
+RAW_CONTENTS = 7 << 3 | 2  # the tag of raw_input_contents
 CONTENTS = {
     "FP64": "fp64_contents",
     "FP32": "fp32_contents",
@@ -48,29 +37,6 @@ CONTENTS = {
 PARAMETERS = {"timeout", "priority"}  # of a request; all others of Triton's reach into the server
 
 
-def read_limits(repository: Path) -> dict[str, Limits]:
-    """The limits of each model of a repository, by name. Models that were not made by ditforge have those of Triton."""
-    found = {}
-    for file in sorted(repository.glob("*/config.pbtxt")):
-        config = text_format.Parse(file.read_text(), model_config_pb2.ModelConfig())
-        name = config.name or file.parent.name
-        if LIMITS_PARAMETER in config.parameters:
-            found[name] = Limits.model_validate_json(config.parameters[LIMITS_PARAMETER].string_value)
-        else:
-            found[name] = generic_limits(config)
-    return found
-
-
-def read_spoiling(repository: Path) -> frozenset[str]:
-    """The models whose failures are outputs that are not numbers: members of ensembles, and the ensembles."""
-    found = set()
-    for file in sorted(repository.glob("*/config.pbtxt")):
-        config = text_format.Parse(file.read_text(), model_config_pb2.ModelConfig())
-        if MEMBER_PARAMETER in config.parameters or config.platform == "ensemble":
-            found.add(config.name or file.parent.name)
-    return frozenset(found)
-
-
 def is_spoilt(data: bytes) -> bool:
     """Whether an output in the ModelInferResponse `data` has a NaN or an infinity in it."""
     response = service_pb2.ModelInferResponse.FromString(data)
@@ -79,61 +45,81 @@ def is_spoilt(data: bytes) -> bool:
     return not all(is_finite(np.frombuffer(raw, dtype)) for dtype, raw in pairs if np.issubdtype(dtype, np.floating))
 
 
-def generic_limits(config: model_config_pb2.ModelConfig) -> Limits:
-    """What a configuration alone says of a model's inputs."""
-    inputs = {}
-    for tensor in config.input:
-        dtype = model_config_pb2.DataType.Name(tensor.data_type).removeprefix("TYPE_").replace("STRING", "BYTES")
-        axes = tuple(Axis(least=max(dim, 0), most=dim if dim >= 0 else UNBOUNDED) for dim in tensor.dims)
-        inputs[tensor.name] = InputLimits(dtype=dtype, shapes=(axes,))
-    return Limits(max_batch=config.max_batch_size, inputs=inputs)
-
-
-def message_limit(models: dict[str, Limits]) -> int:
-    """The most bytes of a message that any of the models takes: that of the largest picture served."""
-    sizes = [UNBOUNDED if is_generic(limits) else limits.request_bytes for limits in models.values()]
-    return max(sizes) + ENVELOPE
-
-
-def is_generic(limits: Limits) -> bool:
-    """Whether a model says nothing of the sizes that it takes."""
-    return any(axis.most >= UNBOUNDED for one in limits.inputs.values() for shape in one.shapes for axis in shape)
-
-
 def parse(data: bytes, kind: type[M]) -> M:
-    """The message of that kind in `data`. Raises BadRequest if there is none, or one of absurdly many parts."""
-    check_fields(data)
+    """The message of that kind in `data`. Raises BadRequest if there is none."""
     try:
         return kind.FromString(data)
     except DecodeError:
         raise BadRequest(f"the message is not a {kind.DESCRIPTOR.name}") from None
 
 
-def check_fields(data: bytes) -> None:
-    """Raise BadRequest if the message `data` has more than MOST_FIELDS parts: millions of empty ones take gigabytes.
+def parse_infer(data: bytes) -> tuple[service_pb2.ModelInferRequest, list[memoryview]]:
+    """The ModelInferRequest in `data` without its raw contents, and these, not copied.
 
-    Source: https://protobuf.dev/programming-guides/encoding
+    Raises BadRequest if there is none, or one of absurdly many or large parts: millions of empty ones, which a parser
+    would make, take gigabytes. Source: https://protobuf.dev/programming-guides/encoding
     """
-    position = 0
-    for _ in range(MOST_FIELDS):
-        if position >= len(data):
-            return
-        tag, position = varint(data, position)
-        if (kind := tag & 7) == 0:
-            _, position = varint(data, position)
-        elif kind == 2:
-            length, position = varint(data, position)
-            position += length
-        elif kind in (1, 5):
-            position += 8 if kind == 1 else 4
+    view, head, raw = memoryview(data), bytearray(), list[memoryview]()
+    for number, (tag, start, content, end) in enumerate(parts(data)):
+        if number == MOST_FIELDS:
+            raise BadRequest(f"a message has at most {MOST_FIELDS} inputs, outputs and parameters")
+        if tag == RAW_CONTENTS:
+            raw.append(view[content:end])
         else:
-            return  # it is no message, which the parser finds out
-    if position < len(data):
-        raise BadRequest(f"a message has at most {MOST_FIELDS} inputs, outputs and parameters")
+            head += view[start:end]
+        if len(head) > LARGEST_HEAD:
+            raise BadRequest(
+                f"a message has at most {LARGEST_HEAD} bytes beside its raw contents:"
+                " send large tensors in raw_input_contents"
+            )
+    request = parse(bytes(head), service_pb2.ModelInferRequest)
+    if request.raw_input_contents:  # by a tag that is written in another way than ours
+        raise BadRequest("the message is not a ModelInferRequest")
+    return request, raw
+
+
+def message(request: service_pb2.ModelInferRequest, raw: Sequence[memoryview]) -> bytes:
+    """The ModelInferRequest with its raw contents, written anew: nothing is forwarded as a stranger wrote it."""
+    written = [request.SerializeToString()]
+    for content in raw:
+        written += [bytes([RAW_CONTENTS]), as_varint(len(content)), content]
+    return b"".join(written)
+
+
+def as_varint(value: int) -> bytes:
+    """A number in as many bytes as it needs: seven bits in each, the lowest first; the eighth says that more follow."""
+    written = bytearray()
+    while value > 0x7F:
+        written.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*written, value])
+
+
+def parts(data: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """The parts of a message: the tag, and where the part, its content and what follows begin.
+
+    Raises BadRequest where that is no message.
+    """
+    start = 0
+    while start < len(data):
+        tag, content = varint(data, start)
+        if (kind := tag & 7) == 0:
+            _, end = varint(data, content)
+        elif kind == 2:
+            length, content = varint(data, content)
+            end = content + length
+        elif kind in (1, 5):
+            end = content + (8 if kind == 1 else 4)
+        else:
+            end = len(data) + 1
+        if end > len(data):
+            raise BadRequest("the message is not a ModelInferRequest")
+        yield tag, start, content, end
+        start = end
 
 
 def varint(data: bytes, position: int) -> tuple[int, int]:
-    """The number of variable length at `position`, and the position after it."""
+    """The number of variable length at `position`, and the position after it; beyond the end if there is none."""
     value = shift = 0
     while position < len(data) and shift < 70:
         byte = data[position]
@@ -142,19 +128,20 @@ def varint(data: bytes, position: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, position
         shift += 7
-    return value, len(data)
+    return value, len(data) + 1
 
 
-def check(request: service_pb2.ModelInferRequest, limits: Limits) -> None:
-    """Raise BadRequest unless the request is one that the model with these limits takes."""
+def check(request: service_pb2.ModelInferRequest, raw: Sequence[memoryview], served: ServedModel) -> None:
+    """Raise BadRequest unless the request, with these raw contents, is one that the model takes."""
     if refused := sorted(set(request.parameters) - PARAMETERS):
         raise BadRequest(f"parameters of a request are {', '.join(sorted(PARAMETERS))}, got {shown(refused[0])}")
     for tensor in (*request.inputs, *request.outputs):
         if tensor.parameters:
             name = sorted(tensor.parameters)[0]
             raise BadRequest(f"{shown(tensor.name)} has the parameter {shown(name)}: tensors travel in the message")
+    limits = served.limits
     limits.check_names([tensor.name for tensor in request.inputs])
-    raw = request.raw_input_contents
+    served.check_outputs([tensor.name for tensor in request.outputs])
     if raw and len(raw) != len(request.inputs):
         raise BadRequest(f"there are {len(request.inputs)} inputs and {len(raw)} raw contents")
     batches = set()
@@ -184,7 +171,7 @@ def count(tensor: service_pb2.ModelInferRequest.InferInputTensor) -> int:
     return elements
 
 
-def from_raw(tensor: service_pb2.ModelInferRequest.InferInputTensor, raw: bytes) -> np.ndarray | None:
+def from_raw(tensor: service_pb2.ModelInferRequest.InferInputTensor, raw: memoryview) -> np.ndarray | None:
     """The values of a tensor that came as raw bytes, not copied; None for BF16. Raises BadRequest if they are wrong."""
     elements = count(tensor)
     if tensor.datatype == "BYTES":
@@ -197,7 +184,7 @@ def from_raw(tensor: service_pb2.ModelInferRequest.InferInputTensor, raw: bytes)
     return np.frombuffer(raw, DTYPES[tensor.datatype])
 
 
-def split_texts(name: str, raw: bytes, elements: int) -> list[bytes]:
+def split_texts(name: str, raw: memoryview, elements: int) -> list[bytes]:
     """The texts in `raw`: each has its length before it, in four bytes, little-endian."""
     texts: list[bytes] = []
     start = 0
@@ -207,7 +194,7 @@ def split_texts(name: str, raw: bytes, elements: int) -> list[bytes]:
         (length,) = struct.unpack_from("<I", raw, start)
         if start + 4 + length > len(raw):
             break
-        texts.append(raw[start + 4 : start + 4 + length])
+        texts.append(bytes(raw[start + 4 : start + 4 + length]))
         start += 4 + length
     if start != len(raw) or len(texts) != elements:
         raise BadRequest(f"{name} does not hold {elements} texts, each after its length in four bytes")

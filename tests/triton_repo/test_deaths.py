@@ -92,6 +92,30 @@ def test_a_process_that_dies_comes_back(server: Server, events: list[str], victi
     assert metrics(server)["ditforge_ready"] == 1
 
 
+def test_a_model_that_is_stopped_is_started_again(server: Server, events: list[str]) -> None:
+    """Its process lives, and Triton says for ever that it is not healthy."""
+    told = len(events)
+    model_processes(server)["dit"].send_signal(signal.SIGSTOP)
+    with pytest.raises(grpc.RpcError) as caught:
+        stub(server.url).ModelInfer(GOOD, timeout=60)
+    said(caught.value, "UNAVAILABLE")
+    eventually(lambda: len(events) > told + 1)
+    assert re.match(r"the process of the model dit does not answer any more; starting again\b", events[told])
+    assert events[told + 1 :] == ["ready again"]
+    assert stub(server.url).ModelInfer(GOOD, timeout=60)
+
+
+def test_a_triton_that_is_stopped_is_started_again(server: Server, events: list[str]) -> None:
+    told = len(events)
+    tritonserver(server).send_signal(signal.SIGSTOP)
+    eventually(lambda: not is_ready(server))
+    with InferenceServerClient(server.url) as client:
+        assert client.is_server_live()
+    eventually(lambda: len(events) > told + 1)
+    assert re.fullmatch(r"tritonserver did not answer for 30 s; starting again( in .* s)?", events[told])
+    assert stub(server.url).ModelInfer(GOOD, timeout=60)
+
+
 def test_metrics_are_tritons_too(server: Server) -> None:
     stub(server.url).ModelInfer(GOOD, timeout=60)
     found = metrics(server)
@@ -124,7 +148,7 @@ def test_a_process_that_dies_while_it_is_loaded(tmp_path: Path) -> None:
         model_processes(running)["slow"].kill()
         eventually(lambda: answers(running.url, "slow"), 60)
     # Triton notices some such deaths itself, and ends.
-    assert re.search(r"tritonserver (lost the process of the model|was not ready)", "".join(events))
+    assert re.search(r"tritonserver (lost the process of (a|the) model|was not ready)", "".join(events))
 
 
 def test_it_stops_at_once_while_it_is_starting_again(tmp_path: Path) -> None:
@@ -223,8 +247,12 @@ def test_no_more_file_descriptors(server: Server) -> None:
             limit(process, "nofile", process.num_fds() + 2)
         with opened(server, 60):
             time.sleep(0.5)
-            with pytest.raises(grpc.RpcError):
-                stub(server.url).ModelInfer(GOOD, timeout=3)
+            # A channel that shares no connection with those of tests before.
+            with (
+                grpc.insecure_channel(server.url, [("grpc.use_local_subchannel_pool", 1)]) as alone,
+                pytest.raises(grpc.RpcError),
+            ):
+                alone.unary_unary("/inference.GRPCInferenceService/ModelInfer")(GOOD.SerializeToString(), timeout=3)
         eventually(lambda: front.num_fds() < used + 20)
         with Client(server.url) as client:
             client.generate("a", seed=0, steps=2)

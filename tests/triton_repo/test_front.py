@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +12,13 @@ import grpc
 import numpy as np
 import psutil
 import pytest
+from command_line import PATIENCE, eventually
 from hostile import dit_inputs, output, prompt, refused, request, said, stub
 from python_models import CAREFUL, infer, model_processes, socket_of, tensor, tritonserver, write_models
 from tritonclient.grpc import InferenceServerClient, service_pb2 as pb
 
 from ditforge.client import Client
+from ditforge.triton_repo import wire
 from ditforge.triton_repo.server import Server, start
 
 GOOD = request("dit", dit_inputs())
@@ -225,7 +228,8 @@ def changed(change) -> pb.ModelInferRequest:
         (lambda r: r.raw_input_contents.append(b""), "5 inputs and 6 raw contents"),
         (lambda r: r.inputs[0].contents.fp32_contents.append(1), "contents of both kinds"),
         (lambda r: setattr(r, "model_version", "2"), ""),
-        (lambda r: r.outputs.add(name="nothing"), ""),
+        (lambda r: r.outputs.add(name="nothing"), "the outputs are velocity, each at most once, got 'nothing'"),
+        (lambda r: [r.outputs.add(name="velocity") for _ in range(2)], "each at most once, got 'velocity', 'velocity'"),
     ],
 )
 def test_requests_that_contradict_themselves(server: Server, change, words: str) -> None:
@@ -258,6 +262,80 @@ def test_millions_of_empty_parts(server: Server, part: bytes) -> None:
         call(GOOD.SerializeToString() + part * 2_000_000, timeout=60)
     assert "a message has at most 200 inputs, outputs and parameters" in said(caught.value, "INVALID_ARGUMENT")
     assert memory(server) < before + (64 << 20)
+
+
+def test_large_tensors_as_lists_and_parts_within_parts(server: Server) -> None:
+    """Millions of numbers in a list, or of parameters in one input: a second in which nobody else is answered."""
+    typed = request("dit", dit_inputs())
+    typed.ClearField("raw_input_contents")
+    typed.inputs[0].contents.int_contents.extend([1] * 2_000_000)
+    nested = pb.ModelInferRequest(model_name="dit").SerializeToString() + part_of(5, b"\x22\x00" * 2_000_000)
+    call = grpc.insecure_channel(server.url).unary_unary("/inference.GRPCInferenceService/ModelInfer")
+    before = memory(server)
+    for data in (typed.SerializeToString(), nested):
+        with pytest.raises(grpc.RpcError) as caught:
+            call(data, timeout=60)
+        assert "at most 1048576 bytes beside its raw contents: send large" in said(caught.value, "INVALID_ARGUMENT")
+    assert memory(server) < before + (64 << 20)
+
+
+def part_of(number: int, content: bytes) -> bytes:
+    """A part of a message, with any content."""
+    return bytes([number << 3 | 2]) + wire.as_varint(len(content)) + content
+
+
+def test_a_tag_that_is_written_in_another_way(server: Server) -> None:
+    """Seven bits of nothing before the end of the number: a parser takes the part for raw contents, and so must we."""
+    made = request("dit", dit_inputs())
+    raw = [bytes(content) for content in made.raw_input_contents]
+    made.ClearField("raw_input_contents")
+    written = b"".join(b"\xba\x00" + part_of(7, content)[1:] for content in raw)
+    call = grpc.insecure_channel(server.url).unary_unary("/inference.GRPCInferenceService/ModelInfer")
+    answer = pb.ModelInferResponse.FromString(call(made.SerializeToString() + written, timeout=60))
+    assert output(answer) == output(stub(server.url).ModelInfer(GOOD, timeout=60))
+
+
+def test_calls_without_a_message_hold_nobody_up_for_long(server: Server) -> None:
+    """All slots are taken by calls whose message never comes: probes are answered, others refused, until they end."""
+    alone = [("grpc.use_local_subchannel_pool", 1)]
+    channels = [grpc.insecure_channel(server.url, alone) for _ in range(6)]
+    release = threading.Event()
+    method = "/inference.GRPCInferenceService/ModelInfer"
+    silent = [
+        channel.stream_unary(method).future(iter(release.wait, True), timeout=120)
+        for channel in channels
+        for _ in range(100)
+    ]
+    try:
+        eventually(lambda: any(call.done() and call.code().name == "RESOURCE_EXHAUSTED" for call in silent))
+        with InferenceServerClient(server.url) as client:
+            assert client.is_server_live() and client.is_server_ready()
+        words = refused(server.url, GOOD, "RESOURCE_EXHAUSTED")
+        assert words == "the server answers as many requests as it can; ask again later"
+        for call in silent:
+            assert call.exception(PATIENCE).code().name in ("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")
+        assert stub(server.url).ModelInfer(GOOD, timeout=60)
+    finally:
+        release.set()
+        for channel in channels:
+            channel.close()
+
+
+def test_many_large_requests_at_once(server: Server) -> None:
+    """A hundred of six megabytes took 2.7 GB: each was there several times."""
+    large = request("vae_encoder", {"image": np.zeros((8, 512, 512, 3), np.uint8)})
+    before, calls = memory_of_the_front(server), [stub(server.url) for _ in range(8)]
+    with ThreadPoolExecutor(100) as pool:
+        answers = [pool.submit(calls[i % 8].ModelInfer, large, timeout=2) for i in range(100)]
+        most = 0
+        while not all(answer.done() for answer in answers):
+            most = max(most, memory_of_the_front(server))
+            time.sleep(0.02)
+    assert most < before + (1 << 30)
+
+
+def memory_of_the_front(server: Server) -> int:
+    return psutil.Process(server.pid).memory_info().rss
 
 
 def test_a_model_that_is_not_there(server: Server) -> None:

@@ -1,0 +1,88 @@
+"""What the front knows of the models of a repository, before it asks Triton for any: read from their configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.protobuf import text_format
+from pydantic import ValidationError
+from tritonclient.grpc import model_config_pb2 as pb
+
+from ditforge.errors import UserError
+from ditforge.triton_repo.config import ENGINES_PARAMETER, LIMITS_PARAMETER, MEMBER_PARAMETER
+from ditforge.triton_repo.limits import Axis, BadRequest, InputLimits, Limits, shown
+
+UNBOUNDED = 64 << 20  # bytes of a request to a model that somebody else made, which says nothing of its largest
+ENVELOPE = 64 << 10  # bytes of a message beside its tensors
+AGAIN = "ditforge repo ENGINE_DIR --out {}"
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What one model takes and gives. `spoils`: where it fails, its outputs are no numbers, and there is no error."""
+
+    limits: Limits
+    outputs: tuple[str, ...]
+    spoils: bool = False
+
+    def check_outputs(self, names: Sequence[str]) -> None:
+        """Raise BadRequest unless `names` are outputs of the model, each named once; none means all of them."""
+        if set(names) - set(self.outputs) or len(set(names)) < len(names):
+            got = ", ".join(map(shown, names[:5]))
+            raise BadRequest(f"the outputs are {', '.join(self.outputs)}, each at most once, got {got}")
+
+    @property
+    def message_bytes(self) -> int:
+        """The most bytes of a request that it takes."""
+        inputs = self.limits.inputs.values()
+        if any(axis.most >= UNBOUNDED for one in inputs for shape in one.shapes for axis in shape):
+            return UNBOUNDED + ENVELOPE
+        return self.limits.request_bytes + ENVELOPE
+
+
+def read_models(repository: Path) -> tuple[dict[str, ServedModel], str]:
+    """The models of a repository by name, and the digest of its engines, empty where it was not made by ditforge.
+
+    Models that were not made by ditforge have the limits of their configuration alone. Raises UserError, which names
+    the file, where one is broken or missing.
+    """
+    models, engines = {}, ""
+    for file in sorted(repository.glob("*/config.pbtxt")):
+        fix = AGAIN.format(repository)
+        try:
+            config = text_format.Parse(file.read_bytes(), pb.ModelConfig())
+            limits = limits_in(config)
+        except (text_format.ParseError, UnicodeDecodeError) as error:
+            raise UserError(f"{file} is no configuration of a model: {error}", fix) from None
+        except ValidationError as error:
+            what = f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
+            raise UserError(f"the parameter {LIMITS_PARAMETER} in {file} cannot be read: {what}", fix) from None
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror}", fix) from None
+        folder, spoils = file.parent, MEMBER_PARAMETER in config.parameters or config.platform == "ensemble"
+        if config.backend == "python" and not any(folder.glob("[1-9]*/model.py")):
+            raise UserError(f"the model {folder.name} has no code: there is no {folder / '1' / 'model.py'}", fix)
+        outputs = tuple(tensor.name for tensor in config.output)
+        models[config.name or folder.name] = ServedModel(limits, outputs, spoils)
+        if ENGINES_PARAMETER in config.parameters:
+            engines = config.parameters[ENGINES_PARAMETER].string_value
+    return models, engines
+
+
+def limits_in(config: pb.ModelConfig) -> Limits:
+    """The limits that a configuration holds, or those that follow from what it says of the model's inputs."""
+    if LIMITS_PARAMETER in config.parameters:
+        return Limits.model_validate_json(config.parameters[LIMITS_PARAMETER].string_value)
+    inputs = {}
+    for tensor in config.input:
+        dtype = pb.DataType.Name(tensor.data_type).removeprefix("TYPE_").replace("STRING", "BYTES")
+        axes = tuple(Axis(least=max(dim, 0), most=dim if dim >= 0 else UNBOUNDED) for dim in tensor.dims)
+        inputs[tensor.name] = InputLimits(dtype=dtype, shapes=(axes,))
+    return Limits(max_batch=config.max_batch_size, inputs=inputs)
+
+
+def message_limit(models: dict[str, ServedModel]) -> int:
+    """The most bytes of a message that any of the models takes: that of the largest picture served."""
+    return max(model.message_bytes for model in models.values())

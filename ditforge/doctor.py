@@ -48,11 +48,12 @@ def extra_for(module: str) -> str | None:
 
 def lines(rows: Iterable[tuple[str, str, str]], columns: int | None) -> Iterator[str]:
     """Rows of findings() for a terminal of so many columns (None: no terminal); what to do has lines of its own."""
-    width = max(columns or WIDE, 2 * NAMES)
-    options = {"width": width - 1, "break_long_words": False, "break_on_hyphens": False}
+    wrapper = textwrap.TextWrapper(max(columns or WIDE, 2 * NAMES) - 1, break_long_words=False, break_on_hyphens=False)
     for what, here, fix in rows:
-        yield from textwrap.wrap(here, initial_indent=what.ljust(NAMES), subsequent_indent=" " * NAMES, **options)
-        yield from textwrap.wrap(fix, initial_indent="  fix: ", subsequent_indent=" " * 7, **options)
+        wrapper.initial_indent, wrapper.subsequent_indent = what.ljust(NAMES), " " * NAMES
+        yield from wrapper.wrap(here)
+        wrapper.initial_indent, wrapper.subsequent_indent = "  fix: ", " " * 7
+        yield from wrapper.wrap(fix)
 
 
 def findings() -> list[tuple[str, str, str]]:

@@ -148,7 +148,7 @@ class Calls:
                 raise Unfit(connect_error(replica.url, failed.failure, self._settings)) from failed
             if not failed.failure.ending or replica.url not in self._asked:
                 raise
-            served = self._asked[replica.url]  # it ends, but it lets the pictures in the middle be finished
+            served = self._asked[replica.url]  # it ends, but it lets its unfinished pictures be finished
         wanted = short(self._served.engines)
         if not served.makes_the_same(self._served):
             raise Unfit(other_engines(replica.url, wanted, short(served.engines)), served.engines)

@@ -1,16 +1,8 @@
-"""How an option is written on the command line and in Python: an error names both, since it may be read in both."""
+"""The options of a client that errors name again and again, as they are written on the command line and in Python."""
 
 from __future__ import annotations
 
-
-def option(python: str, flag: str = "") -> str:
-    """`python` is NAME=VALUE as `Client` or `generate` take it; `flag` is the same on the command line, by default of
-    that name.
-    """
-    name, _, value = python.partition("=")
-    dashed = name.replace("_", "-")
-    return f"{flag or f'--{dashed} {value}'} (in Python: {python})"
-
+from ditforge.option import option
 
 CA = option('tls=TLS(ca="FILE")', "--tls-ca FILE")
 PAIR = option('tls=TLS(certificate="FILE", key="FILE")', "--tls-cert FILE --tls-key FILE")

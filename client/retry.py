@@ -25,7 +25,7 @@ NOT_READY = "not ready"
 TOO_LARGE = ("larger than max", "metadata size exceeds", "header list size", "exceeds maximum size")
 # What the client itself brought about, or what is no better the next time: a closed channel, or TLS.
 FINAL = ("channel closed", "locally cancelled", "ssl_error", "handshake", "verification check")
-# Of ditforge's own server: it lets pictures in the middle be finished, and then ends.
+# Of ditforge's own server: it lets unfinished pictures be finished, and then ends.
 ENDING_MESSAGES = ("begins no more pictures",)
 BUSY_MESSAGES = ("maximum queue size", "queue is full", "timeout expired")  # Triton's, of a model's queue
 LOADING_MESSAGES = ("restart", "starting", "loading", NOT_READY)

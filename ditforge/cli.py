@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import warnings
@@ -51,24 +52,33 @@ GPU_MEMORY_HELP = "Plan as if the GPU had that many GB of memory; by default, wh
 GpuMemory = Annotated[float | None, typer.Option(metavar="GB", help=GPU_MEMORY_HELP)]
 MAX_BATCH_HELP = "The most samples that Triton puts into one call; by default 8, or what the engines take."
 MaxBatch = Annotated[int | None, typer.Option(help=MAX_BATCH_HELP)]
-Port = Annotated[int, typer.Option(help="The gRPC port; 0 picks a free one.")]
-Host = Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 for all.")]
+PORT_HELP = "The port that clients reach, for gRPC; 0 picks a free one."
+Port = Annotated[int, typer.Option(metavar="PORT", help=PORT_HELP)]
+HOST_HELP = "The IPv4 address or name to listen at; 0.0.0.0 is every network, and needs TLS, or --insecure."
+Host = Annotated[str, typer.Option(metavar="HOST", help=HOST_HELP)]
 URL_HELP = "A server's gRPC port, by default localhost:8001; again for others that serve the same engines."
 Urls = Annotated[list[str] | None, typer.Option("--url", metavar="HOST:PORT", help=URL_HELP)]
 TLS_HELP = "Encrypt the connection, and trust the public authorities; not needed beside the next three."
-Log = Annotated[Path | None, typer.Option(help="The server's log file; by default a temporary file.")]
-Grace = Annotated[float, typer.Option(metavar="SECONDS", help="What pictures in the middle get when the server stops.")]
-HttpPort = Annotated[int | None, typer.Option(help="Open Triton's HTTP port too; see docs/security.md first.")]
-MetricsPort = Annotated[int | None, typer.Option(help="Serve Prometheus' metrics there, at /metrics.")]
-TlsCert = Annotated[Path | None, typer.Option(metavar="FILE", help="PEM: the server's certificate; turns TLS on.")]
-TlsKey = Annotated[Path | None, typer.Option(metavar="FILE", help="PEM: the certificate's key.")]
-TlsClientCa = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="PEM: clients need a certificate of this authority.")
-]
-TokenFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Clients need the bearer token in this file.")]
-Insecure = Annotated[
-    bool, typer.Option("--insecure", help="Listen beyond loopback without TLS plus a token or client certificates.")
-]
+LOG_HELP = "The server's log is appended to this file. By default it is a temporary file, removed after a clean stop."
+Log = Annotated[Path | None, typer.Option(metavar="FILE", help=LOG_HELP)]
+TIMEOUT_HELP = "How long the models may take to be loaded before the start counts as failed."
+Timeout = Annotated[float, typer.Option(metavar="SECONDS", help=TIMEOUT_HELP)]
+GRACE_HELP = "When the server stops, unfinished pictures get this long to be finished, and no others are begun."
+Grace = Annotated[float, typer.Option(metavar="SECONDS", help=GRACE_HELP)]
+HTTP_HELP = "Open Triton's own HTTP port too. It is not protected: who reaches it can end Triton (docs/security.md)."
+HttpPort = Annotated[int | None, typer.Option(metavar="PORT", help=HTTP_HELP)]
+METRICS_HELP = "Serve metrics for Prometheus at http://HOST:PORT/metrics, unencrypted and without a token."
+MetricsPort = Annotated[int | None, typer.Option(metavar="PORT", help=METRICS_HELP)]
+TLS_CERT_HELP = "Encrypt gRPC with this certificate, a PEM file; it needs --tls-key."
+TlsCert = Annotated[Path | None, typer.Option(metavar="FILE", help=TLS_CERT_HELP)]
+TLS_KEY_HELP = "The private key to --tls-cert, a PEM file that is not encrypted."
+TlsKey = Annotated[Path | None, typer.Option(metavar="FILE", help=TLS_KEY_HELP)]
+TLS_CLIENT_CA_HELP = "Serve only clients that show a certificate signed by an authority in this PEM file (mutual TLS)."
+TlsClientCa = Annotated[Path | None, typer.Option(metavar="FILE", help=TLS_CLIENT_CA_HELP)]
+TOKEN_FILE_HELP = "Serve only clients that send the token in this file, one word of visible ASCII characters."
+TokenFile = Annotated[Path | None, typer.Option(metavar="FILE", help=TOKEN_FILE_HELP)]
+INSECURE_HELP = "Allow a --host that others can reach without TLS together with a token or client certificates."
+Insecure = Annotated[bool, typer.Option("--insecure", help=INSECURE_HELP)]
 Source = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="A folder in diffusers' layout, or a .safetensors file.")
 ]
@@ -286,6 +296,7 @@ def serve(
     port: Port = 8001,
     host: Host = "127.0.0.1",
     log: Log = None,
+    timeout: Timeout = 600,
     grace: Grace = 30,
     http_port: HttpPort = None,
     metrics_port: MetricsPort = None,
@@ -295,7 +306,7 @@ def serve(
     token_file: TokenFile = None,
     insecure: Insecure = False,
 ) -> None:
-    """Run Triton on a model repository until Ctrl-C or SIGTERM, which let pictures in the middle be finished.
+    """Run Triton on a model repository until Ctrl-C or SIGTERM, which let unfinished pictures be finished.
 
     Example: ditforge serve out/repo --port 8001
     """
@@ -305,6 +316,7 @@ def serve(
         "port": port,
         "host": host,
         "log": log,
+        "timeout": timeout,
         "grace": grace,
         "http_port": http_port,
         "metrics_port": metrics_port,
@@ -410,6 +422,7 @@ def up(
     port: Port = 8001,
     host: Host = "127.0.0.1",
     log: Log = None,
+    timeout: Timeout = 600,
     grace: Grace = 30,
     http_port: HttpPort = None,
     metrics_port: MetricsPort = None,
@@ -427,6 +440,21 @@ def up(
     from ditforge import serving
     from ditforge.export.sources import parse_lora
 
+    options: Options = {
+        "port": port,
+        "host": host,
+        "log": log,
+        "timeout": timeout,
+        "grace": grace,
+        "http_port": http_port,
+        "metrics_port": metrics_port,
+        "tls_cert": tls_cert,
+        "tls_key": tls_key,
+        "tls_client_ca": tls_client_ca,
+        "token_file": token_file,
+        "insecure": insecure,
+    }
+    serving.check(options)
     repository = serving.prepare(
         checkpoint,
         gpu,
@@ -444,19 +472,6 @@ def up(
         loras=[parse_lora(option) for option in lora or ()],
         t5_precision=t5_precision,
     )
-    options: Options = {
-        "port": port,
-        "host": host,
-        "log": log,
-        "grace": grace,
-        "http_port": http_port,
-        "metrics_port": metrics_port,
-        "tls_cert": tls_cert,
-        "tls_key": tls_key,
-        "tls_client_ca": tls_client_ca,
-        "token_file": token_file,
-        "insecure": insecure,
-    }
     serving.serve(repository, options)
 
 
@@ -480,9 +495,10 @@ def doctor() -> None:
     Example: ditforge doctor
     """
     from ditforge import terminal
-    from ditforge.doctor import findings
+    from ditforge.doctor import findings, lines
 
-    terminal.table(("what", "here", "fix"), findings())
+    for line in lines(findings(), shutil.get_terminal_size().columns if sys.stdout.isatty() else None):
+        terminal.say(line)
 
 
 @app.command()
@@ -513,6 +529,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
         if code == 130:  # which is how typer reports Ctrl-C
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one changes nothing any more
             print("interrupted", file=sys.stderr)
         sys.exit(code)
     except DitforgeError as error:

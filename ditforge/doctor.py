@@ -6,8 +6,12 @@ import os
 import platform
 import shutil
 import sys
+import textwrap
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+
+from ditforge.errors import UserError
 
 # The packages that each command imports, by the extra that installs them.
 EXTRAS = {
@@ -22,13 +26,34 @@ EXTRAS = {
 }
 
 
+# Which extras only some machines need, and what for.
+ON_GPU = {
+    "tensorrt-rtx": "needed only to compile for GPUs",
+    "tensorrt": "needed only where engines are compiled on a data-centre GPU",
+    "gpu": "needed only where engines run on a GPU",
+}
+
 SAFE_TRITON = "26.07"  # the release of NVIDIA's container that deployments should run, or a later one
+SHM = Path("/dev/shm")
+SHM_START = 72 << 20  # bytes: 8 MiB for each of the nine models that a Stable Diffusion 3.5 is served as
+SHM_ENOUGH = 256 << 20  # bytes, with what large pictures take beside
+NAMES, WIDE = 22, 10_000  # columns: of what a row is about, and of a row that is not cut
 WHY_NEWER = f"to deploy, NVIDIA's container {SAFE_TRITON} or later: older ones have known crashes (docs/security.md)"
 
 
 def extra_for(module: str) -> str | None:
     """The extra of ditforge that installs the top-level module, if there is one."""
     return next((extra for extra, modules in EXTRAS.items() if module in modules), None)
+
+
+def lines(rows: Iterable[tuple[str, str, str]], columns: int | None) -> Iterator[str]:
+    """Rows of findings() for a terminal of so many columns (None: no terminal); what to do has lines of its own."""
+    wrapper = textwrap.TextWrapper(max(columns or WIDE, 2 * NAMES) - 1, break_long_words=False, break_on_hyphens=False)
+    for what, here, fix in rows:
+        wrapper.initial_indent, wrapper.subsequent_indent = what.ljust(NAMES), " " * NAMES
+        yield from wrapper.wrap(here)
+        wrapper.initial_indent, wrapper.subsequent_indent = "  fix: ", " " * 7
+        yield from wrapper.wrap(fix)
 
 
 def findings() -> list[tuple[str, str, str]]:
@@ -42,9 +67,36 @@ def findings() -> list[tuple[str, str, str]]:
         ("cores", str(os.cpu_count()), ""),
         ("memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.0f} GB", ""),
         ("free disk", f"{shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB", ""),
+        shm_row(),
+        gpu_row(),
         *(extra_row(extra) for extra in EXTRAS),
         triton_row(),
     ]
+
+
+def shm_row() -> tuple[str, str, str]:
+    """How much shared memory there is, which `ditforge serve` takes some of."""
+    needs = f"serve takes up to {SHM_START >> 20} MiB from the start (8 MiB a model), and more for large pictures"
+    try:
+        found = shutil.disk_usage(SHM)
+    except OSError as error:
+        return str(SHM), f"{error.strerror}; {needs}", f"mount a tmpfs at {SHM}"
+    few = found.free < SHM_ENOUGH
+    fix = "free some of it (ls -l /dev/shm); a container gets more with docker run --shm-size 1g" if few else ""
+    return str(SHM), f"{found.total >> 20} MiB, {found.free >> 20} MiB free; {needs}", fix
+
+
+def gpu_row() -> tuple[str, str, str]:
+    """The GPU, if there is one: nothing is missing where there is none."""
+    from ditforge.engines.gpus import local_target
+
+    try:
+        gpu = local_target()
+    except UserError as error:
+        if "not installed" in error.problem:
+            return "GPU", f"unknown: {error.problem}", error.fix
+        return "GPU", "none that a driver finds: engines run on the CPU here, and are compiled for GPUs elsewhere", ""
+    return "GPU", f"{gpu.name}, {', '.join(gpu.capabilities)}, {gpu.memory_gb} GB", ""
 
 
 def extra_row(extra: str) -> tuple[str, str, str]:
@@ -52,13 +104,17 @@ def extra_row(extra: str) -> tuple[str, str, str]:
     wanted = [line.split(";")[0] for line in requires("ditforge") or [] if f'extra == "{extra}"' in line]
     found, missing = [], []
     for requirement in wanted:
+        if requirement.startswith("ditforge["):
+            continue  # another extra, which has a row of its own
         name = requirement.split("[")[0].split(">")[0].split("=")[0].split("<")[0].strip()
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             missing.append(name)
     shown = ", ".join(found + [f"no {name}" for name in missing])
-    return f"[{extra}]".replace("[", "\\["), shown, f"pip install 'ditforge\\[{extra}]'" if missing else ""
+    if extra in ON_GPU and missing:
+        shown += f" ({ON_GPU[extra]})"
+    return f"[{extra}]", shown, f"pip install 'ditforge[{extra}]'" if missing else ""
 
 
 def triton_row() -> tuple[str, str, str]:
@@ -75,4 +131,4 @@ def triton_row() -> tuple[str, str, str]:
             f"{WHY_NEWER}; fine on loopback",
         )
     except PackageNotFoundError:
-        return "tritonserver", "none", "pip install 'ditforge\\[serve]', or run in NVIDIA's Triton container"
+        return "tritonserver", "none", "pip install 'ditforge[serve]', or run in NVIDIA's Triton container"

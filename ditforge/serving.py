@@ -9,41 +9,87 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from ditforge import terminal
+from ditforge import folders, terminal
 from ditforge.cache import default_cache
 from ditforge.errors import DitforgeError
+from ditforge.option import option
 
 if TYPE_CHECKING:
-    from ditforge.triton_repo.server import Options
+    from ditforge.triton_repo.server import Options, Server
 
 LONGEST_NAME = 80  # of a folder in the cache, before the digest
 
 
 def serve(repository: Path, options: Options) -> None:
-    """Serve `repository` until SIGINT or SIGTERM, then let pictures in the middle be finished.
+    """Serve `repository` until SIGINT or SIGTERM, then let unfinished pictures be finished.
 
-    Raises DitforgeError where the server ends by itself.
+    Raises DitforgeError where the server ends by itself, and where pictures were cut off. Until the server is ready,
+    the signals end this like any other command.
     """
     from ditforge.triton_repo.server import start
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        with start(repository, terminal.say, **options) as server:
-            host, access = server.options.host, ["gRPC", *server.options.access]
-            terminal.say(f"serving {repository} at {server.url} ({', '.join(access)}), log {server.log}")
-            if server.ports.http is not None:
-                terminal.say(f"Triton's own HTTP at {host}:{server.ports.http}")
-            if server.ports.metrics is not None:
-                terminal.say(f"metrics at http://{host}:{server.ports.metrics}/metrics, in clear text")
-            if not server.options.closed and not server.options.on_loopback:
-                terminal.say(f"warning: anyone who reaches {host} can use this server, or read what it is sent")
+    with start(repository, terminal.say, **options) as server:
+        signal.signal(signal.SIGTERM, interrupt)
+        in_time = True
+        try:
+            say_where(repository, server)
             code = server.wait()
-        raise DitforgeError(f"the server ended by itself with exit code {code}", f"look at its log, {server.log}")
+        except KeyboardInterrupt:
+            in_time = end(server)
+        else:
+            raise DitforgeError(f"the server ended by itself with exit code {code}", f"look at its log, {server.log}")
+    if server.unfinished:
+        raise cut_off(server, in_time)
+    kept = options.get("log") is None and server.log.exists()
+    terminal.say(f"stopped; the log is {server.log}" if kept else "stopped")
+
+
+def check(options: Options) -> None:
+    """Raise UserError for options of `serve` that cannot be, before anything is made for it."""
+    from ditforge.triton_repo.serve_options import make_options
+
+    make_options(Path(), dict(options))
+
+
+def say_where(repository: Path, server: Server) -> None:
+    """Say where a server listens, who can listen too, and where its log is."""
+    host, access = server.options.host, ["gRPC", *server.options.access]
+    terminal.say(f"serving {repository} at {server.url} ({', '.join(access)}), log {server.log}")
+    if server.ports.http is not None:
+        terminal.say(f"Triton's own HTTP at {host}:{server.ports.http}")
+    if server.ports.metrics is not None:
+        terminal.say(f"metrics at http://{host}:{server.ports.metrics}/metrics, in clear text")
+    if not server.options.closed and not server.options.on_loopback:
+        terminal.say(f"warning: anyone who reaches {host} can use this server, or read what it is sent")
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """SIGTERM is as Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def end(server: Server) -> bool:
+    """Stop the server. Returns whether it had its time: another signal ends it at once."""
+    try:
+        server.stop()
     except KeyboardInterrupt:
-        terminal.say("stopped")
+        return False
+    finally:  # it has ended, and what remains to be done takes no time
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return True
+
+
+def cut_off(server: Server, in_time: bool) -> DitforgeError:
+    """Pictures were not finished when the server ended: within its time, or because it was told to end at once."""
+    count, grace = server.unfinished, server.options.grace
+    pictures = "1 picture was" if count == 1 else f"{count} pictures were"
+    elsewhere = "the client goes on at another server, where it has one"
+    if not in_time:
+        return DitforgeError(f"{pictures} not finished: the server was told to stop at once", f"wait; {elsewhere}")
+    longer = option(f"grace={max(60, 2 * grace):g}")
+    problem = f"{pictures} not finished within --grace {grace:g} seconds, and cut off (log: {server.log})"
+    return DitforgeError(problem, f"{longer}; {elsewhere}")
 
 
 def prepare(
@@ -69,6 +115,8 @@ def prepare(
     `calibration` to `t5_precision` are those of the export. Precision and compiler are by default the GPU's; with a
     calibration, fp8 is. Raises UserError for what the GPU cannot do, before the export.
     """
+    folders.check_checkpoint(checkpoint)
+
     from ditforge.engines import gpus
     from ditforge.export.precision import EIGHT_BIT, parse_precision, with_t5
 
@@ -97,7 +145,7 @@ def prepare(
     exported += f"-{calibration.stem}-{digest(calibration.resolve())}" if calibration else ""
     folder = (cache or default_cache()) / folder_name(checkpoint, base, loras, random) / exported
     asked = with_t5(parse_precision(precision, activations), t5_precision)
-    with terminal.progress("export", unit="bytes") as report:
+    with terminal.progress("export", unit="bytes", begins=f"exporting {checkpoint} to ONNX") as report:
         export_checkpoint(
             checkpoint,
             folder / "onnx",
@@ -110,7 +158,7 @@ def prepare(
             loras=loras,
         )
     made, batch = folder / str(target), max_batch if target.capabilities else None
-    with terminal.progress("build") as report:
+    with terminal.progress("build", begins=f"building engines for {target}") as report:
         build(
             folder / "onnx",
             made / "engines",

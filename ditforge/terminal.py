@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -28,18 +29,24 @@ Unit = Literal["steps", "bytes"]
 
 
 @contextmanager
-def progress(title: str, unit: Unit = "steps") -> Iterator[Report]:
+def progress(title: str, unit: Unit = "steps", begins: str = "") -> Iterator[Report]:
     """A bar that is fed with (what is being done, how many are done, how many there are), shown from then on.
 
-    It is closed where "done" is what is being done, so that another one can follow it.
+    It is closed where "done" is what is being done, so that another one can follow it. What is no terminal gets a line
+    when the bar is closed, and the line `begins` when it would be shown first.
     """
     bar: Progress | None = None
     task = TaskID(0)
+    begun = False
 
     def report(doing: str, done: int, total: int) -> None:
-        nonlocal bar, task
+        nonlocal bar, task, begun
         if bar is None:
-            bar = Progress(*columns(unit), console=Console(stderr=True))
+            console = Console(stderr=True)
+            if begins and not begun and not console.is_terminal:
+                print(begins, file=sys.stderr, flush=True)
+            begun = True
+            bar = Progress(*columns(unit), console=console)
             bar.start()
             task = bar.add_task(title, total=total)
         bar.update(task, description=f"{title} {doing}", completed=done, total=total)
@@ -67,8 +74,11 @@ def columns(unit: Unit) -> tuple[ProgressColumn, ...]:
 
 
 def say(line: str) -> None:
-    """One line of results, at once: a log file or a program that waits for it reads it as it is said."""
-    print(line, flush=True)
+    """One line of results, at once: a log file or a program that waits for it reads it as it is said.
+
+    It is one write, so that lines of two threads do not run into each other.
+    """
+    print(f"{line}\n", end="", flush=True)
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -313,7 +313,7 @@ class Front(grpc.GenericRpcHandler):
         return status, PATH.sub("…", line).replace(socket.gethostname(), "…")
 
     async def drain(self, grace: float) -> int:
-        """Begin no more pictures, wait up to `grace` seconds for those in the middle; returns how many remain."""
+        """Begin no more pictures, wait up to `grace` seconds for unfinished ones; returns how many remain."""
         self.stopping = True
         deadline = time.monotonic() + grace
         while (active := self.pictures.active()) and time.monotonic() < deadline and self.channel is not None:

@@ -41,7 +41,7 @@ class Metrics:
             "ditforge_restarts", "Starts of Triton after the death of a process.", ["process"], registry=self.registry
         )
         self.ready = Gauge("ditforge_ready", "1 while pictures can be made.", registry=self.registry)
-        self.active = Gauge("ditforge_pictures_active", "Pictures in the middle.", registry=self.registry)
+        self.active = Gauge("ditforge_pictures_active", "Unfinished pictures.", registry=self.registry)
         for model in models:
             self.requests.labels(model, "OK")
             self.restarts.labels(model)

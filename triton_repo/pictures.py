@@ -83,6 +83,6 @@ class Pictures:
         return self.anonymous + sum(picture.requests for picture in self.known.values())
 
     def active(self) -> int:
-        """How many pictures are in the middle."""
+        """How many pictures are unfinished."""
         now = time.monotonic()
         return self.anonymous + sum(p.requests > 0 or now - p.seen < IDLE for p in self.known.values())

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-import ssl
+from difflib import get_close_matches
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from ditforge.errors import UserError
+from ditforge.option import option
+from ditforge.triton_repo.access import (
+    CLIENT_CA,
+    PAIR,
+    TOKEN,
+    check_authority,
+    check_pair,
+    check_token,
+    read_file as read_file,  # for service.py
+)
 
-PortNumber = Annotated[int, Field(ge=0, lt=1 << 16)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+LAST_PORT = (1 << 16) - 1
+LONGEST = 7 * 24 * 3600  # seconds
+PORTS = ("port", "http_port", "metrics_port")
+PYTHON_ONLY = ("repo", "shm_bytes", "shm_growth", "extra_args")  # without an option on the command line
+PortNumber = Annotated[int, Field(ge=0, le=LAST_PORT)]
+Seconds = Annotated[float, Field(ge=0, le=LONGEST, allow_inf_nan=False)]
+Bytes = Annotated[int, Field(gt=0)]
 
 
 class ServeOptions(BaseModel):
@@ -19,11 +36,13 @@ class ServeOptions(BaseModel):
 
     host: an IPv4 address or name of this machine; `0.0.0.0` is every network. port: of gRPC, 0 is a free one.
     http_port, metrics_port: where Triton's HTTP and Prometheus' metrics are served too; None: not at all.
-    log: appended to; None is a new file in the temporary folder, which stays.
-    timeout: seconds until the models are ready. grace: seconds that pictures in the middle get to be finished once the
-        server is told to stop.
+    log: appended to; None is a new file in the temporary folder, which stays unless the server is stopped and ends
+        cleanly.
+    timeout: seconds until the models are ready. grace: seconds that unfinished pictures get once the server is told to
+        stop.
     tls_cert, tls_key: PEM files with which gRPC is encrypted; tls_client_ca: PEM file of the authorities of which each
-        client has to show a certificate. token_file: holds the bearer token that clients have to send.
+        client has to show a certificate. token_file: holds the bearer token that clients have to send, one word of
+        visible ASCII characters.
     insecure: allows another address than loopback without any of these.
     shm_bytes, shm_growth: what each instance of a Python model takes of /dev/shm from the start, and at a time when
         that is too little, for good. Docker gives a container 64 MiB in all; `--shm-size` gives more.
@@ -45,8 +64,8 @@ class ServeOptions(BaseModel):
     tls_client_ca: Path | None = None
     token_file: Path | None = None
     insecure: bool = False
-    shm_bytes: int = 8 << 20
-    shm_growth: int = 16 << 20
+    shm_bytes: Bytes = 8 << 20
+    shm_growth: Bytes = 16 << 20
     extra_args: tuple[str, ...] = ()
 
     @property
@@ -71,17 +90,13 @@ def make_options(repo: Path, options: dict[str, Any]) -> ServeOptions:
     try:
         made = ServeOptions(repo=repo.resolve(), **options)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        raise UserError(
-            f"{name}={first['input']!r}: {first['msg']}", f"options: {', '.join(ServeOptions.model_fields)}"
-        ) from None
+        raise refused(error.errors()[0]) from None
+    check_ports(made)
     if (made.tls_cert is None) != (made.tls_key is None):
-        raise UserError("a certificate and its key go together", "--tls-cert FILE --tls-key FILE")
+        there, missing = ("certificate", "key") if made.tls_cert else ("key", "certificate")
+        raise UserError(f"there is a TLS {there}, but no {missing}: they go together", PAIR)
     if made.tls_client_ca and not made.tls_cert:
-        raise UserError(
-            "clients show certificates over TLS only", "--tls-cert FILE --tls-key FILE --tls-client-ca FILE"
-        )
+        raise UserError("clients show certificates over TLS only", f"{PAIR}, beside --tls-client-ca")
     if made.http_port is not None and (made.tls_cert or made.token_file):
         raise UserError(
             "Triton's HTTP port has neither TLS nor tokens, and would be a way around them", "leave out --http-port"
@@ -89,44 +104,46 @@ def make_options(repo: Path, options: dict[str, Any]) -> ServeOptions:
     if not made.on_loopback and not made.closed and not made.insecure:
         raise UserError(
             f"anyone who reaches {made.host} could use this server: there is no TLS with tokens or client certificates",
-            "--tls-cert FILE --tls-key FILE with --token-file FILE or --tls-client-ca FILE; or --insecure",
+            f"{PAIR}, with {TOKEN} or {CLIENT_CA}; or {option('insecure=True', '--insecure')}",
         )
-    resolved = {}
-    for name in ("tls_cert", "tls_key", "tls_client_ca", "token_file"):
-        if (path := getattr(made, name)) is not None:
-            read_file(path)
-            resolved[name] = path.resolve()
-    check_certificates(made)
-    return made.model_copy(update=resolved)
+    if made.token_file:
+        check_token(made.token_file)
+    if made.tls_cert and made.tls_key:
+        check_pair(made.tls_cert, made.tls_key)
+    if made.tls_client_ca:
+        check_authority(made.tls_client_ca)
+    files = {name: getattr(made, name) for name in ("tls_cert", "tls_key", "tls_client_ca", "token_file")}
+    return made.model_copy(update={name: path.resolve() for name, path in files.items() if path is not None})
 
 
-def check_certificates(options: ServeOptions) -> None:
-    """Raise UserError unless the TLS files are what they should be: gRPC says nothing of what is wrong with them."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        if options.tls_cert:
-            # An encrypted key would have OpenSSL ask for its password on the terminal.
-            context.load_cert_chain(options.tls_cert, options.tls_key, password=lambda: "")
-    except ssl.SSLError as error:
-        if options.tls_key and b"ENCRYPTED" in read_file(options.tls_key):
-            problem = f"the key {options.tls_key} is encrypted, and a server has nobody to ask for its password"
-            raise UserError(problem, f"openssl pkey -in {options.tls_key} -out key.pem; --tls-key key.pem") from None
-        problem = f"{options.tls_cert} is no certificate in PEM, or {options.tls_key} is not its key: {error.reason}"
-        raise UserError(problem, "--tls-cert FILE --tls-key FILE, both in PEM") from None
-    try:
-        if options.tls_client_ca:
-            context.load_verify_locations(options.tls_client_ca)
-    except ssl.SSLError as error:
-        problem = f"{options.tls_client_ca} holds no certificate in PEM: {error.reason}"
-        raise UserError(problem, "--tls-client-ca FILE, in PEM") from None
+def refused(error: ErrorDetails) -> UserError:
+    """What is wrong with an option, what it may be, and how to write it."""
+    name, value = str(error["loc"][0]), error["input"]
+    fields = ServeOptions.model_fields
+    if name not in fields:
+        known = [each for each in fields if each != "repo"]
+        close = get_close_matches(name, known, n=1) or ["port"]
+        return UserError(f"there is no option {name!r}, but {', '.join(known)}", f"{close[0]}=…")
+    written = name if name in PYTHON_ONLY else option(name, f"--{name.replace('_', '-')}")
+    default = fields[name].default
+    if name in PORTS:
+        must, example = (
+            f"from 0 to {LAST_PORT}, where 0 is a free one",
+            {"port": 8001, "http_port": 8000}.get(name, 8002),
+        )
+    elif name in ("timeout", "grace"):
+        must, example = f"from 0 to {LONGEST} seconds", default
+    else:
+        return UserError(f"{written} cannot be {value!r}: {error['msg']}", f"{name}={default!r} is its default")
+    fix = f"{name}={example}"
+    return UserError(f"{written} must be {must}, got {value!r}", fix if name in PYTHON_ONLY else option(fix))
 
 
-def read_file(path: Path) -> bytes:
-    """The bytes of a certificate, key or token file. Raises UserError where it cannot be read, or is empty."""
-    try:
-        content = path.read_bytes().strip()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}", "name a file that this user can read") from None
-    if not content:
-        raise UserError(f"{path} is empty", "put a certificate, key or token into it")
-    return content
+def check_ports(options: ServeOptions) -> None:
+    """Raise UserError where two ports have one number, other than 0."""
+    for one, other in combinations(PORTS, 2):
+        number = getattr(options, one)
+        if number and number == getattr(options, other):
+            flags = f"--{one.replace('_', '-')} and --{other.replace('_', '-')}"
+            fix = option(f"{other}={number + 1 if number < LAST_PORT else number - 1}")
+            raise UserError(f"{flags} (in Python: {one} and {other}) are both {number}", f"{fix}; 0 is a free one")

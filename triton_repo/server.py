@@ -10,6 +10,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,7 +24,9 @@ from typing import Any, BinaryIO
 
 from typing_extensions import Self, TypedDict, Unpack
 
+from ditforge import folders
 from ditforge.errors import DitforgeError, UserError
+from ditforge.option import option
 from ditforge.triton_repo.installation import INSTALL, find_tritonserver
 from ditforge.triton_repo.serve_options import ServeOptions, make_options
 
@@ -63,12 +66,22 @@ class Ports:
 class Server:
     """A running server, made by start(); a context manager that stops it.
 
-    url: HOST:PORT of gRPC. pid: of the process that serves and watches over Triton.
+    url: HOST:PORT of gRPC. pid: of the process that serves and watches over Triton. unfinished: once it has ended, how
+    many pictures were cut off. log: its file; one that nobody named is removed when stop() has ended it cleanly.
     """
 
-    def __init__(self, options: ServeOptions, output: BinaryIO, on_event: Callable[[str], object] | None) -> None:
+    def __init__(
+        self,
+        options: ServeOptions,
+        output: BinaryIO,
+        on_event: Callable[[str], object] | None,
+        temporary: bool = False,
+    ) -> None:
         self.log = Path(output.name)
         self.options = options
+        self.unfinished = 0
+        self._temporary = temporary  # the log, which is in a folder of its own then
+        self._told_to_stop = self._died = False
         self._on_event = on_event
         self._ready: Future[None] = Future()
         self._exit: Future[int] = Future()
@@ -99,6 +112,9 @@ class Server:
         from ditforge.triton_repo import tritonserver
 
         tritonserver.sweep()  # what it left, where it was killed
+        clean = self._told_to_stop and code == 0 and not (self._died or self.unfinished or self._failure)
+        if self._temporary and clean:
+            shutil.rmtree(self.log.parent, ignore_errors=True)
         self._exit.set_result(code)
 
     def _hear(self, event: dict[str, Any]) -> None:
@@ -111,6 +127,12 @@ class Server:
             self._failure = kind(event["problem"], event["fix"])
         elif event["event"] == "ready":
             event["message"] = "ready again"
+        elif event["event"] == "died":
+            self._died = True
+        elif event["event"] == "draining" and self._on_event and self._ready.done():
+            event["message"] = event.get("message") or "stopping"
+        elif event["event"] == "stopped":
+            self.unfinished = int(event.get("unfinished", 0))
         if message := event.get("message"):
             if self._on_event:
                 self._on_event(message)
@@ -142,9 +164,10 @@ class Server:
         return code
 
     def stop(self, grace: float | None = None) -> None:
-        """Let pictures in the middle be finished, for `grace` seconds (None: start()'s), then end it; no-op twice."""
+        """Let unfinished pictures be finished, for `grace` seconds (None: start()'s), then end it; no-op twice."""
         grace = self.options.grace if grace is None else grace
         assert self._process.stdin is not None
+        self._told_to_stop = True
         try:
             with contextlib.suppress(OSError, ValueError):
                 self._process.stdin.write(f"stop {grace}\n".encode())
@@ -152,13 +175,15 @@ class Server:
             with contextlib.suppress(StillRunning):
                 self._exit.result(grace + LAST_SECONDS)
         finally:  # a second Ctrl-C too
-            with contextlib.suppress(OSError):
-                self._process.stdin.close()
-            with contextlib.suppress(StillRunning):
-                self._exit.result(LAST_SECONDS)
-            if self.running:
-                self._process.kill()
-            self._exit.result()
+            try:
+                with contextlib.suppress(OSError):
+                    self._process.stdin.close()
+                with contextlib.suppress(StillRunning):
+                    self._exit.result(LAST_SECONDS)
+            finally:  # and a third
+                if self.running:
+                    self._process.kill()
+                self._exit.result()
 
     def __enter__(self) -> Self:
         return self
@@ -175,9 +200,8 @@ def start(repo: Path, on_event: Callable[[str], object] | None = None, **options
     DitforgeError with the reason from Triton's log where it does not get ready; nothing is left running then.
     """
     made = make_options(repo, dict(options))
-    if not any(made.repo.glob("*/config.pbtxt")):
-        state = "holds no model (no MODEL/config.pbtxt)" if made.repo.is_dir() else "is not a folder"
-        raise UserError(f"the model repository {made.repo} {state}", f"ditforge repo ENGINE_DIR --out {made.repo}")
+    if not any(made.repo.glob(f"*/{folders.CONFIG}")):
+        raise folders.no_repository(made.repo)
     for module in ("grpc", "tritonclient.grpc", "psutil", "prometheus_client"):
         try:
             __import__(module)
@@ -186,10 +210,11 @@ def start(repo: Path, on_event: Callable[[str], object] | None = None, **options
     find_tritonserver()
     wanted = {"port": made.port, "http_port": made.http_port, "metrics_port": made.metrics_port}
     claimed = {name: claim(made.host, number, name) for name, number in wanted.items() if number is not None}
+    temporary = made.log is None
     file = made.log.absolute() if made.log else Path(tempfile.mkdtemp(prefix="ditforge-serve-"), "tritonserver.log")
     made = made.model_copy(update={"http_port": claimed.get("http_port"), "log": file})
     with appended(file) as output:
-        server = Server(made, output, on_event)
+        server = Server(made, output, on_event, temporary)
     try:
         server.wait_until_ready()
     except BaseException:
@@ -210,18 +235,19 @@ def appended(file: Path) -> BinaryIO:
         file.parent.mkdir(parents=True, exist_ok=True)
         return open(file, "ab")
     except OSError as error:
-        raise UserError(f"cannot write the log {file}: {error.strerror}", "--log names another file") from None
+        fix = option('log="FILE"', "--log FILE") + " names another file"
+        raise UserError(f"cannot write the log {file}: {error.strerror}", fix) from None
 
 
 def claim(host: str, number: int, name: str) -> int:
     """The port, which was free a moment ago; a free one for 0. Raises UserError where it is not to be had."""
-    option = "--" + name.replace("_", "-")
+    flag = "--" + name.replace("_", "-")
     try:
         with socket.create_server((host, number)) as listener:
             return int(listener.getsockname()[1])
     except (OSError, OverflowError) as error:
         if getattr(error, "errno", None) == errno.EADDRINUSE:
-            fix = f"{option} names another (0 a free one); what listens: ss -ltnp 'sport = :{number}'"
-            raise UserError(f"port {number} ({option}) is in use", fix) from None
-        problem = f"cannot listen on {host!r}, port {number} ({option}): {error}"
+            fix = f"{option(f'{name}=0')} takes a free one; what listens: ss -ltnp 'sport = :{number}'"
+            raise UserError(f"port {number} ({flag}) is in use", fix) from None
+        problem = f"cannot listen on {host!r}, port {number} ({flag}): {error}"
         raise UserError(problem, "an IPv4 address of this machine, and a port of 1024 to 65535 or 0") from None

@@ -40,7 +40,11 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
         signed = "-CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile names"
         openssl(f"x509 -req -in {name}.csr {signed} -out {name}.pem")
     openssl("pkey -in server.key -aes128 -passout pass:secret -out encrypted.key")
-    (folder / "token").write_text("a secret\n")
+    (folder / "token").write_text("a-secret\n")
+    (folder / "words").write_text("a secret")
+    (folder / "umlaut").write_text("geheimnü")
+    (folder / "lines").write_text("one\ntwo\n")
+    (folder / "damaged.pem").write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
     return folder
 
 
@@ -57,15 +61,15 @@ def test_tls_and_a_token(repository: Path, keys: Path) -> None:
     tls = grpc.ssl_channel_credentials((keys / "ca.pem").read_bytes())
     files = {"tls_cert": keys / "server.pem", "tls_key": keys / "server.key", "token_file": keys / "token"}
     with start(repository, port=0, **files) as server:  # type: ignore[arg-type]
-        assert ask(server.url, tls, "Bearer a secret").name == "add"
-        for token in ("", "Bearer another", "a secret", "Bearer a secret "):
+        assert ask(server.url, tls, "Bearer a-secret").name == "add"
+        for token in ("", "Bearer another", "a-secret", "Bearer a-secret "):
             with pytest.raises(grpc.RpcError) as caught:
                 ask(server.url, tls, token)
             assert "this server wants a token" in said(caught.value, "UNAUTHENTICATED")
         assert ask(server.url, tls, method="ServerReady").ready  # load balancers have no token
         for stranger in (None, grpc.ssl_channel_credentials()):  # in clear text; with the public authorities
             with pytest.raises(grpc.RpcError):
-                ask(server.url, stranger, "Bearer a secret")
+                ask(server.url, stranger, "Bearer a-secret")
 
 
 def test_clients_with_certificates(repository: Path, keys: Path) -> None:
@@ -77,22 +81,67 @@ def test_clients_with_certificates(repository: Path, keys: Path) -> None:
             ask(server.url, grpc.ssl_channel_credentials(ca))
 
 
+def test_ports_of_zero_do_not_clash(repository: Path) -> None:
+    with start(repository, port=0, http_port=0, metrics_port=0) as server:
+        assert len({server.ports.grpc, server.ports.http, server.ports.metrics}) == 3
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"host": "0.0.0.0"}, "anyone who reaches 0.0.0.0 could use this server(.|\n)*--insecure"),
         ({"host": "0.0.0.0", "token_file": "token"}, "anyone who reaches 0.0.0.0 could use"),  # it would be overheard
-        ({"tls_cert": "server.pem"}, "a certificate and its key go together"),
+        ({"tls_cert": "server.pem"}, "there is a TLS certificate, but no key(.|\n)*--tls-key FILE"),
+        ({"tls_key": "server.key"}, "there is a TLS key, but no certificate(.|\n)*--tls-cert FILE"),
         ({"tls_client_ca": "ca.pem"}, "over TLS only"),
         ({"token_file": "token", "http_port": 0}, "neither TLS nor tokens"),
         ({"token_file": "nothing"}, "cannot read .*nothing: No such file"),
-        ({"token_file": "names", "tls_cert": "names", "tls_key": "names"}, "names is no certificate in PEM, or"),
+        ({"token_file": "words"}, "the token in .*words is not one word of visible ASCII(.|\n)*--token-file FILE"),
+        ({"token_file": "umlaut"}, "the token in .*umlaut is not one word of visible ASCII"),
+        ({"token_file": "lines"}, "the token in .*lines is not one word of visible ASCII"),
+        (
+            {"tls_cert": "server.key", "tls_key": "server.pem"},
+            r"the certificate .*server.key holds a key, and the key .*server.pem a certificate\n"
+            r"fix: .*--tls-cert \S*server.pem --tls-key \S*server.key \(in Python: tls_cert=\"\S*server.pem\"",
+        ),
+        (
+            {"tls_cert": "client.key", "tls_key": "server.key"},
+            "client.key should hold a certificate .*, and holds a key",
+        ),
+        (
+            {"tls_cert": "server.pem", "tls_key": "client.pem"},
+            "client.pem should hold a private key .* a certificate\n",
+        ),
+        ({"tls_cert": "names", "tls_key": "names"}, "names should hold a certificate in PEM, and holds none"),
+        ({"tls_cert": "damaged.pem", "tls_key": "server.key"}, "damaged.pem or its key .*server.key is damaged: "),
         ({"tls_cert": "server.pem", "tls_key": "encrypted.key"}, "is encrypted(.|\n)*openssl pkey -in"),
-        ({"tls_cert": "server.pem", "tls_key": "client.key"}, "client.key is not its key: KEY_VALUES_MISMATCH"),
-        ({"tls_cert": "server.pem", "tls_key": "server.key", "tls_client_ca": "names"}, "holds no certificate in PEM"),
-        ({"port": -1}, "port=-1"),
-        ({"grace": float("nan")}, "grace=nan"),
-        ({"prot": 8001}, "prot=8001(.|\n)*options: repo, host, port"),
+        (
+            {"tls_cert": "server.pem", "tls_key": "client.key"},
+            "client.key does not belong to the certificate .*server.pem",
+        ),
+        (
+            {"tls_cert": "server.pem", "tls_key": "server.key", "tls_client_ca": "names"},
+            "names should hold a certificate",
+        ),
+        (
+            {"tls_cert": "server.pem", "tls_key": "server.key", "tls_client_ca": "ca.key"},
+            "ca.key should .* holds a key",
+        ),
+        ({"tls_cert": "server.pem", "tls_key": "server.key", "tls_client_ca": "damaged.pem"}, "damaged.pem is damaged"),
+        ({"port": -1}, r"--port \(in Python: port\) must be from 0 to 65535, .*, got -1\nfix: .*--port 8001"),
+        ({"http_port": 99999}, r"--http-port .* from 0 to 65535, .*, got 99999\nfix: .*--http-port 8000"),
+        ({"metrics_port": 1 << 16}, r"--metrics-port .* from 0 to 65535, .*, got 65536\nfix: .*--metrics-port 8002"),
+        ({"port": 9001, "http_port": 9001}, "--port and --http-port .* are both 9001\nfix: .*--http-port 9002"),
+        ({"port": 9001, "metrics_port": 9001}, "--port and --metrics-port .* both 9001\nfix: .*--metrics-port 9002"),
+        ({"http_port": 65535, "metrics_port": 65535}, "--http-port and --metrics-port .* both 65535\nfix: .* 65534"),
+        ({"grace": float("nan")}, "--grace .* from 0 to 604800 seconds, got nan\nfix: .*--grace 30"),
+        ({"grace": 1e300}, "--grace .* from 0 to 604800 seconds, got 1e"),
+        (
+            {"timeout": -1},
+            r"--timeout .* from 0 to 604800 seconds, got -1\nfix: .*--timeout 600 \(in Python: timeout=600",
+        ),
+        ({"shm_bytes": 0}, "shm_bytes cannot be 0"),
+        ({"prot": 8001}, "there is no option 'prot', but host, port, .*\nfix: .*port=…"),
     ],
 )
 def test_options_that_cannot_be(repository: Path, keys: Path, options: dict[str, Any], words: str) -> None:

@@ -235,9 +235,30 @@ def test_serve_on_a_port_in_use(refused, schnell, schnell_server: Server) -> Non
     refused("serve", schnell.repository, "--port", port, mentions=(f"port {port}", "in use", "--port"))
 
 
-def test_serve_what_is_no_repository(refused, schnell, tmp_path: Path) -> None:
-    refused("serve", "nowhere", mentions=("nowhere", "ditforge repo"))
-    refused("serve", schnell.engines, mentions=(schnell.engines, "ditforge repo"))
+def test_serve_what_is_no_repository(refused, schnell, random_schnell: Path, tmp_path: Path) -> None:
+    engines, onnx, repository = schnell.engines, schnell.onnx, schnell.repository
+    refused("serve", "nowhere", mentions=("nowhere is not a folder", "ditforge repo ENGINE_DIR"))
+    refused("serve", engines, mentions=(f"{engines} holds engines", f"fix:   ditforge repo {engines} --out repo"))
+    refused("serve", onnx, mentions=(f"{onnx} holds ONNX graphs", f"fix:   ditforge build {onnx} --out engines"))
+    refused("serve", repository / "dit", mentions=("one model of", f"fix:   ditforge serve {repository}\n"))
+    refused("serve", random_schnell, mentions=("is a checkpoint", f"fix:   ditforge up {random_schnell}"))
+    file = tmp_path / "my model.safetensors"
+    file.touch()
+    refused("serve", file, mentions=("is a checkpoint", f"fix:   ditforge up '{file}'"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "repo").symlink_to(repository)
+    refused("serve", "out", mentions=("out is not a model repository, but holds one, repo", "fix:   ditforge serve "))
+
+
+def test_up_of_what_is_no_checkpoint(refused, schnell) -> None:
+    refused("up", schnell.engines, mentions=("holds engines", f"fix:   ditforge repo {schnell.engines} --out repo"))
+    refused("up", schnell.repository, mentions=("a model repository", f"fix:   ditforge serve {schnell.repository}"))
+
+
+def test_up_asks_whether_it_can_be_served_before_it_exports(refused, random_schnell: Path) -> None:
+    options = ("up", random_schnell, "--cache", "cache", "--metrics-port")
+    refused(*options, "8001", mentions=("--port and --metrics-port", "both 8001"))
+    refused(*options, "99999", mentions=("0 to 65535", "got 99999"))
 
 
 # build, verify, repo

@@ -7,18 +7,33 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from command_line import BAR, FEW, PATIENCE, calls, ditforge, eventually, popen, settled_calls, tree
+from command_line import (
+    BAR,
+    FEW,
+    HEED_INTERRUPTS,
+    PATIENCE,
+    Result,
+    calls,
+    ditforge,
+    eventually,
+    popen,
+    settled_calls,
+    tree,
+)
 from pictures import LAST_BIT, largest_difference
 from PIL import Image
+from python_models import ADD_ONE, write_models
 
-from ditforge import __version__, serving
+from ditforge import __version__, doctor, serving
 from ditforge.client import Client
 from ditforge.client.picture import read_parameters
-from ditforge.engines import build as building
+from ditforge.engines import build as building, gpus
+from ditforge.errors import UserError
 from ditforge.export import onnx_export
 from ditforge.triton_repo.server import Server
 from ditforge.triton_repo.tritonserver import SHM
@@ -113,6 +128,37 @@ def test_doctor(tmp_path: Path) -> None:
     assert all(word in result.out for word in ("python", "tritonserver", "[client]", "torch"))
 
 
+@pytest.mark.parametrize("columns", [60, 80, 132])
+def test_doctor_fits_the_terminal(columns: int) -> None:
+    rows = doctor.findings()
+    shown = list(doctor.lines(rows, columns))
+    assert max(map(len, shown)) < columns
+    words = " ".join(" ".join(shown).split())
+    for row in rows:
+        assert all(" ".join(text.split()) in words for text in row)
+
+
+@pytest.mark.parametrize(("free", "short"), [(64 << 20, True), (1 << 30, False)])
+def test_doctor_says_what_serving_needs_of_shared_memory(
+    monkeypatch: pytest.MonkeyPatch, free: int, short: bool
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(free, 0, free))
+    (row,) = [row for row in doctor.findings() if row[0] == "/dev/shm"]
+    assert f"{free >> 20} MiB free; serve takes up to 72 MiB from the start" in row[1]
+    assert ("--shm-size" in row[2]) == short
+
+
+def test_doctor_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing() -> gpus.Target:
+        raise UserError("this machine has no NVIDIA GPU", "")
+
+    monkeypatch.setattr(gpus, "local_target", nothing)
+    (row,) = [row for row in doctor.findings() if row[0] == "GPU"]
+    assert "engines run on the CPU here" in row[1] and row[2] == ""
+    monkeypatch.setattr(gpus, "local_target", lambda: gpus.Target("H100", ("sm_90",), 80))
+    assert ("GPU", "H100, sm_90, 80 GB", "") in doctor.findings()
+
+
 def test_generate_and_inspect(schnell_server: Server, tmp_path: Path) -> None:
     options = ("--url", schnell_server.url, "--seed", "5", "--steps", "2", "--height", "32")
     result = ditforge("generate", "a red circle", *options, cwd=tmp_path)
@@ -177,10 +223,119 @@ def test_serve_until_sigterm(schnell, tmp_path: Path) -> None:
         out, err = running.communicate(timeout=PATIENCE)
     finally:
         running.kill()
-    assert (running.returncode, out, err) == (0, "stopped\n", "")
+    assert (running.returncode, out, err) == (0, "stopping\nstopped\n", "")
     assert owned(server) == []
     assert processes(server) == []
     assert os.listdir(tmp_path) == ["server.log"]
+
+
+@pytest.mark.parametrize(("number", "code", "said"), [(signal.SIGTERM, 143, ""), (signal.SIGINT, 130, "interrupted\n")])
+def test_a_signal_before_the_server_is_ready(number: signal.Signals, code: int, said: str, tmp_path: Path) -> None:
+    slow = ADD_ONE + "    def initialize(self, args):\n        import time; time.sleep(600)\n"
+    running = popen("serve", write_models(tmp_path / "repo", slow=slow), "--port", "0", "--log", "log", cwd=tmp_path)
+    servers: list[psutil.Process] = []
+
+    def starting() -> bool:
+        servers[:] = psutil.Process(running.pid).children()
+        return any(b"model.py" in line.encode() for server in servers for line in processes(server.pid))
+
+    try:
+        eventually(starting)
+        running.send_signal(number)
+        out, err = running.communicate(timeout=PATIENCE)
+    finally:
+        running.kill()
+    assert (running.returncode, out, err) == (code, "", said)
+    assert [owned(server.pid) for server in servers] == [[]]
+    eventually(lambda: not processes(servers[0].pid))  # those that were killed take a moment to die
+
+
+SERVICE = """#!{python}
+import json, sys
+for event in {before}:
+    print(json.dumps(event), flush=True)
+sys.stdin.readline()  # stop SECONDS
+print(json.dumps({{"event": "draining", "message": "stopping: some unfinished pictures"}}), flush=True)
+if {waits}:
+    sys.stdin.read()  # until its end: at once
+for event in {after}:
+    print(json.dumps(event), flush=True)
+"""
+READY = [{"event": "listening", "port": 1, "metrics_port": None}, {"event": "ready"}]
+DIED = [{"event": "died", "message": "tritonserver has died"}, {"event": "ready"}]
+SERVE = "import sys; sys.executable = sys.argv.pop(1); from ditforge.cli import main; main()"
+
+
+@pytest.fixture
+def serve_until_signal(tmp_path: Path) -> Callable[..., Result]:
+    """Runs `ditforge serve OPTIONS` with a made-up service in place of ours, and ends it by so many signals."""
+
+    def run(*options: str, died: bool = False, unfinished: int | None = None, signals: int = 1) -> Result:
+        before = READY + (DIED if died else [])
+        after = [] if unfinished is None else [{"event": "stopped", "unfinished": unfinished}]
+        service = tmp_path / "service"
+        service.write_text(SERVICE.format(python=sys.executable, before=before, waits=signals > 1, after=after))
+        service.chmod(0o755)
+        repository = tmp_path / "repo"
+        if not repository.exists():
+            write_models(repository, add=ADD_ONE)
+        command = [*HEED_INTERRUPTS, sys.executable, "-c", SERVE, service, "serve", repository, "--port", "0", *options]
+        environment = {**os.environ, "TMPDIR": str(tmp_path)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        running = subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes)  # type: ignore[call-overload]
+        try:
+            while not running.stdout.readline().startswith("serving "):
+                assert running.poll() is None
+            for _ in range(signals - 1):
+                running.send_signal(signal.SIGINT)
+                while "stopping" not in running.stdout.readline():
+                    assert running.poll() is None
+            running.send_signal(signal.SIGINT)
+            out, err = running.communicate(timeout=PATIENCE)
+        finally:
+            running.kill()
+        return Result(running.returncode, out, err)
+
+    return run
+
+
+def logs(folder: Path) -> list[Path]:
+    """The temporary logs of servers."""
+    return list(folder.glob("ditforge-serve-*/*"))
+
+
+@pytest.mark.parametrize("unfinished", [None, 0])
+def test_a_clean_stop_leaves_nothing(serve_until_signal, tmp_path: Path, unfinished: int | None) -> None:
+    result = serve_until_signal(unfinished=unfinished)
+    assert (result.code, result.out, result.err) == (0, "stopping: some unfinished pictures\nstopped\n", "")
+    assert list(tmp_path.glob("ditforge-serve-*")) == []
+    assert serve_until_signal("--log", "mine").code == 0
+    assert (tmp_path / "mine").exists()
+
+
+def test_pictures_that_were_cut_off(serve_until_signal, tmp_path: Path) -> None:
+    result = serve_until_signal("--grace", "45", unfinished=2)
+    (log,) = logs(tmp_path)
+    assert result.code == 1
+    problem, fix = result.err.splitlines()
+    assert problem == f"error: 2 pictures were not finished within --grace 45 seconds, and cut off (log: {log})"
+    assert fix.startswith("fix:   --grace 90 (in Python: grace=90); ")
+    assert "stopped" not in result.out
+
+
+def test_a_second_signal_cuts_off(serve_until_signal, tmp_path: Path) -> None:
+    result = serve_until_signal(unfinished=1, signals=2)
+    assert result.code == 1
+    assert result.err.startswith("error: 1 picture was not finished: the server was told to stop at once\nfix:   ")
+    assert len(logs(tmp_path)) == 1
+    assert serve_until_signal(unfinished=0, signals=2) == Result(0, "stopped\n", "")
+
+
+def test_the_log_of_a_server_of_which_something_died_stays(serve_until_signal, tmp_path: Path) -> None:
+    result = serve_until_signal(died=True)
+    (log,) = logs(tmp_path)
+    assert (result.code, result.err) == (0, "")
+    assert result.out.splitlines()[-1] == f"stopped; the log is {log}"
 
 
 def owned(pid: int) -> list[Path]:

@@ -75,6 +75,27 @@ def test_without_a_terminal_there_is_a_line_for_each_bar() -> None:
     assert re.fullmatch(r"export done ━+ 3\.0/3\.0 GB .* 0:00:0\d", export)
 
 
+BEGINS = """
+import sys
+from ditforge import terminal
+with terminal.progress("build", begins="building engines") as report:
+    if len(sys.argv) == 1:
+        report("dit", 0, 2)
+        report("done", 2, 2)
+        report("dit", 0, 2)
+        report("done", 2, 2)
+"""
+
+
+def test_without_a_terminal_there_is_a_line_when_something_begins() -> None:
+    """At once, and only once; on a terminal, the bar says so."""
+    begins, one, other = elsewhere(BEGINS)
+    assert begins == "building engines"
+    assert one.startswith("build done") and other.startswith("build done")
+    assert elsewhere(BEGINS.replace("== 1", "== 2")) == []  # nothing is built
+    assert "building engines" not in on_a_terminal(BEGINS)
+
+
 def test_steps_and_where_they_ended() -> None:
     assert re.search(r"build dit .*2/5 0:00:0\d", on_a_terminal(FAILED))
     (line,) = elsewhere(FAILED)

@@ -1,0 +1,53 @@
+"""What a path holds that was given where something else is wanted, and which command takes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from shlex import quote
+
+from ditforge import manifest
+from ditforge.errors import UserError
+
+CHECKPOINT = "model_index.json"  # of a folder in diffusers' layout
+CONFIG = "config.pbtxt"  # of each model in a model repository
+NEXT = {
+    "onnx": ("ONNX graphs", "ditforge build {} --out engines   and then: ditforge repo engines --out repo"),
+    "engines": ("engines", "ditforge repo {} --out repo   and then: ditforge serve repo"),
+    "repository": ("a model repository", "ditforge serve {}"),
+}
+MAKE_REPOSITORY = "ditforge repo ENGINE_DIR --out REPO_DIR   makes one of what ditforge build wrote"
+
+
+def stage_of(path: Path) -> manifest.Kind | None:
+    """Which stage of ditforge wrote the folder; None where none did, or its manifest cannot be read."""
+    try:
+        return manifest.read_any(path).kind
+    except UserError:
+        return None
+
+
+def no_repository(path: Path) -> UserError:
+    """Why a path is not a model repository: what it is, and the next command for it."""
+    here = quote(str(path))
+    if kind := stage_of(path):
+        held, command = NEXT[kind]
+        if kind != "repository":
+            return UserError(f"{path} holds {held}, and not a model repository", command.format(here))
+        return UserError(f"the model repository {path} has lost its models", MAKE_REPOSITORY)
+    if path.suffix == ".safetensors" or (path / CHECKPOINT).is_file() or any(path.glob("*.safetensors")):
+        return UserError(f"{path} is a checkpoint, and not a model repository", f"ditforge up {here}")
+    if (path / CONFIG).is_file():
+        return UserError(f"{path} is one model of a model repository", f"ditforge serve {quote(str(path.parent))}")
+    if inside := next(iter(sorted(path.glob(f"*/*/{CONFIG}"))), None):
+        repository = inside.parent.parent
+        problem = f"{path} is not a model repository, but holds one, {repository.name}"
+        return UserError(problem, f"ditforge serve {quote(str(repository))}")
+    state = f"holds no model (no MODEL/{CONFIG})" if path.is_dir() else "is not a folder"
+    return UserError(f"the model repository {path} {state}", MAKE_REPOSITORY)
+
+
+def check_checkpoint(path: Path) -> None:
+    """Raise UserError where a path that should be a checkpoint is what a stage of ditforge wrote."""
+    if kind := stage_of(path):
+        held, command = NEXT[kind]
+        raise UserError(f"{path} holds {held}, and not a checkpoint", command.format(quote(str(path))))

@@ -88,7 +88,7 @@ class Front(grpc.GenericRpcHandler):
     pictures: Pictures = field(default_factory=Pictures)
     doubted: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
     calls: int = 0  # that are being answered, probes aside
-    held: int = 0  # bytes of the requests that are being answered
+    held: int = 0  # bytes of the requests that are being answered, and of answers until they are taken
 
     def __post_init__(self) -> None:
         self.readers = asyncio.Semaphore(max(MOST_BYTES // message_limit(self.models), LEAST_READERS))
@@ -97,20 +97,25 @@ class Front(grpc.GenericRpcHandler):
         """The handler of a method: bytes in, bytes out; it reads the message itself, once there is room for it."""
         metadata = dict(call.invocation_metadata or ())
         if not self.may_call(call.method, metadata):
-            return grpc.stream_unary_rpc_method_handler(refuse)
-        return grpc.stream_unary_rpc_method_handler(partial(self.answer, call.method, metadata))
+            return grpc.stream_stream_rpc_method_handler(refuse)
+        return grpc.stream_stream_rpc_method_handler(partial(self.answer, call.method, metadata))
 
     async def answer(
         self, method: str, metadata: dict[str, Any], messages: object, context: grpc.aio.ServicerContext
-    ) -> bytes:
-        """The answer to a call, or a status in words."""
+    ) -> None:
+        """Answer a call, or end it with a status in words. A call lasts until its client has taken the answer."""
         try:
             if method in PROBES:
-                return await self.probe(method)
+                await context.write(await self.probe(method))
+                return
             with self.call():
                 if method == INFER:
-                    return await self.infer(metadata, context)
-                return await self.tell(method, await arrived(context.read()))
+                    answer = await self.infer(metadata, context)
+                else:
+                    answer = await self.tell(method, await arrived(context.read()))
+                with self.holding(len(answer)):
+                    await context.write(answer)
+                return
         except Refused as refused:
             status, message = refused.status, refused.message
         except BadRequest as error:
@@ -151,9 +156,7 @@ class Front(grpc.GenericRpcHandler):
 
     @contextlib.contextmanager
     def holding(self, size: int) -> Iterator[None]:
-        """While a request of `size` bytes is answered. Raises Refused where they are too many in all."""
-        if self.held and self.held + size > MOST_BYTES:
-            raise Refused(Status.RESOURCE_EXHAUSTED, "the server holds as many requests as it can; ask again later")
+        """While a request or an answer of `size` bytes is held."""
         self.held += size
         try:
             yield
@@ -174,8 +177,14 @@ class Front(grpc.GenericRpcHandler):
         name = method.removeprefix(SERVICE)
         if len(data) > LONGEST_QUESTION and (name in DESCRIBING or name == "RepositoryIndex"):
             raise BadRequest(f"a question has at most {LONGEST_QUESTION} bytes, got {len(data)}")
-        if name in DESCRIBING:  # Triton reads nothing that is no message
-            data = wire.parse(data, DESCRIBING[name]).SerializeToString()
+        if name in DESCRIBING:  # Triton reads nothing that is no message, and no names that are no model's
+            question = wire.parse(data, DESCRIBING[name])
+            asked = getattr(question, "name", "")
+            if (asked and asked not in self.models) or getattr(question, "version", "") not in wire.VERSIONS:
+                if name == "ModelReady":
+                    return pb.ModelReadyResponse(ready=False).SerializeToString()
+                raise Refused(Status.NOT_FOUND, f"there is no model {shown(asked)}; there are {', '.join(self.models)}")
+            data = question.SerializeToString()
         if name == "ModelReady":
             return pb.ModelReadyResponse(ready=await self.is_ready(method, data)).SerializeToString()
         if name == "RepositoryIndex":
@@ -217,7 +226,10 @@ class Front(grpc.GenericRpcHandler):
         try:
             wire.check(request, raw, self.models[name])
             self.admit(picture, metadata.get(ENGINES_KEY))
-            with self.holding(sum(map(len, raw))), self.pictures.request(picture):
+            size = sum(map(len, raw))
+            if self.held and self.held + size > MOST_BYTES:
+                raise Refused(Status.RESOURCE_EXHAUSTED, "the server holds as many requests as it can; ask again later")
+            with self.holding(size), self.pictures.request(picture):
                 answer = await self.run_model(request, raw, context.time_remaining())
             if self.models[name].spoils and wire.is_spoilt(answer):
                 raise Refused(outcome, f"the engines of {name} failed; the server's log says why")
@@ -230,6 +242,9 @@ class Front(grpc.GenericRpcHandler):
             outcome = Status.INVALID_ARGUMENT
             raise BadRequest(f"{name}: {error}") from None
         except grpc.aio.AioRpcError as error:
+            # Triton's words can have a stranger's in them: only the name of a model that there is counts.
+            if (stub := STUB.search(error.details() or "")) and stub[1] in self.models:
+                self.doubted.put_nowait(stub[1])
             outcome = self.of_triton(error)[0]
             raise
         except asyncio.CancelledError:
@@ -305,8 +320,6 @@ class Front(grpc.GenericRpcHandler):
             return Status.DEADLINE_EXCEEDED, "the request waited for as long as its deadline allows"
         if "shared memory pool" in line:
             return Status.INTERNAL, "the server's /dev/shm is too small for this request: docker run --shm-size"
-        if stub := STUB.search(line):
-            self.doubted.put_nowait(stub[1])
         gone = "is not healthy" in line or "no available versions" in line or "Stub process" in line
         if gone or status is Status.UNAVAILABLE:
             return Status.UNAVAILABLE, "the models are starting again; repeat the request"

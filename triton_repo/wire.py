@@ -34,6 +34,7 @@ CONTENTS = {
     "BOOL": "bool_contents",
     "BYTES": "bytes_contents",
 }
+VERSIONS = {"", "1"}  # of a model: the one that a repository has
 PARAMETERS = {"timeout", "priority"}  # of a request; all others of Triton's reach into the server
 
 
@@ -135,6 +136,11 @@ def check(request: service_pb2.ModelInferRequest, raw: Sequence[memoryview], ser
     """Raise BadRequest unless the request, with these raw contents, is one that the model takes."""
     if refused := sorted(set(request.parameters) - PARAMETERS):
         raise BadRequest(f"parameters of a request are {', '.join(sorted(PARAMETERS))}, got {shown(refused[0])}")
+    for name, value in request.parameters.items():
+        if value.WhichOneof("parameter_choice") not in ("int64_param", "uint64_param"):
+            raise BadRequest(f"the parameter {name} is a whole number")
+    if request.model_version not in VERSIONS:
+        raise BadRequest(f"the version is 1, got {shown(request.model_version)}")
     for tensor in (*request.inputs, *request.outputs):
         if tensor.parameters:
             name = sorted(tensor.parameters)[0]

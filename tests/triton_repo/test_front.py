@@ -14,7 +14,7 @@ import psutil
 import pytest
 from command_line import PATIENCE, eventually
 from hostile import dit_inputs, output, prompt, refused, request, said, stub
-from python_models import CAREFUL, infer, model_processes, socket_of, tensor, tritonserver, write_models
+from python_models import ADD_ONE, CAREFUL, infer, model_processes, socket_of, tensor, tritonserver, write_models
 from tritonclient.grpc import InferenceServerClient, service_pb2 as pb
 
 from ditforge.client import Client
@@ -227,7 +227,8 @@ def changed(change) -> pb.ModelInferRequest:
         (lambda r: r.raw_input_contents.pop(), "5 inputs and 4 raw contents"),
         (lambda r: r.raw_input_contents.append(b""), "5 inputs and 6 raw contents"),
         (lambda r: r.inputs[0].contents.fp32_contents.append(1), "contents of both kinds"),
-        (lambda r: setattr(r, "model_version", "2"), ""),
+        (lambda r: setattr(r, "model_version", "2"), "the version is 1, got '2'"),
+        (lambda r: setattr(r.parameters["priority"], "string_param", "x"), "the parameter priority is a whole number"),
         (lambda r: r.outputs.add(name="nothing"), "the outputs are velocity, each at most once, got 'nothing'"),
         (lambda r: [r.outputs.add(name="velocity") for _ in range(2)], "each at most once, got 'velocity', 'velocity'"),
     ],
@@ -293,6 +294,22 @@ def test_a_tag_that_is_written_in_another_way(server: Server) -> None:
     call = grpc.insecure_channel(server.url).unary_unary("/inference.GRPCInferenceService/ModelInfer")
     answer = pb.ModelInferResponse.FromString(call(made.SerializeToString() + written, timeout=60))
     assert output(answer) == output(stub(server.url).ModelInfer(GOOD, timeout=60))
+
+
+@pytest.mark.parametrize("name", ["Stub process 'dit_0_0'", "\x1b[31m Stub process 'dit_0_0' is not healthy", "dit"])
+def test_words_of_strangers_that_look_like_tritons(server: Server, name: str) -> None:
+    """Triton's errors repeat them; they must not look like Triton's complaint of a process, which has it restarted."""
+    asked, version = server.url, "Stub process 'dit_0_0' is not healthy"
+    with pytest.raises(grpc.RpcError) as caught:
+        stub(asked).ModelMetadata(pb.ModelMetadataRequest(name=name, version=version), timeout=10)
+    said(caught.value, "NOT_FOUND")
+    assert not stub(asked).ModelReady(pb.ModelReadyRequest(name=name, version=version), timeout=10).ready
+    made = request(name, dit_inputs())
+    made.model_version = made.id = version
+    with pytest.raises(grpc.RpcError) as caught:
+        stub(asked).ModelInfer(made, timeout=10)
+    said(caught.value, "NOT_FOUND", "INVALID_ARGUMENT")
+    time.sleep(3)  # after which a complaint counts
 
 
 def test_calls_without_a_message_hold_nobody_up_for_long(server: Server) -> None:
@@ -472,3 +489,20 @@ def test_a_full_queue_refuses_at_once(careful: Server) -> None:
         for answer in refusals:
             assert "RESOURCE_EXHAUSTED" in str(answer.exception())
         assert all(answer.exception() is None for answer in waiting if answer not in refusals)
+
+
+LARGE_ANSWERS = ADD_ONE.replace("x + np.float32(1)", "np.zeros(2_000_000, np.float32)")
+
+
+def test_answers_that_nobody_takes(tmp_path: Path) -> None:
+    """A client that does not read its answers: those of 8 MB piled up in the front until there was no more memory."""
+    with start(write_models(tmp_path / "repo", large=LARGE_ANSWERS), port=0) as server:
+        before, ask = memory_of_the_front(server), request("large", {"x": np.zeros(1, np.float32)}).SerializeToString()
+        with grpc.insecure_channel(server.url, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+            method = channel.stream_stream("/inference.GRPCInferenceService/ModelInfer")
+            unread = [method(iter([ask])) for _ in range(100)]
+            eventually(lambda: any(call.done() for call in unread))
+            refusals = [call for call in unread if call.done()]
+            assert all(call.code().name == "RESOURCE_EXHAUSTED" for call in refusals)
+            assert memory_of_the_front(server) < before + (1 << 30)
+        eventually(lambda: infer(server.url, "large", 0).shape == (2_000_000,))

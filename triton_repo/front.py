@@ -49,6 +49,7 @@ MOST_AT_ONCE = 512  # requests that are read and answered, probes aside; one mor
 MOST_OF_ONE = 128  # requests over one connection; gRPC lets clients wait with one more
 MOST_BYTES = 256 << 20  # of all requests for models that are read, and of all that are answered
 LEAST_READERS = 4  # requests that are read at once, however large they may be
+UNDISTURBED = 2.0  # seconds in which a message can arrive however many others wait
 ARRIVAL = 30.0  # seconds within which the message of a request has to arrive
 PING_INTERVAL = 5_000  # ms: clients may ask as often whether the connection lives
 LONGEST_MESSAGE = 1000  # characters of an error; gRPC loses those that are too long
@@ -87,6 +88,7 @@ class Front(grpc.GenericRpcHandler):
     stopping: bool = False
     pictures: Pictures = field(default_factory=Pictures)
     doubted: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
+    waiting: int = 0  # requests whose message is not yet read, since others are
     calls: int = 0  # that are being answered, probes aside
     held: int = 0  # bytes of the requests that are being answered, and of answers until they are taken
 
@@ -156,7 +158,9 @@ class Front(grpc.GenericRpcHandler):
 
     @contextlib.contextmanager
     def holding(self, size: int) -> Iterator[None]:
-        """While a request or an answer of `size` bytes is held."""
+        """While a request or an answer of `size` bytes is held. Raises Refused where they are too many in all."""
+        if self.held and self.held + size > MOST_BYTES:
+            raise Refused(Status.RESOURCE_EXHAUSTED, "the server holds as many messages as it can; ask again later")
         self.held += size
         try:
             yield
@@ -226,10 +230,7 @@ class Front(grpc.GenericRpcHandler):
         try:
             wire.check(request, raw, self.models[name])
             self.admit(picture, metadata.get(ENGINES_KEY))
-            size = sum(map(len, raw))
-            if self.held and self.held + size > MOST_BYTES:
-                raise Refused(Status.RESOURCE_EXHAUSTED, "the server holds as many requests as it can; ask again later")
-            with self.holding(size), self.pictures.request(picture):
+            with self.holding(sum(map(len, raw))), self.pictures.request(picture):
                 answer = await self.run_model(request, raw, context.time_remaining())
             if self.models[name].spoils and wire.is_spoilt(answer):
                 raise Refused(outcome, f"the engines of {name} failed; the server's log says why")
@@ -257,9 +258,22 @@ class Front(grpc.GenericRpcHandler):
             self.metrics.answered(name, outcome.name, time.monotonic() - begun)
 
     async def receive(self, context: grpc.aio.ServicerContext) -> object:
-        """The message of a call, once no more than some others are read."""
-        async with self.readers:
-            return await context.read()
+        """The message of a call, once few enough others are read. Raises Refused if it is slow and others wait."""
+        self.waiting += 1
+        try:
+            await self.readers.acquire()
+        finally:
+            self.waiting -= 1
+        try:
+            message = asyncio.ensure_future(context.read())
+            message.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+            while not message.done():
+                await asyncio.wait([message], timeout=UNDISTURBED)
+                if self.waiting and not message.done():
+                    raise Refused(Status.RESOURCE_EXHAUSTED, "the message arrives slowly, and others wait; repeat it")
+            return message.result()
+        finally:
+            self.readers.release()
 
     async def run_model(self, request: pb.ModelInferRequest, raw: list[memoryview], left: float | None) -> bytes:
         """Triton's answer to the request with these raw contents, which are let go of. Raises Refused after `left` s.

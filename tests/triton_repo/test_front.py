@@ -19,6 +19,7 @@ from tritonclient.grpc import InferenceServerClient, service_pb2 as pb
 
 from ditforge.client import Client
 from ditforge.triton_repo import wire
+from ditforge.triton_repo.front import ARRIVAL
 from ditforge.triton_repo.server import Server, start
 
 GOOD = request("dit", dit_inputs())
@@ -313,7 +314,7 @@ def test_words_of_strangers_that_look_like_tritons(server: Server, name: str) ->
 
 
 def test_calls_without_a_message_hold_nobody_up_for_long(server: Server) -> None:
-    """All slots are taken by calls whose message never comes: probes are answered, others refused, until they end."""
+    """More calls than are answered at once, whose messages never come: probes are answered, and then all others."""
     alone = [("grpc.use_local_subchannel_pool", 1)]
     channels = [grpc.insecure_channel(server.url, alone) for _ in range(6)]
     release = threading.Event()
@@ -327,15 +328,27 @@ def test_calls_without_a_message_hold_nobody_up_for_long(server: Server) -> None
         eventually(lambda: any(call.done() and call.code().name == "RESOURCE_EXHAUSTED" for call in silent))
         with InferenceServerClient(server.url) as client:
             assert client.is_server_live() and client.is_server_ready()
-        words = refused(server.url, GOOD, "RESOURCE_EXHAUSTED")
-        assert words == "the server answers as many requests as it can; ask again later"
         for call in silent:
             assert call.exception(PATIENCE).code().name in ("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")
-        assert stub(server.url).ModelInfer(GOOD, timeout=60)
+        words = {call.details() for call in silent}
+        assert "the server answers as many requests as it can; ask again later" in words
+        assert "the message arrives slowly, and others wait; repeat it" in words
     finally:
         release.set()
         for channel in channels:
             channel.close()
+
+
+def test_a_few_calls_without_a_message_hold_nobody_up(server: Server) -> None:
+    """As many as are read at once: whoever waits gets one of their places before they have to end."""
+    release, method = threading.Event(), "/inference.GRPCInferenceService/ModelInfer"
+    with grpc.insecure_channel(server.url, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        try:
+            silent = [channel.stream_unary(method).future(iter(release.wait, True), timeout=120) for _ in range(60)]
+            assert stub(server.url).ModelInfer(GOOD, timeout=ARRIVAL - 5)
+            assert any(not call.done() for call in silent)
+        finally:
+            release.set()
 
 
 def test_many_large_requests_at_once(server: Server) -> None:

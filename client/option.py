@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from ditforge.option import option
 
+
+def pair(certificate: str, key: str) -> str:
+    """How a client's certificate and its key are given."""
+    python = f'tls=TLS(certificate="{certificate}", key="{key}")'
+    return option(python, f"--tls-cert {certificate} --tls-key {key}")
+
+
 CA = option('tls=TLS(ca="FILE")', "--tls-ca FILE")
-PAIR = option('tls=TLS(certificate="FILE", key="FILE")', "--tls-cert FILE --tls-key FILE")
+PAIR = pair("FILE", "FILE")
 CERTIFICATE = option('tls=TLS(certificate="FILE", …)', "--tls-cert FILE")
 KEY = option('tls=TLS(key="FILE", …)', "--tls-key FILE")
 ENCRYPT = option("tls=TLS()", "--tls")

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from numbers import Real
-from pathlib import Path
 from typing import TypedDict
 
 from typing_extensions import Unpack
@@ -18,6 +17,7 @@ from typing_extensions import Unpack
 from ditforge.client.address import DEFAULT_URL, check_url
 from ditforge.client.option import TOKEN, option
 from ditforge.client.tls import TLS
+from ditforge.credentials import check_token
 from ditforge.errors import UserError
 
 LONGEST = 7 * 24 * 3600.0  # seconds
@@ -67,7 +67,7 @@ class ConnectionSettings:
             if isinstance(setting.default, float):
                 check_seconds(setting.name, getattr(self, setting.name), setting.default)
         if self.token is not None:
-            check_token(self.token, "the token")
+            check_token(self.token, "the token", TOKEN)
         if self.tls is not None and not isinstance(self.tls, TLS):
             raise UserError(f"tls is a TLS of ditforge.client, got {self.tls!r}", 'tls=TLS(ca="ca.pem")')
 
@@ -95,22 +95,3 @@ def check_seconds(name: str, value: float, default: float) -> None:
         least = "0" if name == "retry_timeout" else "above 0"
         problem = f"{name} must be from {least} to {LONGEST:.0f} seconds, got {value!r}"
         raise UserError(problem, f"{name}={default:g}" if name in PYTHON_ONLY else option(f"{name}={default:g}"))
-
-
-def check_token(token: str, what: str) -> str:
-    """A token as it is. Raises UserError, which does not show it, for what cannot be sent."""
-    if not isinstance(token, str) or not token or not all("!" <= character <= "~" for character in token):
-        raise UserError(f"{what} is not one word of visible ASCII characters", f"{TOKEN}, with the token alone")
-    return token
-
-
-def read_token(path: Path | None) -> str | None:
-    """The token in a file, without the white space around it; None where there is no file."""
-    if path is None:
-        return None
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
-        raise UserError(f"cannot read the token in {path}: {reason}", TOKEN) from None
-    return check_token(text.strip(), f"what is in {path}")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import ssl
 from dataclasses import dataclass
-from os import PathLike, fspath
-from pathlib import Path
+from os import PathLike
 
 from typing_extensions import Self
 
-from ditforge.client.option import CA, CERTIFICATE, KEY, PAIR, option
+from ditforge.client.option import CA, CERTIFICATE, KEY, pair
+from ditforge.credentials import Options, check_authorities, check_pair, read_file
 from ditforge.errors import UserError
 
-FIXES = {"ca": CA, "certificate": CERTIFICATE, "key": KEY}
+FILES = Options(CA, CERTIFICATE, KEY, pair)
 
 
 @dataclass(frozen=True)
@@ -30,83 +29,23 @@ class TLS:
 
     def __new__(cls, *files: object, **named: object) -> Self:
         for name in named:
-            if name not in FIXES:
+            if name not in ("ca", "certificate", "key"):
                 fix = 'TLS(ca="ca.pem", certificate="client.pem", key="client.key"), of which each can be left out'
                 raise UserError(f"TLS has no file {name!r}, but ca, certificate and key", fix)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        ca, certificate, key = (self.read(name) for name in FIXES)
-        if ca is not None:
-            check_certificates("ca", self.ca, ca)
-        if (certificate is None) != (key is None):
-            there, missing = ("certificate", "key") if key is None else ("key", "certificate")
-            raise UserError(f"there is a TLS {there}, but no {missing}", f"{FIXES[missing]}, or leave out both")
-        if certificate is not None and key is not None:
-            if is_key(certificate) and is_certificate(key) and not is_certificate(certificate) and not is_key(key):
-                swapped = (
-                    f"the TLS certificate {self.certificate} holds a key, and the TLS key {self.key} a certificate"
-                )
-                pair = f'tls=TLS(certificate="{self.key}", key="{self.certificate}")'
-                raise UserError(swapped, option(pair, f"--tls-cert {self.key} --tls-key {self.certificate}"))
-            check_certificates("certificate", self.certificate, certificate)
-            check_pair(self.certificate, self.key, key)
+        if self.ca is not None:
+            check_authorities(self.ca, FILES)
+        if (self.certificate is None) != (self.key is None):
+            there, missing, fix = (
+                ("certificate", "key", KEY) if self.certificate else ("key", "certificate", CERTIFICATE)
+            )
+            raise UserError(f"there is a TLS {there}, but no {missing}", f"{fix}, or leave out both")
+        if self.certificate is not None and self.key is not None:
+            check_pair(self.certificate, self.key, FILES)
 
     def read(self, name: str) -> bytes | None:
-        """What is in the file called `name` here: ca, certificate or key."""
+        """What is in the file called `name` here: ca, certificate or key. Raises UserError where it is gone by now."""
         path = getattr(self, name)
-        if path is None:
-            return None
-        try:
-            content = Path(path).read_bytes()
-        except (OSError, ValueError, TypeError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise UserError(f"cannot read the TLS {name} {path}: {reason}", FIXES[name]) from None
-        if b"-----BEGIN " not in content:
-            raise UserError(
-                f"the TLS {name} {fspath(path)} is not in PEM", f"{FIXES[name]}, that begins with -----BEGIN"
-            )
-        return content
-
-
-def is_certificate(content: bytes) -> bool:
-    return b"-----BEGIN CERTIFICATE-----" in content or b"-----BEGIN TRUSTED CERTIFICATE-----" in content
-
-
-def is_key(content: bytes) -> bool:
-    return b"PRIVATE KEY-----" in content
-
-
-def check_certificates(name: str, path: object, content: bytes) -> None:
-    """Raise UserError unless `content`, of the file `path`, holds certificates."""
-    if not is_certificate(content):
-        holds = "a key" if is_key(content) else "none"
-        raise UserError(f"the TLS {name} {path} should hold a certificate, and holds {holds}", FIXES[name])
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=content.decode("latin-1"))
-    except (ssl.SSLError, ValueError) as error:
-        raise UserError(f"the TLS {name} {path} is damaged: {reason_of(error)}", FIXES[name]) from None
-
-
-def check_pair(certificate: str | PathLike[str] | None, path: object, key: bytes) -> None:
-    """Raise UserError unless the file `path`, which holds `key`, is the key to `certificate`, and can be used."""
-    if not is_key(key):
-        holds = "a certificate" if is_certificate(key) else "none"
-        raise UserError(f"the TLS key {path} should hold a private key, and holds {holds}", KEY)
-
-    def password() -> str:
-        fix = f"openssl pkey -in {path} -out plain.key   writes it without its password, for {KEY}"
-        raise UserError(f"the TLS key {path} is encrypted, and its password is asked of nobody", fix)
-
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(fspath(certificate or ""), fspath(str(path)), password)
-    except ssl.SSLError as error:
-        if error.reason == "KEY_VALUES_MISMATCH" or error.reason == "KEY_TYPE_MISMATCH":
-            problem = f"the TLS key {path} does not belong to the certificate {certificate}"
-            raise UserError(problem, f"{PAIR}, of one pair") from None
-        raise UserError(f"the TLS key {path} cannot be used: {reason_of(error)}", KEY) from None
-
-
-def reason_of(error: Exception) -> str:
-    """What OpenSSL says, in words as far as it has any."""
-    return (getattr(error, "reason", None) or str(error)).replace("_", " ").lower()
+        return None if path is None else read_file(f"the TLS {name}", path, getattr(FILES, name))

@@ -385,8 +385,10 @@ def generate(
     """
     from ditforge import generating
     from ditforge.client.address import DEFAULT_URL
-    from ditforge.client.settings import make_settings, read_token
+    from ditforge.client.option import TOKEN
+    from ditforge.client.settings import make_settings
     from ditforge.client.tls import TLS
+    from ditforge.credentials import read_token
 
     options = {"seed": seed, "steps": steps, "height": height, "width": width, "guidance": guidance, "sampler": sampler}
     options |= {"negative_prompt": negative_prompt, "true_cfg": true_cfg, "skip_layer_guidance": skip_layer_guidance}
@@ -397,7 +399,7 @@ def generate(
         connect_timeout=connect_timeout,
         step_timeout=step_timeout,
         retry_timeout=retry_timeout,
-        token=read_token(token_file),
+        token=read_token(token_file, TOKEN) if token_file else None,
         tls=TLS(tls_ca, tls_cert, tls_key) if tls or tls_ca or tls_cert or tls_key else None,
     )
     generating.generate(prompt, settings, out, count, options)

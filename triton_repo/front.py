@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import grpc
@@ -46,18 +46,16 @@ OPEN = {*PROBES, f"{SERVICE}ModelReady"}  # which need no token
 PICTURE_KEY, ENGINES_KEY = "ditforge-picture", "ditforge-engines"  # in a request's metadata
 SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"  # grpc.health.v1.HealthCheckResponse: field 1 is the status
 MOST_AT_ONCE = 512  # requests that are read and answered, probes aside; one more is refused
-MOST_OF_ONE = 128  # requests over one connection; gRPC lets clients wait with one more
 MOST_BYTES = 256 << 20  # of all requests for models that are read, and of all that are answered
 LEAST_READERS = 4  # requests that are read at once, however large they may be
 UNDISTURBED = 2.0  # seconds in which a message can arrive however many others wait
 ARRIVAL = 30.0  # seconds within which the message of a request has to arrive
-PING_INTERVAL = 5_000  # ms: clients may ask as often whether the connection lives
 LONGEST_MESSAGE = 1000  # characters of an error; gRPC loses those that are too long
 LONGEST_QUESTION = 4096  # bytes of a message that asks about the server or a model
-WINDOW = 256 << 10  # bytes of a message that a client may send before it is read
 STUB = re.compile(r"Stub process '(.+?)_\d+_\d+'")  # Triton's name of a model's process, as it complains of one
 PATH = re.compile(r"(?<![\w.])/(?:[^\s/:'\",;()]+/)+[^\s:'\",;()]*")
 Status = grpc.StatusCode
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -114,7 +112,7 @@ class Front(grpc.GenericRpcHandler):
                 if method == INFER:
                     answer = await self.infer(metadata, context)
                 else:
-                    answer = await self.tell(method, await arrived(context.read()))
+                    answer = await self.tell(method, await arrived(context))
                 with self.holding(len(answer)):
                     await context.write(answer)
                 return
@@ -222,7 +220,7 @@ class Front(grpc.GenericRpcHandler):
 
     async def infer(self, metadata: dict[str, Any], context: grpc.aio.ServicerContext) -> bytes:
         """A model's outputs for a request that the model takes."""
-        request, raw = wire.parse_infer(await arrived(self.receive(context)))
+        request, raw = wire.parse_infer(await self.receive(context))
         name, picture = request.model_name, metadata.get(PICTURE_KEY)
         if name not in self.models:
             raise Refused(Status.NOT_FOUND, f"there is no model {shown(name)}; there are {', '.join(self.models)}")
@@ -257,21 +255,18 @@ class Front(grpc.GenericRpcHandler):
         finally:
             self.metrics.answered(name, outcome.name, time.monotonic() - begun)
 
-    async def receive(self, context: grpc.aio.ServicerContext) -> object:
-        """The message of a call, once few enough others are read. Raises Refused if it is slow and others wait."""
+    async def receive(self, context: grpc.aio.ServicerContext) -> bytes:
+        """The message of an inference, once few enough others are read. Raises Refused where that takes too long."""
         self.waiting += 1
         try:
-            await self.readers.acquire()
+            await asyncio.wait_for(self.readers.acquire(), ARRIVAL)
+        except asyncio.TimeoutError:
+            busy = "the server reads as many messages as it can; ask again later"
+            raise Refused(Status.RESOURCE_EXHAUSTED, busy) from None
         finally:
             self.waiting -= 1
         try:
-            message = asyncio.ensure_future(context.read())
-            message.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-            while not message.done():
-                await asyncio.wait([message], timeout=UNDISTURBED)
-                if self.waiting and not message.done():
-                    raise Refused(Status.RESOURCE_EXHAUSTED, "the message arrives slowly, and others wait; repeat it")
-            return message.result()
+            return await arrived(context, others_wait=lambda: self.waiting > 0)
         finally:
             self.readers.release()
 
@@ -288,8 +283,7 @@ class Front(grpc.GenericRpcHandler):
             request.parameters["timeout"].int64_param = max(int(left * 1e6), 1)
         message = wire.message(request, raw)
         raw.clear()  # what came from the wire need not stay until the answer
-        running = asyncio.ensure_future(self.forward(INFER, message, timeout=None))
-        running.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody may be left to ask
+        running = started(self.forward(INFER, message, timeout=None))
         try:
             answer = await asyncio.wait_for(asyncio.shield(running), left)
         except asyncio.TimeoutError:
@@ -348,37 +342,32 @@ class Front(grpc.GenericRpcHandler):
         return active
 
 
-async def arrived(reading: Awaitable[object]) -> bytes:
-    """The message of a call. Raises Refused where it does not come in time, BadRequest where there is none."""
-    message = asyncio.ensure_future(reading)
-    message.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-    await asyncio.wait([message], timeout=ARRIVAL)
-    if not message.done():  # it ends with the call
+def started(work: Awaitable[T]) -> asyncio.Future[T]:
+    """A future of the work, whose error is not reported as one that was never asked for: nobody may be left to ask."""
+    future = asyncio.ensure_future(work)
+    future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+    return future
+
+
+async def arrived(context: grpc.aio.ServicerContext, others_wait: Callable[[], bool] = lambda: False) -> bytes:
+    """The message of a call. Raises BadRequest where there is none.
+
+    Raises Refused where it does not come within ARRIVAL seconds, or within UNDISTURBED ones while others wait.
+    """
+    reading = started(context.read())  # it ends with the call
+    deadline = time.monotonic() + ARRIVAL
+    while (left := deadline - time.monotonic()) > 0 and not reading.done():
+        await asyncio.wait([reading], timeout=min(left, UNDISTURBED))
+        if others_wait() and not reading.done():
+            raise Refused(Status.RESOURCE_EXHAUSTED, "the message arrives slowly, and others wait; repeat it")
+    if not reading.done():
         raise Refused(Status.DEADLINE_EXCEEDED, f"the message of the request did not arrive within {ARRIVAL:g} s")
-    data = message.result()
-    if not isinstance(data, bytes):
+    message = reading.result()
+    if not isinstance(message, bytes):
         raise BadRequest("the call has no message")
-    return data
+    return message
 
 
 async def refuse(messages: object, context: grpc.aio.ServicerContext) -> None:
     """The answer to callers without the token, which does not wait for their message."""
     await context.abort(Status.UNAUTHENTICATED, "this server wants a token: authorization: Bearer TOKEN")
-
-
-def make_server(front: Front) -> grpc.aio.Server:
-    """A gRPC server that refuses messages larger than any of the models takes before it has read them."""
-    options = [
-        ("grpc.so_reuseport", 0),  # else two servers could share a port, and each get half of the requests
-        ("grpc.max_receive_message_length", message_limit(front.models)),
-        ("grpc.max_send_message_length", -1),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", PING_INTERVAL),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.keepalive_time_ms", 60_000),  # a client's machine that is gone frees its connection
-        ("grpc.keepalive_timeout_ms", 20_000),
-        ("grpc.max_connection_idle_ms", 600_000),
-        ("grpc.max_concurrent_streams", MOST_OF_ONE),
-        ("grpc.http2.bdp_probe", 0),  # which lets the window of a connection grow without bound
-        ("grpc.http2.lookahead_bytes", WINDOW),
-    ]
-    return grpc.aio.server(handlers=[front], options=options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import closing
+from contextlib import closing, suppress
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from socketserver import ThreadingMixIn
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse
 
 disable_created_metrics()  # the time of each series' beginning, which nobody asks for
+LISTENER = "gRPC port"  # in the counter of restarts
+MOST_CONNECTIONS = 32
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -38,14 +40,18 @@ class Metrics:
             registry=self.registry,
         )
         self.restarts = Counter(
-            "ditforge_restarts", "Starts of Triton after the death of a process.", ["process"], registry=self.registry
+            "ditforge_restarts",
+            "Starts of Triton, or of the gRPC port, after a death.",
+            ["process"],
+            registry=self.registry,
         )
         self.ready = Gauge("ditforge_ready", "1 while pictures can be made.", registry=self.registry)
         self.active = Gauge("ditforge_pictures_active", "Unfinished pictures.", registry=self.registry)
         for model in models:
             self.requests.labels(model, "OK")
             self.restarts.labels(model)
-        self.restarts.labels("tritonserver")
+        for process in ("tritonserver", LISTENER):
+            self.restarts.labels(process)
 
     def answered(self, model: str, status: str, seconds: float) -> None:
         """Count a request."""
@@ -66,15 +72,42 @@ class Metrics:
             start_response("200 OK", [("Content-Type", CONTENT_TYPE)])
             return [generate_latest(self.registry), tritons_metrics(triton)]
 
-        server = make_server(host, port, answer, ThreadingServer, Quiet)
+        server = make_server(host, port, answer, BoundedServer, Quiet)
         threading.Thread(target=server.serve_forever, daemon=True, name="metrics").start()
         return server.server_port
 
 
-class ThreadingServer(ThreadingMixIn, WSGIServer):
-    """Each request in a thread, which does not keep the process alive."""
+class BoundedServer(ThreadingMixIn, WSGIServer):
+    """Each connection in a thread. Of MOST_CONNECTIONS that are open, the oldest ends where there is another one, so
+    that those who send slowly keep nobody out.
+    """
 
-    daemon_threads = True
+    daemon_threads = True  # which do not keep the process alive
+    request_queue_size = 128  # connections that wait to be accepted
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.connections: list[socket.socket] = []
+        self.lock = threading.Lock()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread."""
+        with self.lock:
+            self.connections.append(request)
+            oldest = self.connections.pop(0) if len(self.connections) > MOST_CONNECTIONS else None
+        if oldest is not None:
+            with suppress(OSError):
+                oldest.shutdown(socket.SHUT_RDWR)  # its thread then closes it
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection."""
+        with self.lock, suppress(ValueError):
+            self.connections.remove(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing: a connection that ends early is no news, and a stranger could fill the log with it."""
 
 
 class Quiet(WSGIRequestHandler):

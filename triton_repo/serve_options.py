@@ -10,22 +10,28 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from ditforge.credentials import Options, check_authorities, check_pair, read_token
 from ditforge.errors import UserError
 from ditforge.option import option
-from ditforge.triton_repo.access import (
-    CLIENT_CA,
-    PAIR,
-    TOKEN,
-    check_authority,
-    check_pair,
-    check_token,
-    read_file as read_file,  # for service.py
-)
 
 LAST_PORT = (1 << 16) - 1
 LONGEST = 7 * 24 * 3600  # seconds
 PORTS = ("port", "http_port", "metrics_port")
 PYTHON_ONLY = ("repo", "shm_bytes", "shm_growth", "extra_args")  # without an option on the command line
+CLIENT_CA = option('tls_client_ca="FILE"', "--tls-client-ca FILE")
+TOKEN = option('token_file="FILE"', "--token-file FILE")
+
+
+def pair(certificate: str, key: str) -> str:
+    """How a server's certificate and its key are given."""
+    return option(f'tls_cert="{certificate}", tls_key="{key}"', f"--tls-cert {certificate} --tls-key {key}")
+
+
+NEW_TOKEN = f"openssl rand -base64 24 > FILE   writes one, for {TOKEN}"
+PAIR = pair("FILE", "FILE")
+FILES = Options(
+    CLIENT_CA, option('tls_cert="FILE"', "--tls-cert FILE"), option('tls_key="FILE"', "--tls-key FILE"), pair
+)
 PortNumber = Annotated[int, Field(ge=0, le=LAST_PORT)]
 Seconds = Annotated[float, Field(ge=0, le=LONGEST, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(gt=0)]
@@ -107,11 +113,11 @@ def make_options(repo: Path, options: dict[str, Any]) -> ServeOptions:
             f"{PAIR}, with {TOKEN} or {CLIENT_CA}; or {option('insecure=True', '--insecure')}",
         )
     if made.token_file:
-        check_token(made.token_file)
+        read_token(made.token_file, NEW_TOKEN)
     if made.tls_cert and made.tls_key:
-        check_pair(made.tls_cert, made.tls_key)
+        check_pair(made.tls_cert, made.tls_key, FILES)
     if made.tls_client_ca:
-        check_authority(made.tls_client_ca)
+        check_authorities(made.tls_client_ca, FILES)
     files = {name: getattr(made, name) for name in ("tls_cert", "tls_key", "tls_client_ca", "token_file")}
     return made.model_copy(update={name: path.resolve() for name, path in files.items() if path is not None})
 

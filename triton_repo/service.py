@@ -17,22 +17,21 @@ import resource
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-import grpc
-
 from ditforge.errors import DitforgeError, UserError
 from ditforge.triton_repo import tritonserver
-from ditforge.triton_repo.front import Front, make_server
+from ditforge.triton_repo.front import Front
+from ditforge.triton_repo.listener import Listener, Report, token_of
+from ditforge.triton_repo.log import set_up
 from ditforge.triton_repo.metrics import Metrics
-from ditforge.triton_repo.serve_options import ServeOptions, read_file
+from ditforge.triton_repo.serve_options import ServeOptions
 from ditforge.triton_repo.served import read_models
 from ditforge.triton_repo.tritonserver import Triton
 
 T = TypeVar("T")
-Report = Callable[..., None]  # an event, and what is to be said of it
 BACKOFF = (0.0, 0.5, 1.0, 2.0, 4.0)  # seconds before each restart in a row
 DOUBT = 2.0  # seconds in which a process that Triton complains of shows that it has died
 STABLE = 30.0  # seconds of service after which a death is not in a row with the last one
@@ -59,10 +58,9 @@ async def serve(options: ServeOptions, report: Report, stopped: asyncio.Future[f
     prefix = f"{tritonserver.namespace()}{os.getpid()}-"
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=tritonserver.SHM))
     front = Front(models, engines, token_of(options), metrics, folder / tritonserver.FORGONE)
-    server = make_server(front)
+    listener = Listener(front, options)
     try:
-        port = listen(server, options)
-        await server.start()
+        port = await listener.start()
         served = None
         if options.metrics_port is not None:
             try:
@@ -73,9 +71,9 @@ async def serve(options: ServeOptions, report: Report, stopped: asyncio.Future[f
                     "--metrics-port names another",
                 ) from None
         report("listening", port=port, metrics_port=served)
-        await keep_running(options, folder, front, report, stopped)
+        await first_of(keep_running(options, folder, front, report, stopped), listener.keep(report))
     finally:
-        await server.stop(grace=0)
+        await listener.stop()
         tritonserver.remove(folder)
 
 
@@ -173,33 +171,10 @@ async def unless(stopped: asyncio.Future[float], waiting: Coroutine[Any, Any, T]
         await asyncio.gather(task, return_exceptions=True)
 
 
-def listen(server: grpc.aio.Server, options: ServeOptions) -> int:
-    """Take the port, with TLS where there is a certificate; returns its number. Raises UserError where it cannot."""
-    address = f"{options.host}:{options.port}"
-    try:
-        if options.tls_cert is None or options.tls_key is None:
-            port = server.add_insecure_port(address)
-        else:
-            clients = options.tls_client_ca and read_file(options.tls_client_ca)
-            pair = (read_file(options.tls_key), read_file(options.tls_cert))
-            credentials = grpc.ssl_server_credentials([pair], clients, require_client_auth=clients is not None)
-            port = server.add_secure_port(address, credentials)
-    except RuntimeError:
-        port = 0
-    if not port:
-        raise UserError(f"cannot listen on {options.host}, port {options.port}", "name a port that is free")
-    return port
-
-
-def token_of(options: ServeOptions) -> bytes | None:
-    """The token that clients have to send, if any."""
-    return read_file(options.token_file) if options.token_file else None
-
-
 def main() -> None:
     """Serve as the one argument says, tell what happens, and obey standard input."""
     options = ServeOptions.model_validate_json(sys.argv[1])
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each client takes one
 

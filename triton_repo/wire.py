@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 from google.protobuf.message import DecodeError, Message
-from tritonclient.grpc import service_pb2
+from tritonclient.grpc import service_pb2 as pb
 
 from ditforge.triton_repo.limits import DTYPES, ITEM_BYTES, BadRequest, Limits, check_batches, is_finite, shown
 from ditforge.triton_repo.served import ServedModel
@@ -19,7 +19,7 @@ from ditforge.triton_repo.served import ServedModel
 M = TypeVar("M", bound=Message)
 MOST_FIELDS = 200  # parts of a message: inputs, outputs, parameters, raw contents
 LARGEST_HEAD = 1 << 20  # bytes of a message beside its raw contents
-RAW_CONTENTS = 7 << 3 | 2  # the tag of raw_input_contents
+RAW_INPUT, RAW_OUTPUT = 7 << 3 | 2, 6 << 3 | 2  # the tags of raw_input_contents and raw_output_contents
 CONTENTS = {
     "FP64": "fp64_contents",
     "FP32": "fp32_contents",
@@ -38,12 +38,12 @@ VERSIONS = {"", "1"}  # of a model: the one that a repository has
 PARAMETERS = {"timeout", "priority"}  # of a request; all others of Triton's reach into the server
 
 
-def is_spoilt(data: bytes) -> bool:
-    """Whether an output in the ModelInferResponse `data` has a NaN or an infinity in it."""
-    response = service_pb2.ModelInferResponse.FromString(data)
-    kinds = [DTYPES.get(tensor.datatype, np.uint8) for tensor in response.outputs]
-    pairs = zip(kinds, response.raw_output_contents, strict=False)
-    return not all(is_finite(np.frombuffer(raw, dtype)) for dtype, raw in pairs if np.issubdtype(dtype, np.floating))
+def is_spoilt(answer: bytes) -> bool:
+    """Whether an output in the ModelInferResponse `answer` has a NaN or an infinity in it. Copies no tensor."""
+    head, raw = split(answer, RAW_OUTPUT)
+    kinds = [DTYPES.get(tensor.datatype, np.uint8) for tensor in pb.ModelInferResponse.FromString(head).outputs]
+    pairs = zip(kinds, raw, strict=False)
+    return not all(is_finite(np.frombuffer(data, dtype)) for dtype, data in pairs if np.issubdtype(dtype, np.floating))
 
 
 def parse(data: bytes, kind: type[M]) -> M:
@@ -54,17 +54,26 @@ def parse(data: bytes, kind: type[M]) -> M:
         raise BadRequest(f"the message is not a {kind.DESCRIPTOR.name}") from None
 
 
-def parse_infer(data: bytes) -> tuple[service_pb2.ModelInferRequest, list[memoryview]]:
-    """The ModelInferRequest in `data` without its raw contents, and these, not copied.
+def parse_infer(data: bytes) -> tuple[pb.ModelInferRequest, list[memoryview]]:
+    """The ModelInferRequest in `data` without its raw contents, and these, not copied. Raises BadRequest if none is."""
+    head, raw = split(data, RAW_INPUT)
+    request = parse(head, pb.ModelInferRequest)
+    if request.raw_input_contents:  # by a tag that is written in another way than ours
+        raise BadRequest("the message is not a ModelInferRequest")
+    return request, raw
 
-    Raises BadRequest if there is none, or one of absurdly many or large parts: millions of empty ones, which a parser
-    would make, take gigabytes. Source: https://protobuf.dev/programming-guides/encoding
+
+def split(data: bytes, raw_tag: int) -> tuple[bytes, list[memoryview]]:
+    """A message without its raw contents, and these, not copied.
+
+    Raises BadRequest if it has absurdly many or large parts: millions of empty ones, which a parser would make, take
+    gigabytes. Source: https://protobuf.dev/programming-guides/encoding
     """
     view, head, raw = memoryview(data), bytearray(), list[memoryview]()
     for number, (tag, start, content, end) in enumerate(parts(data)):
         if number == MOST_FIELDS:
             raise BadRequest(f"a message has at most {MOST_FIELDS} inputs, outputs and parameters")
-        if tag == RAW_CONTENTS:
+        if tag == raw_tag:
             raw.append(view[content:end])
         else:
             head += view[start:end]
@@ -73,17 +82,14 @@ def parse_infer(data: bytes) -> tuple[service_pb2.ModelInferRequest, list[memory
                 f"a message has at most {LARGEST_HEAD} bytes beside its raw contents:"
                 " send large tensors in raw_input_contents"
             )
-    request = parse(bytes(head), service_pb2.ModelInferRequest)
-    if request.raw_input_contents:  # by a tag that is written in another way than ours
-        raise BadRequest("the message is not a ModelInferRequest")
-    return request, raw
+    return bytes(head), raw
 
 
-def message(request: service_pb2.ModelInferRequest, raw: Sequence[memoryview]) -> bytes:
+def message(request: pb.ModelInferRequest, raw: Sequence[memoryview]) -> bytes:
     """The ModelInferRequest with its raw contents, written anew: nothing is forwarded as a stranger wrote it."""
     written = [request.SerializeToString()]
     for content in raw:
-        written += [bytes([RAW_CONTENTS]), as_varint(len(content)), content]
+        written += [bytes([RAW_INPUT]), as_varint(len(content)), content]
     return b"".join(written)
 
 
@@ -132,7 +138,7 @@ def varint(data: bytes, position: int) -> tuple[int, int]:
     return value, len(data) + 1
 
 
-def check(request: service_pb2.ModelInferRequest, raw: Sequence[memoryview], served: ServedModel) -> None:
+def check(request: pb.ModelInferRequest, raw: Sequence[memoryview], served: ServedModel) -> None:
     """Raise BadRequest unless the request, with these raw contents, is one that the model takes."""
     if refused := sorted(set(request.parameters) - PARAMETERS):
         raise BadRequest(f"parameters of a request are {', '.join(sorted(PARAMETERS))}, got {shown(refused[0])}")
@@ -169,7 +175,7 @@ def limits_with_batch(limits: Limits) -> Limits:
     return limits if limits.max_batch else limits.model_copy(update={"max_batch": 1})
 
 
-def count(tensor: service_pb2.ModelInferRequest.InferInputTensor) -> int:
+def count(tensor: pb.ModelInferRequest.InferInputTensor) -> int:
     """How many elements a tensor has by its shape. Python's integers do not overflow."""
     elements = 1
     for size in tensor.shape:
@@ -177,7 +183,7 @@ def count(tensor: service_pb2.ModelInferRequest.InferInputTensor) -> int:
     return elements
 
 
-def from_raw(tensor: service_pb2.ModelInferRequest.InferInputTensor, raw: memoryview) -> np.ndarray | None:
+def from_raw(tensor: pb.ModelInferRequest.InferInputTensor, raw: memoryview) -> np.ndarray | None:
     """The values of a tensor that came as raw bytes, not copied; None for BF16. Raises BadRequest if they are wrong."""
     elements = count(tensor)
     if tensor.datatype == "BYTES":
@@ -207,7 +213,7 @@ def split_texts(name: str, raw: memoryview, elements: int) -> list[bytes]:
     return texts
 
 
-def from_typed(tensor: service_pb2.ModelInferRequest.InferInputTensor) -> np.ndarray:
+def from_typed(tensor: pb.ModelInferRequest.InferInputTensor) -> np.ndarray:
     """The values of a tensor that came as a list of numbers or texts. Raises BadRequest if they do not fit."""
     field = CONTENTS.get(tensor.datatype)
     if field is None:

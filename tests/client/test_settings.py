@@ -15,7 +15,9 @@ from proxy import make_certificates
 
 from ditforge.client import TLS, AsyncClient, Client
 from ditforge.client.client import Options
-from ditforge.client.settings import ConnectionSettings, Settings, make_settings, read_token
+from ditforge.client.option import TOKEN
+from ditforge.client.settings import ConnectionSettings, Settings, make_settings
+from ditforge.credentials import read_token
 from ditforge.errors import UserError
 
 
@@ -123,8 +125,7 @@ def test_unknown_setting_is_refused_with_the_nearest() -> None:
 def test_token(tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text("s3cret.a-b_c==\n")
-    assert read_token(file) == "s3cret.a-b_c=="
-    assert read_token(None) is None
+    assert read_token(file, TOKEN) == "s3cret.a-b_c=="
     settings = make_settings("a:1", token="s3cret")
     assert settings.headers() == {"authorization": "Bearer s3cret"}
     assert "s3cret" not in repr(settings)
@@ -135,7 +136,7 @@ def test_token_that_is_none(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "token"
     file.write_bytes(content)
     with pytest.raises(UserError, match="token") as caught:
-        read_token(file)
+        read_token(file, TOKEN)
     assert "--token-file" in caught.value.fix
     text = content.decode(errors="replace").strip()
     assert not text or text not in str(caught.value)
@@ -143,7 +144,7 @@ def test_token_that_is_none(tmp_path: Path, content: bytes) -> None:
 
 def test_token_file_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read the token in .*nowhere"):
-        read_token(tmp_path / "nowhere")
+        read_token(tmp_path / "nowhere", TOKEN)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +164,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tls_files(files: Path) -> None:
     assert TLS().read("ca") is None
     tls = TLS(files / "ca.pem", str(files / "client.pem"), files / "client.key")
-    assert tls.read("certificate") == (files / "client.pem").read_bytes()
+    assert tls.read("certificate") == (files / "client.pem").read_bytes().strip()
     assert replace(tls, ca=None).ca is None
     TLS(certificate=files / "both.pem", key=files / "both.pem")
     with pytest.raises(UserError, match="tls=TLS"):
@@ -173,9 +174,9 @@ def test_tls_files(files: Path) -> None:
 @pytest.mark.parametrize(
     ("named", "problem", "flags"),
     [
-        ({"ca": "der"}, r"ca \S*der is not in PEM", ["--tls-ca"]),
+        ({"ca": "der"}, r"ca \S*der should hold a certificate in PEM, and holds none", ["--tls-ca"]),
         ({"ca": "nowhere"}, r"cannot read the TLS ca \S*nowhere: No such file", ["--tls-ca"]),
-        ({"ca": "ca.key"}, r"ca \S*ca\.key should hold a certificate, and holds a key", ["--tls-ca"]),
+        ({"ca": "ca.key"}, r"ca \S*ca\.key should hold a certificate in PEM, and holds a key", ["--tls-ca"]),
         ({"ca": "damaged.pem"}, r"ca \S*damaged\.pem is damaged", ["--tls-ca"]),
         ({"key": "client.key"}, "a TLS key, but no certificate", ["--tls-cert"]),
         ({"certificate": "client.pem"}, "a TLS certificate, but no key", ["--tls-key"]),
@@ -217,7 +218,7 @@ def test_tls_has_no_other_files() -> None:
         (("--url", "a:1", "--url", "b"), ("'b' is not HOST:PORT",)),
         (("--token-file", "nowhere"), ("nowhere", "--token-file")),
         (("--tls-ca", "nowhere.pem"), ("nowhere.pem", "--tls-ca")),
-        (("--tls-key", pytest.__file__), ("--tls-key", "not in PEM")),
+        (("--tls-key", pytest.__file__), ("--tls-cert", "no certificate")),
     ],
 )
 def test_command_line(

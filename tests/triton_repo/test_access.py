@@ -96,12 +96,15 @@ def test_ports_of_zero_do_not_clash(repository: Path) -> None:
         ({"tls_client_ca": "ca.pem"}, "over TLS only"),
         ({"token_file": "token", "http_port": 0}, "neither TLS nor tokens"),
         ({"token_file": "nothing"}, "cannot read .*nothing: No such file"),
-        ({"token_file": "words"}, "the token in .*words is not one word of visible ASCII(.|\n)*--token-file FILE"),
+        (
+            {"token_file": "words"},
+            "the token in .*words is not one word of visible ASCII(.|\n)*openssl rand(.|\n)*--token-file FILE",
+        ),
         ({"token_file": "umlaut"}, "the token in .*umlaut is not one word of visible ASCII"),
         ({"token_file": "lines"}, "the token in .*lines is not one word of visible ASCII"),
         (
             {"tls_cert": "server.key", "tls_key": "server.pem"},
-            r"the certificate .*server.key holds a key, and the key .*server.pem a certificate\n"
+            r"the TLS certificate .*server.key holds a key, and the TLS key .*server.pem a certificate\n"
             r"fix: .*--tls-cert \S*server.pem --tls-key \S*server.key \(in Python: tls_cert=\"\S*server.pem\"",
         ),
         (
@@ -113,7 +116,7 @@ def test_ports_of_zero_do_not_clash(repository: Path) -> None:
             "client.pem should hold a private key .* a certificate\n",
         ),
         ({"tls_cert": "names", "tls_key": "names"}, "names should hold a certificate in PEM, and holds none"),
-        ({"tls_cert": "damaged.pem", "tls_key": "server.key"}, "damaged.pem or its key .*server.key is damaged: "),
+        ({"tls_cert": "damaged.pem", "tls_key": "server.key"}, "the TLS certificate .*damaged.pem is damaged: "),
         ({"tls_cert": "server.pem", "tls_key": "encrypted.key"}, "is encrypted(.|\n)*openssl pkey -in"),
         (
             {"tls_cert": "server.pem", "tls_key": "client.key"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +20,9 @@ from tritonclient.grpc import InferenceServerClient, service_pb2 as pb
 
 from ditforge.client import Client
 from ditforge.triton_repo import wire
-from ditforge.triton_repo.front import ARRIVAL
+from ditforge.triton_repo.front import ARRIVAL, Front, Refused
+from ditforge.triton_repo.metrics import Metrics
+from ditforge.triton_repo.served import read_models
 from ditforge.triton_repo.server import Server, start
 
 GOOD = request("dit", dit_inputs())
@@ -337,6 +340,20 @@ def test_calls_without_a_message_hold_nobody_up_for_long(server: Server) -> None
         release.set()
         for channel in channels:
             channel.close()
+
+
+def test_too_many_messages_at_once_are_refused_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ditforge.triton_repo.front.ARRIVAL", 0.1)
+    models, _ = read_models(write_models(tmp_path / "repo", add=ADD_ONE))
+
+    async def wait_for_a_place() -> None:
+        front = Front(models, "", None, Metrics(models), tmp_path)
+        while not front.readers.locked():
+            await front.readers.acquire()
+        with pytest.raises(Refused, match="reads as many messages as it can"):
+            await front.receive(None)  # type: ignore[arg-type]  # it comes to no reading
+
+    asyncio.run(wait_for_a_place())
 
 
 def test_a_few_calls_without_a_message_hold_nobody_up(server: Server) -> None:

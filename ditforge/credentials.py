@@ -1,0 +1,108 @@
+"""What proves who somebody is: certificates, keys and tokens, checked before they are used.
+
+gRPC says nothing of what is wrong with them; these errors name the file, and how to give another one.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import NoReturn
+
+from ditforge.errors import UserError
+
+File = str | PathLike[str]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How each file is given, on the command line and in Python, for what an error advises. `pair` writes how two are
+    given together: the paths of a certificate and of its key.
+    """
+
+    ca: str
+    certificate: str
+    key: str
+    pair: Callable[[str, str], str]
+
+
+def read_file(what: str, path: File, fix: str) -> bytes:
+    """The bytes of a file, without white space around them. Raises UserError where it cannot be read, or is empty."""
+    try:
+        content = Path(path).read_bytes().strip()
+    except (OSError, ValueError, TypeError) as error:  # ValueError: a null byte; TypeError: no path at all
+        reason = getattr(error, "strerror", None) or str(error)
+        name = str(path) if str(path).isprintable() else repr(str(path))
+        raise UserError(f"cannot read {what} {name}: {reason}", fix) from None
+    if not content:
+        raise UserError(f"{what} {fspath(path)} is empty", fix)
+    return content
+
+
+def check_token(token: str, what: str, fix: str) -> str:
+    """A token as it is. Raises UserError, which does not show it, for what cannot be sent in a header."""
+    if not isinstance(token, str) or not token or not all("!" <= character <= "~" for character in token):
+        raise UserError(f"{what} is not one word of visible ASCII characters, and cannot be sent", fix)
+    return token
+
+
+def read_token(path: Path, fix: str) -> str:
+    """The token in a file, without the white space around it. Raises UserError where there is none."""
+    return check_token(read_file("the token in", path, fix).decode("latin-1"), f"the token in {path}", fix)
+
+
+def check_authorities(path: File, options: Options) -> None:
+    """Raise UserError unless the file holds the certificates, in PEM, of those who sign others."""
+    check_certificates("the TLS ca", path, options.ca)
+
+
+def check_pair(certificate: File, key: File, options: Options) -> None:
+    """Raise UserError unless the files are a certificate and its key, which is not encrypted, both in PEM."""
+    certificate_holds = held(read_file("the TLS certificate", certificate, options.certificate))
+    key_holds = held(read_file("the TLS key", key, options.key))
+    if (certificate_holds, key_holds) == ("a key", "a certificate"):
+        problem = f"the TLS certificate {certificate} holds a key, and the TLS key {key} a certificate"
+        raise UserError(problem, options.pair(fspath(key), fspath(certificate)))
+    check_certificates("the TLS certificate", certificate, options.certificate)
+    if not key_holds.endswith("a key"):
+        raise UserError(f"the TLS key {key} should hold a private key in PEM, and holds {key_holds}", options.key)
+
+    def password() -> NoReturn:  # OpenSSL would ask for it on the terminal
+        fix = f"openssl pkey -in {key} -out plain.key   writes it without its password, for {options.key}"
+        raise UserError(f"the TLS key {key} is encrypted, and there is nobody to ask for its password", fix)
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password)
+    except ssl.SSLError as error:
+        if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"):
+            problem = f"the TLS key {key} does not belong to the certificate {certificate}"
+            raise UserError(problem, f"{options.pair('FILE', 'FILE')}, of one pair") from None
+        raise UserError(f"the TLS key {key} cannot be used: {reason_of(error)}", options.key) from None
+
+
+def check_certificates(what: str, path: File, fix: str) -> None:
+    """Raise UserError unless the file holds certificates in PEM."""
+    content = read_file(what, path, fix)
+    if not (holds := held(content)).startswith("a certificate"):
+        raise UserError(f"{what} {path} should hold a certificate in PEM, and holds {holds}", fix)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=content.decode("latin-1"))
+    except (ssl.SSLError, ValueError) as error:
+        raise UserError(f"{what} {path} is damaged: {reason_of(error)}", fix) from None
+
+
+def held(content: bytes) -> str:
+    """In words, what a file in PEM holds."""
+    certificate = b"-----BEGIN CERTIFICATE-----" in content or b"-----BEGIN TRUSTED CERTIFICATE-----" in content
+    key = b"PRIVATE KEY-----" in content
+    if certificate and key:
+        return "a certificate and a key"
+    return "a certificate" if certificate else "a key" if key else "none"
+
+
+def reason_of(error: Exception) -> str:
+    """What OpenSSL says, in words as far as it has any."""
+    return (getattr(error, "reason", None) or str(error)).replace("_", " ").lower()

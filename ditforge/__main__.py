@@ -1,5 +1,17 @@
-"""`python -m ditforge` is `ditforge`."""
+"""The command `ditforge`, also as `python -m ditforge`."""
 
-from ditforge.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """Run the command line, which Ctrl-C ends in words even while it is being imported."""
+    try:
+        from ditforge import cli
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -6,8 +6,10 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -523,6 +525,13 @@ def usage_problem(error: typer.BadParameter) -> str:
 def main() -> None:
     """Run the command line. Exit code 0, 2 for the user's mistakes, 1 for ours, 130 after Ctrl-C, 143 after SIGTERM."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that temporary files are removed
+    interrupted = threading.Event()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        interrupted.set()
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, interrupt)
     warnings.simplefilter("ignore")  # the libraries' remarks to their developers
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what matters of it is in the errors
@@ -541,7 +550,12 @@ def main() -> None:
         command = error.ctx.command_path if error.ctx else "ditforge"
         print(f"error: {usage_problem(error)}\nfix:   {command} --help", file=sys.stderr)
         sys.exit(2)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
+        if interrupted.is_set():  # native modules make this of KeyboardInterrupt
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+        if not isinstance(error, ModuleNotFoundError):
+            raise
         from ditforge.doctor import extra_for
 
         module = (error.name or "").split(".")[0]

@@ -205,7 +205,7 @@ def start(repo: Path, on_event: Callable[[str], object] | None = None, **options
     for module in ("grpc", "tritonclient.grpc", "psutil", "prometheus_client"):
         try:
             __import__(module)
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             raise UserError(f"{module}, which the server needs, is missing: {error}", INSTALL) from None
     find_tritonserver()
     wanted = {"port": made.port, "http_port": made.http_port, "metrics_port": made.metrics_port}

@@ -40,6 +40,9 @@ def serve(repository: Path, options: Options) -> None:
             raise DitforgeError(f"the server ended by itself with exit code {code}", f"look at its log, {server.log}")
     if server.unfinished:
         raise cut_off(server, in_time)
+    if in_time and (code := server.wait()) != 0:
+        problem = f"the server ended with exit code {code} while it was stopping: pictures may have been cut off"
+        raise DitforgeError(problem, f"look at its log, {server.log}")
     kept = options.get("log") is None and server.log.exists()
     terminal.say(f"stopped; the log is {server.log}" if kept else "stopped")
 
@@ -87,6 +90,9 @@ def cut_off(server: Server, in_time: bool) -> DitforgeError:
     elsewhere = "the client goes on at another server, where it has one"
     if not in_time:
         return DitforgeError(f"{pictures} not finished: the server was told to stop at once", f"wait; {elsewhere}")
+    if server.cause:
+        problem = f"{pictures} not finished: {server.cause}, while the server was stopping (log: {server.log})"
+        return DitforgeError(problem, elsewhere)
     longer = option(f"grace={max(60, 2 * grace):g}")
     problem = f"{pictures} not finished within --grace {grace:g} seconds, and cut off (log: {server.log})"
     return DitforgeError(problem, f"{longer}; {elsewhere}")

@@ -50,6 +50,7 @@ MOST_BYTES = 256 << 20  # of all requests for models that are read, and of all t
 LEAST_READERS = 4  # requests that are read at once, however large they may be
 UNDISTURBED = 2.0  # seconds in which a message can arrive however many others wait
 ARRIVAL = 30.0  # seconds within which the message of a request has to arrive
+DECODER = "vae_decoder"  # the model that a picture ends with
 LONGEST_MESSAGE = 1000  # characters of an error; gRPC loses those that are too long
 LONGEST_QUESTION = 4096  # bytes of a message that asks about the server or a model
 STUB = re.compile(r"Stub process '(.+?)_\d+_\d+'")  # Triton's name of a model's process, as it complains of one
@@ -228,7 +229,7 @@ class Front(grpc.GenericRpcHandler):
         try:
             wire.check(request, raw, self.models[name])
             self.admit(picture, metadata.get(ENGINES_KEY))
-            with self.holding(sum(map(len, raw))), self.pictures.request(picture):
+            with self.holding(sum(map(len, raw))), self.pictures.request(picture, name == DECODER):
                 answer = await self.run_model(request, raw, context.time_remaining())
             if self.models[name].spoils and wire.is_spoilt(answer):
                 raise Refused(outcome, f"the engines of {name} failed; the server's log says why")

@@ -43,7 +43,7 @@ class Listener:
         """
         while True:
             try:
-                await self.server.wait_for_termination()
+                await asyncio.shield(self.server.wait_for_termination())  # which, cancelled, keeps stop() from ending
                 return
             except Exception as error:
                 self.front.metrics.restarts.labels(LISTENER).inc()

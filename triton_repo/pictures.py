@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 IDLE = 2.0  # seconds without a request after which a picture counts as finished, or as gone on with elsewhere
+IDLE_DECODED = 0.5  # the same for one that was decoded last: there may be another tile, but no step
 REMEMBERED = 60.0  # seconds for which a picture can go on after a pause
 MOST = 10_000  # pictures remembered: a stranger can invent names
 LONGEST_NAME = 64
@@ -20,9 +21,10 @@ LONGEST_NAME = 64
 
 @dataclass
 class Picture:
-    """When a picture was last asked for, and how many of its requests are being answered."""
+    """When a picture was last asked for, whether the decoder was, and how many of its requests are being answered."""
 
     seen: float
+    decoded: bool = False
     requests: int = 0
 
 
@@ -39,8 +41,8 @@ class Pictures:
         return name in self.known
 
     @contextmanager
-    def request(self, name: str | None) -> Iterator[None]:
-        """While a request of the picture called `name` is answered."""
+    def request(self, name: str | None, decodes: bool = False) -> Iterator[None]:
+        """While a request of the picture called `name` is answered; `decodes`: it is for the decoder."""
         if name is None or len(name) > LONGEST_NAME:
             self.anonymous += 1
             try:
@@ -52,6 +54,7 @@ class Pictures:
         self.touch(name, picture)
         self.forget()
         picture.requests += 1
+        picture.decoded = decodes
         try:
             yield
         finally:
@@ -78,11 +81,16 @@ class Pictures:
             else:
                 del self.known[name]
 
-    def asked(self) -> int:
-        """How many requests are being answered."""
-        return self.anonymous + sum(picture.requests for picture in self.known.values())
+    def unfinished(self) -> int:
+        """How many pictures were not finished if the server ended now."""
+        return self.anonymous + sum(p.requests > 0 or (not p.decoded and is_active(p)) for p in self.known.values())
 
     def active(self) -> int:
-        """How many pictures are unfinished."""
-        now = time.monotonic()
-        return self.anonymous + sum(p.requests > 0 or now - p.seen < IDLE for p in self.known.values())
+        """How many pictures are to be waited for: a request of them is answered, or may follow."""
+        return self.anonymous + sum(is_active(picture) for picture in self.known.values())
+
+
+def is_active(picture: Picture) -> bool:
+    """Whether a request of the picture is answered, or may follow soon."""
+    idle = IDLE_DECODED if picture.decoded else IDLE
+    return picture.requests > 0 or time.monotonic() - picture.seen < idle

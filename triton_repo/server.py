@@ -66,8 +66,9 @@ class Ports:
 class Server:
     """A running server, made by start(); a context manager that stops it.
 
-    url: HOST:PORT of gRPC. pid: of the process that serves and watches over Triton. unfinished: once it has ended, how
-    many pictures were cut off. log: its file; one that nobody named is removed when stop() has ended it cleanly.
+    url: HOST:PORT of gRPC. pid: of the process that serves and watches over Triton. log: its file; one that nobody
+    named is removed when stop() has ended it cleanly. Once it has ended, unfinished: how many pictures were cut off,
+    and cause: in words, why they could not be waited for, if that is so.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Server:
     ) -> None:
         self.log = Path(output.name)
         self.options = options
-        self.unfinished = 0
+        self.unfinished, self.cause = 0, ""
         self._temporary = temporary  # the log, which is in a folder of its own then
         self._told_to_stop = self._died = False
         self._on_event = on_event
@@ -132,7 +133,7 @@ class Server:
         elif event["event"] == "draining" and self._on_event and self._ready.done():
             event["message"] = event.get("message") or "stopping"
         elif event["event"] == "stopped":
-            self.unfinished = int(event.get("unfinished", 0))
+            self.unfinished, self.cause = int(event["unfinished"]), str(event["cause"])
         if message := event.get("message"):
             if self._on_event:
                 self._on_event(message)

@@ -50,7 +50,7 @@ async def serve(options: ServeOptions, report: Report, stopped: asyncio.Future[f
     """Serve until `stopped` has a result. Raises DitforgeError where that cannot be, or Triton dies again and again.
 
     Reported are `listening` (with `port` and `metrics_port`), `ready`, `died`, `draining`, and `stopped` (with
-    `unfinished`, how many pictures were cut off).
+    `unfinished`, how many pictures were cut off, and `cause`, why they could not be waited for, if that is so).
     """
     models, engines = read_models(options.repo)
     metrics = Metrics(models)
@@ -96,13 +96,15 @@ async def keep_running(
             report("ready")
             process, end = await unless(stopped, first_of(triton.died(), triton.fell_silent(), hangs(front)))
             deaths = 0 if loop.time() - since >= STABLE else deaths
-            what = f"the process of the model {process}" if process in front.models else process
-            problem = DitforgeError(f"{what} {end}", f"look at the log, {options.log}")
+            problem = DitforgeError(in_words(process, end, front), f"look at the log, {options.log}")
         except Stop as stop:
-            report("draining", message=stopping(front.pictures.asked(), stop.grace))
-            if front.channel is not None:  # a Triton that has lost a model never finishes them
-                await first_of(front.drain(stop.grace), triton.died())
-            report("stopped", unfinished=front.pictures.asked())
+            report("draining", message=stopping(front.pictures.unfinished(), stop.grace))
+            cause = "" if front.channel else "the models were being started"
+            try:
+                if front.channel:  # a Triton that has lost a model never finishes them
+                    cause = await first_of(drained(front, stop.grace), end_of(triton, front))
+            finally:  # also where it is to end at once, and this is cancelled
+                report("stopped", unfinished=front.pictures.unfinished(), cause=cause)
             await triton.stop()
             return
         except DitforgeError as error:
@@ -125,6 +127,22 @@ async def keep_running(
         )
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(asyncio.shield(stopped), wait)
+
+
+def in_words(process: str, end: str, front: Front) -> str:
+    """Which process ended, and how."""
+    return f"the process of the model {process} {end}" if process in front.models else f"{process} {end}"
+
+
+async def end_of(triton: Triton, front: Front) -> str:
+    """Wait until a process of Triton's dies; in words, which and how."""
+    return in_words(*await triton.died(), front)
+
+
+async def drained(front: Front, grace: float) -> str:
+    """Wait until unfinished pictures are finished, or for `grace` seconds."""
+    await front.drain(grace)
+    return ""
 
 
 async def hangs(front: Front) -> tuple[str, str]:

@@ -31,6 +31,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(repository: Path) -> Iterator[Server]:
     with start(repository, EVENTS.append, port=0) as server:
         yield server
+    assert server.wait() == 0
 
 
 @pytest.fixture(autouse=True)

@@ -272,7 +272,7 @@ def serve_until_signal(tmp_path: Path) -> Callable[..., Result]:
 
     def run(*options: str, died: bool = False, unfinished: int | None = None, signals: int = 1) -> Result:
         before = READY + (DIED if died else [])
-        after = [] if unfinished is None else [{"event": "stopped", "unfinished": unfinished}]
+        after = [] if unfinished is None else [{"event": "stopped", "unfinished": unfinished, "cause": ""}]
         service = tmp_path / "service"
         service.write_text(SERVICE.format(python=sys.executable, before=before, waits=signals > 1, after=after))
         service.chmod(0o755)

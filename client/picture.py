@@ -56,7 +56,7 @@ def read_parameters(path: Path) -> dict[str, Any]:
         with Image.open(path) as image:
             text = image.info.get(METADATA_KEY)
         parameters = json.loads(text or "null")
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a picture: {error}", "give a PNG file that ditforge made") from error
     if not isinstance(parameters, dict):
         raise UserError(

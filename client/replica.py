@@ -163,18 +163,24 @@ class Replica:
 
     def _ask(self, timeout: float) -> Served:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(self._open())
-        asked: dict[str, Any] = {"timeout": timeout, "metadata": tuple(self._settings.headers().items())}
+        until = time.monotonic() + timeout
+
+        def asked() -> dict[str, Any]:
+            """All answers together have this long."""
+            left = max(until - time.monotonic(), 0.001)
+            return {"timeout": left, "metadata": tuple(self._settings.headers().items())}
+
         try:
-            index = stub.RepositoryIndex(pb.RepositoryIndexRequest(), **asked)
+            index = stub.RepositoryIndex(pb.RepositoryIndexRequest(), **asked())
             known = sorted({model.name for model in index.models})
             for name in NEEDED:
                 if name not in known:
                     serves = shown(", ".join(known)) or "nothing"
                     no_model = f"the Triton server at {self.url} has no model {name}: it has {serves}"
                     raise Unfit(UserError(no_model, START_SERVER))
-                if not stub.ModelReady(pb.ModelReadyRequest(name=name), **asked).ready:
-                    raise CallFailed(self._why_not_ready(name, timeout))
-            config = stub.ModelConfig(pb.ModelConfigRequest(name="dit"), **asked).config
+                if not stub.ModelReady(pb.ModelReadyRequest(name=name), **asked()).ready:
+                    raise CallFailed(self._why_not_ready(name, asked()["timeout"]))
+            config = stub.ModelConfig(pb.ModelConfigRequest(name="dit"), **asked()).config
         except grpc.RpcError as error:
             raise CallFailed(failure_of(error)) from error
         return self._read(config)

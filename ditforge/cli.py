@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ditforge import __version__
-from ditforge.errors import DitforgeError, DitforgeWarning
+from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 
 if TYPE_CHECKING:
     from ditforge.triton_repo.server import Options
@@ -522,6 +523,23 @@ def usage_problem(error: typer.BadParameter) -> str:
     return error.format_message() + "".join(f", got {cause['input']!r}" for cause in causes)
 
 
+def flush_output() -> None:
+    """What is printed is there once a command has ended. Raises UserError where it cannot be."""
+    from ditforge import terminal
+
+    if sys.stdout is None:
+        return
+    try:
+        with terminal.written():
+            sys.stdout.flush()
+    except BrokenPipeError:
+        terminal.give_up_output()
+        sys.exit(1)
+    except UserError:
+        terminal.give_up_output()
+        raise
+
+
 def main() -> None:
     """Run the command line. Exit code 0, 2 for the user's mistakes, 1 for ours, 130 after Ctrl-C, 143 after SIGTERM."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that temporary files are removed
@@ -531,7 +549,11 @@ def main() -> None:
         interrupted.set()
         signal.default_int_handler(number, frame)
 
-    signal.signal(signal.SIGINT, interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
+        signal.signal(signal.SIGINT, interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name in the terminal's encoding, whatever that is
     warnings.simplefilter("ignore")  # the libraries' remarks to their developers
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what matters of it is in the errors
@@ -539,6 +561,7 @@ def main() -> None:
     warnings.showwarning = lambda message, *args, **kwargs: print(f"warning: {message}", file=sys.stderr)
     try:
         code = app(standalone_mode=False)
+        flush_output()
         if code == 130:  # which is how typer reports Ctrl-C
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one changes nothing any more
             print("interrupted", file=sys.stderr)

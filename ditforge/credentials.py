@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import NoReturn
 
 from ditforge.errors import UserError
 
+DATES = (9, 10)  # OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED
+HANDSHAKE = 3  # turns of a handshake, at least
 File = str | PathLike[str]
 
 
@@ -81,6 +84,28 @@ def check_pair(certificate: File, key: File, options: Options) -> None:
             problem = f"the TLS key {key} does not belong to the certificate {certificate}"
             raise UserError(problem, f"{options.pair('FILE', 'FILE')}, of one pair") from None
         raise UserError(f"the TLS key {key} cannot be used: {reason_of(error)}", options.key) from None
+    check_dates(certificate, key, options)
+
+
+def check_dates(certificate: File, key: File, options: Options) -> None:
+    """Raise UserError where the certificate is over, or not yet to be used: a handshake in memory tells."""
+    ours, theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    ours.load_cert_chain(certificate, key)
+    theirs.load_verify_locations(certificate)
+    theirs.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # it is trusted, whoever has signed it
+    theirs.check_hostname = False
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server, client = ours.wrap_bio(there, back, server_side=True), theirs.wrap_bio(back, there)
+    for _ in range(HANDSHAKE):
+        try:
+            for side in (client, server):
+                with suppress(ssl.SSLWantReadError):
+                    side.do_handshake()
+        except ssl.SSLCertVerificationError as error:
+            if error.verify_code in DATES:
+                problem = f"the TLS certificate {certificate} cannot be used: {error.verify_message}"
+                raise UserError(problem, options.certificate) from None
+            return
 
 
 def check_certificates(what: str, path: File, fix: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ditforge import terminal
 from ditforge.client.client import run
 from ditforge.client.connection import Connection
 from ditforge.client.picture import check_writable, read_info, save_picture
@@ -46,14 +47,17 @@ def generate(
 
             images = run(calls, request, show)
             progress.update(task, completed=request.steps)
-    paths = []
-    for index, image in enumerate(images):
-        path = out or Path(f"picture-{read_info(image)['seed']}.png")
-        if out and count > 1:
-            path = out.with_stem(f"{out.stem}-{index}")
-        save_picture(image, path)
-        paths.append(path)
-        print(path)
+    paths = list[Path]()
+    try:
+        for index, image in enumerate(images):
+            path = out or Path(f"picture-{read_info(image)['seed']}.png")
+            if out and count > 1:
+                path = out.with_stem(f"{out.stem}-{index}")
+            save_picture(image, path)
+            paths.append(path)
+    finally:  # once all are kept: that a line cannot be printed costs no picture
+        for path in paths:
+            terminal.say(str(path))
     return paths
 
 

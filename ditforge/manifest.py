@@ -6,12 +6,14 @@ every file with its size and SHA-256, so that a stage can tell a whole folder fr
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal
 
@@ -21,7 +23,7 @@ from ditforge import __version__
 from ditforge.errors import UserError
 from ditforge.footprint import Footprint
 from ditforge.model import Model
-from ditforge.partial import partial_folder
+from ditforge.partial import SUFFIX, partial_folder
 
 FILE_NAME = "manifest.json"
 FORMAT = 1
@@ -161,7 +163,7 @@ def parse(path: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(key) for key in first["loc"])
         raise UserError(f"{path} is damaged: {where}: {first['msg']}", "make the folder again") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}", "make the folder again") from error
 
 
@@ -235,6 +237,29 @@ def check_replaceable(target: Path, kind: Kind, own: Iterable[str]) -> None:
         raise UserError(f"{target} holds {foreign[0]}, which ditforge did not write", OTHER_OUT)
 
 
+def put_in_place(folder: Path, target: Path) -> None:
+    """Rename `folder` to `target`, whose earlier content is removed only once that is done. Raises OSError.
+
+    Where other processes do the same at the same time, the last one's stays, whole.
+    """
+    while True:
+        before = folder.with_name(f".{target.name}.{secrets.token_hex(8)}{SUFFIX}")
+        with suppress(FileNotFoundError):
+            target.rename(before)
+        try:
+            folder.rename(target)
+        except BaseException as error:
+            if before.exists():
+                with suppress(OSError):
+                    before.rename(target)
+            if getattr(error, "errno", None) not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            return
+        finally:
+            shutil.rmtree(before, ignore_errors=True)
+
+
 @contextmanager
 def written_whole(target: Path, kind: Kind, own: Iterable[str] = ()) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place when the block ends, and vanishes if it fails.
@@ -253,9 +278,7 @@ def written_whole(target: Path, kind: Kind, own: Iterable[str] = ()) -> Iterator
         with partial_folder(target) as temporary:
             yield temporary
             temporary.chmod(0o755)
-            if target.exists():
-                shutil.rmtree(target)
-            temporary.rename(target)
+            put_in_place(temporary, target)
     except OSError as error:
         raise UserError(
             f"cannot write {target}: {error.strerror or error}", "free some space, or choose another --out"

@@ -54,7 +54,10 @@ def locked(folder: Path) -> int | None:
     """
     import fcntl  # what only a client needs is read on other systems too
 
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # whose it was has finished
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -28,7 +28,7 @@ def serve(repository: Path, options: Options) -> None:
     """
     from ditforge.triton_repo.server import start
 
-    with start(repository, terminal.say, **options) as server:
+    with start(repository, terminal.tell, **options) as server:
         signal.signal(signal.SIGTERM, interrupt)
         in_time = True
         try:
@@ -44,7 +44,7 @@ def serve(repository: Path, options: Options) -> None:
         problem = f"the server ended with exit code {code} while it was stopping: pictures may have been cut off"
         raise DitforgeError(problem, f"look at its log, {server.log}")
     kept = options.get("log") is None and server.log.exists()
-    terminal.say(f"stopped; the log is {server.log}" if kept else "stopped")
+    terminal.tell(f"stopped; the log is {server.log}" if kept else "stopped")
 
 
 def check(options: Options) -> None:
@@ -57,13 +57,13 @@ def check(options: Options) -> None:
 def say_where(repository: Path, server: Server) -> None:
     """Say where a server listens, who can listen too, and where its log is."""
     host, access = server.options.host, ["gRPC", *server.options.access]
-    terminal.say(f"serving {repository} at {server.url} ({', '.join(access)}), log {server.log}")
+    terminal.tell(f"serving {repository} at {server.url} ({', '.join(access)}), log {server.log}")
     if server.ports.http is not None:
-        terminal.say(f"Triton's own HTTP at {host}:{server.ports.http}")
+        terminal.tell(f"Triton's own HTTP at {host}:{server.ports.http}")
     if server.ports.metrics is not None:
-        terminal.say(f"metrics at http://{host}:{server.ports.metrics}/metrics, in clear text")
+        terminal.tell(f"metrics at http://{host}:{server.ports.metrics}/metrics, in clear text")
     if not server.options.closed and not server.options.on_loopback:
-        terminal.say(f"warning: anyone who reaches {host} can use this server, or read what it is sent")
+        terminal.tell(f"warning: anyone who reaches {host} can use this server, or read what it is sent")
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+
+from ditforge.errors import UserError
 
 WIDE = 200
 DONE = "done"
@@ -73,12 +76,42 @@ def columns(unit: Unit) -> tuple[ProgressColumn, ...]:
     return *named, DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(elapsed_when_finished=True)
 
 
+@contextmanager
+def written() -> Iterator[None]:
+    """While results are printed. Raises UserError where standard output cannot be written; a pipe that nobody reads
+    any more is BrokenPipeError, which ends a command without words.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        problem = f"cannot write to standard output: {error.strerror}"
+        raise UserError(problem, "free some space, or send the output elsewhere") from None
+
+
 def say(line: str) -> None:
     """One line of results, at once: a log file or a program that waits for it reads it as it is said.
 
-    It is one write, so that lines of two threads do not run into each other.
+    It is one write, so that lines of two threads do not run into each other. Raises as written() does.
     """
-    print(f"{line}\n", end="", flush=True)
+    with written():
+        print(f"{line}\n", end="", flush=True)
+
+
+def tell(line: str) -> None:
+    """say(), of a service that outlives its readers: from the first line that cannot be written, nothing is."""
+    try:
+        print(f"{line}\n", end="", flush=True)
+    except OSError:
+        give_up_output()
+
+
+def give_up_output() -> None:
+    """Have standard output lead nowhere, where it cannot be written: Python would fail once more as it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -91,4 +124,5 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     console = Console(soft_wrap=False)
     if not console.is_terminal:
         console.width = WIDE  # a program that reads rows wants them whole
-    console.print(shown)
+    with written():
+        console.print(shown)

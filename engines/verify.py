@@ -18,6 +18,7 @@ from ditforge.engines.build import TOKENIZER
 from ditforge.engines.compiler import Arrays
 from ditforge.engines.runtime import load_engine
 from ditforge.engines.twin import write_twin
+from ditforge.errors import UserError
 from ditforge.manifest import Component, Manifest, Tensor
 from ditforge.model import Model
 
@@ -66,6 +67,9 @@ def compare(folder: Path, onnx: Path, progress: Callable[[str, int, int], None] 
     Sizes and batches are such as the engines take. Raises UserError for engines that this machine cannot execute.
     """
     found, reference = manifest.read_any(folder), manifest.read(onnx, "onnx")
+    if found.kind == "repository":
+        fix = f"ditforge verify ENGINE_DIR --against {onnx}, with the engines that it was made of"
+        raise UserError(f"{folder} is a repository, which is not compared", fix)
     networks = [name for name in found.components if name != TOKENIZER]
     report = progress or (lambda component, done, total: None)
     prompts = compared_prompts(found)

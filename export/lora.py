@@ -241,6 +241,6 @@ def read_settings(file: Path) -> Settings:
         for key, value in json.loads(text).items():
             component, _, option = key.partition(".")
             found.setdefault(component, {})[option] = value
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: {METADATA_KEY} in its header is damaged: {error}", "copy the file again") from error
     return Settings(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 from collections.abc import Callable
 
 import grpc
@@ -17,6 +18,9 @@ from ditforge.triton_repo.served import message_limit
 Report = Callable[..., None]  # an event, and what is to be said of it
 AGAIN = 1.0  # seconds between two openings
 PING_INTERVAL = 5_000  # ms: clients may ask as often whether the connection lives
+MOST_CONNECTIONS = 20_000  # each takes some 17 kB
+LEAST_CONNECTIONS = 16
+RESERVED = 128  # file descriptors that are not for connections
 MOST_OF_ONE = 128  # requests over one connection; gRPC lets clients wait with one more
 WINDOW = 256 << 10  # bytes of a message that a client may send before it is read
 
@@ -83,6 +87,11 @@ def token_of(options: ServeOptions) -> bytes | None:
     return read_token(options.token_file, TOKEN).encode() if options.token_file else None
 
 
+def most_connections() -> int:
+    """As many as leave file descriptors for Triton to be started again."""
+    return max(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED, MOST_CONNECTIONS), LEAST_CONNECTIONS)
+
+
 def make_server(front: Front) -> grpc.aio.Server:
     """A gRPC server that refuses messages larger than any of the models takes before it has read them."""
     options = [
@@ -95,6 +104,7 @@ def make_server(front: Front) -> grpc.aio.Server:
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.max_connection_idle_ms", 600_000),
         ("grpc.max_concurrent_streams", MOST_OF_ONE),
+        ("grpc.max_allowed_incoming_connections", most_connections()),
         ("grpc.http2.bdp_probe", 0),  # which lets the window of a connection grow without bound
         ("grpc.http2.lookahead_bytes", WINDOW),
     ]

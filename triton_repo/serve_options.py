@@ -98,6 +98,10 @@ def make_options(repo: Path, options: dict[str, Any]) -> ServeOptions:
     except ValidationError as error:
         raise refused(error.errors()[0]) from None
     check_ports(made)
+    for name, path in made:
+        if isinstance(path, Path) and not is_text(path):
+            problem = f"{name} is {str(path)!r}, which is not text in UTF-8"
+            raise UserError(problem, "rename it; or, where the locale says so, set PYTHONUTF8=1")
     if (made.tls_cert is None) != (made.tls_key is None):
         there, missing = ("certificate", "key") if made.tls_cert else ("key", "certificate")
         raise UserError(f"there is a TLS {there}, but no {missing}: they go together", PAIR)
@@ -120,6 +124,15 @@ def make_options(repo: Path, options: dict[str, Any]) -> ServeOptions:
         check_authorities(made.tls_client_ca, FILES)
     files = {name: getattr(made, name) for name in ("tls_cert", "tls_key", "tls_client_ca", "token_file")}
     return made.model_copy(update={name: path.resolve() for name, path in files.items() if path is not None})
+
+
+def is_text(path: Path) -> bool:
+    """Whether the path can be written down as text, in JSON and in Triton's configuration."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def refused(error: ErrorDetails) -> UserError:

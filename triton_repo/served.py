@@ -10,7 +10,9 @@ from google.protobuf import text_format
 from pydantic import ValidationError
 from tritonclient.grpc import model_config_pb2 as pb
 
+from ditforge import manifest
 from ditforge.errors import UserError
+from ditforge.folders import CONFIG
 from ditforge.triton_repo.config import ENGINES_PARAMETER, LIMITS_PARAMETER, MEMBER_PARAMETER
 from ditforge.triton_repo.limits import Axis, BadRequest, InputLimits, Limits, shown
 
@@ -68,6 +70,11 @@ def read_models(repository: Path) -> tuple[dict[str, ServedModel], str]:
         models[config.name or folder.name] = ServedModel(limits, outputs, spoils)
         if ENGINES_PARAMETER in config.parameters:
             engines = config.parameters[ENGINES_PARAMETER].string_value
+    if (repository / manifest.FILE_NAME).is_file():
+        for name in manifest.read(repository, "repository").components:
+            if name not in models:
+                problem = f"{repository} has lost the model {name}: there is no {repository / name / CONFIG}"
+                raise UserError(problem, AGAIN.format(repository))
     return models, engines
 
 

@@ -105,7 +105,10 @@ class Server:
         """Hear what the process tells, until its end."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            self._hear(json.loads(line))
+            try:
+                self._hear(json.loads(line))
+            except Exception:  # of on_event, which is not ours: the rest is heard all the same
+                log.exception("on_event failed")
         code = self._process.wait()
         if not self._ready.done():
             end = f"the server ended with exit code {code} before it was ready"

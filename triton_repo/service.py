@@ -111,6 +111,13 @@ async def keep_running(
             if deaths == 0:
                 raise  # it has never been ready, or not for a reason that passes
             process, problem = "tritonserver", error
+        except OSError as error:  # no more file descriptors, processes or memory, which passes
+            if deaths == 0:
+                raise
+            process = "tritonserver"
+            problem = DitforgeError(
+                f"tritonserver was not started: {error.strerror}", f"look at the log, {options.log}"
+            )
         finally:
             front.channel = None
             front.metrics.ready.set(0)

@@ -170,3 +170,14 @@ def test_server_that_is_not_ready_yet_is_waited_for(between: Front) -> None:
     between.ready, between.refuse = lambda: False, lambda call: loading
     with pytest.raises(DitforgeError, match="was not ready within 4 s: the model text_encoders is not ready"):
         Client(between.url, connect_timeout=4)  # longer than for one that is stopping
+
+
+def test_all_answers_to_connect_have_its_time_together(schnell_server: Server) -> None:
+    """Each of five may take as long, where each alone were timed."""
+    with front(schnell_server.url) as between:
+        between.configure = lambda config: time.sleep(1)
+        between.ready = lambda: time.sleep(1) or True
+        begun = time.monotonic()
+        with pytest.raises(DitforgeError):
+            Client(between.url, connect_timeout=1.5)
+        assert time.monotonic() < begun + 3

@@ -12,6 +12,7 @@ from ditforge.engines import verify
 from ditforge.engines.compiler import Arrays, Engine
 from ditforge.engines.profile import Profile, announced, make_profiles
 from ditforge.engines.runtime import load_engine
+from ditforge.errors import UserError
 from ditforge.manifest import Component
 from ditforge.model import Model
 
@@ -74,3 +75,9 @@ def test_sizes_and_batches_are_those_of_the_engines(
     assert loaded["dit"].seen["latents"] == (count, 16, height // 8, width // 8)
     assert loaded["vae_encoder"].seen["image"] == (count, height, width, 3)
     assert loaded["t5"].seen["t5_ids"][0] == count
+
+
+def test_a_repository_is_not_compared(schnell) -> None:
+    with pytest.raises(UserError, match="is a repository, which is not compared") as caught:
+        verify.compare(schnell.repository, schnell.onnx)
+    assert "ditforge verify ENGINE_DIR" in caught.value.fix

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from command_line import COMMAND, PATIENCE, Result, assert_error
 from ditforge import manifest
 from ditforge.export import flux, resume
 from ditforge.export.onnx_export import export_checkpoint
+from ditforge.partial import partial_folder
 
 # Exports T5, which is large enough to be kept, and is killed when it comes to CLIP.
 KILLED = """
@@ -83,6 +85,22 @@ def test_a_folder_that_is_being_written_is_nobody_elses_to_remove(tmp_path: Path
     with manifest.written_whole(tmp_path / "onnx", "onnx"):
         assert not abandoned.exists()
     assert sorted(os.listdir(tmp_path)) == [mine.name, "onnx"]
+
+
+def test_many_write_the_same_folder_at_once(tmp_path: Path) -> None:
+    """The last one's is there, and whole; none of them fails."""
+
+    def write(number: int) -> None:
+        for _ in range(30):
+            with partial_folder(tmp_path / "onnx") as folder:
+                (folder / "a").write_text(str(number))
+                (folder / "b").write_text(str(number))
+                manifest.put_in_place(folder, tmp_path / "onnx")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert os.listdir(tmp_path) == ["onnx"]
+    assert (tmp_path / "onnx" / "a").read_text() == (tmp_path / "onnx" / "b").read_text()
 
 
 def test_a_disk_that_fills_up_in_the_middle(random_schnell: Path, tmp_path: Path) -> None:

@@ -97,3 +97,13 @@ def socket_of(server: Server) -> str:
     """The address of Triton itself, behind the front."""
     (socket,) = Path("/dev/shm").glob(f"*-{server.pid}-*/grpc:1")
     return f"unix://{socket}"
+
+
+def below(pid: int, name: str) -> list[psutil.Process]:
+    """The processes below another one whose name begins so."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended in the meantime
+            if process.name().startswith(name):
+                found.append(process)
+    return found

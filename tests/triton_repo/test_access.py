@@ -40,6 +40,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
         signed = "-CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile names"
         openssl(f"x509 -req -in {name}.csr {signed} -out {name}.pem")
     openssl("pkey -in server.key -aes128 -passout pass:secret -out encrypted.key")
+    openssl("x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days -1 -out expired.pem")
     (folder / "token").write_text("a-secret\n")
     (folder / "words").write_text("a secret")
     (folder / "umlaut").write_text("geheimnü")
@@ -117,6 +118,7 @@ def test_ports_of_zero_do_not_clash(repository: Path) -> None:
         ),
         ({"tls_cert": "names", "tls_key": "names"}, "names should hold a certificate in PEM, and holds none"),
         ({"tls_cert": "damaged.pem", "tls_key": "server.key"}, "the TLS certificate .*damaged.pem is damaged: "),
+        ({"tls_cert": "expired.pem", "tls_key": "server.key"}, "expired.pem cannot be used: certificate has expired"),
         ({"tls_cert": "server.pem", "tls_key": "encrypted.key"}, "is encrypted(.|\n)*openssl pkey -in"),
         (
             {"tls_cert": "server.pem", "tls_key": "client.key"},

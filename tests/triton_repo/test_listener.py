@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import http2
 import pytest
+from command_line import COMMAND
 from hypothesis import HealthCheck, given, settings, strategies as st
-from python_models import ADD_ONE, infer, write_models
+from python_models import ADD_ONE, below, infer, write_models
 
 from ditforge.triton_repo.front import Front
 from ditforge.triton_repo.listener import Listener
@@ -71,6 +74,21 @@ def test_the_log_grows_only_so_fast(server: Server) -> None:
     for _ in range(300):
         http2.call(server.url, http2.CALL | {b"x": b"\xff" * 7000})
     assert server.log.stat().st_size < before + 200_000  # it grew by 8 MB, for 2 MB that were sent
+
+
+def test_connections_leave_room_to_start_triton_again(repository: Path, tmp_path: Path) -> None:
+    command = ["prlimit", "--nofile=200", *COMMAND, "serve", repository, "--port", "0", "--log", "log"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as running, ExitStack() as stack:
+        stack.callback(running.kill)
+        assert running.stdout is not None
+        url = running.stdout.readline().split(" at ")[1].split()[0]
+        port = int(url.split(":")[1])
+        for _ in range(400):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+        below(running.pid, "tritonserver")[0].kill()
+        assert "starting again" in running.stdout.readline()
+        assert running.stdout.readline() == "ready again\n"
+        stack.close()
 
 
 def test_the_port_is_opened_again(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,11 @@ def test_a_model_without_its_code(repository: Path) -> None:
     with pytest.raises(UserError, match="the model add has no code") as caught:
         start(repository, port=0)
     assert str(code) in caught.value.problem
+
+
+def test_a_repository_that_has_lost_a_model(tiny, tmp_path: Path) -> None:
+    repository = shutil.copytree(tiny.repository, tmp_path / "repo")
+    shutil.rmtree(repository / "dit")
+    with pytest.raises(UserError, match="has lost the model dit: there is no ") as caught:
+        start(repository, port=0)
+    assert caught.value.fix == f"ditforge repo ENGINE_DIR --out {repository}"

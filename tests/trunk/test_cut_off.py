@@ -15,7 +15,7 @@ import psutil
 import pytest
 from command_line import PATIENCE, eventually, popen
 from hostile import request, stub
-from python_models import SLEEP, write_models
+from python_models import SLEEP, below, write_models
 
 REQUEST = request("slow", {"x": np.full(1, 60, np.float32)})  # takes a minute
 
@@ -32,7 +32,7 @@ class Served:
 
     def child(self, name: str) -> psutil.Process:
         """The process of that name below the service."""
-        (found,) = [process for process in self.service.children(recursive=True) if process.name().startswith(name)]
+        (found,) = below(self.service.pid, name)
         return found
 
     def says(self, words: str) -> None:

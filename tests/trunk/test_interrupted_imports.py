@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from command_line import HEED_INTERRUPTS
 
 INTERRUPT = """
 import signal, sys
@@ -36,5 +37,7 @@ AS_NATIVE_CODE_DOES = INTERRUPT.replace(
     ],
 )
 def test_ctrl_c_while_modules_are_imported(program: str, module: str) -> None:
-    ended = subprocess.run([sys.executable, "-c", program.format(module=module)], capture_output=True, text=True)
+    ended = subprocess.run(
+        [*HEED_INTERRUPTS, sys.executable, "-c", program.format(module=module)], capture_output=True, text=True
+    )
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")

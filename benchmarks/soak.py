@@ -28,6 +28,8 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+from tritonclient.grpc import InferenceServerClient
+from tritonclient.utils import InferenceServerException
 
 from ditforge.client import Client
 from ditforge.errors import DitforgeError, DitforgeWarning
@@ -121,6 +123,15 @@ def wait_until_ready(url: str, seconds: float = 120) -> None:
             time.sleep(0.2)
 
 
+def is_ready(port: int) -> bool:
+    """A server that has never been ready ends where a process of it is killed: whoever started it starts it again."""
+    try:
+        with InferenceServerClient(f"127.0.0.1:{port}") as client:
+            return bool(client.is_server_ready(client_timeout=5))
+    except InferenceServerException:
+        return False
+
+
 def generate(client: Client, prompt: str, seed: int) -> np.ndarray:
     return np.asarray(client.generate(prompt, seed=seed, steps=STEPS), np.int16)
 
@@ -148,13 +159,16 @@ def run_client(
 
 
 def kill_now_and_then(servers: list[Server], until: float, result: Result) -> None:
-    """Every 10 s the process of a model of one of the servers, every 20 s a whole server, which is started again."""
+    """Every 10 s the process of a model of one of the servers, every 20 s a whole server, which is started again.
+
+    Of servers that are only about to be ready, no process is killed.
+    """
     rng, begun = random.Random(0), time.monotonic()
     tick = 0
     while time.monotonic() < until - 5:
         tick += 1
         time.sleep(max(begun + tick * MODEL_EVERY - time.monotonic(), 0))
-        server = rng.choice(servers)
+        server = rng.choice([one for one in servers if is_ready(one.port)] or servers)
         if models := server.models():
             victim = rng.choice(models)
             with contextlib.suppress(psutil.Error):

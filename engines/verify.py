@@ -49,6 +49,7 @@ class Difference:
         return self.component, self.precision, self.output, *figures
 
 
+FP32 = "ditforge export CHECKPOINT --precision fp32 --out DIR   makes the reference"
 HEADINGS = ("component", "precision", "output", "largest difference", "relative error", "cosine", "PSNR")
 
 
@@ -60,6 +61,26 @@ def verify_files(folder: Path) -> int:
     return sum(len(component.files) for component in found.components.values())
 
 
+def check_comparable(folder: Path, found: Manifest, onnx: Path, reference: Manifest) -> None:
+    """Raise UserError unless what is in `folder` can be compared with `onnx`, which is an fp32 export of the model."""
+    if found.kind == "repository":
+        fix = f"ditforge verify ENGINE_DIR --against {onnx}, with the engines that it was made of"
+        raise UserError(f"{folder} is a repository, which is not compared", fix)
+    for name, component in found.components.items():
+        there = reference.components.get(name)
+        if there is None or ports(there) != ports(component):
+            different = f"the {name} of {found.model.name} in {folder}, and {reference.model.name} in {onnx}"
+            raise UserError(f"two models that cannot be compared: {different}", FP32)
+    if other := [name for name, one in reference.components.items() if name != TOKENIZER and one.precision != "fp32"]:
+        precision = reference.components[other[0]].precision
+        raise UserError(f"{other[0]} in {onnx} is {precision}: the reference has to be fp32", FP32)
+
+
+def ports(component: Component) -> tuple[set[str], set[str]]:
+    """The names of a network's inputs and outputs."""
+    return set(component.inputs), set(component.outputs)
+
+
 def compare(folder: Path, onnx: Path, progress: Callable[[str, int, int], None] | None = None) -> list[Difference]:
     """Run what is in `folder` (engines, or an export) and the graphs of the fp32 export `onnx` on the same inputs.
 
@@ -67,10 +88,8 @@ def compare(folder: Path, onnx: Path, progress: Callable[[str, int, int], None] 
     Sizes and batches are such as the engines take. Raises UserError for engines that this machine cannot execute.
     """
     found, reference = manifest.read_any(folder), manifest.read(onnx, "onnx")
-    if found.kind == "repository":
-        fix = f"ditforge verify ENGINE_DIR --against {onnx}, with the engines that it was made of"
-        raise UserError(f"{folder} is a repository, which is not compared", fix)
     networks = [name for name in found.components if name != TOKENIZER]
+    check_comparable(folder, found, onnx, reference)
     report = progress or (lambda component, done, total: None)
     prompts = compared_prompts(found)
     tensors = tokenize(onnx, reference, prompts)

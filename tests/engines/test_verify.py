@@ -81,3 +81,15 @@ def test_a_repository_is_not_compared(schnell) -> None:
     with pytest.raises(UserError, match="is a repository, which is not compared") as caught:
         verify.compare(schnell.repository, schnell.onnx)
     assert "ditforge verify ENGINE_DIR" in caught.value.fix
+
+
+def test_what_is_no_reference(schnell, tiny, tmp_path: Path) -> None:
+    """schnell has no guidance in its DiT, and flux-tiny has."""
+    with pytest.raises(UserError, match=r"two models .*: the dit of random-schnell in .*, and flux-tiny in "):
+        verify.compare(schnell.engines, tiny.onnx)
+    other = shutil.copytree(schnell.onnx, tmp_path / "bf16")
+    found = manifest.read(other, "onnx")
+    dit = found.components["dit"].model_copy(update={"precision": "fp8-weights"})
+    manifest.write(found.model_copy(update={"components": {**found.components, "dit": dit}}), other)
+    with pytest.raises(UserError, match=r"dit in .* is fp8-weights: the reference has to be fp32"):
+        verify.compare(schnell.engines, other)

@@ -4,7 +4,7 @@
 #   docker run --gpus all --shm-size 1g -p 127.0.0.1:8001:8001 -v /path/to/checkpoint:/checkpoint:ro -v ditforge-cache:/cache ditforge
 #
 # Engines are kept in the volume /cache: the second start builds nothing.
-ARG TRITON=26.05
+ARG TRITON=26.07
 FROM nvcr.io/nvidia/tritonserver:${TRITON}-py3 AS build
 # Its CPU build is much smaller: --build-arg TORCH="torch==2.13.0 --index-url URL", as pytorch.org/get-started shows.
 ARG TORCH=torch==2.13.0

@@ -85,14 +85,14 @@ async def keep_running(
     stopped: asyncio.Future[float],
 ) -> None:
     """Run Triton behind the front, again whenever one of its processes dies, until `stopped`."""
-    deaths, loop = 0, asyncio.get_running_loop()
+    deaths, loop, been_ready = 0, asyncio.get_running_loop(), False
     while True:
         triton = Triton(options, folder)
         try:
             channel = await unless(stopped, triton.start())
             front.channel = channel
             front.metrics.ready.set(1)
-            since = loop.time()
+            since, been_ready = loop.time(), True
             report("ready")
             process, end = await unless(stopped, first_of(triton.died(), triton.fell_silent(), hangs(front)))
             deaths = 0 if loop.time() - since >= STABLE else deaths
@@ -108,16 +108,14 @@ async def keep_running(
             await triton.stop()
             return
         except DitforgeError as error:
-            if deaths == 0:
-                raise  # it has never been ready, or not for a reason that passes
+            if not been_ready:
+                raise  # and would again
             process, problem = "tritonserver", error
         except OSError as error:  # no more file descriptors, processes or memory, which passes
-            if deaths == 0:
+            if not been_ready:
                 raise
             process = "tritonserver"
-            problem = DitforgeError(
-                f"tritonserver was not started: {error.strerror}", f"look at the log, {options.log}"
-            )
+            problem = DitforgeError(f"tritonserver was lost: {error.strerror}", f"look at the log, {options.log}")
         finally:
             front.channel = None
             front.metrics.ready.set(0)

@@ -229,8 +229,10 @@ class Front(grpc.GenericRpcHandler):
         try:
             wire.check(request, raw, self.models[name])
             self.admit(picture, metadata.get(ENGINES_KEY))
-            with self.holding(sum(map(len, raw))), self.pictures.request(picture, name == DECODER):
-                answer = await self.run_model(request, raw, context.time_remaining())
+            with contextlib.ExitStack() as held:
+                held.enter_context(self.holding(sum(map(len, raw))))
+                with self.pictures.request(picture, name == DECODER):
+                    answer = await self.run_model(request, raw, context.time_remaining(), held)
             if self.models[name].spoils and wire.is_spoilt(answer):
                 raise Refused(outcome, f"the engines of {name} failed; the server's log says why")
             outcome = Status.OK
@@ -271,8 +273,11 @@ class Front(grpc.GenericRpcHandler):
         finally:
             self.readers.release()
 
-    async def run_model(self, request: pb.ModelInferRequest, raw: list[memoryview], left: float | None) -> bytes:
+    async def run_model(
+        self, request: pb.ModelInferRequest, raw: list[memoryview], left: float | None, held: contextlib.ExitStack
+    ) -> bytes:
         """Triton's answer to the request with these raw contents, which are let go of. Raises Refused after `left` s.
+        `held` counts their bytes, and is closed no sooner than Triton is done with them.
 
         A request that Triton itself sees cancelled, or run out of time, can end Triton with SIGSEGV (2.51 does; see
         https://github.com/triton-inference-server/server/issues/8034). So it sees neither: the front waits no longer,
@@ -288,20 +293,21 @@ class Front(grpc.GenericRpcHandler):
         try:
             answer = await asyncio.wait_for(asyncio.shield(running), left)
         except asyncio.TimeoutError:
-            self.forgo(name, running)
+            self.forgo(name, running, held.pop_all())
             raise Refused(Status.DEADLINE_EXCEEDED, "the deadline passed before the model had answered") from None
         except asyncio.CancelledError:
             if not running.done():
-                self.forgo(name, running)
+                self.forgo(name, running, held.pop_all())
             raise
         # Protobuf joins messages that follow each other; the last one of two names counts.
         return answer + pb.ModelInferResponse(id=asked).SerializeToString()
 
-    def forgo(self, name: str, running: asyncio.Future[bytes]) -> None:
+    def forgo(self, name: str, running: asyncio.Future[bytes], held: contextlib.ExitStack) -> None:
         """Nobody waits for the request of this name any more: tell the models, until Triton is done with it."""
         word = self.forgone / name
 
         def done(ended: asyncio.Future[bytes]) -> None:
+            held.close()
             word.unlink(missing_ok=True)
 
         with contextlib.suppress(OSError):

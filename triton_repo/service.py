@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -32,6 +33,7 @@ from ditforge.triton_repo.served import read_models
 from ditforge.triton_repo.tritonserver import Triton
 
 T = TypeVar("T")
+M_MMAP_THRESHOLD, LARGE = -3, 1 << 20
 BACKOFF = (0.0, 0.5, 1.0, 2.0, 4.0)  # seconds before each restart in a row
 DOUBT = 2.0  # seconds in which a process that Triton complains of shows that it has died
 STABLE = 30.0  # seconds of service after which a death is not in a row with the last one
@@ -200,6 +202,7 @@ def main() -> None:
     set_up()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each client takes one
+    give_back_large_messages()
 
     def report(event: str, **details: object) -> None:
         if message := details.get("message"):
@@ -216,6 +219,15 @@ def main() -> None:
         where = f" ({error.filename})" if error.filename else ""
         report("failed", problem=f"{error.strerror or error}{where}", fix=f"look at the log, {options.log}", user=False)
         raise
+
+
+def give_back_large_messages() -> None:
+    """Have each message of LARGE bytes and more returned to the system once it is done with.
+
+    glibc else keeps memory of the largest size that was ever freed, in heaps that then fall to pieces (mallopt(3)).
+    """
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 async def obey(options: ServeOptions, report: Report) -> None:

@@ -147,16 +147,17 @@ class Triton:
         if self.process is not None and self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-            await any_ended([self.process.pid])
-            self.process.wait()
+            while self.process.poll() is None:  # which takes no file descriptor: there may be none left
+                await asyncio.sleep(0.01)
         if self.channel is not None:
             await self.channel.close(grace=1)  # requests in flight fail by themselves: the other end is gone
-        for region in SHM.glob(f"{self.folder.name}-*"):
-            region.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what cannot be removed now is removed with the folder
+            for region in SHM.glob(f"{self.folder.name}-*"):
+                region.unlink(missing_ok=True)
 
 
 async def any_ended(pids: Sequence[int]) -> None:
-    """Wait until one of the processes has ended, reaped or not."""
+    """Wait until one of the processes has ended, reaped or not. Raises OSError without file descriptors for that."""
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
     with contextlib.ExitStack() as watched:
         for pid in pids:
@@ -243,7 +244,7 @@ def how_it_ended(pid: int) -> str | None:
     """How a process ended, in words; None if it lives. The exit code is the last field in proc(5)'s stat."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return "it ended"
     if fields[0] not in "ZX":
         return None
@@ -292,6 +293,9 @@ def is_left(name: str) -> bool:
 
 def remove(folder: Path) -> None:
     """Remove a server's folder and its shared memory beside it, as far as they are there and ours."""
-    for path in SHM.glob(f"{folder.name}*"):
+    found = list[Path]()
+    with contextlib.suppress(OSError):  # not even the list can be read without file descriptors
+        found += list(SHM.glob(f"{folder.name}*"))
+    for path in found:
         with contextlib.suppress(OSError):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -260,6 +260,19 @@ def test_no_more_file_descriptors(server: Server) -> None:
         limit(front, "nofile", before)
 
 
+def test_no_file_descriptors_to_start_triton_again(tmp_path: Path) -> None:
+    """It is tried again, as after a death."""
+    events: list[str] = []
+    with start(write_models(tmp_path / "repo", add=ADD_ONE), events.append, port=0) as running:
+        service = psutil.Process(running.pid)
+        before = service.rlimit(psutil.RLIMIT_NOFILE)[0]
+        limit(service, "nofile", 4)
+        tritonserver(running).kill()
+        eventually(lambda: any("tritonserver was lost: Too many open files" in event for event in events))
+        limit(service, "nofile", before)
+        eventually(lambda: answers(running.url, "add"))
+
+
 def test_no_more_memory(server: Server) -> None:
     """The engine cannot have what a large picture takes: that request fails, the next good one is served."""
     expected = output(stub(server.url).ModelInfer(GOOD, timeout=60))

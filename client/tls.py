@@ -37,13 +37,7 @@ class TLS:
     def __post_init__(self) -> None:
         if self.ca is not None:
             check_authorities(self.ca, FILES)
-        if (self.certificate is None) != (self.key is None):
-            there, missing, fix = (
-                ("certificate", "key", KEY) if self.certificate else ("key", "certificate", CERTIFICATE)
-            )
-            raise UserError(f"there is a TLS {there}, but no {missing}", f"{fix}, or leave out both")
-        if self.certificate is not None and self.key is not None:
-            check_pair(self.certificate, self.key, FILES)
+        check_pair(self.certificate, self.key, FILES)
 
     def read(self, name: str) -> bytes | None:
         """What is in the file called `name` here: ca, certificate or key. Raises UserError where it is gone by now."""

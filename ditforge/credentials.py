@@ -62,8 +62,14 @@ def check_authorities(path: File, options: Options) -> None:
     check_certificates("the TLS ca", path, options.ca)
 
 
-def check_pair(certificate: File, key: File, options: Options) -> None:
-    """Raise UserError unless the files are a certificate and its key, which is not encrypted, both in PEM."""
+def check_pair(certificate: File | None, key: File | None, options: Options) -> None:
+    """Raise UserError unless the files are a certificate and its key, which is not encrypted, both in PEM; or none."""
+    if certificate is None and key is None:
+        return
+    if certificate is None:
+        raise UserError("there is a TLS key, but no certificate", f"{options.certificate}, or leave out both")
+    if key is None:
+        raise UserError("there is a TLS certificate, but no key", f"{options.key}, or leave out both")
     certificate_holds = held(read_file("the TLS certificate", certificate, options.certificate))
     key_holds = held(read_file("the TLS key", key, options.key))
     if (certificate_holds, key_holds) == ("a key", "a certificate"):

@@ -102,9 +102,7 @@ def make_options(repo: Path, options: dict[str, Any]) -> ServeOptions:
         if isinstance(path, Path) and not is_text(path):
             problem = f"{name} is {str(path)!r}, which is not text in UTF-8"
             raise UserError(problem, "rename it; or, where the locale says so, set PYTHONUTF8=1")
-    if (made.tls_cert is None) != (made.tls_key is None):
-        there, missing = ("certificate", "key") if made.tls_cert else ("key", "certificate")
-        raise UserError(f"there is a TLS {there}, but no {missing}: they go together", PAIR)
+    check_pair(made.tls_cert, made.tls_key, FILES)
     if made.tls_client_ca and not made.tls_cert:
         raise UserError("clients show certificates over TLS only", f"{PAIR}, beside --tls-client-ca")
     if made.http_port is not None and (made.tls_cert or made.token_file):
@@ -118,8 +116,6 @@ def make_options(repo: Path, options: dict[str, Any]) -> ServeOptions:
         )
     if made.token_file:
         read_token(made.token_file, NEW_TOKEN)
-    if made.tls_cert and made.tls_key:
-        check_pair(made.tls_cert, made.tls_key, FILES)
     if made.tls_client_ca:
         check_authorities(made.tls_client_ca, FILES)
     files = {name: getattr(made, name) for name in ("tls_cert", "tls_key", "tls_client_ca", "token_file")}

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 from uuid import uuid4
 
 import grpc
@@ -117,6 +117,8 @@ class Front(grpc.GenericRpcHandler):
                 with self.holding(len(answer)):
                     await context.write(answer)
                 return
+        except grpc.aio.InternalError:  # what reads and writes say where the client has gone, sooner than done() does
+            raise asyncio.CancelledError from None
         except Refused as refused:
             status, message = refused.status, refused.message
         except BadRequest as error:
@@ -124,17 +126,11 @@ class Front(grpc.GenericRpcHandler):
         except grpc.aio.AioRpcError as error:
             status, message = self.of_triton(error)
         except Exception:
-            if context.done():  # the client has gone while its message was read
+            if context.done():  # likewise
                 raise asyncio.CancelledError from None
             log.exception("the front failed in %s", method)
             status, message = Status.INTERNAL, "the server failed; its log says why"
-        if context.done():  # nobody hears it
-            raise asyncio.CancelledError
-        try:
-            await context.abort(status, message[:LONGEST_MESSAGE])
-        except grpc.aio.InternalError:  # nobody has heard it
-            raise asyncio.CancelledError from None
-        raise AssertionError("abort() raises")
+        await end(context, status, message[:LONGEST_MESSAGE])
 
     def may_call(self, method: str, metadata: dict[str, Any]) -> bool:
         """Whether the caller has the token, or asks for no more than whether the server lives."""
@@ -377,4 +373,15 @@ async def arrived(context: grpc.aio.ServicerContext, others_wait: Callable[[], b
 
 async def refuse(messages: object, context: grpc.aio.ServicerContext) -> None:
     """The answer to callers without the token, which does not wait for their message."""
-    await context.abort(Status.UNAUTHENTICATED, "this server wants a token: authorization: Bearer TOKEN")
+    await end(context, Status.UNAUTHENTICATED, "this server wants a token: authorization: Bearer TOKEN")
+
+
+async def end(context: grpc.aio.ServicerContext, status: grpc.StatusCode, message: str) -> NoReturn:
+    """End a call with a status, in words, which nobody hears where the client has gone."""
+    if context.done():
+        raise asyncio.CancelledError
+    try:
+        await context.abort(status, message)
+    except grpc.aio.InternalError:
+        raise asyncio.CancelledError from None
+    raise AssertionError("abort() raises")

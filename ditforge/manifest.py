@@ -30,6 +30,7 @@ FORMAT = 1
 
 Kind = Literal["onnx", "engines", "repository"]
 OTHER_OUT = "choose another --out, or remove it first"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NEXT_COMMAND = {
     "onnx": "ditforge export CHECKPOINT --out DIR",
     "engines": "ditforge build ONNX_DIR --gpu GPU --out DIR",
@@ -280,6 +281,5 @@ def written_whole(target: Path, kind: Kind, own: Iterable[str] = ()) -> Iterator
             temporary.chmod(0o755)
             put_in_place(temporary, target)
     except OSError as error:
-        raise UserError(
-            f"cannot write {target}: {error.strerror or error}", "free some space, or choose another --out"
-        ) from error
+        fix = "free some space, or choose another --out" if error.errno in FULL else "choose another --out"
+        raise UserError(f"cannot write {target}: {error.strerror or error}", fix) from error

@@ -15,6 +15,7 @@ import pytest
 from command_line import COMMAND, PATIENCE, Result, assert_error
 
 from ditforge import manifest
+from ditforge.errors import UserError
 from ditforge.export import flux, resume
 from ditforge.export.onnx_export import export_checkpoint
 from ditforge.partial import partial_folder
@@ -109,3 +110,13 @@ def test_a_disk_that_fills_up_in_the_middle(random_schnell: Path, tmp_path: Path
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert_error(Result(done.returncode, done.stdout, done.stderr), "cannot write", "onnx", "free some space")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_place_where_nothing_can_be_written() -> None:
+    """Which no free space would help."""
+    with (
+        pytest.raises(UserError, match="cannot write /proc/onnx") as caught,
+        manifest.written_whole(Path("/proc/onnx"), "onnx"),
+    ):
+        pass
+    assert "space" not in caught.value.fix

@@ -13,22 +13,23 @@ import contextlib
 import hmac
 import logging
 import re
-import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 from uuid import uuid4
 
 import grpc
 from tritonclient.grpc import service_pb2 as pb
 
 from ditforge.triton_repo import wire
+from ditforge.triton_repo.capacity import Capacity, arrived, started
 from ditforge.triton_repo.limits import BadRequest, shown
 from ditforge.triton_repo.metrics import Metrics
 from ditforge.triton_repo.pictures import Pictures
+from ditforge.triton_repo.refusal import Refused, Status, of_triton, refuse
 from ditforge.triton_repo.served import ServedModel, message_limit
 
 SERVICE, HEALTH = "/inference.GRPCInferenceService/", "/grpc.health.v1.Health/Check"
@@ -45,28 +46,10 @@ PROBES = {LIVE, READY, HEALTH}  # which are answered without their message, and 
 OPEN = {*PROBES, f"{SERVICE}ModelReady"}  # which need no token
 PICTURE_KEY, ENGINES_KEY = "ditforge-picture", "ditforge-engines"  # in a request's metadata
 SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"  # grpc.health.v1.HealthCheckResponse: field 1 is the status
-MOST_AT_ONCE = 512  # requests that are read and answered, probes aside; one more is refused
-MOST_BYTES = 256 << 20  # of all requests for models that are read, and of all that are answered
-LEAST_READERS = 4  # requests that are read at once, however large they may be
-UNDISTURBED = 2.0  # seconds in which a message can arrive however many others wait
-ARRIVAL = 30.0  # seconds within which the message of a request has to arrive
 DECODER = "vae_decoder"  # the model that a picture ends with
-LONGEST_MESSAGE = 1000  # characters of an error; gRPC loses those that are too long
 LONGEST_QUESTION = 4096  # bytes of a message that asks about the server or a model
 STUB = re.compile(r"Stub process '(.+?)_\d+_\d+'")  # Triton's name of a model's process, as it complains of one
-PATH = re.compile(r"(?<![\w.])/(?:[^\s/:'\",;()]+/)+[^\s:'\",;()]*")
-Status = grpc.StatusCode
-T = TypeVar("T")
 log = logging.getLogger(__name__)
-
-
-class Refused(Exception):
-    """A request is not answered but by a status."""
-
-    def __init__(self, status: grpc.StatusCode, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
 
 
 @dataclass
@@ -87,18 +70,15 @@ class Front(grpc.GenericRpcHandler):
     stopping: bool = False
     pictures: Pictures = field(default_factory=Pictures)
     doubted: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
-    waiting: int = 0  # requests whose message is not yet read, since others are
-    calls: int = 0  # that are being answered, probes aside
-    held: int = 0  # bytes of the requests that are being answered, and of answers until they are taken
 
     def __post_init__(self) -> None:
-        self.readers = asyncio.Semaphore(max(MOST_BYTES // message_limit(self.models), LEAST_READERS))
+        self.capacity = Capacity(message_limit(self.models))
 
     def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
         """The handler of a method: bytes in, bytes out; it reads the message itself, once there is room for it."""
         metadata = dict(call.invocation_metadata or ())
         if not self.may_call(call.method, metadata):
-            return grpc.stream_stream_rpc_method_handler(refuse)
+            return grpc.stream_stream_rpc_method_handler(without_token)
         return grpc.stream_stream_rpc_method_handler(partial(self.answer, call.method, metadata))
 
     async def answer(
@@ -109,12 +89,12 @@ class Front(grpc.GenericRpcHandler):
             if method in PROBES:
                 await context.write(await self.probe(method))
                 return
-            with self.call():
+            with self.capacity.call():
                 if method == INFER:
                     answer = await self.infer(metadata, context)
                 else:
                     answer = await self.tell(method, await arrived(context))
-                with self.holding(len(answer)):
+                with self.capacity.holding(len(answer)):
                     await context.write(answer)
                 return
         except grpc.aio.InternalError:  # what reads and writes say where the client has gone, sooner than done() does
@@ -124,13 +104,13 @@ class Front(grpc.GenericRpcHandler):
         except BadRequest as error:
             status, message = Status.INVALID_ARGUMENT, str(error)
         except grpc.aio.AioRpcError as error:
-            status, message = self.of_triton(error)
+            status, message = of_triton(error)
         except Exception:
             if context.done():  # likewise
                 raise asyncio.CancelledError from None
             log.exception("the front failed in %s", method)
             status, message = Status.INTERNAL, "the server failed; its log says why"
-        await end(context, status, message[:LONGEST_MESSAGE])
+        await refuse(context, status, message)
 
     def may_call(self, method: str, metadata: dict[str, Any]) -> bool:
         """Whether the caller has the token, or asks for no more than whether the server lives."""
@@ -139,28 +119,6 @@ class Front(grpc.GenericRpcHandler):
         sent = metadata.get("authorization", "")
         sent = sent.encode() if isinstance(sent, str) else sent
         return hmac.compare_digest(sent, b"Bearer " + self.token)
-
-    @contextlib.contextmanager
-    def call(self) -> Iterator[None]:
-        """While a call is read and answered. Raises Refused where there are too many."""
-        if self.calls >= MOST_AT_ONCE:
-            raise Refused(Status.RESOURCE_EXHAUSTED, "the server answers as many requests as it can; ask again later")
-        self.calls += 1
-        try:
-            yield
-        finally:
-            self.calls -= 1
-
-    @contextlib.contextmanager
-    def holding(self, size: int) -> Iterator[None]:
-        """While a request or an answer of `size` bytes is held. Raises Refused where they are too many in all."""
-        if self.held and self.held + size > MOST_BYTES:
-            raise Refused(Status.RESOURCE_EXHAUSTED, "the server holds as many messages as it can; ask again later")
-        self.held += size
-        try:
-            yield
-        finally:
-            self.held -= size
 
     async def probe(self, method: str) -> bytes:
         """Whether the server lives, or is ready."""
@@ -217,7 +175,7 @@ class Front(grpc.GenericRpcHandler):
 
     async def infer(self, metadata: dict[str, Any], context: grpc.aio.ServicerContext) -> bytes:
         """A model's outputs for a request that the model takes."""
-        request, raw = wire.parse_infer(await self.receive(context))
+        request, raw = wire.parse_infer(await self.capacity.receive(context))
         name, picture = request.model_name, metadata.get(PICTURE_KEY)
         if name not in self.models:
             raise Refused(Status.NOT_FOUND, f"there is no model {shown(name)}; there are {', '.join(self.models)}")
@@ -226,7 +184,7 @@ class Front(grpc.GenericRpcHandler):
             wire.check(request, raw, self.models[name])
             self.admit(picture, metadata.get(ENGINES_KEY))
             with contextlib.ExitStack() as held:
-                held.enter_context(self.holding(sum(map(len, raw))))
+                held.enter_context(self.capacity.holding(sum(map(len, raw))))
                 with self.pictures.request(picture, name == DECODER):
                     answer = await self.run_model(request, raw, context.time_remaining(), held)
             if self.models[name].spoils and wire.is_spoilt(answer):
@@ -243,7 +201,7 @@ class Front(grpc.GenericRpcHandler):
             # Triton's words can have a stranger's in them: only the name of a model that there is counts.
             if (stub := STUB.search(error.details() or "")) and stub[1] in self.models:
                 self.doubted.put_nowait(stub[1])
-            outcome = self.of_triton(error)[0]
+            outcome = of_triton(error)[0]
             raise
         except asyncio.CancelledError:
             if not context.cancelled():  # Triton has gone, and the channel to it was closed
@@ -253,21 +211,6 @@ class Front(grpc.GenericRpcHandler):
             raise
         finally:
             self.metrics.answered(name, outcome.name, time.monotonic() - begun)
-
-    async def receive(self, context: grpc.aio.ServicerContext) -> bytes:
-        """The message of an inference, once few enough others are read. Raises Refused where that takes too long."""
-        self.waiting += 1
-        try:
-            await asyncio.wait_for(self.readers.acquire(), ARRIVAL)
-        except asyncio.TimeoutError:
-            busy = "the server reads as many messages as it can; ask again later"
-            raise Refused(Status.RESOURCE_EXHAUSTED, busy) from None
-        finally:
-            self.waiting -= 1
-        try:
-            return await arrived(context, others_wait=lambda: self.waiting > 0)
-        finally:
-            self.readers.release()
 
     async def run_model(
         self, request: pb.ModelInferRequest, raw: list[memoryview], left: float | None, held: contextlib.ExitStack
@@ -321,21 +264,6 @@ class Front(grpc.GenericRpcHandler):
         if self.stopping and not self.pictures.knows(picture):
             raise Refused(Status.UNAVAILABLE, "this server is stopping and begins no more pictures")
 
-    def of_triton(self, error: grpc.aio.AioRpcError) -> tuple[grpc.StatusCode, str]:
-        """Triton's status, and its reason in one line that says nothing of the server's files."""
-        status, details = error.code(), (error.details() or "").strip()
-        line = details.splitlines()[0] if details else "no reason given"
-        if status is Status.UNAVAILABLE and "maximum queue size" in line:
-            return Status.RESOURCE_EXHAUSTED, "too many requests wait for this model; ask again later"
-        if "Request timeout expired" in line:
-            return Status.DEADLINE_EXCEEDED, "the request waited for as long as its deadline allows"
-        if "shared memory pool" in line:
-            return Status.INTERNAL, "the server's /dev/shm is too small for this request: docker run --shm-size"
-        gone = "is not healthy" in line or "no available versions" in line or "Stub process" in line
-        if gone or status is Status.UNAVAILABLE:
-            return Status.UNAVAILABLE, "the models are starting again; repeat the request"
-        return status, PATH.sub("…", line).replace(socket.gethostname(), "…")
-
     async def drain(self, grace: float) -> int:
         """Begin no more pictures, wait up to `grace` seconds for unfinished ones; returns how many remain."""
         self.stopping = True
@@ -345,43 +273,6 @@ class Front(grpc.GenericRpcHandler):
         return active
 
 
-def started(work: Awaitable[T]) -> asyncio.Future[T]:
-    """A future of the work, whose error is not reported as one that was never asked for: nobody may be left to ask."""
-    future = asyncio.ensure_future(work)
-    future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-    return future
-
-
-async def arrived(context: grpc.aio.ServicerContext, others_wait: Callable[[], bool] = lambda: False) -> bytes:
-    """The message of a call. Raises BadRequest where there is none.
-
-    Raises Refused where it does not come within ARRIVAL seconds, or within UNDISTURBED ones while others wait.
-    """
-    reading = started(context.read())  # it ends with the call
-    deadline = time.monotonic() + ARRIVAL
-    while (left := deadline - time.monotonic()) > 0 and not reading.done():
-        await asyncio.wait([reading], timeout=min(left, UNDISTURBED))
-        if others_wait() and not reading.done():
-            raise Refused(Status.RESOURCE_EXHAUSTED, "the message arrives slowly, and others wait; repeat it")
-    if not reading.done():
-        raise Refused(Status.DEADLINE_EXCEEDED, f"the message of the request did not arrive within {ARRIVAL:g} s")
-    message = reading.result()
-    if not isinstance(message, bytes):
-        raise BadRequest("the call has no message")
-    return message
-
-
-async def refuse(messages: object, context: grpc.aio.ServicerContext) -> None:
+async def without_token(messages: object, context: grpc.aio.ServicerContext) -> None:
     """The answer to callers without the token, which does not wait for their message."""
-    await end(context, Status.UNAUTHENTICATED, "this server wants a token: authorization: Bearer TOKEN")
-
-
-async def end(context: grpc.aio.ServicerContext, status: grpc.StatusCode, message: str) -> NoReturn:
-    """End a call with a status, in words, which nobody hears where the client has gone."""
-    if context.done():
-        raise asyncio.CancelledError
-    try:
-        await context.abort(status, message)
-    except grpc.aio.InternalError:
-        raise asyncio.CancelledError from None
-    raise AssertionError("abort() raises")
+    await refuse(context, Status.UNAUTHENTICATED, "this server wants a token: authorization: Bearer TOKEN")

@@ -21,8 +21,10 @@ from tritonclient.grpc import InferenceServerClient, service_pb2 as pb
 
 from ditforge.client import Client
 from ditforge.triton_repo import wire
-from ditforge.triton_repo.front import ARRIVAL, Front, Refused
+from ditforge.triton_repo.capacity import ARRIVAL, Capacity
+from ditforge.triton_repo.front import Front
 from ditforge.triton_repo.metrics import Metrics
+from ditforge.triton_repo.refusal import Refused
 from ditforge.triton_repo.served import read_models
 from ditforge.triton_repo.server import Server, start
 
@@ -343,16 +345,15 @@ def test_calls_without_a_message_hold_nobody_up_for_long(server: Server) -> None
             channel.close()
 
 
-def test_too_many_messages_at_once_are_refused_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ditforge.triton_repo.front.ARRIVAL", 0.1)
-    models, _ = read_models(write_models(tmp_path / "repo", add=ADD_ONE))
+def test_too_many_messages_at_once_are_refused_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ditforge.triton_repo.capacity.ARRIVAL", 0.1)
 
     async def wait_for_a_place() -> None:
-        front = Front(models, "", None, Metrics(models), tmp_path)
-        while not front.readers.locked():
-            await front.readers.acquire()
+        capacity = Capacity(largest=100 << 20)
+        while not capacity.readers.locked():
+            await capacity.readers.acquire()
         with pytest.raises(Refused, match="reads as many messages as it can"):
-            await front.receive(None)  # type: ignore[arg-type]  # it comes to no reading
+            await capacity.receive(None)  # type: ignore[arg-type]  # it comes to no reading
 
     asyncio.run(wait_for_a_place())
 
@@ -406,7 +407,7 @@ def test_clients_that_go_while_they_are_answered(
         handler = front.service(Details(f"/inference.GRPCInferenceService/{method}"))
         with pytest.raises(asyncio.CancelledError):
             await handler.stream_stream(None, Gone())
-        assert (front.calls, front.held) == (0, 0)
+        assert (front.capacity.calls, front.capacity.held) == (0, 0)
 
     asyncio.run(answer())
     assert not caplog.records

@@ -83,7 +83,9 @@ def simplify(model: ir.Model, network: Network) -> None:
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     with np.errstate(all="ignore"):  # it evaluates both sides of every Where
         onnxscript.optimizer.optimize(model)
-    model.metadata_props.clear()  # the tracer's, of which some are in another order each time
+    graph = model.graph
+    for described in (model, graph, *graph.inputs, *graph.outputs, *graph.initializers.values()):
+        described.metadata_props.clear()  # the tracer's, of which some are in another order each time
     for node in model.graph:
         for value in node.outputs:
             if not value.is_graph_output():

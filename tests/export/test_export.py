@@ -47,6 +47,14 @@ def test_components_and_tensors_are_the_contract(schnell) -> None:
     assert found.model.max_tokens == {"clip": 33, "t5": 40}
 
 
+def test_graphs_hold_nothing_of_the_tracers_own(schnell) -> None:
+    """Stack traces of the machine, and sets in another order in each process: the same export would be another one."""
+    for name in [name for name in manifest.read(schnell.onnx, "onnx").components if name != "tokenizer"]:
+        graph = onnx.load(schnell.onnx / f"{name}.onnx", load_external_data=False)
+        assert "metadata_props" not in str(graph)
+        assert graph.doc_string == graph.graph.doc_string == ""
+
+
 def test_guidance_is_an_input_where_it_is_embedded(random_schnell: Path) -> None:
     checkpoint = open_checkpoint(random_schnell)
     config = flux.read_config(checkpoint) | {"guidance_embeds": True}

@@ -22,8 +22,6 @@ from ditforge.triton_repo.serve_options import make_options
 from ditforge.triton_repo.served import read_models
 from ditforge.triton_repo.server import Server, start
 
-EVENTS: list[str] = []
-
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -31,18 +29,24 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(repository: Path) -> Iterator[Server]:
-    with start(repository, EVENTS.append, port=0) as server:
+def events() -> list[str]:
+    """What the server tells, of which there is another one where a worker gets tests of this file once more."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def server(repository: Path, events: list[str]) -> Iterator[Server]:
+    with start(repository, events.append, port=0) as server:
         yield server
     assert server.wait() == 0
 
 
 @pytest.fixture(autouse=True)
-def nothing_happens(server: Server) -> Iterator[None]:
+def nothing_happens(server: Server, events: list[str]) -> Iterator[None]:
     """To the server, which answers as before."""
     yield
     assert infer(server.url, "add", 1) == 2
-    assert EVENTS == []
+    assert events == []
 
 
 @pytest.mark.parametrize("name", [*http2.CALL, b"authorization", b"grpc-timeout", b"grpc-encoding", b"x-bin", b"x"])

@@ -84,8 +84,10 @@ def simplify(model: ir.Model, network: Network) -> None:
     with np.errstate(all="ignore"):  # it evaluates both sides of every Where
         onnxscript.optimizer.optimize(model)
     graph = model.graph
-    for described in (model, graph, *graph.inputs, *graph.outputs, *graph.initializers.values()):
-        described.metadata_props.clear()  # the tracer's, of which some are in another order each time
+    model.metadata_props.clear()  # the tracer's, of which some are in another order each time
+    graph.metadata_props.clear()
+    for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+        value.metadata_props.clear()
     for node in model.graph:
         for value in node.outputs:
             if not value.is_graph_output():

@@ -24,9 +24,9 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from ditforge.client import Client
 from ditforge.engines.build import build
 from ditforge.engines.verify import Difference, compare
-from ditforge.export.calibration import calibrate
 from ditforge.export.onnx_export import export_checkpoint
-from ditforge.export.precision import parse_precision
+from ditforge.export.quantisation.calibration import calibrate
+from ditforge.export.quantisation.precision import parse_precision
 from ditforge.triton_repo.repository import write_repository
 from ditforge.triton_repo.server import start
 

@@ -27,7 +27,7 @@ from ditforge.client import Client
 from ditforge.client.connection import Connection
 from ditforge.client.settings import make_settings
 from ditforge.engines.build import build
-from ditforge.engines.runtime import load_engine
+from ditforge.engines.runtime.loading import load_engine
 from ditforge.engines.verify import example
 from ditforge.export.onnx_export import export_checkpoint
 from ditforge.triton_repo.repository import write_repository

@@ -25,9 +25,8 @@ from datetime import date
 from pathlib import Path
 
 from ditforge import manifest
-from ditforge.export.calibration import Calibration, config_digest
-from ditforge.export.checkpoint import open_checkpoint
-from ditforge.export.random_weights import CONFIGS
+from ditforge.export.checkpoint.diffusers_folder import CONFIGS, open_checkpoint
+from ditforge.export.quantisation.calibration import Calibration, config_digest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from command_line import HEED_INTERRUPTS

@@ -29,8 +29,8 @@ from PIL import Image
 from ditforge import manifest
 from ditforge.client import Client
 from ditforge.client.replica import in_parts
-from ditforge.engines.compiler import Arrays
-from ditforge.engines.ort import session_options
+from ditforge.engines.compilers import Arrays
+from ditforge.engines.compilers.onnxruntime import session_options
 from ditforge.engines.verify import (
     PROMPTS,
     TOKENIZER,

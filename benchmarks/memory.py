@@ -19,13 +19,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ditforge.engines.gpus import find_target
-from ditforge.engines.plan import make_plan
-from ditforge.export.checkpoint import Checkpoint
+from ditforge.engines.memory.placement import make_plan
+from ditforge.export.checkpoint.diffusers_folder import CONFIGS, Checkpoint
+from ditforge.export.checkpoint.random_weights import random_checkpoint
 from ditforge.export.families import read_networks
-from ditforge.export.footprint import measure
+from ditforge.export.graph.measure_footprint import measure
 from ditforge.export.onnx_export import export_network
-from ditforge.export.precision import parse_precision
-from ditforge.export.random_weights import CONFIGS, random_checkpoint
+from ditforge.export.quantisation.precision import parse_precision
 from ditforge.planning import cell, measured
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))

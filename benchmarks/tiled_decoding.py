@@ -49,7 +49,7 @@ def decode_once(folder: Path, size: int, tile: int | None) -> None:
     """Decode, save the picture, and print what it took as JSON. Runs in a process of its own."""
     from ditforge import manifest
     from ditforge.client.decoding import decode
-    from ditforge.engines.runtime import load_engine
+    from ditforge.engines.runtime.loading import load_engine
 
     resource.setrlimit(resource.RLIMIT_AS, (int(LIMIT), int(LIMIT)))
     built = manifest.read(folder / "engines", "engines")

@@ -22,7 +22,7 @@ from ditforge.client.connection import Connection
 from ditforge.client.decoding import Pixels, decode
 from ditforge.client.guidance import guided
 from ditforge.client.noise import noise
-from ditforge.client.picture import METADATA_KEY
+from ditforge.client.picture_file import METADATA_KEY
 from ditforge.client.request import T5, Request, make_request
 from ditforge.client.sampling import Array, Callback, find_sampler, flow_sigmas
 from ditforge.client.settings import Settings, make_settings

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from ditforge.client.noise import check_seed
 from ditforge.client.option import option
 from ditforge.client.sampling import check_steps, find_sampler
-from ditforge.client.t5 import needs_t5
+from ditforge.client.t5_policy import needs_t5
 from ditforge.errors import DitforgeWarning, UserError
 from ditforge.model import LEAST_TILE, Model
 

@@ -1,5 +1,5 @@
 """ONNX becomes an engine for one device, and engines are run.
 
-`build` goes through a folder of ONNX graphs; each compiler is one file with the interface of `compiler`; `runtime`
-loads what they made.
+`build.py` goes through a folder of ONNX graphs. `compilers/` has one file for each compiler, `memory/` decides what is
+in the GPU's memory when, and `runtime/` loads and runs what was compiled.
 """

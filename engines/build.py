@@ -11,18 +11,25 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from ditforge import manifest
-from ditforge.engines.auto import Placement, cut_before, decide, memory_to_compile, place_engines, warn_of_compiling
-from ditforge.engines.compiler import Job, Progress, Ranges, find_compiler
+from ditforge.engines.compilers import Job, Progress, Ranges, find_compiler
+from ditforge.engines.compilers.child_process import compile_apart
 from ditforge.engines.gpus import default_compiler, find_target, limited
-from ditforge.engines.plan import DIT, Plan
-from ditforge.engines.process import compile_apart
+from ditforge.engines.memory.fitting import (
+    Placement,
+    cut_before,
+    decide,
+    memory_to_compile,
+    place_engines,
+    warn_of_compiling,
+)
+from ditforge.engines.memory.placement import DIT, Plan
 from ditforge.engines.profile import Profile, announced, make_profiles, tiled
 from ditforge.errors import UserError
 from ditforge.manifest import Component, Engine, Manifest
 from ditforge.model import Model
 
 if TYPE_CHECKING:
-    from ditforge.engines.segments import Segment
+    from ditforge.engines.memory.segments import Segment
 
 TOKENIZER = "tokenizer"
 CUTTING = 1  # how segments.cut does it; another number where the same graph and count would give other segments
@@ -216,7 +223,7 @@ def cut_graph(graph: Path, component: Component, model: Model, profiles: list[Pr
     """Cut a graph into `count` segments, or none if it stays whole. Raises UserError if it has not that many."""
     if count == 1:
         return []
-    from ditforge.engines.segments import cut
+    from ditforge.engines.memory.segments import cut
 
     step = model.size_multiple
     probe = Profile((step, 2 * step), (2 * step, 3 * step), (3 * step, 5 * step), max_batch=2)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from ditforge.engines.compiler import Shape
+from ditforge.engines.compilers import Shape
 from ditforge.errors import UserError
 from ditforge.manifest import Tensor
 from ditforge.model import LEAST_TILE, Model

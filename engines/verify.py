@@ -15,9 +15,9 @@ import numpy as np
 
 from ditforge import manifest
 from ditforge.engines.build import TOKENIZER
-from ditforge.engines.compiler import Arrays
-from ditforge.engines.runtime import load_engine
-from ditforge.engines.twin import write_twin
+from ditforge.engines.compilers import Arrays
+from ditforge.engines.fp32_graph import write_twin
+from ditforge.engines.runtime.loading import load_engine
 from ditforge.errors import UserError
 from ditforge.manifest import Component, Manifest, Tensor
 from ditforge.model import Model

@@ -1,5 +1,6 @@
 """A checkpoint becomes ONNX: text encoders, DiT and VAE, each traced without its weights and then given them.
 
-The way through: `checkpoint` opens what the user has, a family's file (`flux`) says which networks it consists of,
-`trace` makes a graph of each under fake tensors, `weights` streams the values in, `onnx_export` writes the folder.
+`checkpoint/` opens the files that people have, `families/` says which networks a checkpoint consists of, of which
+`text_encoders/` has those that families share. `graph/` traces each network under fake tensors and writes it with its
+weights, `quantisation/` chooses number formats, and `onnx_export.py` goes through all of it.
 """

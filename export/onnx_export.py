@@ -13,21 +13,22 @@ import torch
 
 from ditforge import __version__, manifest
 from ditforge.errors import DitforgeWarning, UserError
-from ditforge.export import fit, graph, random_weights
-from ditforge.export.calibration import Calibration, find_linears, read_prompts, read_ranges
-from ditforge.export.checkpoint import Checkpoint
-from ditforge.export.disk import check_space, size_of
+from ditforge.export.checkpoint import consistency, random_weights
+from ditforge.export.checkpoint.diffusers_folder import Checkpoint
+from ditforge.export.checkpoint.source import Loras, fingerprint, open_source, with_text_encoders
+from ditforge.export.checkpoint.weights import Weights
+from ditforge.export.disk_space import check_space, size_of
 from ditforge.export.families import family_of, read_networks
-from ditforge.export.footprint import measure
+from ditforge.export.graph import writing
+from ditforge.export.graph.measure_footprint import measure
+from ditforge.export.graph.resuming import Unfinished
+from ditforge.export.graph.tracing import trace
 from ditforge.export.network import Network, Port
-from ditforge.export.precision import Precision, dtype_name
-from ditforge.export.quantise import SCHEMES, quantise_linears
-from ditforge.export.resume import Unfinished
-from ditforge.export.sensitivity import SAMPLES, Call, Choice, choose_linears, recorded_calls
-from ditforge.export.sources import Loras, fingerprint, open_source, with_text_encoders
-from ditforge.export.tokenization import Tokenizer
-from ditforge.export.trace import trace
-from ditforge.export.weights import Weights
+from ditforge.export.quantisation.calibration import Calibration, find_linears, read_prompts, read_ranges
+from ditforge.export.quantisation.precision import Precision, dtype_name
+from ditforge.export.quantisation.qdq import SCHEMES, quantise_linears
+from ditforge.export.quantisation.sensitivity import SAMPLES, Call, Choice, choose_linears, recorded_calls
+from ditforge.export.text_encoders.tokenizers import Tokenizer
 from ditforge.manifest import Component, Manifest, Tensor
 
 TRITON_DTYPES = {
@@ -131,9 +132,9 @@ def export_opened(
         raise UserError(f"{model.name} is exported without T5", "leave out --t5-precision")
     sizes: dict[str, int] = {}
     for network in networks:  # all of them are looked at before the first one is written
-        shapes = fit.check_weights(network, weights_of(network, opened))
+        shapes = consistency.check_weights(network, weights_of(network, opened))
         sizes[network.name] = size_of(network, shapes, scheme_of(network, precision))
-    fit.check_ports(networks)
+    consistency.check_ports(networks)
     manifest.check_replaceable(Path(os.path.realpath(out)), "onnx", ())
     unfinished = Unfinished.beside(out, {**source, "ditforge": __version__})
     unfinished.drop_others()
@@ -231,14 +232,14 @@ def export_network(
     `progress` is called with the bytes written so far.
     """
     model, aliases = trace(network)
-    transposed = graph.store_transposed(model)
-    graph.attach_weights(model, aliases, transposed, weights_of(network, checkpoint), network)
-    graph.simplify(model, network)
-    graph.assert_no_float64(model)
+    transposed = writing.store_transposed(model)
+    writing.attach_weights(model, aliases, transposed, weights_of(network, checkpoint), network)
+    writing.simplify(model, network)
+    writing.assert_no_float64(model)
     base, layers = dtype_name(network.dtype), {}
     if scheme and network.linears:
         layers = quantise(model, network, scheme, ranges, keep)
-    files = graph.save(model, folder / f"{network.name}.onnx", progress)
+    files = writing.save(model, folder / f"{network.name}.onnx", progress)
     count = list(layers.values()).count(scheme or "")
     return Component(
         files={file.name: manifest.describe(file) for file in files},

@@ -15,9 +15,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from ditforge.export.checkpoint import Checkpoint, with_defaults
+from ditforge.export.checkpoint.diffusers_folder import Checkpoint, with_defaults
 from ditforge.export.network import BATCH, Dim, Network, Port
-from ditforge.export.precision import Precision, network_dtype
+from ditforge.export.quantisation.precision import Precision, network_dtype
 
 WEIGHTS = "vae"
 # The residual streams' size in fp16, and that of what the first convolution of a residual block writes to the second

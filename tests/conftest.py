@@ -117,7 +117,7 @@ def tiny(flux_tiny: Path, shared: Shared) -> Stages:
 
 def make_ranges(checkpoint: Path, name: str, shared: Shared) -> Path:
     """A calibration of a checkpoint over two prompts, in the shared folder NAME."""
-    from ditforge.export.calibration import calibrate
+    from ditforge.export.quantisation.calibration import calibrate
 
     prompts = ["a red circle", "two blue squares"]
     return shared(name, lambda out: calibrate(checkpoint, out / "ranges.json", prompts)) / "ranges.json"

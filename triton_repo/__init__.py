@@ -1,5 +1,5 @@
 """Engines become a Triton model repository, and a server that runs it.
 
-`repository` writes the folder, `config` the models' configurations, `server` starts Triton; `engine_model` and
-`tokenizer_model` are what Triton's Python backend executes.
+`repository.py` writes the folder, `config.py` the models' configurations, `server.py` starts Triton; `models/` is what
+Triton's Python backend executes.
 """

@@ -25,6 +25,8 @@ TEXT_OUTPUTS = (PROMPT_EMBEDS, "pooled_embeds", "prompt_tokens")  # what a text 
 FORGONE_VARIABLE = "DITFORGE_FORGONE"  # of the environment: a folder of the names of requests nobody waits for
 CPU_INSTANCE = pb.ModelInstanceGroup(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
 GPU_INSTANCE = pb.ModelInstanceGroup(count=1, kind=pb.ModelInstanceGroup.KIND_GPU, gpus=[0])
+MODEL_CODE = "from ditforge.triton_repo.models.{module} import TritonPythonModel  # noqa: F401\n"
+ENGINE_MODULE, TOKENIZER_MODULE = "engine", "tokenizer"  # of triton_repo/models/
 MEMBER_PARAMETER = "ditforge_member"  # of a text encoder: it must not answer an ensemble with errors
 MAX_QUEUE = 128  # requests that wait for a model; one more is refused at once
 LONGEST_WAIT = 600  # seconds in that queue, where the request names no earlier deadline

@@ -23,7 +23,6 @@ ENSEMBLES = (config.TEXT_ENCODERS, config.TEXT_ENCODERS_CLIP)
 NOT_TEXT = (DIT, "vae_decoder", "vae_encoder")
 DEFAULT_MAX_BATCH = 8
 BUILD_AGAIN = "ditforge build ONNX_DIR --gpu GPU --out DIR   again"
-MODEL_CODE = "from ditforge.triton_repo.{module} import TritonPythonModel  # noqa: F401\n"
 
 
 @dataclass(frozen=True)
@@ -130,9 +129,9 @@ def make_model(source: Manifest, name: str, limits: Limits) -> Triton:
             on_demand=engine.on_demand,
         )
         parameters[config.ENGINE_PARAMETER] = made.model_dump_json()
-    module = "tokenizer_model" if name == TOKENIZER else "engine_model"
+    module = config.TOKENIZER_MODULE if name == TOKENIZER else config.ENGINE_MODULE
     gpu = engine is not None and engine.target != "cpu"
-    code = {"1/model.py": MODEL_CODE.format(module=module)}
+    code = {"1/model.py": config.MODEL_CODE.format(module=module)}
     return Triton(config.python_model(name, component, max_batch, parameters, gpu), code, files)
 
 

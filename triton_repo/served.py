@@ -13,11 +13,20 @@ from tritonclient.grpc import model_config_pb2 as pb
 from ditforge import manifest
 from ditforge.errors import UserError
 from ditforge.folders import CONFIG
-from ditforge.triton_repo.config import ENGINES_PARAMETER, LIMITS_PARAMETER, MEMBER_PARAMETER
+from ditforge.triton_repo.config import (
+    ENGINE_MODULE,
+    ENGINES_PARAMETER,
+    LIMITS_PARAMETER,
+    MEMBER_PARAMETER,
+    MODEL_CODE,
+    TOKENIZER_MODULE,
+)
 from ditforge.triton_repo.limits import Axis, BadRequest, InputLimits, Limits, shown
 
 UNBOUNDED = 64 << 20  # bytes of a request to a model that somebody else made, which says nothing of its largest
 ENVELOPE = 64 << 10  # bytes of a message beside its tensors
+OWN_CODE = "from ditforge."  # how the code of our own models begins, in all versions
+CODES = {MODEL_CODE.format(module=module) for module in (ENGINE_MODULE, TOKENIZER_MODULE)}
 AGAIN = "ditforge repo ENGINE_DIR --out {}"
 
 
@@ -64,8 +73,8 @@ def read_models(repository: Path) -> tuple[dict[str, ServedModel], str]:
         except OSError as error:
             raise UserError(f"cannot read {file}: {error.strerror}", fix) from None
         folder, spoils = file.parent, MEMBER_PARAMETER in config.parameters or config.platform == "ensemble"
-        if config.backend == "python" and not any(folder.glob("[1-9]*/model.py")):
-            raise UserError(f"the model {folder.name} has no code: there is no {folder / '1' / 'model.py'}", fix)
+        if config.backend == "python":
+            check_code(folder, fix)
         outputs = tuple(tensor.name for tensor in config.output)
         models[config.name or folder.name] = ServedModel(limits, outputs, spoils)
         if ENGINES_PARAMETER in config.parameters:
@@ -76,6 +85,17 @@ def read_models(repository: Path) -> tuple[dict[str, ServedModel], str]:
                 problem = f"{repository} has lost the model {name}: there is no {repository / name / CONFIG}"
                 raise UserError(problem, AGAIN.format(repository))
     return models, engines
+
+
+def check_code(folder: Path, fix: str) -> None:
+    """Raise UserError, with this `fix`, unless Triton's Python backend finds what it is to execute for a model."""
+    codes = sorted(folder.glob("[1-9]*/model.py"))
+    if not codes:
+        raise UserError(f"the model {folder.name} has no code: there is no {folder / '1' / 'model.py'}", fix)
+    for code in codes:
+        text = code.read_text(errors="replace")
+        if text.startswith(OWN_CODE) and text.count("\n") == 1 and text not in CODES:
+            raise UserError(f"{folder.parent} was written by another version of ditforge", fix)
 
 
 def limits_in(config: pb.ModelConfig) -> Limits:

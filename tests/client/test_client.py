@@ -14,7 +14,7 @@ from pictures import LAST_BIT, largest_difference
 from PIL import Image
 
 from ditforge.client import AsyncClient, Client
-from ditforge.client.picture import read_info, read_parameters, save_picture
+from ditforge.client.picture_file import read_info, read_parameters, save_picture
 from ditforge.client.sampling import SAMPLERS, Step
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 from ditforge.triton_repo.server import Server

@@ -22,7 +22,7 @@ from pictures import LAST_BIT, largest_difference
 from ditforge.client import AsyncClient, Client
 from ditforge.client.calls import Calls
 from ditforge.client.decoding import Decoder, decode, starts, weights
-from ditforge.client.picture import read_info
+from ditforge.client.picture_file import read_info
 from ditforge.client.request import make_request
 from ditforge.engines.build import build
 from ditforge.errors import UserError

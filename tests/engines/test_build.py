@@ -11,10 +11,9 @@ import onnxruntime as ort
 import pytest
 
 from ditforge import manifest
-from ditforge.engines import ort as ort_compiler
 from ditforge.engines.build import build
-from ditforge.engines.compiler import find_compiler
-from ditforge.engines.runtime import load_engine
+from ditforge.engines.compilers import find_compiler, onnxruntime as ort_compiler
+from ditforge.engines.runtime.loading import load_engine
 from ditforge.engines.verify import compare, verify_files
 from ditforge.errors import UserError
 

@@ -9,9 +9,9 @@ import pytest
 
 from ditforge import manifest
 from ditforge.engines import verify
-from ditforge.engines.compiler import Arrays, Engine
+from ditforge.engines.compilers import Arrays, Engine
 from ditforge.engines.profile import Profile, announced, make_profiles
-from ditforge.engines.runtime import load_engine
+from ditforge.engines.runtime.loading import load_engine
 from ditforge.errors import UserError
 from ditforge.manifest import Component
 from ditforge.model import Model

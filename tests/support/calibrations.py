@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ditforge.export.calibration import Calibration
+from ditforge.export.quantisation.calibration import Calibration
 
 # The same weights lie elsewhere in memory when they come from another file, and on some CPUs (AMD's, for one) MKL sums
 # in an order that depends on how its operands are aligned. That is float32's rounding, 6e-8 of a sum, through the few

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tensorrt_rtx as trt
 
-from ditforge.engines.tensorrt_common import allow_unfused_attention
+from ditforge.engines.compilers.tensorrt_common import allow_unfused_attention
 from ditforge.export.network import BATCH, Dim, Network
 from ditforge.model import Model
 

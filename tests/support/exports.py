@@ -14,14 +14,15 @@ import pytest
 import torch
 
 from ditforge import manifest
-from ditforge.export import calibration, onnx_export
-from ditforge.export.checkpoint import Checkpoint, open_checkpoint
+from ditforge.export import onnx_export
+from ditforge.export.checkpoint.diffusers_folder import Checkpoint, open_checkpoint
 from ditforge.export.families import family_of
-from ditforge.export.footprint import Measured, measure
+from ditforge.export.graph.measure_footprint import Measured, measure
+from ditforge.export.graph.tracing import trace
 from ditforge.export.network import Network
 from ditforge.export.onnx_export import export_network
-from ditforge.export.precision import EIGHT_BIT, parse_precision
-from ditforge.export.trace import trace
+from ditforge.export.quantisation import calibration
+from ditforge.export.quantisation.precision import EIGHT_BIT, parse_precision
 from ditforge.model import Model
 
 T = TypeVar("T")

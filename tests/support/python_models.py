@@ -27,7 +27,7 @@ CAREFUL = """
 import time
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from ditforge.triton_repo.engine_model import answer_each
+from ditforge.triton_repo.models.engine import answer_each
 class TritonPythonModel:
     calls = 0
     def execute(self, requests):

@@ -1,4 +1,4 @@
-"""Checkpoints in one file, written from diffusers' modules: the inverse of what ditforge.export.layouts reads.
+"""Checkpoints in one file, written from diffusers' modules: the inverse of what export/checkpoint/layouts.py reads.
 
 The names are those of black-forest-labs/flux (modules/layers.py, modules/autoencoder.py), Stability-AI/sd3.5
 (mmditx.py) and ComfyUI (comfy/supported_models.py), written down here independently of diffusers' converters.

@@ -56,6 +56,16 @@ def test_a_model_without_its_code(repository: Path) -> None:
     assert str(code) in caught.value.problem
 
 
+def test_a_repository_of_another_version(tiny, tmp_path: Path) -> None:
+    """Its code names modules that are elsewhere now; Triton's log would say so, in Python's words."""
+    repository = shutil.copytree(tiny.repository, tmp_path / "repo")
+    code = repository / "t5" / "1" / "model.py"
+    code.write_text("from ditforge.triton_repo.engine_model import TritonPythonModel  # noqa: F401\n")
+    with pytest.raises(UserError, match="repo was written by another version of ditforge") as caught:
+        start(repository, port=0)
+    assert caught.value.fix == f"ditforge repo ENGINE_DIR --out {repository}"
+
+
 def test_a_repository_that_has_lost_a_model(tiny, tmp_path: Path) -> None:
     repository = shutil.copytree(tiny.repository, tmp_path / "repo")
     shutil.rmtree(repository / "dit")

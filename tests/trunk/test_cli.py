@@ -31,7 +31,7 @@ from python_models import ADD_ONE, write_models
 
 from ditforge import __version__, doctor, serving
 from ditforge.client import Client
-from ditforge.client.picture import read_parameters
+from ditforge.client.picture_file import read_parameters
 from ditforge.engines import build as building, gpus
 from ditforge.errors import UserError
 from ditforge.export import onnx_export

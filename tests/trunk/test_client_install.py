@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 from pictures import LAST_BIT, largest_difference
@@ -23,15 +24,28 @@ def run(*command: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
+def is_source(file: Path) -> bool:
+    return file.is_file() and "__pycache__" not in file.parts
+
+
+def in_wheel(room: Path, file: Path) -> str:
+    folder = "ditforge" if room.name == "trunk" else f"ditforge/{room.name}"
+    return f"{folder}/{file.relative_to(room).as_posix()}"
+
+
 def test_client_from_the_wheel(schnell_server: Server, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in ("ditforge", "export", "engines", "triton_repo", "client"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    rooms = [init.parent for init in ROOT.glob("*/__init__.py")]
+    for room in rooms:
+        shutil.copytree(room, source / room.name, ignore=shutil.ignore_patterns("__pycache__"))
     run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, source, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if name.startswith("ditforge/")}
+    assert packed == {in_wheel(room, file) for room in rooms for file in room.rglob("*") if is_source(file)}
     run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv" / "bin" / "python"
     run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"{wheel}[client]", cwd=tmp_path)
@@ -46,6 +60,7 @@ def test_client_from_the_wheel(schnell_server: Server, tmp_path: Path) -> None:
     program = "from ditforge.client import Client\n"
     program += f'Client("{schnell_server.url}").generate("a red circle", seed=0).save("python.png")'
     run(python, "-c", program, cwd=work)
+    run(python, "-c", "import ditforge.client", cwd=ROOT)  # where folders are called like packages
     with Image.open(work / "command.png") as command, Image.open(work / "python.png") as api:
         assert command.size == (96, 96)
         assert largest_difference(command, api) <= LAST_BIT

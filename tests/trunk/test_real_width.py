@@ -10,7 +10,7 @@ import pytest
 from command_line import ditforge
 
 from ditforge import manifest
-from ditforge.export.random_weights import CONFIGS
+from ditforge.export.checkpoint.diffusers_folder import CONFIGS
 
 DOUBLE, SINGLE = 339_834_368, 141_569_280  # FLUX.1's parameters in a block of either kind
 BLOCKS = 2

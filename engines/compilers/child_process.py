@@ -1,0 +1,86 @@
+"""Compiling in a process of its own, so that all the memory a compiler took is given back, and Ctrl-C ends it at once.
+
+`python -m ditforge.engines.compilers.child_process` is the child: a job comes in on its standard input, progress and
+the outcome go out on its standard output. It ends when its input does, which is when the parent is no more.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ditforge.engines.compilers import Job, find_compiler
+from ditforge.errors import DitforgeError
+
+MORE_SEGMENTS = "--segments with a larger number   (ditforge build --help), or free some memory"
+
+
+def compile_apart(compiler_name: str, job: Job) -> list[Path]:
+    """Compile a graph as the compiler's own `compile` does, with the same progress and the same errors.
+
+    Raises DitforgeError if the process is killed, as the system does when memory runs out.
+    """
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # what lies in the user's folder is not to be imported
+    command = [sys.executable, "-m", __name__]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as child:
+        try:
+            assert child.stdin and child.stdout
+            pickle.dump((compiler_name, replace(job, progress=print)), child.stdin)
+            child.stdin.flush()
+            while True:
+                kind, content = pickle.load(child.stdout)
+                if kind == "progress":
+                    job.progress(*content)
+                elif kind == "files":
+                    return content
+                else:
+                    raise content
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError):  # the last for half a message
+            code = child.wait()
+            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"gone with exit code {code}"
+            problem = f"the compiler was {how} while it compiled {job.name}"
+            raise DitforgeError(problem, MORE_SEGMENTS if code == -signal.SIGKILL else "report it") from None
+        finally:
+            child.kill()
+
+
+def serve(source: BinaryIO, sink: BinaryIO) -> None:
+    """The child: compile the job that `source` has, and tell `sink` how it goes and what came out."""
+    compiler_name, job = pickle.load(source)
+    threading.Thread(target=end_with, args=(source,), daemon=True).start()
+
+    def tell(kind: str, content: Any) -> None:
+        sink.write(pickle.dumps((kind, content)))
+        sink.flush()
+
+    try:
+        reporting = replace(job, progress=lambda *step: tell("progress", step))
+        tell("files", find_compiler(compiler_name).compile(reporting))
+    except (DitforgeError, OSError, ModuleNotFoundError) as error:  # all others are ours: their traceback is printed
+        tell("error", error)
+
+
+def end_with(source: BinaryIO) -> None:
+    """End this process when `source` ends."""
+    source.read()
+    os._exit(1)
+
+
+def main() -> None:
+    """Keep standard output to ourselves: what a compiler's libraries print goes to standard error."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    sink = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    serve(sys.stdin.buffer, sink)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""ONNX Runtime: the graph is optimised once, offline, and executed on the CPU."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from importlib.metadata import PackageNotFoundError, version as installed_version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ditforge.engines.gpus import Target, default_compiler
+from ditforge.errors import DitforgeError, UserError
+from ditforge.manifest import Component
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+    from ditforge.engines.compilers import Arrays, Job
+
+PROFILES, APART = False, False
+PROVIDERS = ["CPUExecutionProvider"]
+EXTERNAL_MIN_BYTES = 1024
+
+
+def version() -> str:
+    """The installed ONNX Runtime's version. Raises UserError if there is none."""
+    for package in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            return installed_version(package)
+        except PackageNotFoundError:
+            continue
+    raise UserError("ONNX Runtime is not installed", "pip install 'ditforge[engines]'")
+
+
+def options() -> dict[str, str]:
+    """The optimisation level: fusions are done offline, layouts that suit one CPU only are left to loading."""
+    return {"optimization": "extended", "quantisation": "computed as floats"}
+
+
+def check(name: str, component: Component, target: Target) -> None:
+    """Refuse GPUs, and bf16: ONNX Runtime has no kernels for it on a CPU."""
+    if target.capabilities:
+        raise UserError(
+            f"onnxruntime compiles for the CPU, not for {target}",
+            f"--compiler {default_compiler(target)}, or --gpu cpu",
+        )
+    if "bf16" in (component.precision, component.dtype):
+        eight_bit = component.precision != "bf16"
+        fix = f"--precision {component.precision} --activations fp32" if eight_bit else "--precision fp32"
+        raise UserError(
+            f"{name} is exported in bf16, which ONNX Runtime cannot execute on a CPU",
+            f"ditforge export CHECKPOINT {fix}   (or fp16)",
+        )
+
+
+def compile(job: Job) -> list[Path]:
+    """Optimise the graph and write it to ENGINE.onnx, with the weights in ENGINE.onnx.data."""
+    import onnxruntime as ort
+
+    path = job.engine.with_name(job.engine.name + ".onnx")
+    data = path.with_name(path.name + ".data")
+    settings = session_options()
+    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    settings.optimized_model_filepath = str(path)
+    settings.add_session_config_entry("session.optimized_model_external_initializers_file_name", data.name)
+    settings.add_session_config_entry(
+        "session.optimized_model_external_initializers_min_size_in_bytes", str(EXTERNAL_MIN_BYTES)
+    )
+    try:
+        settings.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(job.origin.parent)
+        )
+        ort.InferenceSession(job.graph.read_bytes(), settings, providers=PROVIDERS)
+    except Exception as error:  # ONNX Runtime's errors have no common class
+        if shutil.disk_usage(path.parent).free < sum(file.size for file in job.component.files.values()):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        reason = " ".join(str(error).split())[:1000]
+        raise DitforgeError(f"ONNX Runtime cannot compile {job.name}: {reason}", "report it with the export") from error
+    return [file for file in (path, data) if file.is_file()]
+
+
+def load(files: list[Path], target: str, version: str) -> Session:
+    """Load the optimised graph among `files`."""
+    import onnxruntime as ort
+
+    path = next(file for file in files if file.suffix == ".onnx")
+    return Session(ort.InferenceSession(path, session_options(), providers=PROVIDERS))
+
+
+def session_options() -> onnxruntime.SessionOptions:
+    """Options for all sessions: only errors are logged; idle threads do not spin, since Triton needs the cores."""
+    import onnxruntime as ort
+
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Q/DQ pairs are computed as they stand: rewritten into integer products, those of FP8 are invalid.
+    settings.add_session_config_entry("session.disable_quant_qdq", "1")
+    return settings
+
+
+class Session:
+    """An ONNX Runtime session as an engine."""
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self.session: onnxruntime.InferenceSession | None = session
+        self.inputs = [tensor.name for tensor in session.get_inputs()]
+        self.outputs = [output.name for output in session.get_outputs()]
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """Outputs by name for inputs by name."""
+        assert self.session is not None, "it is closed"
+        return dict(zip(self.outputs, self.session.run(self.outputs, inputs), strict=True))
+
+    def run_batch(self, parts: list[Arrays]) -> Arrays:
+        """The outputs of several requests as one batch; a single request's inputs are not copied."""
+        if len(parts) == 1:
+            return self.run(parts[0])
+        return self.run({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+
+    def warm_up(self) -> None:
+        """Nothing: the graph was optimised when it was compiled."""
+
+    def close(self) -> None:
+        """Drop the session, which frees its memory."""
+        self.session = None

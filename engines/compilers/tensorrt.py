@@ -1,0 +1,77 @@
+"""TensorRT: compiles on the GPU that will execute, by measuring kernels there.
+
+Source: https://docs.nvidia.com/deeplearning/tensorrt/latest/
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ditforge.engines import gpus
+from ditforge.engines.build import TIMING_CACHE
+from ditforge.engines.compilers import Job
+from ditforge.engines.compilers.tensorrt_common import Build, installed
+from ditforge.engines.gpus import Target
+from ditforge.errors import UserError
+from ditforge.manifest import Component
+
+if TYPE_CHECKING:
+    from ditforge.engines.runtime.tensorrt import Execution
+
+NAME = "tensorrt"
+PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
+PROFILES, APART = True, True
+OPTIMIZATION_LEVEL = 3
+
+
+def version() -> str:
+    """The installed TensorRT's version. Raises UserError if there is none."""
+    return installed("TensorRT", PACKAGES, "pip install 'ditforge[tensorrt]'   (or tensorrt-cu12)")
+
+
+def options() -> dict[str, str]:
+    """The builder's optimisation level, and the GPU's model, since kernels were measured on it."""
+    return {
+        "build_flags": f"strongly typed, optimization level {OPTIMIZATION_LEVEL}",
+        "gpu": gpus.local_target().name,
+    }
+
+
+def check(name: str, component: Component, target: Target) -> None:
+    """Refuse GPUs that are not this machine's, and number formats that the GPU lacks."""
+    gpus.check_compiler(NAME, target)
+    gpus.check_precision(name, component.precision, component.dtype, target)
+    version()
+    here = gpus.local_target()
+    if here.capabilities != target.capabilities:
+        raise UserError(
+            f"tensorrt compiles on the GPU itself, and this machine's is {here} ({here.name}), not {target}",
+            f"run ditforge build on a machine with {target}"
+            + ("; or --compiler tensorrt-rtx" if "tensorrt-rtx" in gpus.compilers(target.capabilities[0]) else ""),
+        )
+
+
+def compile(job: Job) -> list[Path]:
+    """Compile the graph to ENGINE.plan, with the timing cache beside it."""
+    import tensorrt as trt
+
+    build = Build(trt, job)
+    build.config.builder_optimization_level = OPTIMIZATION_LEVEL
+    file = job.engine.with_name(TIMING_CACHE)
+    cache = build.config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
+    if not build.config.set_timing_cache(cache, ignore_mismatch=False):  # it is another GPU's or version's
+        build.config.set_timing_cache(build.config.create_timing_cache(b""), ignore_mismatch=False)
+    path = build.write()
+    file.write_bytes(build.config.get_timing_cache().serialize())
+    return [path]
+
+
+def load(files: list[Path], target: str, built_with: str) -> Execution:
+    """Load the plan."""
+    from ditforge.engines.runtime.tensorrt import check_here, load_plan
+
+    check_here(files[0], NAME, target, built_with, version())
+    import tensorrt as trt
+
+    return load_plan(trt, files[0], NAME, target)

@@ -1,0 +1,68 @@
+"""TensorRT for RTX: compiles on any machine, with no GPU, for one or several compute capabilities.
+
+The engine holds what does not depend on the GPU's model; the rest is compiled where it is loaded, and kept in a cache.
+Source: https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ditforge.engines import gpus
+from ditforge.engines.compilers import Job
+from ditforge.engines.compilers.tensorrt_common import Build, installed
+from ditforge.engines.gpus import Target
+from ditforge.errors import DitforgeError, UserError
+from ditforge.manifest import Component
+
+if TYPE_CHECKING:
+    from ditforge.engines.runtime.tensorrt import Execution
+
+NAME = "tensorrt-rtx"
+PACKAGES = ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")
+PROFILES, APART = True, True
+
+
+def version() -> str:
+    """The installed TensorRT-RTX's version. Raises UserError if there is none."""
+    return installed("TensorRT-RTX", PACKAGES, "pip install 'ditforge[tensorrt-rtx]'   (or tensorrt-rtx-cu12)")
+
+
+def options() -> dict[str, str]:
+    """Strongly typed, nothing else set."""
+    return {"build_flags": "strongly typed"}
+
+
+def check(name: str, component: Component, target: Target) -> None:
+    """Refuse what TensorRT-RTX engines do not run on, and number formats that the GPU lacks."""
+    gpus.check_compiler(NAME, target)
+    gpus.check_precision(name, component.precision, component.dtype, target)
+    if "sm_75" in target.capabilities and component.dtype == "fp32":
+        raise UserError(
+            f"{name} is in fp32, and {NAME} has no fp32 matrix products for sm_75",
+            "ditforge export CHECKPOINT --precision int8-weights --activations fp16   (or fp16)",
+        )
+
+
+def compile(job: Job) -> list[Path]:
+    """Compile the graph to ENGINE.plan, for all capabilities of the target."""
+    import tensorrt_rtx as trt
+
+    build = Build(trt, job)
+    build.config.num_compute_capabilities = len(job.target.capabilities)
+    for i, capability in enumerate(job.target.capabilities):
+        known = getattr(trt.ComputeCapability, capability.upper().replace("_", ""), None)
+        if known is None or not build.config.set_compute_capability(known, i):
+            raise DitforgeError(f"TensorRT-RTX {version()} does not know {capability}", "pip install a newer one")
+    return [build.write()]
+
+
+def load(files: list[Path], target: str, built_with: str) -> Execution:
+    """Load the plan, with what was compiled for this GPU the last time, if it is there."""
+    from ditforge.engines.runtime.tensorrt import check_here, load_plan
+
+    check_here(files[0], NAME, target, built_with, version())
+    import tensorrt_rtx as trt
+
+    return load_plan(trt, files[0], NAME, target)

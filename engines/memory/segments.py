@@ -1,0 +1,275 @@
+"""One ONNX graph becomes several that run one after the other, so that each fits where the whole does not.
+
+Nothing is known here of a model but its graph. It is cut where the fewest bytes are passed on: in a transformer between
+its blocks, where those are the hidden states and the conditioning vector. What costs next to nothing to compute
+(shapes, positions, rotary tables) is computed again where it is needed. No weights are read, and none are copied: the
+segments refer to the whole graph's file of weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from ditforge.engines.compilers import Ranges, Shape
+from ditforge.engines.memory.shapes import infer_shapes
+from ditforge.errors import UserError
+from ditforge.manifest import Component, Tensor
+
+HEAVY = {"Attention", "Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"}  # never computed again for its own sake
+SMALL = 1 << 16  # bytes of constants that what is computed again may need
+THROAT = 1.25  # how much more than at the narrowest place may be passed on
+BALANCED = 1.2  # how much larger than the mean the largest segment may be, if fewer bytes are passed on for it
+PASSED = {ir.DataType.FLOAT: "FP32", ir.DataType.FLOAT16: "FP16", ir.DataType.BFLOAT16: "BF16"}  # as Triton calls them
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a graph: `component` has its inputs and outputs, `shapes` is as in a Job, `weights` is in bytes."""
+
+    model: ir.Model
+    component: Component
+    shapes: list[Ranges]
+    weights: int
+
+    def save(self, path: Path) -> Path:
+        """Write it to the file `path`, without its weights: they are looked for in the folder of the whole graph."""
+        ir.save(self.model, path)
+        return path
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place between two nodes: what is computed before it and needed behind it, and how many bytes that is."""
+
+    position: int
+    values: tuple[ir.Value, ...]
+    size: int
+
+
+def cut(path: Path, component: Component, count: int, probe: Ranges, shapes: list[Ranges]) -> list[Segment]:
+    """Cut the graph of `component` in the file `path` into `count` segments of about the same bytes of weights.
+
+    `shapes` are those of the inputs that vary, for each profile; `probe` is a profile in which each dimension varies in
+    a proportion of its own. Raises UserError if the graph has not that many segments.
+    """
+    model = ir.load(path)
+    probed, *inferred = [infer_profile(model.graph, component, ranges) for ranges in (probe, *shapes)]
+    light = find_light(model.graph)
+    heavy = [node for node in model.graph if node not in light]
+    before = np.cumsum([0, *weigh(heavy, light)])
+    cuts = find_cuts(heavy, before, inferred[0][1])
+    most = len(cuts) + 1
+    if not 1 <= count <= most:
+        raise UserError(
+            f"{path} can be cut into 1 to {most} segments, not {count}", f"--segments {min(max(count, 1), most)}"
+        )
+    chosen = choose_cuts(cuts, before, count)
+    passed = list(dict.fromkeys(value for place in chosen for value in place.values))
+    ports = {**component.inputs, **component.outputs, **describe(component, passed, probe, probed)}
+    ranges = [
+        {**given, **{v.name or "": (low[v], best[v], high[v]) for v in passed if varies(ports[v.name or ""])}}
+        for given, (low, best, high) in zip(shapes, inferred, strict=True)
+    ]
+    segments = []
+    for start, end in pairwise([0, *(place.position for place in chosen), len(heavy)]):
+        mine = {*heavy[start:end], *(light if end == len(heavy) else ())}  # what light nodes give, the last one gives
+        results = [value for value in model.graph.outputs if value.producer() in mine]
+        part = extract(model.graph, heavy[start:end], passed, results)
+        inputs, outputs = ({v.name or "": ports[v.name or ""] for v in side} for side in (part.inputs, part.outputs))
+        for value in (*part.inputs, *part.outputs):
+            value.shape = ir.Shape(ports[value.name or ""].shape)
+        segments.append(
+            Segment(
+                ir.Model(part, ir_version=model.ir_version),
+                component.model_copy(update={"inputs": inputs, "outputs": outputs}),
+                [{name: profile[name] for name in inputs if name in profile} for profile in ranges],
+                int(before[end] - before[start]),
+            )
+        )
+    return segments
+
+
+def infer_profile(graph: ir.Graph, component: Component, ranges: Ranges) -> list[dict[ir.Value, Shape]]:
+    """The shapes of all values at a profile's smallest, best and largest."""
+    fixed = {name: tuple(int(dim) for dim in t.shape) for name, t in component.inputs.items() if not varies(t)}
+    return [infer_shapes(graph, {**fixed, **{name: of[i] for name, of in ranges.items()}}) for i in range(3)]
+
+
+def varies(tensor: Tensor) -> bool:
+    """Whether a tensor has a dimension that varies."""
+    return any(isinstance(dim, str) for dim in tensor.shape)
+
+
+def describe(
+    component: Component, values: Sequence[ir.Value], probe: Ranges, probed: list[dict[ir.Value, Shape]]
+) -> dict[str, Tensor]:
+    """What is passed on, by name: dimensions that vary in the same way have the same name, the inputs' where it is one.
+
+    `probed` has the shapes of all values where the inputs are `probe`.
+    """
+    names: dict[tuple[int, ...], str] = {}
+    for name, shapes in probe.items():
+        for sizes, dim in zip(zip(*shapes, strict=True), component.inputs[name].shape, strict=True):
+            if isinstance(dim, str):
+                names.setdefault(sizes, dim)
+    described = {}
+    for value in values:
+        dims: list[int | str] = []
+        for sizes in zip(*(shapes[value] for shapes in probed), strict=True):
+            dims.append(sizes[0] if len(set(sizes)) == 1 else names.setdefault(sizes, f"dim_{len(names)}"))
+        dtype = PASSED[value.dtype or ir.DataType.UNDEFINED]
+        described[value.name or ""] = Tensor(dtype=dtype, shape=tuple(dims))
+    return described
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a value is computed from: constants, inputs of the graph or not, heavy operators or not."""
+
+    constants: frozenset[ir.Value] = frozenset()
+    inputs: bool = False
+    heavy: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes of the constants."""
+        return sum(size_of(value) for value in self.constants)
+
+
+def find_light(graph: ir.Graph) -> dict[ir.Node, Origin]:
+    """The nodes that are computed again in each segment that needs them, rather than passed on.
+
+    Those are: what depends on no input, such as dequantised weights; what inputs and small constants give with no heavy
+    operator; and integers, which are made of shapes, even if these are a light network's, such as an embedder's.
+    """
+    light: dict[ir.Node, Origin] = {}
+    origins = {value: Origin(inputs=True) for value in graph.inputs}
+    origins |= {value: Origin(constants=frozenset([value])) for value in graph.initializers.values()}
+    largest = sum(size_of(value) for value in graph.initializers.values()) // 100
+    for node in graph:
+        sources = [origins.get(value) for value in node.inputs if value is not None]
+        found = [source for source in sources if source is not None]
+        if len(found) < len(sources):
+            continue  # it needs what took too much to compute
+        constants = frozenset().union(*(source.constants for source in found))
+        heavy = node.op_type in HEAVY or any(source.heavy for source in found)
+        origin = Origin(constants, any(source.inputs for source in found), heavy)
+        integers = all(value.dtype not in PASSED for value in node.outputs)
+        if not origin.inputs or (not heavy and origin.size <= SMALL) or (integers and origin.size <= largest):
+            light[node] = origin
+        if not origin.inputs or origin.size <= largest:
+            origins |= dict.fromkeys(node.outputs, origin)
+    return light
+
+
+def size_of(value: ir.Value) -> int:
+    """Bytes of an initializer."""
+    return value.const_value.nbytes if value.const_value is not None else 0
+
+
+def weigh(heavy: Sequence[ir.Node], light: dict[ir.Node, Origin]) -> list[int]:
+    """Bytes of the weights that each node is the first to need."""
+    seen: set[ir.Value] = set()
+    weights = []
+    for node in heavy:
+        needed: set[ir.Value] = set()
+        for value in node.inputs:
+            if value is not None and value.is_initializer():
+                needed.add(value)
+            elif value is not None and (producer := value.producer()) in light:
+                needed |= light[producer].constants
+        weights.append(sum(size_of(value) for value in needed - seen))
+        seen |= needed
+    return weights
+
+
+def find_cuts(heavy: Sequence[ir.Node], before: np.ndarray, shapes: dict[ir.Value, Shape]) -> list[Cut]:
+    """Where a graph of the nodes `heavy` can be cut: at most once between two nodes with weights.
+
+    `before` is the bytes of weights before each position. What is passed on has to be floating-point, and to be no more
+    than at the places beside it, and hardly more than at the narrowest place in the middle half of the weights.
+    """
+    place = {node: position for position, node in enumerate(heavy)}
+    opens: dict[int, list[ir.Value]] = {}
+    closes: dict[int, list[ir.Value]] = {}
+    for node, position in place.items():
+        for value in node.outputs:
+            last = max((place[user] for user in value.consumers() if user in place), default=position)
+            if last > position:
+                opens.setdefault(position, []).append(value)
+                closes.setdefault(last, []).append(value)
+    live: dict[ir.Value, int] = {}
+    narrowest = {0: Cut(0, (), 0), int(before[-1]): Cut(len(heavy), (), 0)}  # by the weights before it
+    for position in range(1, len(heavy)):
+        for value in closes.get(position - 1, ()):
+            del live[value]
+        live |= {value: bytes_of(value, shapes[value]) for value in opens.get(position - 1, ())}
+        found, weight = Cut(position, tuple(live), sum(live.values())), int(before[position])
+        if not all(value.dtype in PASSED and not value.is_graph_output() for value in live):
+            continue
+        if weight not in narrowest or found.size < narrowest[weight].size:
+            narrowest[weight] = found
+    places = [narrowest[weight] for weight in sorted(narrowest)]
+    middle = [found.size for weight, found in narrowest.items() if before[-1] <= 4 * weight <= 3 * before[-1]]
+    return [
+        found
+        for left, found, right in zip(places, places[1:], places[2:], strict=False)
+        if found.size <= min(left.size, right.size, THROAT * min(middle, default=0))
+    ]
+
+
+def bytes_of(value: ir.Value, shape: Shape) -> int:
+    """Bytes of a value of that shape."""
+    return math.ceil(math.prod(shape) * value.dtype.itemsize) if value.dtype else 0
+
+
+def choose_cuts(cuts: Sequence[Cut], before: np.ndarray, count: int) -> list[Cut]:
+    """The `count` - 1 cuts that pass on the fewest bytes, among those that leave no segment too large.
+
+    Too large is more than BALANCED times the mean, or than the largest segment of the most even cuts.
+    """
+    edges = np.array([0, *(before[found.position] for found in cuts), before[-1]], float)
+    weights = edges[None, :] - edges[:, None]  # from one edge to another
+    weights[np.tril_indices(len(edges))] = np.inf
+    even = weights[0]
+    for _ in range(count - 1):
+        even = np.maximum(even[:, None], weights).min(axis=0)
+    mean = edges[-1] / count
+    allowed = np.where(weights <= max(even[-1], BALANCED * mean), weights, np.inf)
+    sizes = np.array([0, *(found.size for found in cuts), 0], float)
+    uneven = (allowed / edges[-1]) ** 2 / count  # below one byte in all: it decides between equal sizes
+    best, came = uneven[0], []
+    for _ in range(count - 1):
+        costs = (best + sizes)[:, None] + uneven
+        came.append(costs.argmin(axis=0))
+        best = costs.min(axis=0)
+    chosen, edge = [], len(edges) - 1
+    for step in reversed(came):
+        edge = int(step[edge])
+        chosen.append(cuts[edge - 1])
+    return chosen[::-1]
+
+
+def extract(
+    graph: ir.Graph, nodes: Sequence[ir.Node], passed: Sequence[ir.Value], results: Sequence[ir.Value]
+) -> ir.Graph:
+    """The graph of `nodes` and of what is computed again for them.
+
+    It takes values of `passed` and of the whole graph's inputs, as far as it needs them; it gives values of `passed`,
+    and `results`.
+    """
+    mine = set(nodes)
+    needed = {value for node in nodes for value in node.inputs}
+    taken = [value for value in passed if value in needed and value.producer() not in mine]
+    given = [value for value in passed if value.producer() in mine]
+    part = ir.convenience.extract(graph, [*graph.inputs, *taken], [*given, *results])
+    for value in [value for value in part.inputs if not value.uses()]:
+        part.inputs.remove(value)
+    return part

@@ -1,0 +1,101 @@
+"""The shapes of every value in an ONNX graph, for given shapes of its inputs; the file of weights is not read.
+
+What shapes are made of (Shape, Div, Concat, Range, …) is computed by onnx's reference implementation, value by value,
+since onnx's own propagation of shapes as data does not know all operators; the rest is onnx's inference, node by node.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+
+from ditforge.engines.compilers import Shape
+from ditforge.errors import DitforgeError
+
+SMALL = 4096  # elements of a value that is computed, rather than only its shape
+COMPUTED = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL, ir.DataType.FLOAT)  # what shapes are computed in
+SUBGRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
+Known = dict[ir.Value, np.ndarray]
+
+
+def infer_shapes(graph: ir.Graph, inputs: Mapping[str, Shape]) -> dict[ir.Value, Shape]:
+    """The shape of every value that a node makes, for the shapes of the graph's inputs by name; their dtypes are set.
+
+    Raises DitforgeError for a node whose outputs' shapes depend on more than shapes.
+    """
+    types = {value: tensor_type(value, inputs[value.name or ""]) for value in graph.inputs}
+    known: Known = {}
+    for value in graph.initializers.values():
+        shape = () if value.shape is None else tuple(value.shape.numpy())
+        types[value] = tensor_type(value, shape)
+        tensor = value.const_value
+        if tensor is None or isinstance(tensor, ir.ExternalTensor):
+            continue
+        if math.prod(shape) <= SMALL and value.dtype in COMPUTED:
+            known[value] = tensor.numpy()
+    shapes = {}
+    for node in graph:
+        for value, found in infer_node(graph, node, types, known).items():
+            types[value], shapes[value], value.dtype = found, dims(found), dtype(found)
+    return shapes
+
+
+def infer_node(
+    graph: ir.Graph, node: ir.Node, types: dict[ir.Value, onnx.TypeProto], known: Known
+) -> dict[ir.Value, onnx.TypeProto]:
+    """The types of a node's outputs; adds to `known` what can be computed of them."""
+    version = graph.opset_imports.get(node.domain)
+    proto = ir.serde.serialize_node(node)
+    inputs = [value for value in node.inputs if value is not None]
+    if any(attribute.type in SUBGRAPHS for attribute in node.attributes.values()):
+        raise DitforgeError(f"{node.op_type} {node.name} has a graph of its own, which cannot be cut", "--segments 1")
+    data = {str(value.name): onnx.numpy_helper.from_array(known[value]) for value in inputs if value in known}
+    try:
+        schema = onnx.defs.get_schema(node.op_type, version or 1, node.domain)
+        opsets = [onnx.helper.make_opsetid(node.domain, version or 1)]
+        made = onnx.shape_inference.infer_node_outputs(
+            schema, proto, {str(value.name): types[value] for value in inputs}, data, opset_imports=opsets
+        )
+        found = {value: made[str(value.name)] for value in node.outputs if value.name in made}
+        for kind in found.values():
+            dims(kind)
+    except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DitforgeError(
+            f"{node.op_type} {node.name}: the shape of {node.outputs[0].name} is not known: {reason}", "--segments 1"
+        ) from error
+    small = all(math.prod(dims(kind)) <= SMALL and dtype(kind) in COMPUTED for kind in found.values())
+    if small and (node.op_type in ("Shape", "Size") or all(value in known for value in inputs)):
+        feeds = {str(value.name): known[value] if value in known else ghost(types[value]) for value in inputs}
+        results = ReferenceEvaluator(proto, opsets={node.domain: version or 1}).run(None, feeds)
+        known.update({value: np.asarray(result) for value, result in zip(node.outputs, results, strict=True)})
+    return found
+
+
+def tensor_type(value: ir.Value, shape: Shape) -> onnx.TypeProto:
+    """The value's dtype with a shape, as onnx writes it."""
+    return onnx.helper.make_tensor_type_proto(int(value.dtype or 0), shape)
+
+
+def dims(kind: onnx.TypeProto) -> Shape:
+    """The shape in a type. Raises ValueError if it is not known whole."""
+    found = kind.tensor_type.shape.dim
+    if not kind.tensor_type.HasField("shape") or not all(dim.HasField("dim_value") for dim in found):
+        raise ValueError("it depends on what is computed")
+    return tuple(dim.dim_value for dim in found)
+
+
+def dtype(kind: onnx.TypeProto) -> ir.DataType:
+    """The dtype in a type."""
+    return ir.DataType(kind.tensor_type.elem_type)
+
+
+def ghost(kind: onnx.TypeProto) -> np.ndarray:
+    """An array of that shape in no memory, for operators that look at nothing else."""
+    return np.broadcast_to(np.float32(0), dims(kind))

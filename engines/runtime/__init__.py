@@ -1,0 +1,1 @@
+"""Engines are loaded and run, whatever compiled them."""

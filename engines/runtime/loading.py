@@ -1,0 +1,143 @@
+"""Engines are loaded and run here, whatever compiled them: whole or in segments, for good or for one call."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ditforge import manifest
+from ditforge.engines.compilers import Arrays, Engine, find_compiler
+from ditforge.engines.runtime.one_at_a_time import turn
+from ditforge.errors import DitforgeError, UserError
+from ditforge.manifest import File
+
+
+def load_engine(
+    folder: Path,
+    files: dict[str, File],
+    compiler: str,
+    target: str,
+    version: str = "",
+    segments: Sequence[Sequence[str]] = (),
+    on_demand: int = 0,
+) -> Engine:
+    """Load an engine that `compiler` (of `version`, if it is known) made for `target` from its files in `folder`.
+
+    `segments` and `on_demand` are as in manifest.Engine. What is loaded on demand is loaded once now, so that errors
+    show. Raises UserError if a file is missing or not what the manifest says, or if the engine cannot be run here, and
+    DitforgeError if the GPU's memory does not hold it.
+    """
+    manifest.check_files(
+        folder, files, fix="ditforge build ONNX_DIR --gpu GPU --out DIR   again, and then ditforge repo"
+    )
+
+    def loader(names: Sequence[str]) -> Callable[[], Engine]:
+        return lambda: find_compiler(compiler).load([folder / name for name in names], target, version)
+
+    loaders = [loader(names) for names in segments or [list(files)]]
+    try:
+        resident = len(loaders) - on_demand
+        parts = [load() if number < resident else OnDemand(load) for number, load in enumerate(loaders)]
+        for part in parts:
+            part.warm_up()
+    except UserError:
+        raise
+    except Exception as error:  # TensorRT's, CuPy's and the driver's have no common class
+        if not re.search(r"out ?of ?memory", str(error), re.IGNORECASE):
+            raise
+        raise DitforgeError(
+            f"the GPU's memory does not hold the engine in {folder}: {' '.join(str(error).split())[:300]}",
+            "ditforge build ONNX_DIR --gpu GPU --gpu-memory GB --out DIR   with fewer GB than it has; ditforge repo",
+        ) from error
+    return parts[0] if len(parts) == 1 else Chain(parts)
+
+
+class OnDemand:
+    """An engine that is loaded for each call, when it is its turn, and freed after it."""
+
+    def __init__(self, load: Callable[[], Engine]) -> None:
+        self.load = load
+        self.inputs: list[str] = []
+        self.outputs: list[str] = []
+
+    @contextmanager
+    def loaded(self) -> Iterator[Engine]:
+        """The engine, as long as it is needed."""
+        with turn():
+            engine = self.load()
+            try:
+                yield engine
+            finally:
+                engine.close()
+
+    def warm_up(self) -> None:
+        """Load it once: errors show, and what was compiled for the GPU is kept on disk for the next time."""
+        with self.loaded() as engine:
+            self.inputs, self.outputs = engine.inputs, engine.outputs
+            engine.warm_up()
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """Outputs by name for inputs by name."""
+        with self.loaded() as engine:
+            return engine.run(inputs)
+
+    def run_batch(self, parts: list[Arrays]) -> Arrays:
+        """The outputs of several requests as one batch."""
+        with self.loaded() as engine:
+            return engine.run_batch(parts)
+
+    def close(self) -> None:
+        """Nothing is loaded between calls."""
+
+
+class Chain:
+    """Segments that run one after the other; what they pass on stays where it is, and no longer than it is needed."""
+
+    def __init__(self, segments: list[Engine]) -> None:
+        self.segments = segments
+        made = {name for segment in segments for name in segment.outputs}
+        taken = list(dict.fromkeys(name for segment in segments for name in segment.inputs))
+        self.inputs = [name for name in taken if name not in made]
+        self.outputs = [name for segment in segments for name in segment.outputs if name not in taken]
+
+    def warm_up(self) -> None:
+        """Warm all segments up."""
+        for segment in self.segments:
+            segment.warm_up()
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """Outputs by name for inputs by name, in the memory of the CPU."""
+        outputs = self.run_batch([inputs])
+        return {name: array if isinstance(array, np.ndarray) else array.get() for name, array in outputs.items()}
+
+    def run_batch(self, parts: list[Arrays]) -> Arrays:
+        """The outputs of several requests as one batch, which is put together once."""
+        values = {name: concatenated([part[name] for part in parts]) for name in self.inputs}
+        for done, segment in enumerate(self.segments, 1):
+            values |= segment.run_batch([{name: values[name] for name in segment.inputs}])
+            needed = {*self.outputs, *(name for later in self.segments[done:] for name in later.inputs)}
+            values = {name: value for name, value in values.items() if name in needed}
+        return values
+
+    def close(self) -> None:
+        """Close all segments."""
+        for segment in self.segments:
+            segment.close()
+
+
+def concatenated(arrays: list[Any]) -> Any:
+    """Arrays of NumPy's or CuPy's as one batch: on the GPU if one of them is there."""
+    if len(arrays) == 1:
+        return arrays[0]
+    if all(isinstance(array, np.ndarray) for array in arrays):
+        return np.concatenate(arrays)
+    import cupy
+
+    batch = cupy.concatenate([cupy.asarray(array) for array in arrays])
+    cupy.cuda.get_current_stream().synchronize()  # engines run on streams of their own
+    return batch

@@ -1,0 +1,236 @@
+"""Executes TensorRT's and TensorRT-RTX's plans: the vendor's call sequence, with every return value looked at.
+
+Arrays are CuPy's, which exchange memory with Triton by DLPack. Sources: "Perform Inference" in both developer guides,
+"Working with Runtime Cache" and "Working with RTX CUDA Graphs" in TensorRT-RTX's, and
+https://github.com/triton-inference-server/python_backend#interoperability-and-gpu-support
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+
+from ditforge.cache import default_cache
+from ditforge.engines.compilers import Arrays, Shape
+from ditforge.engines.compilers.tensorrt_common import NO_DRIVER, make_log
+from ditforge.engines.gpus import local_target
+from ditforge.errors import DitforgeError, DitforgeWarning, UserError
+
+_lock = threading.Lock()  # the engines of a process take turns, and so
+_scratch: Any = None  # share the memory of their activations,
+_loaded: WeakSet[Execution] = WeakSet()  # as long as there are any
+
+
+def check_here(plan: Path, compiler: str, target: str, built_with: str, version: str) -> None:
+    """Raise UserError, with the command that builds anew, if the plan is another version's or another GPU's."""
+    rebuild = f"ditforge build ONNX_DIR --gpu local --compiler {compiler} --out DIR   and then ditforge repo"
+    if built_with and built_with != version:
+        raise UserError(f"{plan} was compiled by {compiler} {built_with}, and {version} is installed", rebuild)
+    here = local_target()
+    if here.capabilities[0] not in target.split(","):
+        raise UserError(f"{plan} is for {target}, and this machine's GPU ({here.name}) is {here}", rebuild)
+
+
+def load_plan(trt: Any, plan: Path, compiler: str, target: str) -> Execution:
+    """Load a plan onto the GPU. Raises DitforgeError if it cannot be loaded."""
+    log = make_log(trt)
+    with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        runtime = trt.Runtime(log)
+        engine = runtime.deserialize_cuda_engine(data)
+    if engine is None:
+        said = [error for error in log.errors if NO_DRIVER not in error] or log.errors
+        raise DitforgeError(
+            f"{compiler} {trt.__version__} cannot load {plan}: {' '.join('; '.join(said).split())}",
+            f"ditforge build ONNX_DIR --gpu {target} --compiler {compiler} --out DIR   again",
+        )
+    try:
+        import cupy
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "executing engines needs cupy, which is not installed", "pip install 'ditforge[gpu]'"
+        ) from error
+    return Execution(trt, cupy, runtime, engine, log, kernels_of(plan))
+
+
+def kernels_of(plan: Path) -> Path:
+    """Where TensorRT-RTX's kernels for a plan on this machine's GPU are kept: not beside it, which may be read-only.
+
+    What lies there is another plan's if one is put in its place; TensorRT-RTX finds that out.
+    """
+    digest = hashlib.sha256(os.fsencode(plan.resolve())).hexdigest()[:16]
+    return default_cache() / "runtime-caches" / f"{plan.stem}-{digest}.runtime-cache"
+
+
+class Execution:
+    """A plan on the GPU with one execution context."""
+
+    def __init__(self, trt: Any, cupy: Any, runtime: Any, engine: Any, log: Any, cache: Path) -> None:
+        self.cupy, self.runtime, self.engine, self.log, self.cache = cupy, runtime, engine, log, cache
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        self.inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        self.outputs = [name for name in names if name not in self.inputs]
+        self.dtypes = {name: stored_as(trt, engine.get_tensor_dtype(name)) for name in names}
+        self.profiles = [
+            {name: tuple(map(tuple, engine.get_tensor_profile_shape(name, i))) for name in self.inputs}
+            for i in range(engine.num_optimization_profiles)
+        ]
+        # CUDA graphs replay addresses, so that static engines keep their arrays, by name and shape.
+        self.static = all(low[1:] == high[1:] for profile in self.profiles for low, _, high in profile.values())
+        self.kept: dict[tuple[str, Shape], Any] = {}
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        self.runtime_cache, self.on_disk = None, b""
+        if hasattr(config, "create_runtime_cache"):  # TensorRT-RTX
+            self.runtime_cache = config.create_runtime_cache()
+            if cache.is_file():
+                self.on_disk = cache.read_bytes()
+                self.runtime_cache.deserialize(self.on_disk)  # refuses another GPU's or version's: then it is empty
+            self.check(config.set_runtime_cache(self.runtime_cache), "set_runtime_cache")
+            if self.static:
+                config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        self.context = engine.create_execution_context(config)
+        self.check(self.context is not None, "create_execution_context")
+        self.scratch: Any = None
+        _loaded.add(self)
+
+    def check(self, done: object, call: str) -> None:
+        """Raise DitforgeError, with what the runtime said, if a call did not return true."""
+        if not done:
+            said = " ".join("; ".join(self.log.errors[-3:]).split())
+            raise DitforgeError(f"TensorRT failed in {call}: {said}", "look at the driver's log: dmesg, nvidia-smi")
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """Outputs by name for inputs by name, in the memory of the CPU."""
+        return {name: array.get() for name, array in self.run_batch([inputs]).items()}
+
+    def run_batch(self, parts: list[Arrays]) -> dict[str, Any]:
+        """The outputs of several requests as one batch, in the memory of the GPU.
+
+        Inputs are NumPy's or CuPy's arrays; one request's that is on the GPU already is not copied, unless the engine's
+        shapes are static.
+        """
+        with _lock, self.stream:
+            inputs = {name: self.gather(name, [part[name] for part in parts]) for name in self.inputs}
+            self.choose_profile({name: array.shape for name, array in inputs.items()})
+            self.share_scratch()
+            for name, array in inputs.items():
+                self.check(self.context.set_input_shape(name, array.shape), f"set_input_shape of {name}")
+                self.check(self.context.set_tensor_address(name, array.data.ptr), f"set_tensor_address of {name}")
+            outputs = {name: self.array(name, tuple(self.context.get_tensor_shape(name))) for name in self.outputs}
+            for name, array in outputs.items():
+                self.check(self.context.set_tensor_address(name, array.data.ptr), f"set_tensor_address of {name}")
+            self.check(self.context.execute_async_v3(self.stream.ptr), "execute_async_v3")
+            if self.static:
+                outputs = {name: self.copy(array) for name, array in outputs.items()}
+            self.stream.synchronize()
+        return outputs
+
+    def array(self, name: str, shape: Shape) -> Any:
+        """Uninitialised memory on the GPU; of a static engine the same one each time."""
+        key = (name, shape)
+        if key in self.kept:
+            return self.kept[key]
+        array = self.cupy.empty(shape, self.dtypes[name])
+        if self.static:
+            self.kept[key] = array
+        return array
+
+    def copy(self, array: Any) -> Any:
+        """A copy on the GPU."""
+        copied = self.cupy.empty(array.shape, array.dtype)
+        copied.data.copy_from_device_async(array.data, array.nbytes, self.stream)
+        return copied
+
+    def gather(self, name: str, parts: list[Any]) -> Any:
+        """The parts of an input as one batch on the GPU."""
+        if len(parts) == 1 and isinstance(parts[0], self.cupy.ndarray) and not self.static:
+            return parts[0]
+        batch = self.array(name, (sum(len(part) for part in parts), *parts[0].shape[1:]))
+        start = 0
+        for part in parts:
+            slot = batch[start : start + len(part)]
+            if isinstance(part, self.cupy.ndarray):
+                slot.data.copy_from_device_async(part.data, part.nbytes, self.stream)
+            else:
+                slot.set(np.ascontiguousarray(part, self.dtypes[name]), stream=self.stream)
+            start += len(part)
+        return batch
+
+    def choose_profile(self, shapes: dict[str, Shape]) -> None:
+        """Switch to the first profile that takes the shapes. Raises UserError if none does."""
+        for i, profile in enumerate(self.profiles):
+            if all(within(shape, *profile[name][::2]) for name, shape in shapes.items()):
+                if self.context.active_optimization_profile != i:
+                    self.check(
+                        self.context.set_optimization_profile_async(i, self.stream.ptr), "set_optimization_profile"
+                    )
+                return
+        taken = " or ".join(
+            str({name: f"{low} to {high}" for name, (low, _, high) in p.items()}) for p in self.profiles
+        )
+        raise UserError(f"the engine was built for {taken}, got {shapes}", "ditforge build with --resolutions, --batch")
+
+    def share_scratch(self) -> None:
+        """Give the context the memory for activations that all engines of this process share, grown if need be."""
+        global _scratch
+        size = max(int(self.engine.device_memory_size_v2), 1)
+        if _scratch is None or _scratch.size < size:
+            _scratch = self.cupy.empty(size, np.uint8)
+        if self.scratch is not _scratch:
+            self.context.set_device_memory(_scratch.data.ptr, _scratch.size)
+            self.scratch = _scratch
+
+    def warm_up(self) -> None:
+        """Run every profile's best shapes on zeros: kernels are compiled before the first request, and kept."""
+        for profile in self.profiles:
+            self.run_batch([{name: np.zeros(best, self.dtypes[name]) for name, (_, best, _) in profile.items()}])
+        self.keep_kernels()
+
+    def keep_kernels(self) -> None:
+        """Write what was compiled for the GPU to disk, unless it is there already."""
+        kernels = bytes(self.runtime_cache.serialize()) if self.runtime_cache is not None else b""
+        if len(kernels) == len(self.on_disk):  # their order may differ from one time to the next
+            return
+        temporary = self.cache.with_name(f".{self.cache.name}.{os.getpid()}")
+        try:
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(kernels)
+            temporary.replace(self.cache)
+            self.on_disk = kernels
+        except OSError as error:
+            why = f"{self.cache} cannot be written ({error.strerror}): the next start compiles again"
+            warnings.warn(why, DitforgeWarning, stacklevel=2)
+
+    def close(self) -> None:
+        """Free the engine and its context, the last one also the shared scratch; the driver gets what CuPy kept."""
+        global _scratch
+        with _lock:
+            self.keep_kernels()
+            self.context = self.engine = self.runtime_cache = self.runtime = None  # an engine goes after its context
+            self.kept.clear()
+            self.scratch = None
+            _loaded.discard(self)
+            if not _loaded:
+                _scratch = None
+            self.cupy.get_default_memory_pool().free_all_blocks()
+
+
+def stored_as(trt: Any, dtype: Any) -> np.dtype:
+    """What NumPy stores TensorRT's dtype as: bf16, which it has not, as its two bytes."""
+    return np.dtype(np.uint16 if dtype == trt.bfloat16 else trt.nptype(dtype))
+
+
+def within(shape: Shape, smallest: Shape, largest: Shape) -> bool:
+    """Whether a shape is in a range, in every dimension."""
+    return len(shape) == len(smallest) and all(
+        low <= size <= high for size, low, high in zip(shape, smallest, largest, strict=True)
+    )

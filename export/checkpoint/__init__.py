@@ -1,0 +1,1 @@
+"""The files that people have: their layouts, and their weights, read one tensor at a time."""

@@ -1,0 +1,49 @@
+"""Whether a checkpoint's configurations and weights fit each other: found out before the first network is traced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ditforge.errors import DitforgeError, UserError
+from ditforge.export.checkpoint.weights import Weights
+from ditforge.export.graph.tracing import dry_run
+from ditforge.export.network import Network, Port
+
+FIX = "its config.json is not the one of these weights, or a shard is missing: copy the folder again"
+
+
+def check_weights(network: Network, weights: Weights) -> dict[str, tuple[int, ...]]:
+    """Raise UserError if the network cannot be made or run, or if `weights` are not those that it takes.
+
+    Returns the names and shapes of those that it takes. Raises DitforgeError if one of the network's factors is for
+    weights that it has none of.
+    """
+    try:
+        parameters = dry_run(network)
+    except Exception as error:  # PyTorch's modules raise many kinds, and all of them mean the same to the user
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        problem = f"{weights.folder}/config.json describes no network that works: {reason}"
+        raise UserError(problem, "copy config.json again from where the checkpoint came from") from error
+    for names, shape in parameters:
+        key = weights.find(names, network.key_prefixes)
+        if key is None:
+            raise UserError(f"{weights.folder} lacks the tensor {names[0]}", FIX)
+        if weights.shapes[key] != shape:
+            seen = f"{key} has shape {list(weights.shapes[key])}, config.json says {list(shape)}"
+            raise UserError(f"{weights.shards[key]}: {seen}", FIX)
+    for pattern in network.factors:
+        if not any(pattern.fullmatch(name) for names, _ in parameters for name in names):
+            problem = f"{network.name} has no weights like {pattern.pattern}, which would be scaled for it"
+            raise DitforgeError(problem, "--precision bf16 or fp32 scales nothing; report it with the config.json")
+    return {names[0]: shape for names, shape in parameters}
+
+
+def check_ports(networks: Iterable[Network]) -> None:
+    """Raise UserError if what one network hands to another is not what that one takes."""
+    seen: dict[str, tuple[str, Port]] = {}
+    for network in networks:
+        for name, port in {**network.inputs, **network.outputs}.items():
+            first, known = seen.setdefault(name, (network.weights, port))
+            if port.names() != known.names():
+                sizes = f"{list(known.names())} in {first}, {list(port.names())} in {network.weights}"
+                raise UserError(f"{name} is {sizes}, which do not fit", "take both folders from one checkpoint")

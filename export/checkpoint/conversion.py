@@ -1,0 +1,93 @@
+"""What one of diffusers' tensors is made of, written down by diffusers' own converters instead of carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+from ditforge.errors import UserError
+from ditforge.export.checkpoint.lazy_tensors import Lazy, joined
+
+Tensors = Mapping[str, Lazy]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of the tensor `name` from `start` to `stop`, as shares of all its rows."""
+
+    name: str
+    start: Fraction = Fraction(0)
+    stop: Fraction = Fraction(1)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one of diffusers' tensors is made of: pieces, one below the other; `cut` drops trailing dimensions of 1.
+
+    To diffusers' converters it is a tensor: they chunk, split, join and index it, and that is recorded. `shape` is that
+    of the file's tensor. Sizes to split at count as shares, because FLUX's converter has the published width built in.
+    """
+
+    pieces: tuple[Piece, ...]
+    shape: tuple[int, ...] = (0,)
+    cut: int = 0
+
+    @property
+    def ndim(self) -> int:
+        """How many dimensions it has."""
+        return len(self.shape)
+
+    def split(self, sizes: Sequence[int], dim: int = 0) -> tuple[Recipe, ...]:
+        """Parts of those sizes, in proportion."""
+        assert dim == 0 and len(self.pieces) == 1, "converters cut whole tensors along their rows"
+        piece, total, first, parts = self.pieces[0], sum(sizes), 0, []
+        for size in sizes:
+            share = (piece.stop - piece.start) / total
+            cut = Piece(piece.name, piece.start + first * share, piece.start + (first + size) * share)
+            parts.append(Recipe((cut,), self.shape))
+            first += size
+        return tuple(parts)
+
+    def chunk(self, chunks: int, dim: int = 0) -> tuple[Recipe, ...]:
+        """So many equal parts."""
+        return self.split((1,) * chunks, dim)
+
+    def __getitem__(self, index: tuple[slice | int, ...]) -> Recipe:
+        kept = [i for i in index if i == slice(None)]
+        assert all(i == 0 for i in index[len(kept) :]), f"converters drop dimensions of 1, not {index}"
+        return Recipe(self.pieces, self.shape[: len(kept)], cut=len(index) - len(kept))
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> Recipe | tuple[Recipe, ...]:
+        kwargs = kwargs or {}
+        if function is torch.cat:
+            return cls(tuple(piece for part in args[0] for piece in part.pieces), args[0][0].shape)
+        if function in (torch.chunk, torch.split):
+            return getattr(args[0], function.__name__)(*args[1:], **kwargs)
+        raise NotImplementedError(f"diffusers' converter uses {function}, which is not recorded")
+
+    def of(self, tensors: Tensors) -> Lazy:
+        """The tensor, made of `tensors`. Raises UserError if their rows cannot be divided so."""
+        parts = []
+        for piece in self.pieces:
+            tensor = tensors[piece.name]
+            start, stop = piece.start * tensor.length, piece.stop * tensor.length
+            if start.denominator != 1 or stop.denominator != 1:
+                problem = f"{tensor.file}: {piece.name} has {tensor.length} rows, which cannot be divided as they must"
+                raise UserError(problem, "the file is of another model: use one of FLUX.1 or Stable Diffusion 3.5")
+            parts.append(tensor.rows(int(start), int(stop)))
+        whole = joined(parts)
+        if not self.cut:
+            return whole
+        row, dropped = whole.shape[1 : -self.cut], whole.shape[-self.cut :]
+        if set(dropped) != {1}:
+            problem = (
+                f"{whole.file}: {self.pieces[0].name} is {list(whole.shape)}, of which {list(dropped)} should be 1"
+            )
+            raise UserError(problem, "the file is of another model: use one of FLUX.1 or Stable Diffusion 3.5")
+        return whole.each_row(lambda a, b: whole.read_rows(a, b).reshape(b - a, *row), whole.dtype, row)

@@ -1,0 +1,246 @@
+"""LoRA files, added to the weights while these are read: W + strength * alpha / rank * up @ down (arXiv:2106.09685).
+
+Read are the names that diffusers and PEFT write, those of Kohya's scripts (and OneTrainer's), and those of Black Forest
+Labs' and Stability's own modules, with or without a prefix. What is written for a fused weight (`qkv`, `linear1`) is
+cut along its rows as the weight itself is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from ditforge.errors import UserError
+from ditforge.export.checkpoint.conversion import Piece, Recipe, Tensors
+from ditforge.export.checkpoint.layouts import recipes_for, shown
+from ditforge.export.checkpoint.lazy_tensors import Lazy, open_tensors
+
+DIT = "transformer"
+DIT_PREFIXES = ("", "transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model.")
+DIT_UNDERSCORED = ("lora_unet_", "lora_transformer_")
+WEIGHT = ".weight"
+PART = re.compile(
+    r"(?P<module>.+)\.(?:(?P<down>lora_A|lora_down|lora\.down)|(?P<up>lora_B|lora_up|lora\.up))"
+    r"(\.default)?\.weight|(?P<scaled>.+)\.alpha"
+)
+# What is no LoRA, or more than one, by the ends of its keys.
+OTHER_KINDS = (
+    (r"\.hada_w\d_[ab]|\.hada_t\d", "a LoHa"),
+    (r"\.lokr_(w\d(_[ab])?|t\d)", "a LoKr"),
+    (r"\.dora_scale|\.lora_magnitude_vector(\..*)?", "a DoRA"),
+    (r"\.oft_(blocks|diag|R\.weight)|\.boft_.*", "an OFT"),
+    (r"\.processor\..*_lora\d?\.(down|up)\.weight", "a LoRA of XLabs' attention processors"),
+    (r"\.(diff|diff_b)", "a difference of whole weights"),
+    (r"(controlnet_.*|.*\.(lora_B|lora_up)\.bias)", "a control LoRA or ControlNet"),
+)
+METADATA_KEY = "lora_adapter_metadata"  # where diffusers writes PEFT's configuration
+
+
+@dataclass
+class Pair:
+    """What a LoRA file holds for one module: down [rank, in…], up [out, rank, …], alpha []."""
+
+    down: Lazy | None = None
+    up: Lazy | None = None
+    alpha: Lazy | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """One of diffusers' weights, and the rows of the LoRA's `up` that belong to it."""
+
+    component: str
+    name: str
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What is added to one weight: scale * up @ down."""
+
+    up: Lazy
+    down: Lazy
+    scale: float
+
+
+Additions = dict[tuple[str, str], list[Addition]]  # to each weight, by component and name
+
+
+def fuse(components: Mapping[str, Tensors], loras: Sequence[tuple[Path, float]]) -> dict[str, dict[str, Lazy]]:
+    """The components with the LoRAs added, each (file, strength), in float32, when a tensor is read.
+
+    `components` are the DiT (`transformer`) and text encoders, with their tensors by diffusers' names; those that no
+    LoRA changes are as they were. Raises UserError for a file with a key that fits nothing here, with shapes of another
+    model, or without the other half of a pair.
+    """
+    targets = spellings(components)
+    found: Additions = {}
+    for file, strength in loras:
+        read_lora(file, strength, components, targets, found)
+    fused = {component: dict(tensors) for component, tensors in components.items()}
+    for (component, name), additions in found.items():
+        fused[component][name] = added(fused[component][name], additions)
+    return fused
+
+
+def added(weight: Lazy, additions: Sequence[Addition]) -> Lazy:
+    """The weight with the additions, in float32."""
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        total = weight.read_rows(start, stop).float()
+        for addition in additions:
+            up = addition.up.read_rows(start, stop).float().flatten(1)
+            product = up @ addition.down.read().float().flatten(1)
+            total += addition.scale * product.reshape(total.shape)
+        return total
+
+    return weight.each_row(read, torch.float32)
+
+
+def read_lora(
+    file: Path,
+    strength: float,
+    components: Mapping[str, Tensors],
+    targets: Mapping[str, list[Target]],
+    found: Additions,
+) -> None:
+    """Add what is in the file to `found`. Raises UserError as fuse does."""
+    tensors = open_tensors(file)
+    check_kind(file, tensors)
+    pairs, strange = parse_keys(tensors)
+    strange += [module for module in pairs if module not in targets]
+    if strange or not pairs:
+        problem = f"{file}: {shown(sorted(strange))} fit nothing in this checkpoint: a LoRA of another model, or none"
+        raise UserError(problem, "use a LoRA that was made for this model, or leave it out")
+    settings = read_settings(file)
+    for module, pair in pairs.items():
+        if pair.up is None or pair.down is None:
+            lost = "up" if pair.up is None else "down"
+            raise UserError(f"{file}: {module} has no {lost} matrix", "copy the file again")
+        rank = pair.down.length
+        if not rank or (pair.alpha and prod(pair.alpha.shape) != 1):
+            raise UserError(f"{file}: {module} has a rank of 0, or not one alpha", "copy the file again")
+        scale = strength * settings.scale(module, rank, pair.alpha)
+        for target in targets[module]:
+            weight = components[target.component][target.name]
+            fits = pair.up.shape[1:2] == (rank,) and prod(pair.down.shape[1:]) == prod(weight.shape[1:])
+            rows = pair.up.length * sum((p.stop - p.start for p in target.recipe.pieces), start=0)
+            if not fits or rows != weight.length:
+                sizes = f"{list(pair.up.shape)} times {list(pair.down.shape)}"
+                problem = (
+                    f"{file}: {module} is {sizes}, and {target.name} is {list(weight.shape)}: a LoRA of another model"
+                )
+                raise UserError(problem, "use a LoRA that was made for this model, or leave it out")
+            up = target.recipe.of({target.recipe.pieces[0].name: pair.up})
+            found.setdefault((target.component, target.name), []).append(Addition(up, pair.down, scale))
+
+
+def check_kind(file: Path, keys: Iterable[str]) -> None:
+    """Raise UserError if the file is of a kind that is known, and is not added here."""
+    for key in keys:
+        for pattern, kind in OTHER_KINDS:
+            if re.search(f"({pattern})$", key):
+                problem = f"{file} is {kind}, which is not added here: it holds {key}"
+                raise UserError(problem, "use a plain LoRA for this model, or merge it into a checkpoint first")
+
+
+def parse_keys(tensors: Tensors) -> tuple[dict[str, Pair], list[str]]:
+    """The pairs by the name of their module as the file writes it, and the keys that belong to none."""
+    pairs: dict[str, Pair] = {}
+    strange = []
+    for key, tensor in tensors.items():
+        match = PART.fullmatch(key)
+        if not match:
+            strange.append(key)
+            continue
+        pair = pairs.setdefault(match["module"] or match["scaled"], Pair())
+        if match["down"]:
+            pair.down = tensor
+        elif match["up"]:
+            pair.up = tensor
+        else:
+            pair.alpha = tensor
+    return pairs, strange
+
+
+def spellings(components: Mapping[str, Tensors]) -> dict[str, list[Target]]:
+    """What each module that a LoRA file may name stands for, in all the ways that it may be written."""
+    found: dict[str, list[Target]] = {}
+
+    def add(spelling: str, target: Target) -> None:
+        known = found.setdefault(spelling, [])
+        if target.name not in {other.name for other in known}:  # some modules have one name in both layouts
+            known.append(target)
+
+    for component, tensors in components.items():
+        for name in tensors:
+            if not name.endswith(WEIGHT):
+                continue
+            module = name.removesuffix(WEIGHT)
+            for spelling in dit_names(module) if component == DIT else encoder_names(component, module, components):
+                add(spelling, Target(component, name, Recipe((Piece(name),))))
+    for name, recipe in recipes_for(components.get(DIT, {})).items():
+        source = recipe.pieces[0].name
+        if name.endswith(WEIGHT) and source.endswith(WEIGHT):
+            for spelling in dit_names(source.removesuffix(WEIGHT)):
+                add(spelling, Target(DIT, name, recipe))
+    return found
+
+
+def dit_names(module: str) -> Iterable[str]:
+    """The ways in which a module of the DiT is written."""
+    yield from (prefix + module for prefix in DIT_PREFIXES)
+    yield from (prefix + module.replace(".", "_") for prefix in DIT_UNDERSCORED)
+
+
+def encoder_names(component: str, module: str, components: Mapping[str, Tensors]) -> Iterable[str]:
+    """The ways in which a module of a text encoder is written; Kohya's scripts call T5 the third, even of two."""
+    bare = module.removeprefix("text_model.")
+    number = int(component.rpartition("_")[2]) if component[-1].isdigit() else 1
+    kohya = {f"lora_te{number}_"} | ({"lora_te_"} if number == 1 else set())
+    if number == 2 and "text_encoder_3" not in components:
+        kohya.add("lora_te3_")
+    for written in (bare, f"text_model.{bare}"):
+        yield f"{component}.{written}"
+        yield from (prefix + written.replace(".", "_") for prefix in sorted(kohya))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """PEFT's configuration of each component, as diffusers writes it into the file; empty where it does not."""
+
+    of: Mapping[str, Mapping[str, Any]]
+
+    def scale(self, module: str, rank: int, alpha: Lazy | None) -> float:
+        """alpha / rank; alpha is the rank where the file does not say."""
+        if alpha is not None:
+            return float(alpha.read().float().reshape(-1)[0]) / rank
+        component, _, name = module.partition(".")
+        config = self.of.get(component, {})
+        number = float(config.get("lora_alpha", rank))
+        for pattern, value in (config.get("alpha_pattern") or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", name):  # as PEFT matches them
+                number = float(value)
+        return number / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def read_settings(file: Path) -> Settings:
+    """What the file's metadata says. Raises UserError if it is not what diffusers writes."""
+    with safe_open(file, framework="pt") as opened:
+        text = (opened.metadata() or {}).get(METADATA_KEY, "{}")
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        for key, value in json.loads(text).items():
+            component, _, option = key.partition(".")
+            found.setdefault(component, {})[option] = value
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file}: {METADATA_KEY} in its header is damaged: {error}", "copy the file again") from error
+    return Settings(found)

@@ -1,0 +1,163 @@
+"""`--random-weights`: a model's real architecture for those who have no checkpoint of it, with values made as needed.
+
+Pictures of such a model are noise. What it is for: sizes, times and memory, and whether every stage goes through.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from ditforge.errors import UserError
+from ditforge.export.checkpoint.diffusers_folder import CONFIGS, INDEX, Checkpoint, open_checkpoint
+from ditforge.export.checkpoint.weights import Weights
+from ditforge.export.graph.tracing import dry_run
+from ditforge.export.network import Network
+
+SEED = 0
+DTYPE = torch.bfloat16  # what the large checkpoints are published in
+BLOCK = 2**24 - 3  # a prime: where a tensor is larger, its rows do not repeat in step
+DESCRIPTIONS = {".json", ".txt", ".model"}  # configurations and vocabularies: what is not weights
+CLIP_ENDS = ("<|startoftext|>", "<|endoftext|>")  # the last ids: CLIP takes the largest one as the end of a text
+T5_SPECIAL = ("<pad>", "</s>", "<unk>")
+T5_TOKENS = 512  # the authors' length of T5's input, where the tokenizer that would say so is missing
+BYTES = 256
+
+
+@contextmanager
+def random_checkpoint(folder: Path, seed: int = SEED) -> Iterator[Checkpoint]:
+    """The model in the diffusers folder `folder`, or of a name like `flux.1-dev`, with random weights.
+
+    Only its configurations are read, and its tokenizers; one that is missing is made (see save_tokenizer). Raises
+    UserError if there is neither such a folder nor such a name.
+    """
+    names = sorted(path.name for path in CONFIGS.iterdir())
+    if not folder.is_dir() and str(folder) not in names:
+        raise UserError(f"{folder} is not a folder", f"give one in diffusers' layout, or a name: {', '.join(names)}")
+    source = folder if folder.is_dir() else CONFIGS / folder
+    open_checkpoint(source)
+    with TemporaryDirectory(prefix="ditforge-") as temporary:
+        copy = Path(temporary) / source.resolve().name
+        for path in sorted(path for path in source.rglob("*") if path.is_file() and path.suffix in DESCRIPTIONS):
+            target = copy / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        opened = open_checkpoint(copy)
+        make_tokenizers(opened)
+        yield Checkpoint(copy, opened.pipeline, seed)
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """A digest of the contents of the configurations and tokenizers, and of the seed."""
+    paths = sorted(path for path in checkpoint.folder.rglob("*") if path.is_file())
+    listed = [(str(path.relative_to(checkpoint.folder)), sha256(path.read_bytes()).hexdigest()) for path in paths]
+    return sha256(repr((checkpoint.seed, listed)).encode()).hexdigest()
+
+
+def random_weights(network: Network, checkpoint: Checkpoint) -> Weights:
+    """Weights for all parameters of the network, none of them made yet."""
+    folder = checkpoint.folder / network.weights
+    weights = Weights(folder, {}, {}, {})
+    for (name, *_), shape in dry_run(network):
+        weights.shards[name], weights.shapes[name] = folder, shape
+        weights.reads[name] = partial(random_tensor, f"{network.weights}.{name}", shape, checkpoint.seed or SEED)
+    return weights
+
+
+def random_tensor(name: str, shape: tuple[int, ...], seed: int = SEED) -> torch.Tensor:
+    """The tensor `name` in bfloat16: biases are 0, norms 1, all else is normal with a deviation of 1 / sqrt(fan-in).
+
+    The same for the same name, shape and seed, whatever else is made. Billions of normal numbers take minutes to draw,
+    so one block of 17 million is drawn, and a tensor is a piece of it from a place that its name decides; a larger
+    tensor is several such pieces. Tensors therefore share numbers, in other places: matrices are unlike each other, and
+    each has the statistics of random ones, but they are not independent.
+    """
+    if len(shape) < 2:
+        return torch.zeros(shape, dtype=DTYPE) if name.endswith("bias") else torch.ones(shape, dtype=DTYPE)
+    digest = sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    block = normal_block(seed)
+    tensor = torch.empty(shape, dtype=DTYPE)
+    for piece in tensor.view(-1).split(BLOCK):
+        start = int(torch.randint(BLOCK, (), generator=generator))
+        until_end = min(len(piece), BLOCK - start)
+        piece[:until_end] = block[start : start + until_end]
+        piece[until_end:] = block[: len(piece) - until_end]
+    fan_in = math.prod(shape[1:]) if shape[0] > 1 else shape[-1]  # a table of one sample is a list of vectors
+    return tensor.mul_(fan_in**-0.5)
+
+
+@cache
+def normal_block(seed: int) -> torch.Tensor:
+    """BLOCK normal numbers in bfloat16, from which all tensors are made."""
+    return torch.randn(BLOCK, generator=torch.Generator().manual_seed(seed)).to(DTYPE)
+
+
+def make_tokenizers(checkpoint: Checkpoint) -> None:
+    """Make the tokenizers that the model's index names, and whose folders are missing."""
+    index = checkpoint.config("", INDEX)
+    clips = 0
+    for component in sorted(name for name in index if name.startswith("tokenizer") and index[name]):
+        name = component.replace("tokenizer", "text_encoder")
+        kind = str((index.get(name) or [None])[-1])  # the encoder's class: tokenizers have several
+        clips += kind.startswith("CLIP")
+        if kind.startswith(("CLIP", "T5")) and not (checkpoint.folder / component).is_dir():
+            filler = "!" if clips == 2 else CLIP_ENDS[1]
+            save_tokenizer(checkpoint.folder / component, kind, checkpoint.config(name), filler)
+
+
+def save_tokenizer(folder: Path, kind: str, encoder: dict[str, Any], filler: str) -> None:
+    """Write a tokenizer for a text encoder of the class `kind`, which has learnt nothing: a token for each byte.
+
+    Its vocabulary is as large as the configuration `encoder` says; the entries beyond bytes and special tokens occur in
+    no text. `filler` fills up CLIP's (a model's second one takes "!", as OpenCLIP's does). Raises UserError for a
+    vocabulary too small.
+    """
+    size = encoder.get("vocab_size")
+    least = 2 * BYTES + len(CLIP_ENDS) if kind.startswith("CLIP") else BYTES + len(T5_SPECIAL) + 1
+    if not isinstance(size, int) or size < least:
+        problem = f"a tokenizer of bytes needs a vocabulary of {least}, the text encoder of {folder.name} has {size}"
+        raise UserError(problem, f"copy the tokenizer's folder {folder.name} from the checkpoint")
+    if kind.startswith("CLIP"):
+        save_clip_tokenizer(folder, size, encoder.get("max_position_embeddings", 77), filler)
+    else:
+        save_t5_tokenizer(folder, size)
+
+
+def save_clip_tokenizer(folder: Path, size: int, tokens: int, filler: str) -> None:
+    """CLIP's, without merges."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    letters = sorted(ByteLevel.alphabet())
+    known = [*letters, *(f"{letter}</w>" for letter in letters)]
+    unused = [f"<|unused_{number}|>" for number in range(size - len(known) - len(CLIP_ENDS))]
+    vocabulary = {token: number for number, token in enumerate([*known, *unused, *CLIP_ENDS])}
+    tokenizer = CLIPTokenizer(vocabulary, merges=[], model_max_length=tokens, pad_token=filler)
+    tokenizer.save_pretrained(folder)
+
+
+def save_t5_tokenizer(folder: Path, size: int) -> None:
+    """T5's, whose Unigram model falls back to bytes for all but spaces."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    known = [*T5_SPECIAL, "▁", *(f"<0x{byte:02X}>" for byte in range(BYTES))]
+    pieces = [*known, *(f"<unused_{number}>" for number in range(size - len(known)))]
+    backend = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=2, byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    pad, end, unknown = T5_SPECIAL
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=pad, eos_token=end, unk_token=unknown, model_max_length=T5_TOKENS
+    ).save_pretrained(folder)

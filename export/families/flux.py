@@ -1,0 +1,116 @@
+"""The FLUX.1 family (dev, schnell and their fine-tunes): the networks it consists of, and what a client must know.
+
+Source: black-forest-labs/flux and diffusers' FluxPipeline and FluxTransformer2DModel. What is traced as the DiT is in
+flux_dit.py: packing of latents into tokens, position ids and rotary tables are in the graph.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+
+from ditforge.export import vae
+from ditforge.export.checkpoint.diffusers_folder import Checkpoint, with_defaults
+from ditforge.export.checkpoint.schedule import flow_schedule
+from ditforge.export.families.flux_dit import PATCH, FluxVelocity
+from ditforge.export.network import BATCH, Dim, Network, Port
+from ditforge.export.quantisation import reference_pipeline
+from ditforge.export.quantisation.precision import Precision, network_dtype, text_dtype
+from ditforge.export.text_encoders import clip, t5
+from ditforge.export.text_encoders.tokenizers import Tokenizer, read_tokenizer
+from ditforge.model import Model
+
+PIPELINE = "FluxPipeline"
+MAX_SIZE_RATIO = 4  # to the size it was trained at: beyond, pictures fall apart while attention costs 256 times as much
+# The linears of the blocks, but for the modulation (norm…), whose errors reach every token; the embedders and the final
+# layers stay high too, as in NVIDIA's recipe (TensorRT-Model-Optimizer, diffusers example).
+LINEARS = re.compile(r"(single_)?transformer_blocks\.\d+\.(?!.*norm).*\.weight")
+SCHNELL_TOKENS = 256  # the authors' length of T5's input where guidance is not embedded; 512 where it is
+
+
+def dit(config: dict[str, Any], tokens: int, precision: Precision) -> Network:
+    """The DiT with diffusers' configuration `config`, for `tokens` text tokens."""
+    dtype, reason = network_dtype(precision), "as asked for"
+    if dtype == torch.float16:
+        reason += "; the residual streams are clamped to fp16's range"
+    channels = config["in_channels"] // PATCH**2
+    latents = Port(torch.float32, (BATCH, channels, Dim("latent_height", PATCH), Dim("latent_width", PATCH)))
+    text = text_dtype(precision)
+    inputs = {
+        "latents": latents,
+        "timestep": Port(torch.float32, (BATCH,)),
+        "prompt_embeds": Port(text, (BATCH, tokens, config["joint_attention_dim"])),
+        "pooled_embeds": Port(text, (BATCH, config["pooled_projection_dim"])),
+    }
+    if config["guidance_embeds"]:
+        inputs["guidance"] = Port(torch.float32, (BATCH,))
+    return Network(
+        name="dit",
+        build=lambda: FluxVelocity(FluxTransformer2DModel.from_config(config)),
+        inputs=inputs,
+        outputs={"velocity": latents},
+        weights="transformer",
+        dtype=dtype,
+        reason=reason,
+        linears=LINEARS,
+    )
+
+
+def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The DiT's configuration."""
+    return with_defaults(FluxTransformer2DModel, checkpoint.config("transformer"))
+
+
+def networks(checkpoint: Checkpoint, precision: Precision) -> list[Network]:
+    """All networks of the checkpoint, in the order in which data flows."""
+    tokenizers = {tokenizer.name: tokenizer for tokenizer in read_tokenizers(checkpoint)}
+    length = tokenizers["t5"].max_tokens
+    return [
+        clip.clip_pooled(checkpoint.config("text_encoder"), "text_encoder", tokenizers["clip"].max_tokens, precision),
+        t5.t5_hidden_states(checkpoint.config("text_encoder_2"), "text_encoder_2", length, precision),
+        dit(read_config(checkpoint), length, precision),
+        *vae.vae(vae.read_config(checkpoint), precision),
+    ]
+
+
+def read_tokenizers(checkpoint: Checkpoint) -> list[Tokenizer]:
+    """CLIP's and T5's tokenizers."""
+    embedded = read_config(checkpoint)["guidance_embeds"]
+    return [
+        read_tokenizer(checkpoint, "tokenizer", "clip"),
+        read_tokenizer(checkpoint, "tokenizer_2", "t5", limit=None if embedded else SCHNELL_TOKENS),
+    ]
+
+
+def model(checkpoint: Checkpoint) -> Model:
+    """What a client must know. Steps and guidance are those that the authors recommend for dev and for schnell."""
+    transformer, autoencoder = read_config(checkpoint), vae.read_config(checkpoint)
+    scheduler = checkpoint.config("scheduler", "scheduler_config.json")
+    embedded = transformer["guidance_embeds"]
+    pixels = vae.factor(autoencoder)
+    return Model(
+        name=checkpoint.name,
+        latent_channels=autoencoder["latent_channels"],
+        vae_factor=pixels,
+        size_multiple=pixels * PATCH,
+        default_size=autoencoder["sample_size"],
+        max_size=autoencoder["sample_size"] * MAX_SIZE_RATIO,
+        default_steps=28 if embedded else 4,
+        guidance="embedded" if embedded else "none",
+        default_guidance=3.5 if embedded else 0.0,
+        schedule=flow_schedule(scheduler, scheduler.get("_class_name", ""), PATCH),
+        max_tokens={tokenizer.name: tokenizer.max_tokens for tokenizer in read_tokenizers(checkpoint)},
+    )
+
+
+def load_pipeline(checkpoint: Checkpoint) -> FluxPipeline:
+    """diffusers' own pipeline, to calibrate with."""
+    return reference_pipeline.load(FluxPipeline, checkpoint, networks(checkpoint, Precision("fp32")))
+
+
+def run_pipeline(loaded: FluxPipeline, model: Model, prompt: str, steps: int, seed: int) -> None:
+    """All steps of a picture, without decoding it."""
+    reference_pipeline.run(loaded, model, prompt, steps, seed, model.max_tokens["t5"])

@@ -1,0 +1,132 @@
+"""The DiT of FLUX.1: diffusers' modules, called in a way that makes a small graph.
+
+A rotation, an RMS norm and an attention are one ONNX operator each (opset 23): spelled out, a rotation alone copies its
+input ten times. The single blocks keep text and image joined, which diffusers parts and joins again in each block.
+Source: black-forest-labs/flux (model.py, layers.py, math.py) and diffusers' transformer_flux.py.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from torch import Tensor, nn
+from torch.nn.functional import silu
+from torch.onnx.ops import rotary_embedding
+
+from ditforge.export.dit_blocks import added_inputs, attention, attention_inputs, joined, modulated, modulation
+
+PATCH = 2  # a token is a patch of 2 by 2 latents
+EMBEDDING_SCALE = 1000  # timestep and guidance are embedded as a thousand times what they are
+
+Rotary = tuple[Tensor, Tensor]  # cosine and sine for each token and pair of channels, [B, tokens, head_dim / 2] float32
+
+
+class FluxVelocity(nn.Module):
+    """The contract's `dit`: latents [B, C, h, w], timestep [B], … → velocity float32 [B, C, h, w].
+
+    Raises ValueError where the axes' rotary channels are not those of a head.
+    """
+
+    def __init__(self, module: FluxTransformer2DModel) -> None:
+        super().__init__()
+        rotated, head = module.pos_embed.axes_dim, module.config.attention_head_dim
+        if sum(rotated) != head:  # the operator would take fewer, and leave the others as they are
+            raise ValueError(f"axes_dims_rope {list(rotated)} add up to {sum(rotated)}, attention_head_dim is {head}")
+        self.module = module
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        prompt_embeds: Tensor,
+        pooled_embeds: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        module = self.module
+        dtype = module.dtype
+        batch, channels, height, width = latents.shape
+        rows, columns = height // PATCH, width // PATCH
+        patches = latents.reshape(batch, channels, rows, PATCH, columns, PATCH)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * PATCH * PATCH)
+        image, text = module.x_embedder(patches.to(dtype)), module.context_embedder(prompt_embeds.to(dtype))
+        tokens = text.shape[1]
+        conditions = [EMBEDDING_SCALE * number.to(dtype) for number in (timestep, guidance) if number is not None]
+        signal = silu(module.time_text_embed(*conditions, pooled_embeds.to(dtype)))
+        ids, embed = positions(tokens, rows, columns), module.pos_embed
+        cos, sin = rotary_tables(ids, embed.theta, embed.axes_dim)
+        rotary = cos.expand(batch, -1, -1), sin.expand(batch, -1, -1)
+        for block in module.transformer_blocks:
+            text, image = double_block(block, text, image, signal, rotary)
+        stream = torch.cat((text, image), dim=1)
+        for block in module.single_transformer_blocks:
+            stream = single_block(block, stream, signal, rotary)
+        scale, shift = modulation(module.norm_out.linear, signal, 2)
+        velocity = module.proj_out(modulated(stream[:, tokens:], shift, scale)).float()
+        patches = velocity.reshape(batch, rows, columns, channels, PATCH, PATCH)
+        return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
+
+
+def double_block(
+    block: FluxTransformerBlock, text: Tensor, image: Tensor, signal: Tensor, rotary: Rotary
+) -> tuple[Tensor, Tensor]:
+    """Text and image [B, tokens, D] with weights of their own, but in one attention."""
+    shift, scale, gate, *image_mlp = modulation(block.norm1.linear, signal, 6)
+    text_shift, text_scale, text_gate, *text_mlp = modulation(block.norm1_context.linear, signal, 6)
+    attn = block.attn
+    text_normed, normed = modulated(text, text_shift, text_scale), modulated(image, shift, scale)
+    of_text, of_image = added_inputs(text_normed, attn), attention_inputs(normed, attn)
+    inputs = joined(of_text, of_image)
+    attended = attention(inputs, partial(rotated, rotary=rotary))
+    tokens = text.shape[1]
+    image = image + gate * attn.to_out[0](attended[:, tokens:])
+    text = text + text_gate * attn.to_add_out(attended[:, :tokens])
+    shift, scale, gate = image_mlp
+    image = image + gate * block.ff(modulated(image, shift, scale))
+    shift, scale, gate = text_mlp
+    text = text + gate * block.ff_context(modulated(text, shift, scale))
+    return clamped(text), image
+
+
+def single_block(block: FluxSingleTransformerBlock, stream: Tensor, signal: Tensor, rotary: Rotary) -> Tensor:
+    """The stream [B, tokens, D] of text and image joined; attention and MLP side by side."""
+    shift, scale, gate = modulation(block.norm.linear, signal, 3)
+    normed = modulated(stream, shift, scale)
+    attended = attention(attention_inputs(normed, block.attn), partial(rotated, rotary=rotary))
+    both = torch.cat((attended, block.act_mlp(block.proj_mlp(normed))), dim=2)
+    return clamped(stream + gate * block.proj_out(both))
+
+
+def rotated(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate neighbouring channels of x [B, heads, tokens, head_dim], in float32 (Su et al. 2021, arXiv:2104.09864)."""
+    return rotary_embedding(x.float(), *rotary, interleaved=True).to(x.dtype)
+
+
+def rotary_tables(ids: Tensor, theta: float, axes_dim: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [tokens, head_dim / 2] for position ids [tokens, axes].
+
+    diffusers computes them in float64, a type that TensorRT lacks. Here, frequencies are computed in double precision
+    while tracing; only their product with a position is rounded to float32.
+    """
+    angles = []
+    for axis, dim in enumerate(axes_dim):
+        frequencies = torch.tensor([theta ** (-i / dim) for i in range(0, dim, 2)], dtype=torch.float32)
+        angles.append(ids[:, axis, None] * frequencies)
+    angle = torch.cat(angles, dim=1)
+    return angle.cos(), angle.sin()
+
+
+def positions(tokens: int, rows: int, columns: int) -> Tensor:
+    """Position ids float32 [tokens + rows * columns, 3]: zeros for the text, then (0, row, column)."""
+    row = torch.arange(rows, dtype=torch.float32)[:, None].expand(rows, columns)
+    column = torch.arange(columns, dtype=torch.float32)[None, :].expand(rows, columns)
+    image = torch.stack((torch.zeros(rows, columns), row, column), dim=-1).reshape(rows * columns, 3)
+    return torch.cat((torch.zeros(tokens, 3), image))
+
+
+def clamped(x: Tensor) -> Tensor:
+    """Keep a residual stream of fp16 finite, where diffusers does."""
+    limit = torch.finfo(torch.float16).max
+    return x.clip(-limit, limit) if x.dtype == torch.float16 else x

@@ -1,0 +1,221 @@
+"""The Stable Diffusion 3.5 family (medium, large, large-turbo and their fine-tunes), and Stable Diffusion 3 medium.
+
+sd3_dit.py has the DiT; CLIP's and T5's concatenation is a graph of its own. Source: Esser et al. 2024
+(arXiv:2403.03206), Stability-AI/sd3.5, and diffusers' StableDiffusion3Pipeline.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch import Tensor, nn
+
+from ditforge.errors import UserError
+from ditforge.export import vae
+from ditforge.export.checkpoint.diffusers_folder import INDEX, Checkpoint, t5_parts, with_defaults
+from ditforge.export.checkpoint.schedule import flow_schedule
+from ditforge.export.families.sd3_dit import StableDiffusion3Velocity
+from ditforge.export.network import BATCH, Dim, Network, Port
+from ditforge.export.quantisation import reference_pipeline
+from ditforge.export.quantisation.precision import Precision, network_dtype, text_dtype
+from ditforge.export.text_encoders import clip, t5
+from ditforge.export.text_encoders.tokenizers import Tokenizer, read_tokenizer
+from ditforge.model import Model, SkipLayers
+
+PIPELINE = "StableDiffusion3Pipeline"
+T5_TOKENS = 256  # diffusers' default max_sequence_length; with zeros in T5's place, there are as many
+MAX_SIZE_RATIO = 4  # to the size it was trained at, as far as the table of positions goes
+# The linears of the blocks, but for the modulation (norm…), whose errors reach every token.
+LINEARS = re.compile(r"transformer_blocks\.\d+\.(?!.*norm).*\.weight")
+# What medium's authors recommend (its model card, and diffusers' defaults), of its 24 blocks.
+SKIPPED, OF_BLOCKS = (7, 8, 9), 24
+SKIP_SCALE, SKIP_START, SKIP_STOP = 2.8, 0.01, 0.2
+
+
+class JoinedText(nn.Module):
+    """CLIP's states side by side, filled up with zeros, and then T5's; and CLIP's pooled outputs side by side."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(
+        self,
+        clip_l_states: Tensor,
+        clip_l_pooled: Tensor,
+        clip_g_states: Tensor,
+        clip_g_pooled: Tensor,
+        t5_states: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        states = torch.cat((clip_l_states, clip_g_states), dim=2)
+        states = nn.functional.pad(states, (0, self.width - states.shape[2]))
+        return torch.cat((states, t5_states), dim=1), torch.cat((clip_l_pooled, clip_g_pooled), dim=1)
+
+
+class JoinedClip(nn.Module):
+    """The same with zeros in T5's place, as it was trained at times to have (Esser et al. 2024, section 5.3.3)."""
+
+    def __init__(self, width: int, tokens: int) -> None:
+        super().__init__()
+        self.join = JoinedText(width)
+        self.shape = tokens, width
+
+    def forward(
+        self, clip_l_states: Tensor, clip_l_pooled: Tensor, clip_g_states: Tensor, clip_g_pooled: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        zeros = clip_l_states.new_zeros(clip_l_states.shape[0], *self.shape)
+        return self.join(clip_l_states, clip_l_pooled, clip_g_states, clip_g_pooled, zeros)
+
+
+def joined(clips: list[Network], states: Network | None, tokens: int, width: int, precision: Precision) -> Network:
+    """What makes the contract's embeddings of CLIP's outputs and T5's `states`, or `tokens` zeros in their place."""
+    out = text_dtype(precision)
+    inputs = {name: port for network in clips for name, port in network.outputs.items()}
+    pooled = sum(fixed(port.shape[1]) for name, port in inputs.items() if name.endswith("_pooled"))
+    length = tokens + fixed(inputs["clip_l_states"].shape[1])
+    return Network(
+        name="join" if states else "join_clip",
+        build=lambda: JoinedText(width) if states else JoinedClip(width, tokens),
+        inputs={**inputs, **(states.outputs if states else {})},
+        outputs={"prompt_embeds": Port(out, (BATCH, length, width)), "pooled_embeds": Port(out, (BATCH, pooled))},
+        weights=clips[0].weights,  # it has none of its own
+        dtype=out,
+        reason="as its inputs",
+    )
+
+
+def fixed(size: int | Dim) -> int:
+    """The size of a dimension that does not vary."""
+    assert isinstance(size, int), f"{size} varies"
+    return size
+
+
+def dit(config: dict[str, Any], tokens: int, precision: Precision) -> Network:
+    """The DiT with diffusers' configuration `config`, for `tokens` text tokens, CLIP's and T5's together."""
+    dtype, reason = network_dtype(precision), "as asked for"
+    patch = config["patch_size"]
+    size = Dim("latent_height", patch), Dim("latent_width", patch)
+    text = text_dtype(precision)
+    inputs = {
+        "latents": Port(torch.float32, (BATCH, config["in_channels"], *size)),
+        "timestep": Port(torch.float32, (BATCH,)),
+        "prompt_embeds": Port(text, (BATCH, tokens, config["joint_attention_dim"])),
+        "pooled_embeds": Port(text, (BATCH, config["pooled_projection_dim"])),
+    }
+    if skip_layers(config):
+        inputs["skip_layers"] = Port(torch.float32, (BATCH, config["num_layers"]))
+    return Network(
+        name="dit",
+        build=lambda: StableDiffusion3Velocity(SD3Transformer2DModel.from_config(config)),
+        inputs=inputs,
+        outputs={"velocity": Port(torch.float32, (BATCH, config["out_channels"] or config["in_channels"], *size))},
+        weights="transformer",
+        dtype=dtype,
+        reason=reason,
+        linears=LINEARS,
+    )
+
+
+def skip_layers(config: dict[str, Any]) -> SkipLayers | None:
+    """Skip-layer guidance, for what is built as medium is (MMDiT-X); in another depth, blocks at the same height."""
+    if not config["dual_attention_layers"]:
+        return None
+    blocks = config["num_layers"]
+    layers = sorted({layer * blocks // OF_BLOCKS for layer in SKIPPED})
+    return SkipLayers(blocks=blocks, layers=tuple(layers), scale=SKIP_SCALE, start=SKIP_START, stop=SKIP_STOP)
+
+
+def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The DiT's configuration."""
+    return with_defaults(SD3Transformer2DModel, checkpoint.config("transformer"))
+
+
+def has_t5(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint comes with T5: its index names a class then, null where it was left out."""
+    return bool(t5_parts(checkpoint.config("", INDEX)))
+
+
+def check_t5(checkpoint: Checkpoint) -> None:
+    """Raise UserError if T5 is named by the index and not there: who meant to do without it can say so."""
+    parts = t5_parts(checkpoint.config("", INDEX))
+    missing = [name for name in parts if name not in checkpoint.tensors and not (checkpoint.folder / name).is_dir()]
+    if missing:
+        problem = f"{checkpoint.folder} lacks {' and '.join(missing)}, which is T5 and which its {INDEX} names"
+        raise UserError(problem, "copy it from where the checkpoint came from, or leave T5 out: --text-encoders clip")
+
+
+def networks(checkpoint: Checkpoint, precision: Precision) -> list[Network]:
+    """All networks of the checkpoint, in the order in which data flows; two that join, where T5 can be left out."""
+    config = read_config(checkpoint)
+    length = {tokenizer.name: tokenizer.max_tokens for tokenizer in read_tokenizers(checkpoint)}
+    folders = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
+    text = [
+        clip.clip_penultimate(name, checkpoint.config(folder), folder, length[name], precision)
+        for name, folder in folders.items()
+    ]
+    width, tokens = config["joint_attention_dim"], length.get("t5", T5_TOKENS)
+    joins = [joined(text, None, tokens, width, precision)]
+    if has_t5(checkpoint):
+        states = t5.t5_hidden_states(checkpoint.config("text_encoder_3"), "text_encoder_3", tokens, precision)
+        states = replace(states, outputs={"t5_states": states.outputs["prompt_embeds"]})
+        joins += [states, joined(text, states, tokens, width, precision)]
+    tokens += length["clip_l"]
+    return [*text, *joins, dit(config, tokens, precision), *vae.vae(vae.read_config(checkpoint), precision)]
+
+
+def read_tokenizers(checkpoint: Checkpoint) -> list[Tokenizer]:
+    """CLIP's two tokenizers, and T5's where it is there."""
+    check_t5(checkpoint)
+    clip_l = read_tokenizer(checkpoint, "tokenizer", "clip_l")
+    # StableDiffusion3Pipeline cuts both at the first one's length.
+    tokenizers = [clip_l, read_tokenizer(checkpoint, "tokenizer_2", "clip_g", limit=clip_l.max_tokens)]
+    if has_t5(checkpoint):
+        tokenizers.append(read_tokenizer(checkpoint, "tokenizer_3", "t5", limit=T5_TOKENS))
+    return tokenizers
+
+
+def model(checkpoint: Checkpoint) -> Model:
+    """What a client must know. Steps and guidance are those of the authors' model cards.
+
+    Nothing in its files tells large-turbo from large, so its name does.
+    """
+    transformer, autoencoder = read_config(checkpoint), vae.read_config(checkpoint)
+    scheduler = checkpoint.config("scheduler", "scheduler_config.json")
+    pixels, patch = vae.factor(autoencoder), transformer["patch_size"]
+    skip = skip_layers(transformer)
+    steps, guidance = (40, 4.5) if skip else (28, 3.5)
+    if "turbo" in checkpoint.name.lower():
+        steps, guidance = 4, 0.0
+    size = transformer["sample_size"] * pixels
+    return Model(
+        name=checkpoint.name,
+        latent_channels=autoencoder["latent_channels"],
+        vae_factor=pixels,
+        size_multiple=pixels * patch,
+        default_size=size,
+        max_size=min(size * MAX_SIZE_RATIO, transformer["pos_embed_max_size"] * patch * pixels),
+        default_steps=steps,
+        guidance="classifier-free",
+        default_guidance=guidance,
+        skip_layers=skip,
+        schedule=flow_schedule(scheduler, scheduler.get("_class_name", ""), patch, pipeline_spaces=False),
+        max_tokens={tokenizer.name: tokenizer.max_tokens for tokenizer in read_tokenizers(checkpoint)},
+        t5="optional" if has_t5(checkpoint) else "absent",
+    )
+
+
+def load_pipeline(checkpoint: Checkpoint) -> StableDiffusion3Pipeline:
+    """diffusers' own pipeline, to calibrate with."""
+    without = {} if has_t5(checkpoint) else {"text_encoder_3": None, "tokenizer_3": None}
+    return reference_pipeline.load(
+        StableDiffusion3Pipeline, checkpoint, networks(checkpoint, Precision("fp32")), **without
+    )
+
+
+def run_pipeline(loaded: StableDiffusion3Pipeline, model: Model, prompt: str, steps: int, seed: int) -> None:
+    """All steps of a picture, without decoding it."""
+    reference_pipeline.run(loaded, model, prompt, steps, seed, model.max_tokens.get("t5", T5_TOKENS))

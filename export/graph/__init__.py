@@ -1,0 +1,1 @@
+"""A network becomes an ONNX graph: traced without weights, and written with weights that stream into it."""

@@ -1,0 +1,149 @@
+"""What a network takes of a device's memory, found out with fake tensors: no weights, no memory, seconds.
+
+Activations are those of PyTorch's eager execution: what an operator reads, and what it writes, live at the same time.
+An engine that fuses operators needs less; docs/memory.md has the comparison.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from ditforge.export.graph.tracing import PREFIX, fake, quiet
+from ditforge.export.network import BATCH, Dim, Network, Port
+from ditforge.footprint import Footprint
+from ditforge.model import Model
+
+SIDES = (1 / 4, 1 / 2, 1, 3 / 2, 2, 4)  # of the pictures that are measured, as parts of the model's default size
+FUSED_HEAD = 256  # channels of the widest heads that FlashAttention and its like are made for (arXiv:2307.08691)
+BLOCK = re.compile(r"(.*?\.\d+)\.")  # what the names of a block's weights begin with
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Shapes of the parameters that a network reads, by name, and bytes of activations by the picture's side."""
+
+    network: Network
+    parameters: dict[str, tuple[int, ...]]
+    activations: dict[int, int]
+
+    def footprint(self, scheme: str | None = None) -> Footprint:
+        """What it takes with those linears that bear it in the 8-bit format `scheme`; None: all as the network's dtype.
+
+        Where a GPU multiplies in that dtype, it widens the weights of a linear before: the largest one's count.
+        """
+        width, widened = self.network.dtype.itemsize, 0
+        blocks: dict[str, int] = {}
+        for name, shape in self.parameters.items():
+            count = math.prod(shape)
+            eight_bit = scheme is not None and self.network.may_be_8_bit(name)
+            size = count + width * shape[0] if eight_bit else count * width  # a scale for each output channel
+            widened = max(widened, count * width) if eight_bit else widened
+            found = BLOCK.match(name)
+            block = found[1] if found else name
+            blocks[block] = blocks.get(block, 0) + size
+        return Footprint(
+            weights=sum(blocks.values()),
+            largest_block=max(blocks.values(), default=0),
+            activations={side: size + widened for side, size in self.activations.items()},
+        )
+
+
+def measured_sides(model: Model) -> list[int]:
+    """In pixels: parts and multiples of the model's default size, up to its largest."""
+    multiple = model.size_multiple
+    largest = model.max_size // multiple * multiple
+    wanted = (round(model.default_size * part / multiple) * multiple for part in SIDES)
+    return sorted({min(max(side, multiple), largest) for side in wanted})
+
+
+def runs(network: Network, model: Model) -> list[int]:
+    """The sides of the pictures to measure it with: one, where no input varies with the size."""
+    varies = any(isinstance(dim, Dim) and dim != BATCH for port in network.inputs.values() for dim in port.shape)
+    return measured_sides(model) if varies else [model.default_size]
+
+
+def measure(network: Network, model: Model, step: Callable[[], None] | None = None) -> Measured:
+    """Run the network on one sample of each size, without values. `step` is called after each."""
+    activations: dict[int, int] = {}
+    with fake(network), quiet():
+        module = network.build().eval()
+        names = {parameter.untyped_storage()._cdata: name for name, parameter in module.named_parameters()}
+        shapes = {name.removeprefix(PREFIX): tuple(p.shape) for name, p in module.named_parameters()}
+        read: set[int] = set()
+        for side in runs(network, model):
+            sample = {name: _sample(port, side, model) for name, port in network.inputs.items()}
+            live = Live((*module.parameters(), *module.buffers(), *sample.values()))
+            with live:
+                module(**sample)
+            inputs = sum(tensor.untyped_storage().nbytes() for tensor in sample.values())
+            activations[side] = live.peak + inputs
+            read |= live.read
+            if step:
+                step()
+    used = [names[storage].removeprefix(PREFIX) for storage in names if storage in read]
+    return Measured(network, {name: shapes[name] for name in used}, activations)
+
+
+def _sample(port: Port, side: int, model: Model) -> Tensor:
+    """An input for one picture of side x side pixels; a dimension's multiple is contained in its size."""
+
+    def size(dim: Dim) -> int:
+        return 1 if dim == BATCH else side // (model.vae_factor if dim.name.startswith("latent_") else 1)
+
+    return torch.zeros([size(dim) if isinstance(dim, Dim) else dim for dim in port.shape], dtype=port.dtype)
+
+
+class Live(TorchDispatchMode):
+    """Inside, `peak` is the most bytes of tensors that were there at a time, and `read` the storages of what was read.
+
+    Tensors count by their storage, so that a view costs nothing; those in `given` do not count.
+    """
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known = {tensor.untyped_storage()._cdata for tensor in given}
+        self.read: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.read |= {tensor.untyped_storage()._cdata for tensor in tensors((args, kwargs))}
+        for tensor in tensors(result):
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self.known:
+                self.known.add(key)
+                self.live += size
+                weakref.finalize(storage, self.freed, key, size)
+        scratch = unfused_scores(args) if "scaled_dot_product" in str(function) else 0
+        self.peak = max(self.peak, self.live + scratch)
+        return result
+
+    def freed(self, key: int, size: int) -> None:
+        """A storage is gone, and its address free for another one."""
+        self.known.discard(key)
+        self.live -= size
+
+
+def tensors(tree: object) -> list[Tensor]:
+    """The tensors among an operator's arguments or results."""
+    return [leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor)]
+
+
+def unfused_scores(args: tuple[Any, ...]) -> int:
+    """Bytes of attention's scores, before and after the softmax, where no fused kernel keeps them in registers."""
+    query, key = args[:2]
+    scores = math.prod(query.shape[:-1]) * key.shape[-2] * query.dtype.itemsize
+    return 2 * scores if query.shape[-1] > FUSED_HEAD else 0

@@ -1,0 +1,154 @@
+"""Linear layers of a graph become 8-bit: Q/DQ pairs in standard ONNX, which compilers fuse into 8-bit products.
+
+Weights are quantised for each output channel, symmetrically, and stored as 8-bit numbers with their scales in the
+graph's own dtype; nothing stands between a DequantizeLinear and its MatMul. Source: NVIDIA TensorRT documentation,
+"Working with Quantized Types"; ONNX operators QuantizeLinear-21 and DequantizeLinear-21; Micikevicius et al. 2022,
+arXiv:2209.05433 (E4M3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
+
+from ditforge.errors import UserError
+from ditforge.export.graph.writing import SOURCE
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A number format for weights, and whether activations get it too (then ranges from a calibration are needed)."""
+
+    name: str
+    dtype: torch.dtype
+    largest: float
+    activations: bool
+
+
+E4M3 = torch.float8_e4m3fn
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("fp8", E4M3, torch.finfo(E4M3).max, activations=True),
+        Scheme("fp8-weights", E4M3, torch.finfo(E4M3).max, activations=False),
+        Scheme("int8-weights", torch.int8, 127.0, activations=False),
+    )
+}
+
+
+def weight_scale(weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:
+    """The scale of each column of `weight` [K, N] (an output channel), [N] in `dtype`: its amax is the largest number.
+
+    A column of zeros gets the smallest normal scale.
+    """
+    amax = weight.float().abs().amax(dim=0)
+    return (amax / scheme.largest).clamp(min=torch.finfo(dtype).tiny).to(dtype)
+
+
+def quantise_weight(weight: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """`weight` [K, N] divided by `scale` [N] and rounded to the scheme's 8-bit numbers."""
+    scaled = (weight.float() / scale.float()).clamp(-scheme.largest, scheme.largest)
+    return (scaled if scheme.dtype.is_floating_point else scaled.round()).to(scheme.dtype)
+
+
+def quantise_linears(model: ir.Model, layers: set[str], scheme: Scheme, amax: Mapping[str, float]) -> list[str]:
+    """Quantise the MatMuls whose weight is one of `layers`; returns their names, in the graph's order.
+
+    `amax` is the largest absolute input of each layer (only read where the scheme quantises activations); layers that
+    share an input share its Q/DQ pair. Weights are read when they are written, not now. Raises UserError for a layer
+    without a calibrated range.
+    """
+    done: list[str] = []
+    pairs: dict[tuple[str, float], ir.Value] = {}
+    for node in list(model.graph):
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        if weight is None or weight.name not in layers or not weight.is_initializer():
+            continue
+        node.replace_input_with(1, dequantised_weight(model, weight, scheme))
+        if scheme.activations:
+            activation = node.inputs[0]
+            assert activation is not None, "a MatMul without an input"
+            key = (activation.name or "", calibrated(amax, weight.name))
+            if key not in pairs:
+                pairs[key] = quantised_and_back(model, activation, key[1], weight.dtype, scheme)
+            node.replace_input_with(0, pairs[key])
+        done.append(weight.name)
+    return done
+
+
+def calibrated(amax: Mapping[str, float], layer: str) -> float:
+    """The range of a layer's input. Raises UserError if the calibration has none."""
+    if layer not in amax:
+        raise UserError(
+            f"the calibration has no range for {layer}: it was made for another model",
+            "ditforge calibrate CHECKPOINT --out FILE   makes one for this model (or: --precision fp8-weights)",
+        )
+    return amax[layer]
+
+
+def dequantised_weight(model: ir.Model, weight: ir.Value, scheme: Scheme) -> ir.Value:
+    """Replace the initializer `weight` by 8-bit numbers, scales and a DequantizeLinear; returns the latter's output."""
+    name, dtype, shape = weight.name or "", weight.dtype, weight.shape
+    source: Callable[[], torch.Tensor] = weight.meta[SOURCE]  # the graph's dtype would round before 8 bits do
+    assert dtype is not None, f"{name} has no dtype"
+    assert shape is not None, f"{name} has no shape"
+    torch_dtype = to_torch_dtype(dtype)
+
+    @cache
+    def scale() -> torch.Tensor:
+        return weight_scale(source(), scheme, torch_dtype)
+
+    def numbers() -> TorchTensor:
+        return TorchTensor(quantise_weight(source(), scale(), scheme), name=f"{name}_quantized")
+
+    def scales() -> TorchTensor:
+        return TorchTensor(scale(), name=f"{name}_scale")
+
+    eight_bit = ir.tensor(torch.zeros(1, dtype=scheme.dtype)).dtype
+    quantised = initializer(model, f"{name}_quantized", ir.LazyTensor(numbers, dtype=eight_bit, shape=shape))
+    scaling = initializer(model, f"{name}_scale", ir.LazyTensor(scales, dtype=dtype, shape=ir.Shape([shape[1]])))
+    node = ir.node("DequantizeLinear", [quantised, scaling], {"axis": 1}, name=f"{name}_dequantize")
+    out = node.outputs[0]
+    out.name, out.dtype = f"{name}_dequantized", dtype
+    model.graph.insert_before(next(iter(weight.uses())).node, node)
+    if len(weight.uses()) == 1:
+        model.graph.initializers.pop(name)
+    return out
+
+
+def quantised_and_back(
+    model: ir.Model, activation: ir.Value, amax: float, dtype: ir.DataType | None, scheme: Scheme
+) -> ir.Value:
+    """Put a Q/DQ pair with one scale for the whole tensor behind `activation`; returns the pair's output."""
+    assert dtype is not None, f"{activation.name} has no dtype"
+    name = activation.name or ""
+    torch_dtype = to_torch_dtype(dtype)
+    number = torch.tensor(amax / scheme.largest).clamp(min=torch.finfo(torch_dtype).tiny).to(torch_dtype)
+    scale = initializer(model, f"{name}_scale", TorchTensor(number, name=f"{name}_scale"))
+    zero = TorchTensor(torch.zeros((), dtype=scheme.dtype), name=f"{name}_zero")
+    zero_point = initializer(model, f"{name}_zero", zero)
+    quantise = ir.node("QuantizeLinear", [activation, scale, zero_point], name=f"{name}_quantize")
+    dequantise = ir.node("DequantizeLinear", [quantise.outputs[0], scale, zero_point], name=f"{name}_dequantize")
+    quantise.outputs[0].name, quantise.outputs[0].dtype = f"{name}_quantized", zero.dtype
+    dequantise.outputs[0].name, dequantise.outputs[0].dtype = f"{name}_dequantized", dtype
+    producer = activation.producer()
+    if producer is None:
+        model.graph.insert_before(model.graph[0], [quantise, dequantise])
+    else:
+        model.graph.insert_after(producer, [quantise, dequantise])
+    return dequantise.outputs[0]
+
+
+def initializer(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """Add an initializer to the graph."""
+    tensor.name = name
+    value = ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+    )
+    model.graph.initializers.add(value)
+    return value

@@ -1,0 +1,91 @@
+"""diffusers' own pipelines, as calibration and the measuring of linears run them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline
+
+from ditforge.errors import UserError
+from ditforge.export.checkpoint.diffusers_folder import INDEX, Checkpoint
+from ditforge.export.checkpoint.source import SCHEDULER
+from ditforge.export.graph.tracing import dry_run
+from ditforge.export.network import Network
+from ditforge.model import Model
+
+LIBRARIES = ("diffusers", "transformers")  # whose classes a model_index.json names
+
+
+def load(
+    cls: type[DiffusionPipeline], checkpoint: Checkpoint, networks: Iterable[Network], **components: Any
+) -> DiffusionPipeline:
+    """The checkpoint's pipeline, of the class `cls`: bf16 on a GPU, fp32 without one.
+
+    `networks` are all of the checkpoint's; `components` take the place of its own, None leaves one out. What comes from
+    elsewhere than the checkpoint's folder (Checkpoint.tensors) is read one tensor at a time, straight to the device.
+    Raises UserError if the folder's index names a class of another library.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    index = checkpoint.config("", INDEX)
+    made = {
+        name: filled(checkpoint, name, [n for n in networks if n.weights == name], device, dtype)
+        for name in checkpoint.tensors
+        if name not in components and (index.get(name) or [None])[-1]
+    }
+    if SCHEDULER in checkpoint.configs:
+        made[SCHEDULER[0]] = class_of(checkpoint, SCHEDULER[0]).from_config(checkpoint.config(*SCHEDULER))
+    pipeline = cls.from_pretrained(checkpoint.folder, dtype=dtype, **made, **components).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def filled(
+    checkpoint: Checkpoint, component: str, networks: Iterable[Network], device: torch.device, dtype: torch.dtype
+) -> torch.nn.Module:
+    """The component's module with the checkpoint's tensors; that they are those of `networks` has been checked."""
+    cls, config = class_of(checkpoint, component), checkpoint.config(component)
+    with init_empty_weights():
+        if hasattr(cls, "from_config"):
+            module = cls.from_config(config)
+        else:  # transformers' classes have one that the public may not use
+            module = cls._from_config(cls.config_class.from_dict(config))
+    weights, state = checkpoint.weights(component), {}
+    for network in networks:
+        for names, _ in dry_run(network):
+            key = weights.find(names, network.key_prefixes)
+            assert key is not None, f"{weights.folder} lacks {names[0]}"
+            if names[0] not in state:  # the two halves of an autoencoder share some
+                state.update(dict.fromkeys(names, weights.read(key).to(device, dtype)))
+    module.load_state_dict(state, strict=False, assign=True)
+    left = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+    assert not left, f"{component} has weights that no network has: {left[:3]}"
+    return module.eval()
+
+
+def class_of(checkpoint: Checkpoint, component: str) -> Any:
+    """The class that the checkpoint's index names. Raises UserError if it is of no library that diffusers takes."""
+    library, name = checkpoint.config("", INDEX)[component]
+    found = getattr(importlib.import_module(library), name, None) if library in LIBRARIES else None
+    if found is None:
+        problem = f"{checkpoint.folder / INDEX} says that {component} is a {name} of {library}"
+        raise UserError(problem, f"copy it again; the libraries are {' and '.join(LIBRARIES)}, as installed")
+    return found
+
+
+def run(pipeline: DiffusionPipeline, model: Model, prompt: str, steps: int, seed: int, t5_tokens: int) -> None:
+    """All steps of a picture of the model's own size and guidance, without decoding it."""
+    pipeline(
+        prompt,
+        height=model.default_size,
+        width=model.default_size,
+        num_inference_steps=steps,
+        guidance_scale=model.default_guidance,
+        max_sequence_length=t5_tokens,
+        generator=torch.Generator("cpu").manual_seed(seed),
+        output_type="latent",
+    )

@@ -1,0 +1,110 @@
+"""CLIP's text encoder as a network: token ids in, the pooled embedding out, and hidden states where they are wanted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from ditforge.export.network import BATCH, Network, Port
+from ditforge.export.quantisation.precision import Precision, network_dtype, text_dtype
+
+KEY_PREFIXES = ("text_model.",)  # transformers 4 wrote them, transformers 5 does not
+
+
+class PooledText(nn.Module):
+    """`clip_ids` int32 [B, T] → `pooled_embeds` [B, P]: the last layer's state at the end-of-text token."""
+
+    def __init__(self, module: CLIPTextModel, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module = module
+        self.dtype = dtype
+
+    def forward(self, clip_ids: Tensor) -> Tensor:
+        return self.module(input_ids=clip_ids, position_ids=positions(clip_ids)).pooler_output.to(self.dtype)
+
+
+class PenultimateText(nn.Module):
+    """Token ids int32 [B, T] → states [B, T, D], the last layer's input; pooled [B, P], projected.
+
+    The tracer takes an input's name from the argument of `forward`, so each encoder of a model has a class of its own.
+    """
+
+    def __init__(self, module: CLIPTextModelWithProjection, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module = module
+        self.dtype = dtype
+
+    def encode(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.module(input_ids=ids, position_ids=positions(ids), output_hidden_states=True)
+        return output.hidden_states[-2].to(self.dtype), output.text_embeds.to(self.dtype)
+
+
+class ClipL(PenultimateText):
+    """OpenAI's ViT-L/14."""
+
+    def forward(self, clip_l_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.encode(clip_l_ids)
+
+
+class ClipG(PenultimateText):
+    """OpenCLIP's ViT-bigG/14."""
+
+    def forward(self, clip_g_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.encode(clip_g_ids)
+
+
+PENULTIMATE: dict[str, type[PenultimateText]] = {"clip_l": ClipL, "clip_g": ClipG}
+
+
+def positions(ids: Tensor) -> Tensor:
+    """Position ids [1, T]: the module's own are a buffer, which the checkpoint lacks."""
+    return torch.arange(ids.shape[1])[None]
+
+
+def read_settings(config: dict[str, Any]) -> CLIPTextConfig:
+    """The configuration without the dtype that the checkpoint was saved in, which would come before ours."""
+    return CLIPTextConfig.from_dict(
+        {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    )
+
+
+def clip_pooled(config: dict[str, Any], weights: str, tokens: int, precision: Precision) -> Network:
+    """CLIP with the configuration `config` (transformers' CLIPTextConfig), reading `tokens` tokens a prompt."""
+    dtype, reason = network_dtype(precision), "as asked for"
+    out = text_dtype(precision)
+    settings = read_settings(config)
+    return Network(
+        name="clip",
+        build=lambda: PooledText(CLIPTextModel(settings), out),
+        inputs={"clip_ids": Port(torch.int32, (BATCH, tokens))},
+        outputs={"pooled_embeds": Port(out, (BATCH, settings.hidden_size))},
+        weights=weights,
+        dtype=dtype,
+        reason=reason,
+        key_prefixes=KEY_PREFIXES,
+    )
+
+
+def clip_penultimate(name: str, config: dict[str, Any], weights: str, tokens: int, precision: Precision) -> Network:
+    """CLIP with a projection, called `name` (one of PENULTIMATE): what the DiT attends to, and what modulates it."""
+    dtype, reason = network_dtype(precision), "as asked for"
+    out = text_dtype(precision)
+    settings = read_settings(config)
+    if settings.projection_dim is None:
+        raise ValueError(f"{weights} has no projection_dim")
+    return Network(
+        name=name,
+        build=lambda: PENULTIMATE[name](CLIPTextModelWithProjection(settings), out),
+        inputs={f"{name}_ids": Port(torch.int32, (BATCH, tokens))},
+        outputs={
+            f"{name}_states": Port(out, (BATCH, tokens, settings.hidden_size)),
+            f"{name}_pooled": Port(out, (BATCH, settings.projection_dim)),
+        },
+        weights=weights,
+        dtype=dtype,
+        reason=reason,
+        key_prefixes=KEY_PREFIXES,
+    )

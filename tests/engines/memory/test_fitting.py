@@ -1,0 +1,101 @@
+"""`ditforge build` decides by itself: a GPU that is too small for what the real compilers make for it."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from exports import alone
+
+from ditforge import manifest
+from ditforge.engines.build import build
+from ditforge.engines.memory import placement
+from ditforge.engines.memory.placement import Plan
+from ditforge.errors import UserError
+from ditforge.triton_repo.repository import write_repository
+
+SIDE = 64
+ONE = {"batch": 1, "static": f"{SIDE}x{SIDE}"}
+
+
+@pytest.fixture
+def small(schnell, monkeypatch: pytest.MonkeyPatch) -> int:
+    """A card that has, for engines, so many bytes: they hold half of the DiT, and not the whole."""
+    found = manifest.read(schnell.onnx, "onnx").components["dit"].footprint
+    assert found is not None
+    taken = placement.SPARE * found.activations_at(SIDE)
+    usable = math.ceil(found.segment(2) + taken)
+    assert usable < found.weights + taken, "nothing would have to be cut"
+    monkeypatch.setattr(placement, "CONTEXT", 0)
+    monkeypatch.setattr(placement, "USABLE", usable / (12 * placement.GIB))
+    return usable
+
+
+def test_a_dit_that_does_not_fit_is_cut(schnell, small: int, tmp_path: Path) -> None:
+    seen: list[Plan] = []
+    out = tmp_path / "engines"
+    built = build(schnell.onnx, out, "rtx3060", planned=seen.append, **ONE)
+    (made,) = seen
+    assert made.fits and made.peak <= small
+    engines = built.manifest.engines
+    assert len(engines["dit"].segments) == made.placements["dit"].segments > 1
+    assert engines["dit"].on_demand == len(engines["dit"].segments)
+    again = build(schnell.onnx, out, "rtx3060", **ONE)
+    assert again.rebuilt == {}
+
+
+def test_only_what_does_not_fit_is_loaded_on_demand(tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    onnx, out = alone(tiny.onnx, tmp_path / "onnx"), tmp_path / "engines"
+    found = manifest.read(onnx, "onnx").components["dit"].footprint
+    assert found is not None
+    wanted = found.first(1, 4) + found.segment(4) + placement.SPARE * found.activations_at(SIDE)
+    monkeypatch.setattr(placement, "CONTEXT", 0)
+    some = (wanted + 1) / placement.USABLE / placement.GIB  # for one segment of four that stays, and one that comes
+    engine = build(onnx, out, "sm_86", gpu_memory=some, **ONE).manifest.engines["dit"]
+    assert (len(engine.segments), engine.on_demand) == (4, 3)
+    assert build(onnx, out, "sm_86", gpu_memory=some, **ONE).rebuilt == {}
+    with pytest.raises(UserError, match="does not fit sm_86"):
+        build(onnx, out, "sm_86", gpu_memory=some / 4, **ONE)
+    with pytest.raises(UserError, match="--gpu-memory is for a plan"):
+        build(onnx, out, "sm_86", segments=2, gpu_memory=some)
+
+
+def test_a_text_encoder_that_does_not_fit_is_compiled_for_the_cpu(schnell, tmp_path: Path) -> None:
+    onnx, out = tmp_path / "onnx", tmp_path / "engines"
+    shutil.copytree(schnell.onnx, onnx)
+    found = manifest.read(onnx, "onnx")
+    large = found.components["t5"].footprint
+    assert large is not None
+    one_block = large.model_copy(update={"weights": 10**11, "largest_block": 10**11})  # which no cut makes smaller
+    heavy = found.components["t5"].model_copy(update={"footprint": one_block})
+    manifest.write(found.model_copy(update={"components": {**found.components, "t5": heavy}}), onnx)
+    engines = build(onnx, out, "rtx3060", **ONE).manifest.engines
+    made = {name: (engine.compiler, engine.target) for name, engine in engines.items()}
+    assert made.pop("t5") == ("onnxruntime", "cpu")
+    assert set(made.values()) == {("tensorrt-rtx", "sm_86")}
+    write_repository(out, tmp_path / "repo")
+    assert "KIND_CPU" in (tmp_path / "repo" / "t5" / "config.pbtxt").read_text()
+    assert "KIND_GPU" in (tmp_path / "repo" / "dit" / "config.pbtxt").read_text()
+
+
+def test_less_memory_to_compile_in_is_no_reason_to_compile_again(
+    schnell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "engines"
+    build(schnell.onnx, out, "rtx3060", **ONE)
+    monkeypatch.setattr(placement, "BUILD_SPARE", 0)
+    found = manifest.read(schnell.onnx, "onnx").components["dit"].footprint
+    assert found is not None
+    monkeypatch.setattr("ditforge.engines.build.memory_to_compile", lambda: placement.build_peak(found.segment(2)))
+    assert build(schnell.onnx, out, "rtx3060", **ONE).rebuilt == {}
+    fresh = build(schnell.onnx, tmp_path / "others", "rtx3060", **ONE).manifest.engines["dit"]
+    assert (len(fresh.segments), fresh.on_demand) == (2, 0)
+
+
+def test_what_does_not_fit_writes_nothing(schnell, small: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(placement, "USABLE", placement.USABLE / 100)
+    with pytest.raises(UserError, match="does not fit rtx3060"):
+        build(schnell.onnx, tmp_path / "engines", "rtx3060", **ONE)
+    assert list(tmp_path.iterdir()) == []

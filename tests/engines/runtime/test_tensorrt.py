@@ -1,0 +1,308 @@
+"""The calls of an execution, on stand-ins for TensorRT and CuPy; docs/gpu-checklist.md has the real ones."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ditforge.engines.runtime import tensorrt as tensorrt_runtime
+from ditforge.engines.runtime.tensorrt import Execution
+from ditforge.errors import DitforgeError, DitforgeWarning, UserError
+
+
+class Array(np.ndarray):
+    """NumPy's array with what is used of CuPy's; `data.ptr` is an address that `MEMORY` finds it by."""
+
+    def set(self, value: np.ndarray, stream: object = None) -> None:
+        self[...] = value
+
+    def get(self) -> np.ndarray:
+        return np.array(self)
+
+
+class Pointer:
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.ptr = array, array.__array_interface__["data"][0]
+
+    def copy_from_device_async(self, source: Pointer, size: int, stream: object) -> None:
+        assert size == source.array.nbytes == self.array.nbytes
+        self.array[...] = source.array
+
+
+Array.data = property(Pointer)  # type: ignore[assignment,method-assign]
+
+
+class Stream:
+    ptr = 7
+
+    def __init__(self, non_blocking: bool) -> None:
+        assert non_blocking
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+FREED: list[object] = []  # the shared scratch at each time that memory was given back to the driver
+CUPY = SimpleNamespace(
+    ndarray=Array,
+    cuda=SimpleNamespace(Stream=Stream),
+    empty=lambda shape, dtype: np.full(shape, 77, dtype).view(Array),
+    get_default_memory_pool=lambda: SimpleNamespace(free_all_blocks=lambda: FREED.append(tensorrt_runtime._scratch)),
+)
+TRT = SimpleNamespace(
+    TensorIOMode=SimpleNamespace(INPUT="in"),
+    ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="mine"),
+    CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="graph"),
+    nptype=lambda dtype: dtype,
+    bfloat16="bf16",
+)
+
+
+class Context:
+    """Doubles `x` into `y`, through the addresses it was given."""
+
+    def __init__(self) -> None:
+        self.active_optimization_profile = 0
+        self.calls: list[str] = []
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+        self.memory: list[tuple[int, int]] = []
+        self.fails = ""
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        self.memory.append((address, size))
+
+    def set_optimization_profile_async(self, i: int, stream: int) -> bool:
+        assert stream == Stream.ptr
+        self.active_optimization_profile = i
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = shape
+        return self.fails != "set_input_shape"
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return True
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes["x"]
+
+    def execute_async_v3(self, stream: int) -> bool:
+        x, y = (self.view(name) for name in ("x", "y"))
+        y[...] = 2 * x
+        self.calls.append(f"profile {self.active_optimization_profile}, {x.shape}")
+        return self.fails != "execute_async_v3"
+
+    def view(self, name: str) -> np.ndarray:
+        count = int(np.prod(self.shapes["x"]))
+        buffer = (np.ctypeslib.ctypes.c_float * count).from_address(self.addresses[name])
+        return np.ctypeslib.as_array(buffer).reshape(self.shapes["x"])
+
+
+class Config:
+    cuda_graph_strategy = "none"
+
+    def __init__(self) -> None:
+        self.read: list[bytes] = []
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        assert strategy == "mine"
+
+    def create_runtime_cache(self) -> SimpleNamespace:
+        return SimpleNamespace(deserialize=self.read.append, serialize=lambda: b"kernels")
+
+    def set_runtime_cache(self, cache: object) -> bool:
+        return True
+
+
+class Engine:
+    num_io_tensors = 2
+    device_memory_size_v2 = 1000
+
+    def __init__(self, *profiles: tuple[Any, Any, Any]) -> None:
+        self.profiles, self.context, self.config = profiles, Context(), Config()
+        self.num_optimization_profiles = len(profiles)
+
+    def get_tensor_name(self, i: int) -> str:
+        return ("x", "y")[i]
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "in" if name == "x" else "out"
+
+    def get_tensor_dtype(self, name: str) -> type:
+        return np.float32
+
+    def get_tensor_profile_shape(self, name: str, i: int) -> tuple[Any, Any, Any]:
+        return self.profiles[i]
+
+    def create_runtime_config(self) -> Config:
+        return self.config
+
+    def create_execution_context(self, config: Config) -> Context:
+        return self.context
+
+
+@pytest.fixture(autouse=True)
+def no_memory_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)  # where engines that are closed leave what was compiled
+    monkeypatch.setattr(tensorrt_runtime, "_scratch", None)
+    monkeypatch.setattr(tensorrt_runtime, "_loaded", weakref.WeakSet())
+
+
+def execution(engine: Engine, cache: Path = Path("nowhere")) -> Execution:
+    log = SimpleNamespace(errors=["what the runtime said"])
+    return Execution(TRT, CUPY, None, engine, log, cache)
+
+
+def x(*shape: int) -> np.ndarray:
+    return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+
+
+RANGE = ((1, 2), (1, 4), (4, 8))
+
+
+def test_requests_run_as_one_batch() -> None:
+    engine = Engine(RANGE)
+    parts = [x(1, 4), x(2, 4) + 10]
+    out = execution(engine).run_batch([{"x": part} for part in parts])
+    np.testing.assert_array_equal(out["y"], 2 * np.concatenate(parts))
+    assert engine.context.calls == ["profile 0, (3, 4)"]
+    np.testing.assert_array_equal(execution(engine).run({"x": x(1, 2)})["y"], 2 * x(1, 2))
+
+
+def test_what_is_on_the_gpu_is_not_copied() -> None:
+    engine = Engine(RANGE)
+    there = x(1, 4).view(Array)
+    execution(engine).run_batch([{"x": there}])
+    assert engine.context.addresses["x"] == there.data.ptr
+
+
+def test_static_shapes_keep_their_addresses_and_are_captured() -> None:
+    engine = Engine(((1, 4), (1, 4), (2, 4)), ((1, 8), (1, 8), (2, 8)))
+    run = execution(engine)
+    assert engine.config.cuda_graph_strategy == "graph"
+    first = run.run_batch([{"x": x(1, 4).view(Array)}])["y"]
+    addresses = dict(engine.context.addresses)
+    second = run.run_batch([{"x": x(1, 4).view(Array) + 1}])["y"]
+    assert engine.context.addresses == addresses
+    assert engine.context.memory == engine.context.memory[:1]
+    np.testing.assert_array_equal(first, 2 * x(1, 4))  # not what the second call wrote
+    np.testing.assert_array_equal(second, 2 * x(1, 4) + 2)
+    run.run({"x": x(2, 8)})
+    assert engine.context.calls[-1] == "profile 1, (2, 8)"
+    assert execution(Engine(RANGE)).engine.config.cuda_graph_strategy == "none"
+
+
+def test_shapes_out_of_range_are_refused() -> None:
+    run = execution(Engine(RANGE))
+    for shape in ((5, 4), (1, 9), (1, 1), (1, 4, 1)):
+        with pytest.raises(UserError, match=r"built for .*\(1, 2\) to \(4, 8\).*got") as error:
+            run.run({"x": x(*shape)})
+        assert "--resolutions" in error.value.fix
+
+
+def test_engines_share_the_memory_of_their_activations() -> None:
+    small, large = Engine(RANGE), Engine(RANGE)
+    large.device_memory_size_v2 = 5000
+    runs = [execution(small), execution(large)]
+    for run in (*runs, *runs):
+        run.run({"x": x(1, 4)})
+    assert small.context.memory[-1] == large.context.memory[-1]
+    assert [size for _, size in small.context.memory] == [1000, 5000]
+
+
+@pytest.mark.parametrize("call", ["set_input_shape", "execute_async_v3"])
+def test_every_failure_is_an_error(call: str) -> None:
+    engine = Engine(RANGE)
+    engine.context.fails = call
+    with pytest.raises(DitforgeError, match=f"{call}.*what the runtime said"):
+        execution(engine).run({"x": x(1, 4)})
+
+
+def test_no_context() -> None:
+    engine = Engine(RANGE)
+    engine.create_execution_context = lambda config: None  # type: ignore[method-assign,assignment,return-value]
+    with pytest.raises(DitforgeError, match="create_execution_context: what the runtime said"):
+        execution(engine)
+
+
+def test_kernels_are_kept_after_the_warm_up(tmp_path: Path) -> None:
+    cache = tmp_path / "dit.runtime-cache"
+    engine = Engine(RANGE, ((1, 16), (1, 16), (4, 16)))
+    run = execution(engine, cache)
+    run.warm_up()
+    assert engine.context.calls == ["profile 0, (1, 4)", "profile 1, (1, 16)"]
+    assert cache.read_bytes() == b"kernels"
+    assert [path.name for path in tmp_path.iterdir()] == [cache.name]
+    again = Engine(RANGE)
+    execution(again, cache)
+    assert again.config.read == [b"kernels"]
+
+
+def test_kernels_are_not_kept_beside_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model repository can be read-only. Plans of one name, in two repositories, do not share a file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    one, other = (tensorrt_runtime.kernels_of(tmp_path / repo / "dit.plan") for repo in ("one", "other"))
+    assert one.is_relative_to(tmp_path / "cache" / "ditforge") and one != other
+    assert one == tensorrt_runtime.kernels_of(tmp_path / "other" / ".." / "one" / "dit.plan")
+    run = execution(Engine(RANGE), one)
+    run.warm_up()
+    assert one.read_bytes() == b"kernels"
+
+
+def test_kernels_compiled_since_are_kept_when_it_is_closed(tmp_path: Path) -> None:
+    cache = tmp_path / "dit.runtime-cache"
+    engine = Engine(RANGE)
+    run = execution(engine, cache)
+    run.warm_up()
+    before = cache.stat().st_mtime_ns
+    run.keep_kernels()
+    assert cache.stat().st_mtime_ns == before  # there is nothing new
+    run.runtime_cache.serialize = lambda: b"kernels of other shapes"
+    run.close()
+    assert cache.read_bytes() == b"kernels of other shapes"
+
+
+def test_a_closed_engine_holds_nothing() -> None:
+    engine = Engine(((1, 4), (1, 4), (1, 4)))
+    run = execution(engine)
+    result = run.run_batch([{"x": x(1, 4)}])
+    alive = [weakref.ref(thing) for thing in (engine, engine.context)]
+    run.close()
+    del engine
+    assert [thing() for thing in alive] == [None, None]
+    assert FREED[-1] is None  # it was dropped before
+    assert tensorrt_runtime._scratch is None and not run.kept
+    np.testing.assert_array_equal(result["y"], 2 * x(1, 4))
+
+
+def test_the_shared_scratch_stays_as_long_as_an_engine_does() -> None:
+    resident, on_demand = (execution(Engine(((1, 4), (1, 4), (1, 4)))) for _ in range(2))
+    for run in (resident, on_demand):
+        run.run_batch([{"x": x(1, 4)}])
+    scratch = tensorrt_runtime._scratch
+    on_demand.close()
+    assert scratch is not None and tensorrt_runtime._scratch is scratch is resident.scratch
+    resident.close()
+    assert tensorrt_runtime._scratch is None
+
+
+def test_bf16_is_stored_in_two_bytes() -> None:
+    engine = Engine(RANGE)
+    engine.get_tensor_dtype = lambda name: "bf16" if name == "x" else np.float32  # type: ignore[method-assign,return-value]
+    run = execution(engine)
+    assert run.dtypes == {"x": np.dtype(np.uint16), "y": np.dtype(np.float32)}
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    run = execution(Engine(RANGE), tmp_path / "file" / "dit.runtime-cache")
+    with pytest.warns(DitforgeWarning, match="the next start compiles again"):
+        run.warm_up()

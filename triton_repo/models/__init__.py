@@ -1,0 +1,1 @@
+"""What Triton's Python backend executes: one module for networks, one for the tokenizer."""

@@ -1,0 +1,285 @@
+"""The manifest.json that passes between stages: what a folder holds, and what is true of it.
+
+`export` writes one beside the ONNX graphs, `build` beside the engines, `repo` into the model repository. Each names
+every file with its size and SHA-256, so that a stage can tell a whole folder from a damaged or half-copied one.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from ditforge import __version__
+from ditforge.errors import UserError
+from ditforge.footprint import Footprint
+from ditforge.model import Model
+from ditforge.unfinished_folder import SUFFIX, partial_folder
+
+FILE_NAME = "manifest.json"
+FORMAT = 1
+
+Kind = Literal["onnx", "engines", "repository"]
+OTHER_OUT = "choose another --out, or remove it first"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NEXT_COMMAND = {
+    "onnx": "ditforge export CHECKPOINT --out DIR",
+    "engines": "ditforge build ONNX_DIR --gpu GPU --out DIR",
+    "repository": "ditforge repo ENGINE_DIR --out DIR",
+}
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class File(_Record):
+    """A file of a component: its size in bytes and its SHA-256 in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+class Tensor(_Record):
+    """An input or output: Triton's data type name (FP32, INT32, BYTES, …) and its shape, batch first.
+
+    A dimension is a number, or a name where it varies.
+    """
+
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class Component(_Record):
+    """One network (or the tokenizer): its files by path relative to the manifest, precision, inputs and outputs.
+
+    `precision` is the name that users know; `dtype` what is computed in where nothing is 8-bit (fp32, fp16 or bf16).
+    `layers` gives the precision of each layer that a quantisation looked at. `footprint` is what it takes of a GPU's
+    memory (None: nobody measured it).
+    """
+
+    files: dict[str, File]
+    precision: str
+    dtype: str = ""
+    reason: str
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    layers: dict[str, str] = {}
+    footprint: Footprint | None = None
+
+    @field_validator("files")
+    @classmethod
+    def _inside(cls, files: dict[str, File]) -> dict[str, File]:
+        for name in files:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ValueError(f"{name} is outside the folder")
+        return files
+
+
+class Engine(_Record):
+    """How a component's engine was made: the compiler, for what device, and the key under which it is cached.
+
+    `max_batch` is the largest batch that it takes (None: any). `segments` are the files of each part of an engine that
+    was compiled in parts, in the order in which they run (empty: all the component's files are one engine). `on_demand`
+    is how many of these parts, the last ones, are loaded for each call and then freed, one after the other.
+    """
+
+    compiler: str
+    compiler_version: str
+    target: str
+    cache_key: dict[str, str]
+    max_batch: int | None = None
+    segments: tuple[tuple[str, ...], ...] = ()
+    on_demand: int = 0
+
+
+class Manifest(_Record):
+    """What a folder holds. `components` are in the order in which data flows; `engines` only after `build`.
+
+    `source` tells what an export or a repository was made from, so that the same one is not made twice.
+    """
+
+    format: int = FORMAT
+    kind: Kind
+    ditforge: str = __version__
+    model: Model
+    components: dict[str, Component]
+    engines: dict[str, Engine] = {}
+    source: dict[str, str] = {}
+
+
+def read(folder: Path, kind: Kind) -> Manifest:
+    """The manifest of `folder`. Raises UserError if it is missing, of another kind than `kind`, or unreadable."""
+    path = folder / FILE_NAME
+    make = f"{NEXT_COMMAND[kind]}   makes such a folder"
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder", make)
+    if not path.is_file():
+        raise UserError(f"{folder} has no {FILE_NAME}, so it is not a folder of {kind}", make)
+    manifest = parse(path)
+    if manifest.kind != kind:
+        raise UserError(f"{folder} holds {manifest.kind}, but {kind} is wanted here", make)
+    return manifest
+
+
+def read_any(folder: Path) -> Manifest:
+    """The manifest of a folder that any stage wrote. Raises UserError if there is none."""
+    if not (folder / FILE_NAME).is_file():
+        raise UserError(f"{folder} has no {FILE_NAME}: no stage of ditforge wrote it", "give another folder")
+    return parse(folder / FILE_NAME)
+
+
+def earlier(folder: Path, kind: Kind) -> Manifest | None:
+    """The manifest that an earlier run left in `folder`, if there is one of `kind` that this version reads."""
+    try:
+        return read(folder, kind)
+    except UserError:
+        return None
+
+
+def parse(path: Path) -> Manifest:
+    """The manifest in the file `path`, of whatever kind. Raises UserError if it is not one that this version reads."""
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not an object")
+        if content.get("format") != FORMAT:
+            raise UserError(
+                f"{path} has format {content.get('format')!r}, this ditforge {__version__} reads format {FORMAT}",
+                "make the folder again with this version",
+            )
+        return Manifest.model_validate(content)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(key) for key in first["loc"])
+        raise UserError(f"{path} is damaged: {where}: {first['msg']}", "make the folder again") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}", "make the folder again") from error
+
+
+def write(manifest: Manifest, folder: Path) -> None:
+    """Write `manifest` into `folder` (last of all its files: a folder with a manifest is whole)."""
+    (folder / FILE_NAME).write_text(manifest.model_dump_json(indent=2) + "\n")
+
+
+def describe(path: Path) -> File:
+    """Size and SHA-256 of the file at `path`."""
+    with path.open("rb") as stream:
+        digest = _sha256(stream)
+    return File(size=path.stat().st_size, sha256=digest)
+
+
+def _sha256(stream: BinaryIO) -> str:  # hashlib.file_digest is Python 3.11
+    digest = hashlib.sha256()
+    while chunk := stream.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def is_whole(folder: Path, components: dict[str, Component]) -> bool:
+    """Whether every file of the components is in `folder`, in its size."""
+    files = [item for component in components.values() for item in component.files.items()]
+    return all((folder / name).is_file() and (folder / name).stat().st_size == file.size for name, file in files)
+
+
+def first_difference(before: dict[str, str], now: dict[str, str]) -> str:
+    """In words, the first entry in which two cache keys differ; empty if they are the same."""
+    for field in dict.fromkeys((*now, *before)):
+        if before.get(field) != now.get(field):
+            shown = "changed" if field.startswith("sha256") else f"was {before.get(field)}, is {now.get(field)}"
+            return f"{field} {shown}"
+    return ""
+
+
+def check_files(folder: Path, files: dict[str, File], fix: str) -> None:
+    """Check that every file is there and unchanged. Raises UserError, with `fix`, for the first that is not."""
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing", fix)
+        size = path.stat().st_size
+        if size != expected.size:
+            raise UserError(f"{path} has {size} bytes, the manifest says {expected.size}", fix)
+        if describe(path).sha256 != expected.sha256:
+            raise UserError(f"{path} is damaged: its SHA-256 is not the manifest's", fix)
+
+
+def check_replaceable(target: Path, kind: Kind, own: Iterable[str]) -> None:
+    """Raise UserError if anything would be lost when a folder of `kind` took the place of `target`."""
+    if target.is_file():
+        raise UserError(f"{target} is a file", OTHER_OUT)
+    names = sorted(entry.name for entry in target.iterdir()) if target.exists() else []
+    if os.path.ismount(target):
+        raise UserError(f"{target} is a mount point, which cannot be replaced", f"--out {target / kind}")
+    if not names:
+        return
+    if FILE_NAME not in names:
+        raise UserError(f"{target} holds {names[0]}, and was not made by ditforge", OTHER_OUT)
+    try:
+        before = parse(target / FILE_NAME)
+    except UserError as error:
+        raise UserError(f"{target} cannot be replaced: {error.problem}", OTHER_OUT) from error
+    if before.kind != kind:
+        raise UserError(f"{target} holds {before.kind}, which would be lost", OTHER_OUT)
+    made = {PurePosixPath(name).parts[0] for component in before.components.values() for name in component.files}
+    foreign = [name for name in names if name not in {FILE_NAME, *made, *own}]
+    if foreign:
+        raise UserError(f"{target} holds {foreign[0]}, which ditforge did not write", OTHER_OUT)
+
+
+def put_in_place(folder: Path, target: Path) -> None:
+    """Rename `folder` to `target`, whose earlier content is removed only once that is done. Raises OSError.
+
+    Where other processes do the same at the same time, the last one's stays, whole.
+    """
+    while True:
+        before = folder.with_name(f".{target.name}.{secrets.token_hex(8)}{SUFFIX}")
+        with suppress(FileNotFoundError):
+            target.rename(before)
+        try:
+            folder.rename(target)
+        except BaseException as error:
+            if before.exists():
+                with suppress(OSError):
+                    before.rename(target)
+            if getattr(error, "errno", None) not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            return
+        finally:
+            shutil.rmtree(before, ignore_errors=True)
+
+
+@contextmanager
+def written_whole(target: Path, kind: Kind, own: Iterable[str] = ()) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place when the block ends, and vanishes if it fails.
+
+    One that an earlier process left behind because it was killed vanishes too (unfinished_folder.py).
+    An existing `target` is replaced only if it is empty, or a folder of the same kind that holds nothing but what its
+    manifest names, and what is called like one of `own`: nobody's other files are deleted.
+    """
+    target = Path(os.path.realpath(target))
+    try:
+        check_replaceable(target, kind, own)
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}", OTHER_OUT) from error
+    try:
+        with partial_folder(target) as temporary:
+            yield temporary
+            temporary.chmod(0o755)
+            put_in_place(temporary, target)
+    except OSError as error:
+        fix = "free some space, or choose another --out" if error.errno in FULL else "choose another --out"
+        raise UserError(f"cannot write {target}: {error.strerror or error}", fix) from error

@@ -26,7 +26,7 @@ from ditforge.export.families import read_networks
 from ditforge.export.graph.measure_footprint import measure
 from ditforge.export.onnx_export import export_network
 from ditforge.export.quantisation.precision import parse_precision
-from ditforge.planning import cell, measured
+from ditforge.plan_report import cell, measured
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from compiled_sizes import compiled_sizes, sample_shapes

@@ -6,24 +6,12 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Table
+from typing import TYPE_CHECKING, Literal
 
 from ditforge.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
 
 WIDE = 200
 DONE = "done"
@@ -38,6 +26,9 @@ def progress(title: str, unit: Unit = "steps", begins: str = "") -> Iterator[Rep
     It is closed where "done" is what is being done, so that another one can follow it. What is no terminal gets a line
     when the bar is closed, and the line `begins` when it would be shown first.
     """
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
     bar: Progress | None = None
     task = TaskID(0)
     begun = False
@@ -70,6 +61,16 @@ def progress(title: str, unit: Unit = "steps", begins: str = "") -> Iterator[Rep
 
 def columns(unit: Unit) -> tuple[ProgressColumn, ...]:
     """What a bar shows: bytes with their speed and the time left, steps with the time that has passed."""
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
     named = TextColumn("{task.description}"), BarColumn()
     if unit == "steps":
         return *named, MofNCompleteColumn(), TimeElapsedColumn()
@@ -116,6 +117,9 @@ def give_up_output() -> None:
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Rows of text under headings."""
+    from rich.console import Console
+    from rich.table import Table
+
     shown = Table(box=None, pad_edge=False)
     for heading in headings:
         shown.add_column(heading, overflow="fold")

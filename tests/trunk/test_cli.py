@@ -29,9 +29,10 @@ from pictures import LAST_BIT, largest_difference
 from PIL import Image
 from python_models import ADD_ONE, write_models
 
-from ditforge import __version__, doctor, serving
+from ditforge import __version__
 from ditforge.client import Client
 from ditforge.client.picture_file import read_parameters
+from ditforge.commands import doctor, up
 from ditforge.engines import build as building, gpus
 from ditforge.errors import UserError
 from ditforge.export import onnx_export
@@ -361,9 +362,9 @@ def test_up_keeps_what_is_there(
     cache = tmp_path / "cache"
     with monkeypatch.context() as first:
         first.setattr(onnx_export, "export_checkpoint", lambda _, out, *__, **___: shutil.copytree(schnell.onnx, out))
-        repository = serving.prepare(schnell.checkpoint, "cpu", "fp32", 4, cache)
+        repository = up.prepare(schnell.checkpoint, "cpu", "fp32", 4, cache)
     assert capsys.readouterr().out == f"wrote {repository}: there is no repository yet\n"
-    assert serving.prepare(schnell.checkpoint, "cpu", "fp32", 8, cache) == repository
+    assert up.prepare(schnell.checkpoint, "cpu", "fp32", 8, cache) == repository
     assert capsys.readouterr().out == f"wrote {repository}: max_batch was 4, is 8\n"
     before = tree(cache)
     running = popen("up", schnell.checkpoint, "--cache", cache, "--port", "0", "--log", "log", cwd=tmp_path)

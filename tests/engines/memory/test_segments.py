@@ -20,6 +20,7 @@ from onnx import TensorProto, helper
 
 from ditforge import manifest
 from ditforge.client import Client
+from ditforge.commands.inspect import show_folder
 from ditforge.engines.build import build, cut_graph, ranges
 from ditforge.engines.compilers import Arrays, Engine, onnxruntime as ort_compiler
 from ditforge.engines.memory.segments import Segment, cut
@@ -27,7 +28,6 @@ from ditforge.engines.profile import Profile, make_profiles
 from ditforge.engines.runtime.loading import load_engine
 from ditforge.engines.verify import NUMPY_DTYPES, compare, verify_files
 from ditforge.errors import DitforgeError, UserError
-from ditforge.inspection import show_folder
 from ditforge.manifest import Component, Tensor
 from ditforge.triton_repo.repository import write_repository
 from ditforge.triton_repo.server import start

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from command_line import tree
 
-from ditforge import cli, manifest, serving
+from ditforge import cli, manifest
+from ditforge.commands import up
 from ditforge.errors import UserError
 from ditforge.export import onnx_export
 
@@ -26,7 +27,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, *args: object, **options: Any) -> tup
 
     monkeypatch.setattr(onnx_export, "export_checkpoint", export)
     with pytest.raises(Asked) as error:
-        serving.prepare(*args, **options)
+        up.prepare(*args, **options)
     return error.value.args
 
 
@@ -42,7 +43,7 @@ def test_up_of_a_file_with_a_base_and_a_lora(
         shutil.copytree(schnell.onnx, out, dirs_exist_ok=True)
 
     monkeypatch.setattr(onnx_export, "export_checkpoint", export)
-    monkeypatch.setattr(serving, "serve", lambda repository, *args: served.append(repository))
+    monkeypatch.setattr(up, "serve_in_foreground", lambda repository, *args: served.append(repository))
     for name in ("tuned.safetensors", "style.safetensors"):
         (tmp_path / name).touch()
     cache = tmp_path / "cache"
@@ -109,7 +110,7 @@ def test_a_published_model_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_calibration_for_a_gpu_without_fp8(random_schnell: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"sm_86 has no FP8[\s\S]*int8-weights"):
-        serving.prepare(random_schnell, "rtx3060", None, None, tmp_path, calibration=tmp_path / "ranges.json")
+        up.prepare(random_schnell, "rtx3060", None, None, tmp_path, calibration=tmp_path / "ranges.json")
 
 
 def test_t5_in_a_precision_of_its_own(random_schnell: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,4 +119,4 @@ def test_t5_in_a_precision_of_its_own(random_schnell: Path, tmp_path: Path, monk
     assert seen["precision"].t5.name == "int8-weights"
     assert out != plain
     with pytest.raises(UserError, match="--t5-precision"):
-        serving.prepare(random_schnell, "cpu", None, None, tmp_path, t5_precision="fp9")
+        up.prepare(random_schnell, "cpu", None, None, tmp_path, t5_precision="fp9")

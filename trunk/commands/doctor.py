@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+from ditforge import terminal
 from ditforge.errors import UserError
 
 # The packages that each command imports, by the extra that installs them.
@@ -39,6 +40,15 @@ SHM_START = 72 << 20  # bytes: 8 MiB for each of the nine models that a Stable D
 SHM_ENOUGH = 256 << 20  # bytes, with what large pictures take beside
 NAMES, WIDE = 22, 10_000  # columns: of what a row is about, and of a row that is not cut
 WHY_NEWER = f"to deploy, NVIDIA's container {SAFE_TRITON} or later: older ones have known crashes (docs/security.md)"
+
+
+def doctor() -> None:
+    """What this machine can do, and what to install for the rest.
+
+    Example: ditforge doctor
+    """
+    for line in lines(findings(), shutil.get_terminal_size().columns if sys.stdout.isatty() else None):
+        terminal.say(line)
 
 
 def extra_for(module: str) -> str | None:

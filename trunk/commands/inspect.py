@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from ditforge import manifest, terminal
+import typer
+
+from ditforge import terminal
 from ditforge.errors import UserError
-from ditforge.manifest import Engine
+
+if TYPE_CHECKING:
+    from ditforge.manifest import Engine
 
 
-def show(path: Path) -> None:
-    """Print the manifest of a folder or the parameters of a picture. Raises UserError for anything else."""
+def inspect(path: Annotated[Path, typer.Argument(help="A folder that a stage wrote, or a picture.")]) -> None:
+    """What a folder holds, or what made a picture.
+
+    Example: ditforge inspect picture.png
+    """
     if path.is_dir():
         show_folder(path)
     elif path.is_file():
@@ -23,6 +31,8 @@ def show(path: Path) -> None:
 
 def show_folder(folder: Path) -> None:
     """Print what is in a folder that `export`, `build` or `repo` wrote."""
+    from ditforge import manifest
+
     found = manifest.read_any(folder)
     terminal.say(f"{folder}: {found.kind} of {found.model.name}, written by ditforge {found.ditforge}")
     rows, ports = [], []

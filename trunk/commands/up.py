@@ -1,50 +1,72 @@
-"""`ditforge serve` and `ditforge up`: a server in the foreground, and everything before it."""
+"""`ditforge up`: everything that `serve` needs, in a cache, and then the server."""
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from ditforge import folders, terminal
+import typer
+
+from ditforge import terminal
 from ditforge.cache import default_cache
-from ditforge.errors import DitforgeError
-from ditforge.option import option
+from ditforge.commands.repo import say_written
+from ditforge.commands.serve import serve_in_foreground
+from ditforge.options import (
+    PRECISION_HELP,
+    Gpu,
+    MaxBatch,
+    RandomWeights,
+    Ranges,
+    ServeFlags,
+    SizeFlags,
+    Source,
+    SourceFlags,
+    T5Precision,
+)
 
 if TYPE_CHECKING:
-    from ditforge.triton_repo.server import Options, Server
+    from ditforge.triton_repo.server import Options
 
 LONGEST_NAME = 80  # of a folder in the cache, before the digest
 
 
-def serve(repository: Path, options: Options) -> None:
-    """Serve `repository` until SIGINT or SIGTERM, then let unfinished pictures be finished.
+def up(
+    checkpoint: Source,
+    source: SourceFlags,
+    sizes: SizeFlags,
+    server: ServeFlags,
+    gpu: Gpu = "cpu",
+    precision: Annotated[str | None, typer.Option(help=f"{PRECISION_HELP} By default the GPU's.")] = None,
+    calibration: Ranges = None,
+    random_weights: RandomWeights = False,
+    t5_precision: T5Precision = None,
+    max_batch: MaxBatch = None,
+    cache: Annotated[Path | None, typer.Option(help="Where the stages' folders are kept; ~/.cache/ditforge.")] = None,
+) -> None:
+    """Export, build, repo and serve in one; what is there already from the last time is kept.
 
-    Raises DitforgeError where the server ends by itself, and where pictures were cut off. Until the server is ready,
-    the signals end this like any other command.
+    Example: ditforge up models/flux-tiny
     """
-    from ditforge.triton_repo.server import start
-
-    with start(repository, terminal.tell, **options) as server:
-        signal.signal(signal.SIGTERM, interrupt)
-        in_time = True
-        try:
-            say_where(repository, server)
-            code = server.wait()
-        except KeyboardInterrupt:
-            in_time = end(server)
-        else:
-            raise DitforgeError(f"the server ended by itself with exit code {code}", f"look at its log, {server.log}")
-    if server.unfinished:
-        raise cut_off(server, in_time)
-    if in_time and (code := server.wait()) != 0:
-        problem = f"the server ended with exit code {code} while it was stopping: pictures may have been cut off"
-        raise DitforgeError(problem, f"look at its log, {server.log}")
-    kept = options.get("log") is None and server.log.exists()
-    terminal.tell(f"stopped; the log is {server.log}" if kept else "stopped")
+    options = server.options()
+    check(options)
+    repository = prepare(
+        checkpoint,
+        gpu,
+        precision,
+        max_batch,
+        cache,
+        calibration=calibration,
+        text_encoders=source.text_encoders,
+        random=random_weights,
+        base=source.base,
+        loras=source.loras,
+        t5_precision=t5_precision,
+        **asdict(sizes),
+    )
+    serve_in_foreground(repository, options)
 
 
 def check(options: Options) -> None:
@@ -52,50 +74,6 @@ def check(options: Options) -> None:
     from ditforge.triton_repo.serve_options import make_options
 
     make_options(Path(), dict(options))
-
-
-def say_where(repository: Path, server: Server) -> None:
-    """Say where a server listens, who can listen too, and where its log is."""
-    host, access = server.options.host, ["gRPC", *server.options.access]
-    terminal.tell(f"serving {repository} at {server.url} ({', '.join(access)}), log {server.log}")
-    if server.ports.http is not None:
-        terminal.tell(f"Triton's own HTTP at {host}:{server.ports.http}")
-    if server.ports.metrics is not None:
-        terminal.tell(f"metrics at http://{host}:{server.ports.metrics}/metrics, in clear text")
-    if not server.options.closed and not server.options.on_loopback:
-        terminal.tell(f"warning: anyone who reaches {host} can use this server, or read what it is sent")
-
-
-def interrupt(number: int, frame: FrameType | None) -> None:
-    """SIGTERM is as Ctrl-C."""
-    raise KeyboardInterrupt
-
-
-def end(server: Server) -> bool:
-    """Stop the server. Returns whether it had its time: another signal ends it at once."""
-    try:
-        server.stop()
-    except KeyboardInterrupt:
-        return False
-    finally:  # it has ended, and what remains to be done takes no time
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return True
-
-
-def cut_off(server: Server, in_time: bool) -> DitforgeError:
-    """Pictures were not finished when the server ended: within its time, or because it was told to end at once."""
-    count, grace = server.unfinished, server.options.grace
-    pictures = "1 picture was" if count == 1 else f"{count} pictures were"
-    elsewhere = "the client goes on at another server, where it has one"
-    if not in_time:
-        return DitforgeError(f"{pictures} not finished: the server was told to stop at once", f"wait; {elsewhere}")
-    if server.cause:
-        problem = f"{pictures} not finished: {server.cause}, while the server was stopping (log: {server.log})"
-        return DitforgeError(problem, elsewhere)
-    longer = option(f"grace={max(60, 2 * grace):g}")
-    problem = f"{pictures} not finished within --grace {grace:g} seconds, and cut off (log: {server.log})"
-    return DitforgeError(problem, f"{longer}; {elsewhere}")
 
 
 def prepare(
@@ -121,6 +99,8 @@ def prepare(
     `calibration` to `t5_precision` are those of the export. Precision and compiler are by default the GPU's; with a
     calibration, fp8 is. Raises UserError for what the GPU cannot do, before the export.
     """
+    from ditforge import folders
+
     folders.check_checkpoint(checkpoint)
 
     from ditforge.engines import gpus
@@ -142,7 +122,7 @@ def prepare(
 
     from ditforge.engines.build import build
     from ditforge.export.onnx_export import export_checkpoint
-    from ditforge.planning import say_plan
+    from ditforge.plan_report import say_plan
     from ditforge.triton_repo.repository import write_repository
 
     exported = f"{precision}-{activations}" if precision in EIGHT_BIT else precision
@@ -192,8 +172,3 @@ def folder_name(checkpoint: Path, base: Path | None, loras: Sequence[tuple[Path,
 def digest(*parts: object) -> str:
     """Eight characters that tell one list of paths and numbers from another."""
     return sha256(repr([str(part) for part in parts]).encode()).hexdigest()[:8]
-
-
-def say_written(repository: Path, reason: str) -> None:
-    """Say why a repository was written, or, where there is no reason, that it was not."""
-    terminal.say(f"wrote {repository}: {reason}" if reason else f"{repository} is up to date")

@@ -1,0 +1,32 @@
+"""`ditforge calibrate`: the activation ranges that fp8 needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ditforge import terminal
+from ditforge.options import Source, SourceFlags
+
+
+def calibrate(
+    checkpoint: Source,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The JSON file to write.")],
+    source: SourceFlags,
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="One a line; by default 128 of ours.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampler steps; by default the model's.")] = None,
+) -> None:
+    """Activation ranges for fp8: runs the checkpoint over prompts and notes the largest inputs.
+
+    Example: ditforge calibrate models/flux-tiny --out out/ranges.json
+    """
+    from ditforge.export.quantisation import calibration
+
+    texts, loras = calibration.read_prompts(prompts), source.loras
+    with terminal.progress("calibrate") as report:
+        ranges = calibration.calibrate(checkpoint, out, texts, steps, report, source.base, loras, source.text_encoders)
+    terminal.say(
+        f"{out}: ranges of {len(ranges.amax)} linears over {ranges.prompts} prompts, {ranges.steps} steps each"
+    )

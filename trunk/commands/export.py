@@ -1,0 +1,59 @@
+"""`ditforge export`: a checkpoint becomes ONNX."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ditforge import terminal
+from ditforge.options import Out, Precision, RandomWeights, Ranges, Source, SourceFlags, T5Precision
+
+
+def export(
+    checkpoint: Source,
+    out: Out,
+    source: SourceFlags,
+    precision: Precision = "fp32",
+    activations: Annotated[str, typer.Option(help="What surrounds 8-bit weights: bf16, fp16 or fp32.")] = "bf16",
+    calibration: Ranges = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Keep the worst linears 16-bit until the velocity errs no more, e.g. 0.02.")
+    ] = None,
+    random_weights: RandomWeights = False,
+    t5_precision: T5Precision = None,
+) -> None:
+    """Checkpoint to ONNX.
+
+    Example: ditforge export models/flux-tiny --out out/onnx --precision fp8-weights
+    """
+    from ditforge.export.onnx_export import export_checkpoint
+    from ditforge.export.quantisation.precision import parse_precision, with_t5
+
+    asked = with_t5(parse_precision(precision, activations), t5_precision)
+    loras = source.loras
+    with terminal.progress("export", unit="bytes") as report, terminal.progress("measure") as measured:
+        exported = export_checkpoint(
+            checkpoint,
+            out,
+            asked,
+            calibration,
+            max_error,
+            report,
+            source.text_encoders,
+            random_weights,
+            source.base,
+            loras,
+            measured,
+        )
+    if exported.fresh:
+        terminal.say(f"{out} is up to date")
+        return
+    for name, component in exported.manifest.components.items():
+        if component.layers or component.precision not in ("none", precision):
+            terminal.say(f"{name} is {component.precision}: {component.reason}")
+    if exported.choice:
+        errors, keep = exported.choice.errors, exported.choice.keep
+        rows = [(name, f"{error:.4f}", asked.base if name in keep else asked.name) for name, error in errors.items()]
+        terminal.table(("linear", "error in 8 bits", "becomes"), rows)
+        terminal.say(f"relative error of the velocity: {exported.choice.velocity:.4f}")

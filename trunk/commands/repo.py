@@ -1,0 +1,30 @@
+"""`ditforge repo`: engines become a Triton model repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ditforge import terminal
+from ditforge.options import MaxBatch, Out
+
+
+def repo(
+    engines: Annotated[Path, typer.Argument(metavar="ENGINE_DIR", help="What build wrote.")],
+    out: Out,
+    max_batch: MaxBatch = None,
+) -> None:
+    """Engines to a Triton model repository; one that is there already is kept.
+
+    Example: ditforge repo out/engines --out out/repo
+    """
+    from ditforge.triton_repo.repository import write_repository
+
+    say_written(out, write_repository(engines, out, max_batch))
+
+
+def say_written(repository: Path, reason: str) -> None:
+    """Say why a repository was written, or, where there is no reason, that it was not."""
+    terminal.say(f"wrote {repository}: {reason}" if reason else f"{repository} is up to date")

@@ -1,0 +1,163 @@
+"""The options that several commands share: their types, and records of those that travel together.
+
+A command takes a record as one parameter; `grouped` makes an option of each of its fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+if TYPE_CHECKING:
+    from ditforge.triton_repo.server import Options
+
+Out = Annotated[Path, typer.Option("--out", help="The folder to write; it appears whole or not at all.")]
+PRECISION_HELP = "fp32, fp16, bf16; for the DiT's linears also fp8, fp8-weights, int8-weights."
+Precision = Annotated[str, typer.Option(help=PRECISION_HELP)]
+GPU_HELP = "What to compile for: a name that ditforge gpus lists, sm_89, several (sm_86,sm_89), local, or cpu."
+Gpu = Annotated[str, typer.Option("--gpu", help=GPU_HELP)]
+Compiler = Annotated[str | None, typer.Option(help="onnxruntime, tensorrt-rtx or tensorrt; by default the GPU's.")]
+Resolutions = Annotated[
+    str | None, typer.Option(metavar="MIN-MAX", help="Heights and widths in pixels, or MIN-BEST-MAX.")
+]
+Static = Annotated[
+    str | None, typer.Option(metavar="WxH", help="Only these sizes, each with a profile; or W1xH1,W2xH2.")
+]
+Batch = Annotated[int | None, typer.Option(help="The largest batch that the engines take.")]
+VaeTile = Annotated[
+    int | None, typer.Option(help="The autoencoder takes tiles of this many pixels, to save memory; by default, all.")
+]
+SEGMENTS_HELP = "Compile the DiT in that many parts, which takes less memory; auto: as ditforge plan has it."
+Segments = Annotated[str, typer.Option(metavar="N", help=SEGMENTS_HELP)]
+Residency = Annotated[
+    str | None, typer.Option(metavar="WHEN", help="resident; or on-demand: loaded for each call and then freed.")
+]
+GPU_MEMORY_HELP = "Plan as if the GPU had that many GB of memory; by default, what it has."
+GpuMemory = Annotated[float | None, typer.Option(metavar="GB", help=GPU_MEMORY_HELP)]
+MAX_BATCH_HELP = "The most samples that Triton puts into one call; by default 8, or what the engines take."
+MaxBatch = Annotated[int | None, typer.Option(help=MAX_BATCH_HELP)]
+PORT_HELP = "The port that clients reach, for gRPC; 0 picks a free one."
+Port = Annotated[int, typer.Option(metavar="PORT", help=PORT_HELP)]
+HOST_HELP = "The IPv4 address or name to listen at; 0.0.0.0 is every network, and needs TLS, or --insecure."
+Host = Annotated[str, typer.Option(metavar="HOST", help=HOST_HELP)]
+LOG_HELP = "The server's log is appended to this file. By default it is a temporary file, removed after a clean stop."
+Log = Annotated[Path | None, typer.Option(metavar="FILE", help=LOG_HELP)]
+TIMEOUT_HELP = "How long the models may take to be loaded before the start counts as failed."
+Timeout = Annotated[float, typer.Option(metavar="SECONDS", help=TIMEOUT_HELP)]
+GRACE_HELP = "When the server stops, unfinished pictures get this long to be finished, and no others are begun."
+Grace = Annotated[float, typer.Option(metavar="SECONDS", help=GRACE_HELP)]
+HTTP_HELP = "Open Triton's own HTTP port too. It is not protected: who reaches it can end Triton (docs/security.md)."
+HttpPort = Annotated[int | None, typer.Option(metavar="PORT", help=HTTP_HELP)]
+METRICS_HELP = "Serve metrics for Prometheus at http://HOST:PORT/metrics, unencrypted and without a token."
+MetricsPort = Annotated[int | None, typer.Option(metavar="PORT", help=METRICS_HELP)]
+TLS_CERT_HELP = "Encrypt gRPC with this certificate, a PEM file; it needs --tls-key."
+TlsCert = Annotated[Path | None, typer.Option(metavar="FILE", help=TLS_CERT_HELP)]
+TLS_KEY_HELP = "The private key to --tls-cert, a PEM file that is not encrypted."
+TlsKey = Annotated[Path | None, typer.Option(metavar="FILE", help=TLS_KEY_HELP)]
+TLS_CLIENT_CA_HELP = "Serve only clients that show a certificate signed by an authority in this PEM file (mutual TLS)."
+TlsClientCa = Annotated[Path | None, typer.Option(metavar="FILE", help=TLS_CLIENT_CA_HELP)]
+TOKEN_FILE_HELP = "Serve only clients that send the token in this file, one word of visible ASCII characters."
+TokenFile = Annotated[Path | None, typer.Option(metavar="FILE", help=TOKEN_FILE_HELP)]
+INSECURE_HELP = "Allow a --host that others can reach without TLS together with a token or client certificates."
+Insecure = Annotated[bool, typer.Option("--insecure", help=INSECURE_HELP)]
+Source = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="A folder in diffusers' layout, or a .safetensors file.")
+]
+Base = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="The diffusers folder with what a single file lacks.")
+]
+Loras = Annotated[
+    list[str] | None, typer.Option(metavar="FILE:STRENGTH", help="A LoRA to add to the weights; again for more.")
+]
+Ranges = Annotated[Path | None, typer.Option(metavar="FILE", help="What calibrate wrote; fp8 needs it.")]
+TextEncoders = Annotated[
+    str, typer.Option(help="all; or clip: without T5, for models that can do without it, to save memory.")
+]
+T5Precision = Annotated[
+    str | None, typer.Option(metavar="P", help="T5's own: int8-weights for half the memory, fp32 for the CPU, …")
+]
+RandomWeights = Annotated[
+    bool,
+    typer.Option("--random-weights", help="CHECKPOINT's sizes, not its weights; a published model's name will do."),
+]
+
+
+@dataclass(frozen=True)
+class ServeFlags:
+    """How a repository is served; what `ditforge.triton_repo.serve_options.ServeOptions` says of each field."""
+
+    port: Port = 8001
+    host: Host = "127.0.0.1"
+    log: Log = None
+    timeout: Timeout = 600
+    grace: Grace = 30
+    http_port: HttpPort = None
+    metrics_port: MetricsPort = None
+    tls_cert: TlsCert = None
+    tls_key: TlsKey = None
+    tls_client_ca: TlsClientCa = None
+    token_file: TokenFile = None
+    insecure: Insecure = False
+
+    def options(self) -> Options:
+        """The options of `ditforge.triton_repo.server.start`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class SourceFlags:
+    """What a checkpoint is made of beside its own path."""
+
+    base: Base = None
+    lora: Loras = None
+    text_encoders: TextEncoders = "all"
+
+    @property
+    def loras(self) -> list[tuple[Path, float]]:
+        """The LoRAs and their strengths. Raises UserError for what is none."""
+        from ditforge.export.checkpoint.source import parse_lora
+
+        return [parse_lora(option) for option in self.lora or ()]
+
+
+@dataclass(frozen=True)
+class SizeFlags:
+    """Which pictures engines are compiled for, by which compiler, and for how much memory."""
+
+    compiler: Compiler = None
+    resolutions: Resolutions = None
+    static: Static = None
+    gpu_memory: GpuMemory = None
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as typer wants it: each field of a parameter that is a record of options is an option of its own."""
+    types, parameters, records = get_type_hints(command, include_extras=True), list[Parameter](), dict[str, type]()
+    for name, parameter in signature(command).parameters.items():
+        record = types[name]
+        if isinstance(record, type) and is_dataclass(record):
+            records[name] = record
+            inner = get_type_hints(record, include_extras=True)
+            parameters += [
+                Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=inner[field.name])
+                for field in fields(record)
+            ]
+        else:
+            parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=types[name]))
+
+    def run(**values: Any) -> None:
+        made = {
+            name: record(**{field.name: values.pop(field.name) for field in fields(record)})
+            for name, record in records.items()
+        }
+        command(**values, **made)
+
+    run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run

@@ -67,7 +67,8 @@ class Client:
     warned of, as long as there is another. Also a context manager that closes the connection. Settings, by name:
 
     timeout (1800 seconds): how long a picture may take, from its first call to its last.
-    connect_timeout (10 seconds): how long to wait until a server answers and is ready.
+    connect_timeout (10 seconds): how long to wait for a server that is silent, or starts. One that refuses connections
+            is given up sooner.
     step_timeout (300 seconds): how long a server may take for one call (the text encoders, a step, the VAE).
     retry_timeout (60 seconds): how long a call that failed is repeated, from its first failure on; 0: on each server
         once.

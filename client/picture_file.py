@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from ditforge import small_files
 from ditforge.errors import UserError
 
 METADATA_KEY = "ditforge"  # JSON: prompt, seed, steps, …
@@ -19,15 +19,9 @@ COMMON_KEY = "parameters"  # the same as one text, where the gallery programs of
 
 def check_writable(path: Path) -> None:
     """Raise UserError if no picture can be written to `path`: found out before one is made, not after."""
-    try:
-        if path.is_dir():
-            raise UserError(f"{path} is a folder", f"--out {path / 'picture.png'}")
-        if path.suffix.lower() != ".png":
-            raise UserError(f"{path} is not a .png file", f"--out {path.with_suffix('.png')}")
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}", "choose another --out") from error
+    if path.suffix.lower() != ".png" and not path.is_dir():
+        raise UserError(f"{path} is not a .png file", f"--out {path.with_suffix('.png')}")
+    small_files.check_writable(path, "picture.png")
 
 
 def read_info(image: Image.Image) -> dict[str, Any]:

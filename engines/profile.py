@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from ditforge.engines.compilers import Shape
 from ditforge.errors import UserError
 from ditforge.manifest import Tensor
-from ditforge.model import LEAST_TILE, Model
+from ditforge.model import LEAST_TILE, MAX_BATCH, Model
 
 DEFAULT_BATCH = 4
 RANGES = "--resolutions 512-1536, or with the best one --resolutions 512-1024-1536, in pixels"
@@ -57,8 +57,9 @@ def make_profiles(model: Model, resolutions: str | None, static: str | None, bat
     Several static sizes are a profile each. Raises UserError if the model has no such sizes.
     """
     max_batch = DEFAULT_BATCH if batch is None else batch
-    if max_batch < 1:
-        raise UserError(f"the largest batch must be at least 1, got {max_batch}", f"--batch {DEFAULT_BATCH}")
+    if not 1 <= max_batch <= MAX_BATCH:
+        problem = f"the largest batch must be from 1 to {MAX_BATCH}, got {max_batch}"
+        raise UserError(problem, f"--batch {DEFAULT_BATCH}")
     if static is not None:
         if resolutions is not None:
             raise UserError("--static and --resolutions exclude each other", "give one of them")

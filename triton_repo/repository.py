@@ -15,6 +15,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from ditforge import manifest
 from ditforge.errors import UserError
 from ditforge.manifest import Manifest
+from ditforge.model import MAX_BATCH
 from ditforge.triton_repo import config
 from ditforge.triton_repo.limits import Limits, limits_of
 
@@ -74,13 +75,19 @@ def write_repository(engines: Path, out: Path, max_batch: int | None = None) -> 
     return reason
 
 
+def check_max_batch(max_batch: int) -> None:
+    """Raise UserError unless this can be the largest batch of a server."""
+    if not 1 <= max_batch <= MAX_BATCH:
+        problem = f"the largest batch must be from 1 to {MAX_BATCH}, got {max_batch}"
+        raise UserError(problem, f"--max-batch {DEFAULT_MAX_BATCH}")
+
+
 def choose_max_batch(source: Manifest, max_batch: int | None) -> int:
     """The largest batch, by default 8 or what the engines take. Raises UserError if they do not take it."""
     taken = min((engine.max_batch for engine in source.engines.values() if engine.max_batch), default=None)
     if max_batch is None:
         max_batch = min(DEFAULT_MAX_BATCH, taken or DEFAULT_MAX_BATCH)
-    if max_batch < 1:
-        raise UserError(f"the largest batch must be at least 1, got {max_batch}", "--max-batch 8")
+    check_max_batch(max_batch)
     if taken and max_batch > taken:
         raise UserError(
             f"the engines take batches of up to {taken}, not {max_batch}",

@@ -63,7 +63,7 @@ class ServeOptions(BaseModel):
     http_port: PortNumber | None = None
     metrics_port: PortNumber | None = None
     log: Path | None = None
-    timeout: Seconds = 600
+    timeout: Annotated[Seconds, Field(gt=0)] = 600
     grace: Seconds = 30
     tls_cert: Path | None = None
     tls_key: Path | None = None

@@ -13,6 +13,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from ditforge import manifest
 from ditforge.errors import UserError
 from ditforge.folders import CONFIG
+from ditforge.small_files import read_bytes
 from ditforge.triton_repo.config import (
     ENGINE_MODULE,
     ENGINES_PARAMETER,
@@ -24,6 +25,7 @@ from ditforge.triton_repo.config import (
 from ditforge.triton_repo.limits import Axis, BadRequest, InputLimits, Limits, shown
 
 UNBOUNDED = 64 << 20  # bytes of a request to a model that somebody else made, which says nothing of its largest
+LARGEST_MESSAGE = 2**31 - 1  # bytes that gRPC can count
 ENVELOPE = 64 << 10  # bytes of a message beside its tensors
 OWN_CODE = "from ditforge."  # how the code of our own models begins, in all versions
 CODES = {MODEL_CODE.format(module=module) for module in (ENGINE_MODULE, TOKENIZER_MODULE)}
@@ -63,7 +65,7 @@ def read_models(repository: Path) -> tuple[dict[str, ServedModel], str]:
     for file in sorted(repository.glob("*/config.pbtxt")):
         fix = AGAIN.format(repository)
         try:
-            config = text_format.Parse(file.read_bytes(), pb.ModelConfig())
+            config = text_format.Parse(read_bytes(file), pb.ModelConfig())
             limits = limits_in(config)
         except (text_format.ParseError, UnicodeDecodeError) as error:
             raise UserError(f"{file} is no configuration of a model: {error}", fix) from None
@@ -93,7 +95,7 @@ def check_code(folder: Path, fix: str) -> None:
     if not codes:
         raise UserError(f"the model {folder.name} has no code: there is no {folder / '1' / 'model.py'}", fix)
     for code in codes:
-        text = code.read_text(errors="replace")
+        text = read_bytes(code).decode(errors="replace")
         if text.startswith(OWN_CODE) and text.count("\n") == 1 and text not in CODES:
             raise UserError(f"{folder.parent} was written by another version of ditforge", fix)
 
@@ -112,4 +114,4 @@ def limits_in(config: pb.ModelConfig) -> Limits:
 
 def message_limit(models: dict[str, ServedModel]) -> int:
     """The most bytes of a message that any of the models takes: that of the largest picture served."""
-    return max(model.message_bytes for model in models.values())
+    return min(max(model.message_bytes for model in models.values()), LARGEST_MESSAGE)

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from ditforge.errors import UserError
+from ditforge.small_files import read_bytes
 
+LARGEST = 1 << 20  # bytes of a file; all public authorities together have some 200 kB
 DATES = (9, 10)  # OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED
 HANDSHAKE = 3  # turns of a handshake, at least
 File = str | PathLike[str]
@@ -35,7 +37,7 @@ class Options:
 def read_file(what: str, path: File, fix: str) -> bytes:
     """The bytes of a file, without white space around them. Raises UserError where it cannot be read, or is empty."""
     try:
-        content = Path(path).read_bytes().strip()
+        content = read_bytes(path, LARGEST).strip()
     except (OSError, ValueError, TypeError) as error:  # ValueError: a null byte; TypeError: no path at all
         reason = getattr(error, "strerror", None) or str(error)
         name = str(path) if str(path).isprintable() else repr(str(path))

@@ -23,6 +23,7 @@ from ditforge import __version__
 from ditforge.errors import UserError
 from ditforge.footprint import Footprint
 from ditforge.model import Model
+from ditforge.small_files import read_bytes
 from ditforge.unfinished_folder import SUFFIX, partial_folder
 
 FILE_NAME = "manifest.json"
@@ -149,7 +150,7 @@ def earlier(folder: Path, kind: Kind) -> Manifest | None:
 def parse(path: Path) -> Manifest:
     """The manifest in the file `path`, of whatever kind. Raises UserError if it is not one that this version reads."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_bytes(path))
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not an object")
         if content.get("format") != FORMAT:

@@ -12,6 +12,7 @@ TILED = ("vae_decoder", "vae_encoder")
 
 
 MOST_PIXELS = 1 << 17  # of a side
+MAX_BATCH = 128  # samples in one call
 MAX_STEPS = 1000
 # What no model has, whatever a file or a server says: such sizes would be computed with, or memory taken for them.
 Count = Annotated[int, Field(gt=0, le=1 << 20)]

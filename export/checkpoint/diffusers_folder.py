@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.weights import Weights, open_weights
+from ditforge.small_files import read_bytes
 
 if TYPE_CHECKING:
     from ditforge.export.checkpoint.lazy_tensors import Lazy
@@ -78,7 +79,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in the file `path`. Raises UserError if the file is missing or holds something else."""
     fix = f"copy {path.name} again from where the checkpoint came from"
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_bytes(path))
     except OSError as error:
         raise UserError(f"the checkpoint lacks {path} ({error.strerror})", fix) from error
     except (ValueError, RecursionError) as error:

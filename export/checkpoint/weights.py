@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.refused_formats import check_packing, check_start
+from ditforge.small_files import read_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -242,10 +243,10 @@ def _open_shards(folder: Path) -> Weights:
         found = f"only {pickled.name}, which is pickled and can run code when opened" if pickled else "no weights"
         raise UserError(f"{folder} has {found}", f"copy {SINGLE_FILES[0]} or {SINGLE_FILES[1]} into it")
     try:
-        weight_map = json.loads(indices[0].read_bytes())["weight_map"]
+        weight_map = json.loads(read_bytes(indices[0]))["weight_map"]
         files = sorted(set(weight_map.values()))
         foreign = next((name for name in files if Path(name).name != name), None)
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{indices[0]} is damaged: {_short(error)!r}", "copy it again") from error
     if foreign is not None:
         raise UserError(f"{indices[0]} names {foreign!r}, which is no file beside it", "copy it again")

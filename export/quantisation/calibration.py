@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ditforge import small_files
 from ditforge.errors import DitforgeWarning, UserError
 from ditforge.export.checkpoint.consistency import check_weights
 from ditforge.export.checkpoint.diffusers_folder import Checkpoint
@@ -77,7 +78,7 @@ def read_ranges(path: Path | None, checkpoint: Checkpoint, precision: Precision)
     if precision.scheme is None:
         raise UserError(f"{precision.name} takes no calibration", "leave out --calibration, or --precision fp8")
     try:
-        ranges = Calibration.model_validate_json(path.read_bytes())
+        ranges = Calibration.model_validate_json(small_files.read_bytes(path))
     except OSError as error:
         raise UserError(f"cannot read the calibration {path}: {error.strerror}", HOW) from error
     except ValidationError as error:
@@ -104,7 +105,7 @@ def read_prompts(path: Path | None) -> list[str]:
         text = files("ditforge.export.quantisation").joinpath("prompts.txt").read_text(encoding="utf-8")
     else:
         try:
-            text = path.read_text(encoding="utf-8")
+            text = small_files.read_bytes(path).decode()
         except OSError as error:
             raise UserError(
                 f"cannot read the prompts {path}: {error.strerror}", "--prompts FILE, one a line"
@@ -136,16 +137,13 @@ def calibrate(
 
     if steps is not None and not 1 <= steps <= MAX_STEPS:
         raise UserError(f"steps must be from 1 to {MAX_STEPS}, got {steps}", "--steps 28, or leave it out")
+    small_files.check_writable(out, "ranges.json")
     checkpoint = open_source(path, base, loras, text_encoders)
     model, _, networks = read_networks(checkpoint, Precision("fp32"))
     for network in networks:
         check_weights(network, checkpoint.weights(network.weights))
     family = family_of(checkpoint)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        temporary.touch()
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}", "choose another --out") from error
     report = progress or (lambda doing, done, total: None)
     steps = steps or model.default_steps
     try:
@@ -171,6 +169,8 @@ def calibrate(
         )
         temporary.write_text(ranges.model_dump_json(indent=1) + "\n")
         temporary.replace(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}", small_files.OTHER_FILE) from error
     finally:
         temporary.unlink(missing_ok=True)
     return ranges

@@ -69,7 +69,8 @@ def test_static_sizes_are_a_profile_each_width_first() -> None:
         ({"static": "1024"}, "1024 is not a size", "1024x1024"),
         ({"static": "1024x1000"}, "divisible by 16, got 1000", "992|1008"),
         ({"static": "512x512", "resolutions": "512-1024"}, "exclude each other", "one of them"),
-        ({"batch": 0}, "at least 1, got 0", "--batch 4"),
+        ({"batch": 0}, "from 1 to 128, got 0", "--batch 4"),
+        ({"batch": 129}, "from 1 to 128, got 129", "--batch 4"),
     ],
 )
 def test_sizes_that_cannot_be(options: dict, problem: str, fix: str) -> None:

@@ -79,8 +79,9 @@ def test_the_dit_says_of_which_engines_it_is(schnell, tmp_path: Path) -> None:
 def test_max_batch(schnell, tmp_path: Path) -> None:
     write_repository(schnell.engines, tmp_path / "repo", max_batch=3)
     assert {read_config(tmp_path / "repo", n).max_batch_size for n in ("dit", "text_encoders", "vae_decoder")} == {3}
-    with pytest.raises(UserError, match="0"):
-        write_repository(schnell.engines, tmp_path / "other", max_batch=0)
+    for no_batch in (0, 129, 999_999_999):
+        with pytest.raises(UserError, match=f"from 1 to 128, got {no_batch}"):
+            write_repository(schnell.engines, tmp_path / "other", max_batch=no_batch)
 
 
 def test_a_folder_of_another_stage_is_refused(schnell, tmp_path: Path) -> None:

@@ -114,8 +114,10 @@ def test_long_prompt_is_cut_with_one_warning(schnell_server: Server, tmp_path: P
 # generate: the output path
 
 
-def test_out_in_a_missing_folder(refused, schnell_server: Server) -> None:
-    refused("generate", "a", "--url", schnell_server.url, "--out", "nowhere/a.png", mentions=("nowhere/a.png", "--out"))
+def test_out_in_a_folder_that_cannot_be_made(refused, schnell_server: Server) -> None:
+    refused(
+        "generate", "a", "--url", schnell_server.url, "--out", "/proc/no/a.png", mentions=("/proc/no/a.png", "--out")
+    )
 
 
 @pytest.mark.parametrize("out", ["", "folder", "a", "a.jpg", "/proc/a.png", "file.txt/a.png", "a" * 250 + ".png"])

@@ -58,7 +58,7 @@ class ConnectionFlags:
     url: Annotated[list[str] | None, typer.Option("--url", metavar="HOST:PORT", help=URL_HELP)] = None
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="How long the pictures may take in all.")] = 1800
     connect_timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", help="How long to wait at first until a server answers and is ready.")
+        float, typer.Option(metavar="SECONDS", help="How long to wait at first for a server that starts or is silent.")
     ] = 10
     step_timeout: Annotated[
         float, typer.Option(metavar="SECONDS", help="How long a server may take for a call, before it is repeated.")

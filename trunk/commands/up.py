@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -70,10 +71,14 @@ def up(
 
 
 def check(options: Options) -> None:
-    """Raise UserError for options of `serve` that cannot be, before anything is made for it."""
+    """Raise UserError for options of `serve` that cannot be, or ports that are in use, before anything is made."""
     from ditforge.triton_repo.serve_options import make_options
+    from ditforge.triton_repo.server import claim
 
-    make_options(Path(), dict(options))
+    made = make_options(Path(), dict(options))
+    for name, number in {"port": made.port, "http_port": made.http_port, "metrics_port": made.metrics_port}.items():
+        if number is not None:
+            claim(made.host, number, name)
 
 
 def prepare(
@@ -97,7 +102,8 @@ def prepare(
     """Export, build and repo into a cache folder of this checkpoint, each only where something changed.
 
     `calibration` to `t5_precision` are those of the export. Precision and compiler are by default the GPU's; with a
-    calibration, fp8 is. Raises UserError for what the GPU cannot do, before the export.
+    calibration, fp8 is. Raises UserError for what the GPU cannot do, and for sizes that the model
+    does not have, before the export.
     """
     from ditforge import folders
 
@@ -121,9 +127,13 @@ def prepare(
         gpus.check_precision("dit", precision, activations if precision in EIGHT_BIT else precision, target)
 
     from ditforge.engines.build import build
+    from ditforge.engines.profile import make_profiles
+    from ditforge.export.checkpoint.random_weights import random_checkpoint
+    from ditforge.export.checkpoint.source import open_source
+    from ditforge.export.families import read_networks
     from ditforge.export.onnx_export import export_checkpoint
     from ditforge.plan_report import say_plan
-    from ditforge.triton_repo.repository import write_repository
+    from ditforge.triton_repo.repository import check_max_batch, write_repository
 
     exported = f"{precision}-{activations}" if precision in EIGHT_BIT else precision
     exported += "" if text_encoders == "all" else f"-{text_encoders}"
@@ -131,6 +141,15 @@ def prepare(
     exported += f"-{calibration.stem}-{digest(calibration.resolve())}" if calibration else ""
     folder = (cache or default_cache()) / folder_name(checkpoint, base, loras, random) / exported
     asked = with_t5(parse_precision(precision, activations), t5_precision)
+    if max_batch is not None:
+        check_max_batch(max_batch)
+    if resolutions or static:  # of which an export knows nothing, and it takes a while
+        with (
+            random_checkpoint(checkpoint)
+            if random
+            else nullcontext(open_source(checkpoint, base, loras, text_encoders)) as opened
+        ):
+            make_profiles(read_networks(opened, asked)[0], resolutions, static, None)
     with terminal.progress("export", unit="bytes", begins=f"exporting {checkpoint} to ONNX") as report:
         export_checkpoint(
             checkpoint,

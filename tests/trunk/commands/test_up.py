@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,32 @@ def test_t5_in_a_precision_of_its_own(random_schnell: Path, tmp_path: Path, monk
     assert out != plain
     with pytest.raises(UserError, match="--t5-precision"):
         up.prepare(random_schnell, "cpu", None, None, tmp_path, t5_precision="fp9")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"resolutions": "64-96", "static": "64x64"}, "exclude each other"),
+        ({"resolutions": "large"}, "large is not a range"),
+        ({"static": "100x100"}, "divisible by 16, got 100"),
+        ({"max_batch": 0}, "from 1 to 128, got 0"),
+        ({"max_batch": 999_999_999}, "from 1 to 128, got 999999999"),
+    ],
+)
+@pytest.mark.parametrize("random", [False, True])
+def test_what_cannot_be_is_known_before_the_export(
+    random_schnell: Path, tmp_path: Path, options: dict[str, Any], words: str, random: bool
+) -> None:
+    """Which takes hours where the model is large."""
+    sizes = {name: value for name, value in options.items() if name != "max_batch"}
+    with pytest.raises(UserError, match=words):
+        up.prepare(random_schnell, "cpu", None, options.get("max_batch"), tmp_path / "cache", random=random, **sizes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_port_in_use_is_known_before_the_export(random_schnell: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with pytest.raises(UserError, match=f"port {port} .* is in use"):
+            cli.app(["up", str(random_schnell), "--port", port, "--cache", str(tmp_path)], standalone_mode=False)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,46 @@
+"""Files that users name, weights aside: read up to a bound, and known to be writable before anything is made."""
+
+from __future__ import annotations
+
+import errno
+import stat
+import tempfile
+from os import PathLike
+from pathlib import Path
+
+from ditforge.errors import UserError
+
+LARGEST = 64 << 20  # bytes; the largest that there are, indices of checkpoints and vocabularies, have a few MB
+OTHER_FILE = "choose another --out"
+
+
+def read_bytes(path: str | PathLike[str], largest: int = LARGEST) -> bytes:
+    """The content of a file. Raises OSError where it cannot be read, is no regular file (a device or a pipe can be
+    without end, or keep a reader waiting for ever), or has more than `largest` bytes.
+    """
+    path = Path(path)
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of a folder, open() tells
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    with path.open("rb") as file:
+        content = file.read(largest + 1)
+    if len(content) > largest:
+        raise OSError(errno.EFBIG, f"it has more than {largest:,} bytes", str(path))
+    return content
+
+
+def check_writable(path: Path, example: str) -> None:
+    """Make the folder for a file that is to be written, and find out whether it can be; `example` is a name for it.
+
+    Raises UserError where it cannot, or where `path` is something else than a file: nothing is put in its place.
+    """
+    try:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder", f"--out {path / example}")
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a regular file", OTHER_FILE)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}", OTHER_FILE) from error

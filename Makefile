@@ -73,7 +73,7 @@ gpu-check: $(INSTALLED)
 	$(BIN)/pip install --quiet --editable '.[all,test,$(GPU_EXTRAS)]'
 	$(BIN)/python examples/gpu_check.py models/flux-tiny --out out/gpu-check
 
-$(INSTALLED): pyproject.toml Makefile
+$(INSTALLED): pyproject.toml setup.py Makefile
 	$(PYTHON) -m venv $(VENV) || { echo "fix:   apt install python3-venv"; exit 1; }
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH)

@@ -40,7 +40,7 @@ def random_checkpoint(folder: Path, seed: int = SEED) -> Iterator[Checkpoint]:
     Only its configurations are read, and its tokenizers; one that is missing is made (see save_tokenizer). Raises
     UserError if there is neither such a folder nor such a name.
     """
-    names = sorted(path.name for path in CONFIGS.iterdir())
+    names = sorted(path.parent.name for path in CONFIGS.glob(f"*/{INDEX}"))
     if not folder.is_dir() and str(folder) not in names:
         raise UserError(f"{folder} is not a folder", f"give one in diffusers' layout, or a name: {', '.join(names)}")
     source = folder if folder.is_dir() else CONFIGS / folder

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
+from onnx import load as load_graph
 
 from ditforge import manifest
 from ditforge.engines.build import build
@@ -51,9 +52,10 @@ def test_the_second_build_does_nothing(schnell, engines: Path) -> None:
 
 def test_engines_are_optimised_graphs(schnell) -> None:
     before = ort.InferenceSession(schnell.onnx / "dit.onnx")
+    graphs = [load_graph(folder / "dit.onnx", load_external_data=False) for folder in (schnell.onnx, schnell.engines)]
     engine = manifest.read(schnell.engines, "engines")
     optimised = schnell.engines / "dit.onnx"
-    assert optimised.stat().st_size < (schnell.onnx / "dit.onnx").stat().st_size
+    assert len(graphs[1].graph.node) < len(graphs[0].graph.node)  # some of them are fused
     assert {i.name for i in ort.InferenceSession(optimised).get_inputs()} == {i.name for i in before.get_inputs()}
     assert engine.engines["dit"].compiler_version == ort.__version__
 

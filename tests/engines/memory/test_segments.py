@@ -134,7 +134,7 @@ def test_every_shape_is_inferred(stages, tmp_path: Path) -> None:
 def test_only_hidden_states_and_conditioning_are_passed_on(exports, key: tuple[str, str]) -> None:
     folder = exports(*key)
     inputs = manifest.read(folder, "onnx").components["dit"].inputs
-    config = json.loads((Path(__file__).parents[2] / "models/flux-tiny/transformer/config.json").read_text())
+    config = json.loads((Path(__file__).parents[3] / "models/flux-tiny/transformer/config.json").read_text())
     width = config["num_attention_heads"] * config["attention_head_dim"]
     for count in (2, 3):
         segments = segments_of(folder, count)

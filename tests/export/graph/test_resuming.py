@@ -25,7 +25,8 @@ from ditforge.unfinished_folder import partial_folder
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from ditforge.export import flux, onnx_export
+from ditforge.export import onnx_export
+from ditforge.export.families import flux
 networks = flux.networks
 flux.networks = lambda *args: networks(*args)[1::-1]
 def report(component, done, total):

@@ -13,6 +13,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import model_config_pb2, service_pb2 as pb
 
+from ditforge.contract import VAE_DECODER
 from ditforge.model import Model
 
 Arrays = dict[str, np.ndarray]
@@ -64,7 +65,7 @@ def expected_outputs(
     batch = len(next(iter(inputs.values())))
     if name == "dit":
         return {"velocity": Output("FP32", inputs["latents"].shape)}
-    if name == "vae_decoder":
+    if name == VAE_DECODER:
         height, width = (size * model.vae_factor for size in inputs["latents"].shape[2:])
         return {"image": Output("UINT8", (batch, height, width, 3))}
     outputs = {key: Output(output.dtype, (batch, *output.shape[1:])) for key, output in embeddings.items()}

@@ -28,6 +28,7 @@ from ditforge.client.replica import CallFailed, Replica, Served, Unfit
 from ditforge.client.retry import ENDING_WAIT, WENT_AWAY, Failure, Retries
 from ditforge.client.settings import ConnectionSettings
 from ditforge.client.told import Told
+from ditforge.contract import ENGINES_KEY, PICTURE_KEY
 from ditforge.errors import DitforgeError
 from ditforge.model import Model
 
@@ -52,9 +53,9 @@ class Calls:
         self._settings, self._order, self._served, self._told = settings, order, served, told
         self._cancelled = cancelled
         self._deadline = time.monotonic() + settings.timeout
-        self._headers = {"ditforge-picture": uuid.uuid4().hex, **settings.headers()}
+        self._headers = {PICTURE_KEY: uuid.uuid4().hex, **settings.headers()}
         if served.engines:
-            self._headers["ditforge-engines"] = served.engines
+            self._headers[ENGINES_KEY] = served.engines
         self._answered = False
         self._repeats: Counter[tuple[tuple[tuple[str, str], ...], str]] = Counter()
         self._asked: dict[str, Served] = {}  # what the servers serve that were asked for this picture

@@ -26,11 +26,11 @@ from ditforge.client.picture_file import METADATA_KEY
 from ditforge.client.request import T5, Request, make_request
 from ditforge.client.sampling import Array, Callback, find_sampler, flow_sigmas
 from ditforge.client.settings import Settings, make_settings
+from ditforge.contract import TEXT_ENCODERS, TEXT_ENCODERS_CLIP, VAE_DECODER
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 from ditforge.model import Model
 
 DEFAULT_SAMPLER = "euler"
-TEXT_ENCODERS, TEXT_ENCODERS_CLIP = "text_encoders", "text_encoders_clip"  # the latter without T5
 
 
 class Options(TypedDict, total=False):
@@ -224,7 +224,7 @@ def run(calls: Calls, request: Request, callback: Callback | None = None) -> lis
         return velocity
 
     def decoder(latents: Array) -> Pixels:
-        return calls.infer("vae_decoder", {"latents": latents})["image"]
+        return calls.infer(VAE_DECODER, {"latents": latents})["image"]
 
     denoise = guided(evaluate, model, request, sigmas, text, negative)
     latents = find_sampler(request.sampler)(denoise, latents, sigmas, callback)

@@ -22,12 +22,12 @@ from ditforge.client.failures import START_SERVER
 from ditforge.client.retry import NOT_READY, Failure
 from ditforge.client.settings import ConnectionSettings
 from ditforge.client.tls import TLS
+from ditforge.contract import DIT, ENGINES_PARAMETER, MODEL_PARAMETER, TEXT_ENCODERS, VAE_DECODER
 from ditforge.errors import DitforgeError, UserError
 from ditforge.model import Model
 
 T = TypeVar("T")
-MODEL_PARAMETER, ENGINES_PARAMETER = "ditforge_model", "ditforge_engines"
-NEEDED = ("text_encoders", "dit", "vae_decoder")
+NEEDED = (TEXT_ENCODERS, DIT, VAE_DECODER)
 SERVICE = "inference.GRPCInferenceService"
 DESCRIBING = ("RepositoryIndex", "ModelReady", "ModelConfig", "ServerLive")
 LARGEST_DESCRIPTION = 4 << 20  # bytes: the configurations of our models have some thousands
@@ -180,7 +180,7 @@ class Replica:
                     raise Unfit(UserError(no_model, START_SERVER))
                 if not stub.ModelReady(pb.ModelReadyRequest(name=name), **asked()).ready:
                     raise CallFailed(self._why_not_ready(name, asked()["timeout"]))
-            config = stub.ModelConfig(pb.ModelConfigRequest(name="dit"), **asked()).config
+            config = stub.ModelConfig(pb.ModelConfigRequest(name=DIT), **asked()).config
         except grpc.RpcError as error:
             raise CallFailed(failure_of(error)) from error
         return self._read(config)
@@ -190,7 +190,7 @@ class Replica:
         picture. A server that is ready again by then reads an empty prompt, once.
         """
         try:
-            self._call("text_encoders", {"prompt": np.array([[b""]], np.object_)}, self._settings.headers(), timeout)
+            self._call(TEXT_ENCODERS, {"prompt": np.array([[b""]], np.object_)}, self._settings.headers(), timeout)
         except CallFailed as failed:
             if failed.failure.ending:
                 return failed.failure

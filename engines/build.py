@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from ditforge import manifest
+from ditforge.contract import DIT
 from ditforge.engines.compilers import Job, Progress, Ranges, find_compiler
 from ditforge.engines.compilers.child_process import compile_apart
 from ditforge.engines.gpus import default_compiler, find_target, limited
@@ -22,7 +23,7 @@ from ditforge.engines.memory.fitting import (
     place_engines,
     warn_of_compiling,
 )
-from ditforge.engines.memory.placement import DIT, Plan
+from ditforge.engines.memory.placement import Plan
 from ditforge.engines.profile import Profile, announced, make_profiles, tiled
 from ditforge.errors import UserError
 from ditforge.manifest import Component, Engine, Manifest

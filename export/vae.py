@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from ditforge.contract import VAE_DECODER, VAE_ENCODER
 from ditforge.export.checkpoint.diffusers_folder import Checkpoint, with_defaults
 from ditforge.export.network import BATCH, Dim, Network, Port
 from ditforge.export.quantisation.precision import Precision, network_dtype
@@ -97,8 +98,8 @@ def vae(config: dict[str, Any], precision: Precision) -> tuple[Network, Network]
         )
 
     return (
-        network("vae_decoder", Decoder, {"latents": latents}, {"image": image}),
-        network("vae_encoder", Encoder, {"image": image}, {"latents": latents}),
+        network(VAE_DECODER, Decoder, {"latents": latents}, {"image": image}),
+        network(VAE_ENCODER, Encoder, {"image": image}, {"latents": latents}),
     )
 
 

@@ -11,17 +11,13 @@ from typing import Any
 from pydantic import BaseModel
 from tritonclient.grpc import model_config_pb2 as pb
 
+from ditforge.contract import PROMPT_EMBEDS, TEXT_ENCODERS, TEXT_ENCODERS_CLIP, TEXT_OUTPUTS
 from ditforge.manifest import Component, File, Tensor
 from ditforge.model import Model
 from ditforge.triton_repo.limits import Limits
 
-MODEL_PARAMETER = "ditforge_model"  # of `dit`: the JSON of ditforge.model.Model
 ENGINE_PARAMETER = "ditforge_engine"  # of a network: the JSON of EngineSource
-ENGINES_PARAMETER = "ditforge_engines"  # of `dit`: a digest of all engines, the same where pictures are the same
 LIMITS_PARAMETER = "ditforge_limits"  # of a model: the JSON of ditforge.triton_repo.limits.Limits
-TEXT_ENCODERS, TEXT_ENCODERS_CLIP = "text_encoders", "text_encoders_clip"  # ensembles; the latter without T5
-PROMPT_EMBEDS = "prompt_embeds"
-TEXT_OUTPUTS = (PROMPT_EMBEDS, "pooled_embeds", "prompt_tokens")  # what a text ensemble hands out
 FORGONE_VARIABLE = "DITFORGE_FORGONE"  # of the environment: a folder of the names of requests nobody waits for
 CPU_INSTANCE = pb.ModelInstanceGroup(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
 GPU_INSTANCE = pb.ModelInstanceGroup(count=1, kind=pb.ModelInstanceGroup.KIND_GPU, gpus=[0])

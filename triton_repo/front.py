@@ -24,6 +24,7 @@ from uuid import uuid4
 import grpc
 from tritonclient.grpc import service_pb2 as pb
 
+from ditforge.contract import ENGINES_KEY, PICTURE_KEY, VAE_DECODER
 from ditforge.triton_repo import wire
 from ditforge.triton_repo.capacity import Capacity, arrived, started
 from ditforge.triton_repo.limits import BadRequest, shown
@@ -44,9 +45,7 @@ DESCRIBING = {
 LIVE, READY = f"{SERVICE}ServerLive", f"{SERVICE}ServerReady"
 PROBES = {LIVE, READY, HEALTH}  # which are answered without their message, and however many others there are
 OPEN = {*PROBES, f"{SERVICE}ModelReady"}  # which need no token
-PICTURE_KEY, ENGINES_KEY = "ditforge-picture", "ditforge-engines"  # in a request's metadata
 SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"  # grpc.health.v1.HealthCheckResponse: field 1 is the status
-DECODER = "vae_decoder"  # the model that a picture ends with
 LONGEST_QUESTION = 4096  # bytes of a message that asks about the server or a model
 STUB = re.compile(r"Stub process '(.+?)_\d+_\d+'")  # Triton's name of a model's process, as it complains of one
 log = logging.getLogger(__name__)
@@ -185,7 +184,7 @@ class Front(grpc.GenericRpcHandler):
             self.admit(picture, metadata.get(ENGINES_KEY))
             with contextlib.ExitStack() as held:
                 held.enter_context(self.capacity.holding(sum(map(len, raw))))
-                with self.pictures.request(picture, name == DECODER):
+                with self.pictures.request(picture, name == VAE_DECODER):
                     answer = await self.run_model(request, raw, context.time_remaining(), held)
             if self.models[name].spoils and wire.is_spoilt(answer):
                 raise Refused(outcome, f"the engines of {name} failed; the server's log says why")

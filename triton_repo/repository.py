@@ -13,15 +13,24 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from ditforge import manifest
+from ditforge.contract import (
+    DIT,
+    ENGINES_PARAMETER,
+    MODEL_PARAMETER,
+    TEXT_ENCODERS,
+    TEXT_ENCODERS_CLIP,
+    TOKENIZER,
+    VAE_DECODER,
+    VAE_ENCODER,
+)
 from ditforge.errors import UserError
 from ditforge.manifest import Manifest
 from ditforge.model import MAX_BATCH
 from ditforge.triton_repo import config
 from ditforge.triton_repo.limits import Limits, limits_of
 
-TOKENIZER, DIT = "tokenizer", "dit"
-ENSEMBLES = (config.TEXT_ENCODERS, config.TEXT_ENCODERS_CLIP)
-NOT_TEXT = (DIT, "vae_decoder", "vae_encoder")
+ENSEMBLES = (TEXT_ENCODERS, TEXT_ENCODERS_CLIP)
+NOT_TEXT = (DIT, VAE_DECODER, VAE_ENCODER)
 DEFAULT_MAX_BATCH = 8
 BUILD_AGAIN = "ditforge build ONNX_DIR --gpu GPU --out DIR   again"
 
@@ -114,8 +123,8 @@ def make_model(source: Manifest, name: str, limits: Limits) -> Triton:
     files = {f"1/{Path(file).name}": file for file in component.files}
     parameters = {config.LIMITS_PARAMETER: limits.model_dump_json(exclude_none=True)}
     if name == DIT:
-        parameters[config.MODEL_PARAMETER] = source.model.model_dump_json()
-        parameters[config.ENGINES_PARAMETER] = engines_digest(source)
+        parameters[MODEL_PARAMETER] = source.model.model_dump_json()
+        parameters[ENGINES_PARAMETER] = engines_digest(source)
     if name not in (TOKENIZER, *NOT_TEXT):
         parameters[config.MEMBER_PARAMETER] = "true"
     max_batch = limits.max_batch

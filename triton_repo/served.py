@@ -11,12 +11,12 @@ from pydantic import ValidationError
 from tritonclient.grpc import model_config_pb2 as pb
 
 from ditforge import manifest
+from ditforge.contract import ENGINES_PARAMETER
 from ditforge.errors import UserError
 from ditforge.folders import CONFIG
 from ditforge.small_files import read_bytes
 from ditforge.triton_repo.config import (
     ENGINE_MODULE,
-    ENGINES_PARAMETER,
     LIMITS_PARAMETER,
     MEMBER_PARAMETER,
     MODEL_CODE,

@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
+from ditforge.contract import VAE_DECODER, VAE_ENCODER
+
 LEAST_TILE = 16  # latents: of a smaller tile, most would be overlap
-TILED = ("vae_decoder", "vae_encoder")
-
-
+TILED = (VAE_DECODER, VAE_ENCODER)
 MOST_PIXELS = 1 << 17  # of a side
 MAX_BATCH = 128  # samples in one call
 MAX_STEPS = 1000

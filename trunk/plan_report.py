@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ditforge import manifest, terminal
+from ditforge.contract import DIT
 from ditforge.engines import gpus
 from ditforge.engines.gpus import Target
 from ditforge.engines.memory import placement
@@ -51,7 +52,7 @@ def choose_precision(target: Target, precision: str | None) -> tuple[str, str]:
     if chosen not in PRECISIONS:
         raise UserError(f"unknown precision {chosen!r}", f"use one of: {', '.join(PRECISIONS)}")
     around = gpus.default_activations(target) if chosen in EIGHT_BIT else chosen
-    gpus.check_precision(placement.DIT, chosen, around, target)
+    gpus.check_precision(DIT, chosen, around, target)
     return chosen, around
 
 
@@ -167,8 +168,8 @@ def placed(plan: Plan) -> list[tuple[str, ...]]:
 
 def segments_of(placement: Placement) -> str:
     """How many segments a network is in, and how many of them are loaded in turn, where the others stay."""
-    partly = 0 < placement.in_turn < placement.segments
-    return f"{placement.segments}, {placement.in_turn} in turn" if partly else str(placement.segments)
+    partly = 0 < placement.on_demand < placement.segments
+    return f"{placement.segments}, {placement.on_demand} in turn" if partly else str(placement.segments)
 
 
 def read_subject(

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ditforge.contract import DIT
 from ditforge.engines.gpus import Target, default_compiler
 from ditforge.engines.memory.placement import (
     CPU,
-    DIT,
     ON_DEMAND,
     RESIDENT,
     Placement as Planned,
@@ -150,7 +150,7 @@ def place_engines(
     for name in networks:
         placed = plan.placements[name] if plan else Planned("", RESIDENT, 1, 0)
         count = segments if name == DIT and segments is not None else placed.segments
-        on_gpu = Placement(compiler, target, count, count if residency == ON_DEMAND else placed.in_turn)
+        on_gpu = Placement(compiler, target, count, count if residency == ON_DEMAND else placed.on_demand)
         of_cpu = Placement(default_compiler(Target(CPU)), Target(CPU))
         placements[name] = of_cpu if placed.place == CPU else on_gpu
     return placements

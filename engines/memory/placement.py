@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from ditforge.contract import DIT, VAE_DECODER, VAE_ENCODER
 from ditforge.engines.gpus import Target
 from ditforge.footprint import Footprint
 from ditforge.manifest import Component
@@ -27,7 +28,6 @@ BUILD_SPARE = 10**9  # bytes beside: the libraries, the graph, and what else run
 TEXT, DENOISING, DECODING, ENCODING = "text encoding", "denoising", "decoding", "image encoding"
 PHASES = (TEXT, DENOISING, DECODING, ENCODING)
 RESIDENT, ON_DEMAND, CPU = "resident", "on-demand", "cpu"
-DIT, DECODER, ENCODER = "dit", "vae_decoder", "vae_encoder"
 NO_NETWORK = "none"  # the precision of what has no engine
 TEXT_SEGMENTS = (2, 4, 8)  # of the largest text encoder, where it is loaded and freed in turn
 DIT_SEGMENTS = (4, 8, 16)  # of the DiT, where some of them are loaded and freed in turn, and the others stay
@@ -48,7 +48,7 @@ class Part:
     @property
     def phase(self) -> str:
         """When it works."""
-        return {DIT: DENOISING, DECODER: DECODING, ENCODER: ENCODING}.get(self.name, TEXT)
+        return {DIT: DENOISING, VAE_DECODER: DECODING, VAE_ENCODER: ENCODING}.get(self.name, TEXT)
 
     @property
     def weights(self) -> int:
@@ -60,14 +60,14 @@ class Part:
 class Placement:
     """Where a network is: `place` is resident, on-demand or cpu. `size` is the bytes of that memory while it works.
 
-    Of an on-demand network's `segments`, `in_turn` are loaded for each call and then freed; the others are resident.
+    Of an on-demand network's `segments`, `on_demand` are loaded for each call and then freed; the others are resident.
     """
 
     precision: str
     place: str
     segments: int
     size: int
-    in_turn: int = 0
+    on_demand: int = 0
 
 
 @dataclass(frozen=True)
@@ -206,11 +206,11 @@ def ways(parts: Sequence[Part], tiles: Sequence[int | None], memory: int | None)
     def decoded(way: Way) -> Iterator[Way]:
         """Where the autoencoder's activations do not fit, its encoder waits until it is asked, and it takes tiles."""
         yield replace(way, tile=tiles[0])
-        waiting = replace(way, places={**way.places, ENCODER: ON_DEMAND})
+        waiting = replace(way, places={**way.places, VAE_ENCODER: ON_DEMAND})
         yield from (replace(waiting, tile=tile) for tile in tiles)
 
     def texts_moved(moved: Mapping[str, str], segments: int, strategy: str, kept: int = 0) -> Iterator[Way]:
-        once, cut, stay = {**freed, DECODER: ON_DEMAND, **moved}, {DIT: segments}, {DIT: kept}
+        once, cut, stay = {**freed, VAE_DECODER: ON_DEMAND, **moved}, {DIT: segments}, {DIT: kept}
         yield from decoded(Way(strategy or f"{heavy} freed", once, segments=cut, kept=stay))
         for count in text_segments:
             more = {**cut, heavy: count}
@@ -226,8 +226,8 @@ def ways(parts: Sequence[Part], tiles: Sequence[int | None], memory: int | None)
     if texts:
         yield from texts_moved({}, least, "")
     if dit:
-        for in_turn, count in offloads(least, most_segments(dit)):
-            yield from texts_moved({DIT: ON_DEMAND}, count, f"offload {in_turn} of {count}", count - in_turn)
+        for on_demand, count in offloads(least, most_segments(dit)):
+            yield from texts_moved({DIT: ON_DEMAND}, count, f"offload {on_demand} of {count}", count - on_demand)
 
 
 def offloads(least: int, most: int) -> list[tuple[int, int]]:
@@ -259,10 +259,10 @@ def reckon(
             placements[part.name] = Placement(precision, place, count, part.cpu or 0)
             continue
         kept = way.kept.get(part.name, 0) if place == ON_DEMAND else count
-        in_turn = count - kept
+        on_demand = count - kept
         stays = (footprint.first(kept, count) + activations) if kept else 0
-        comes = (footprint.segment(count) + (0 if kept else activations)) if in_turn else 0
-        placements[part.name] = Placement(precision, place, count, stays + comes, in_turn)
+        comes = (footprint.segment(count) + (0 if kept else activations)) if on_demand else 0
+        placements[part.name] = Placement(precision, place, count, stays + comes, on_demand)
         always += CONTEXT + stays
         loaded[part.phase] += comes
     return placements, {phase: always + size for phase, size in loaded.items()}
@@ -281,21 +281,21 @@ def explain(plan: Plan, parts: Sequence[Part], tried: Mapping[str, int], side: i
     for part in parts:
         placement = plan.placements[part.name]
         footprint = part.footprints[placement.precision]
-        if part.name == DECODER and plan.vae_tile:
+        if part.name == VAE_DECODER and plan.vae_tile:
             whole, tiled = (footprint.activations_at(size) for size in (side, plan.vae_tile))
             yield (
                 f"{part.name} decodes tiles of {plan.vae_tile} x {plan.vae_tile} pixels, in {gigabytes(tiled)}: "
                 f"{side} x {side} at once would take {gigabytes(whole)}"
             )
-        if part.name == ENCODER and placement.place == ON_DEMAND:
+        if part.name == VAE_ENCODER and placement.place == ON_DEMAND:
             yield f"{part.name}, {gigabytes(placement.size)}, is loaded when it is asked: pictures from text need none"
         if part.phase == TEXT and placement.place == ON_DEMAND and placement.segments > 1:
             yield f"{part.name}'s segments are loaded and freed in turn: {gigabytes(footprint.weights)} a prompt"
         if placement.place == CPU:
             yield f"{part.name} takes {gigabytes(placement.size)} of the machine's memory"
         if part.name == DIT and placement.place == ON_DEMAND:
-            moved = footprint.weights * placement.in_turn // placement.segments
-            which = f"{placement.in_turn} of {part.name}'s {placement.segments} segments"
+            moved = footprint.weights * placement.on_demand // placement.segments
+            which = f"{placement.on_demand} of {part.name}'s {placement.segments} segments"
             yield f"{which} are loaded and freed in each step: {gigabytes(moved)} a step"
 
 

@@ -89,7 +89,11 @@ def test_what_a_card_gets(gpu: str, side: int, strategy: str, tile: int | None) 
 def test_a_text_encoder_that_is_too_large_is_loaded_in_segments() -> None:
     for gpu, segments in (("rtx4090", 2), ("rtx3060", 8)):
         placed = plan(gpu).placements["t5"]
-        assert (placed.precision, placed.place, placed.segments, placed.in_turn) == ("bf16", ON_DEMAND, *[segments] * 2)
+        assert (placed.precision, placed.place, placed.segments, placed.on_demand) == (
+            "bf16",
+            ON_DEMAND,
+            *[segments] * 2,
+        )
         assert any("9.5 GB a prompt" in reason for reason in plan(gpu).reasons)
 
 
@@ -113,7 +117,7 @@ def test_every_gpu_of_the_table_has_a_plan() -> None:
 
 def moved(made: Plan) -> float:
     """The part of the DiT that is loaded in each step."""
-    return made.placements["dit"].in_turn / made.placements["dit"].segments
+    return made.placements["dit"].on_demand / made.placements["dit"].segments
 
 
 def test_as_little_of_the_dit_as_possible_is_loaded_in_each_step() -> None:

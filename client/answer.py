@@ -13,7 +13,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import model_config_pb2, service_pb2 as pb
 
-from ditforge.contract import VAE_DECODER
+from ditforge.contract import DIT, VAE_DECODER
 from ditforge.model import Model
 
 Arrays = dict[str, np.ndarray]
@@ -63,7 +63,7 @@ def expected_outputs(
     text_encoders_clip: `embeddings`, and prompt_tokens, int32 [B, encoders].
     """
     batch = len(next(iter(inputs.values())))
-    if name == "dit":
+    if name == DIT:
         return {"velocity": Output("FP32", inputs["latents"].shape)}
     if name == VAE_DECODER:
         height, width = (size * model.vae_factor for size in inputs["latents"].shape[2:])

@@ -26,7 +26,7 @@ from ditforge.client.picture_file import METADATA_KEY
 from ditforge.client.request import T5, Request, make_request
 from ditforge.client.sampling import Array, Callback, find_sampler, flow_sigmas
 from ditforge.client.settings import Settings, make_settings
-from ditforge.contract import TEXT_ENCODERS, TEXT_ENCODERS_CLIP, VAE_DECODER
+from ditforge.contract import DIT, TEXT_ENCODERS, TEXT_ENCODERS_CLIP, VAE_DECODER
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 from ditforge.model import Model
 
@@ -219,7 +219,7 @@ def run(calls: Calls, request: Request, callback: Callback | None = None) -> lis
         # Heun's method evaluates a step's end too, which is where the next one begins, and is called so here.
         begun = int((sigmas[:-1] > inputs["timestep"][0]).sum()) + 1
         step = f"step {begun} of {request.steps}"
-        velocity = calls.infer("dit", inputs, step)["velocity"]
+        velocity = calls.infer(DIT, inputs, step)["velocity"]
         check_finite(velocity, "velocity", f"dit, {step}")
         return velocity
 

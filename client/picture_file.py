@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +33,8 @@ def save_picture(image: Image.Image, path: Path) -> None:
     info = PngInfo()
     info.add_itxt(METADATA_KEY, image.info[METADATA_KEY])
     info.add_itxt(COMMON_KEY, common_text(read_info(image)))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with small_files.written_whole(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}", "choose another --out") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_parameters(path: Path) -> dict[str, Any]:

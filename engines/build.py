@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from ditforge import manifest
-from ditforge.contract import DIT
+from ditforge.contract import DIT, TOKENIZER
 from ditforge.engines.compilers import Job, Progress, Ranges, find_compiler
 from ditforge.engines.compilers.child_process import compile_apart
 from ditforge.engines.gpus import default_compiler, find_target, limited
@@ -32,7 +32,6 @@ from ditforge.model import Model
 if TYPE_CHECKING:
     from ditforge.engines.memory.segments import Segment
 
-TOKENIZER = "tokenizer"
 CUTTING = 1  # how segments.cut does it; another number where the same graph and count would give other segments
 TIMING_CACHE = "timing.cache"  # of TensorRT, beside the engines: what it measured on the GPU the last time
 PLAN = ".plan"

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from ditforge import manifest
+from ditforge.contract import DIT
 from ditforge.engines.build import TOKENIZER
 from ditforge.engines.compilers import Arrays
 from ditforge.engines.fp32_graph import write_twin
@@ -105,7 +106,7 @@ def compare(folder: Path, onnx: Path, progress: Callable[[str, int, int], None] 
         actual = run_component(folder, found, name, inputs)
         precision = component.precision
         differences += [difference(name, precision, key, actual[key], expected[key]) for key in expected]
-        tensors |= {key: value for key, value in expected.items() if key not in reference.components["dit"].outputs}
+        tensors |= {key: value for key, value in expected.items() if key not in reference.components[DIT].outputs}
     report("done", len(networks), len(networks))
     return differences
 

@@ -12,10 +12,11 @@ import onnx_ir as ir
 import torch
 
 from ditforge import __version__, manifest
+from ditforge.contract import TOKENIZER
 from ditforge.errors import DitforgeWarning, UserError
 from ditforge.export.checkpoint import consistency, random_weights
 from ditforge.export.checkpoint.diffusers_folder import Checkpoint
-from ditforge.export.checkpoint.source import Loras, fingerprint, open_source, with_text_encoders
+from ditforge.export.checkpoint.source import Loras, fingerprint, opened
 from ditforge.export.checkpoint.weights import Weights
 from ditforge.export.disk_space import check_space, size_of
 from ditforge.export.families import family_of, read_networks
@@ -83,22 +84,15 @@ def export_checkpoint(
     Raises UserError for a checkpoint that is incomplete or of no known family, and if the disk has too little space,
     before anything is written.
     """
-    if not random:
-        opened = open_source(checkpoint, base, loras, text_encoders)
-        files = fingerprint(checkpoint, base, loras)
-        return export_opened(opened, files, out, precision, calibration, max_error, progress, text_encoders, measuring)
-    if base or loras:
-        raise UserError("random weights take nothing from files", "leave out --base and --lora, or --random-weights")
-    if max_error is not None:
+    if random and max_error is not None:
         raise UserError("the errors of random weights tell nothing", "leave out --max-error, or --random-weights")
-    with random_weights.random_checkpoint(checkpoint) as opened:
-        files = random_weights.fingerprint(opened)
-        opened = with_text_encoders(opened, text_encoders)
-        return export_opened(opened, files, out, precision, calibration, None, progress, text_encoders)
+    with opened(checkpoint, base, loras, text_encoders, random) as found:
+        files = random_weights.fingerprint(found) if random else fingerprint(checkpoint, base, loras)
+        return export_opened(found, files, out, precision, calibration, max_error, progress, text_encoders, measuring)
 
 
 def export_opened(
-    opened: Checkpoint,
+    checkpoint: Checkpoint,
     files: str,
     out: Path,
     precision: Precision,
@@ -109,7 +103,7 @@ def export_opened(
     measuring: Progress | None = None,
 ) -> Exported:
     """The same for a checkpoint that is open; `files` is a digest by which it is known again."""
-    ranges = read_ranges(calibration, opened, precision)
+    ranges = read_ranges(calibration, checkpoint, precision)
     source = {
         "precision": precision.name,
         "base": precision.base,
@@ -127,12 +121,12 @@ def export_opened(
         and manifest.is_whole(out, before.components)
     ):
         return Exported(before, fresh=True)
-    model, tokenizers, networks = read_networks(opened, precision)
+    model, tokenizers, networks = read_networks(checkpoint, precision)
     if precision.t5 and T5 not in (network.name for network in networks):
         raise UserError(f"{model.name} is exported without T5", "leave out --t5-precision")
     sizes: dict[str, int] = {}
     for network in networks:  # all of them are looked at before the first one is written
-        shapes = consistency.check_weights(network, weights_of(network, opened))
+        shapes = consistency.check_weights(network, weights_of(network, checkpoint))
         sizes[network.name] = size_of(network, shapes, scheme_of(network, precision))
     consistency.check_ports(networks)
     manifest.check_replaceable(Path(os.path.realpath(out)), "onnx", ())
@@ -140,11 +134,11 @@ def export_opened(
     unfinished.drop_others()
     check_space(out, sum(size for name, size in sizes.items() if name not in unfinished.kept()))
     report = progress or (lambda component, done, total: None)
-    choice = measure_linears(opened, precision, ranges, max_error, measuring)
+    choice = measure_linears(checkpoint, precision, ranges, max_error, measuring)
     done, total = 0, max(1, sum(sizes.values()))
     try:
         with manifest.written_whole(out, "onnx") as folder:
-            components = {"tokenizer": export_tokenizers(tokenizers, folder)}
+            components = {TOKENIZER: export_tokenizers(tokenizers, folder)}
             for network in networks:
                 written = bytes_reported(report, network.name, done, total)
                 written(0)
@@ -152,7 +146,7 @@ def export_opened(
                 if component is None:
                     keep = choice.keep if choice else ()
                     scheme = scheme_of(network, precision)
-                    component = export_network(network, opened, folder, scheme, ranges, keep, written)
+                    component = export_network(network, checkpoint, folder, scheme, ranges, keep, written)
                     footprint = measure(network, model).footprint(scheme)
                     component = component.model_copy(update={"footprint": footprint})
                     unfinished.keep(network.name, component, folder)
@@ -185,7 +179,7 @@ def scheme_of(network: Network, precision: Precision) -> str | None:
 
 
 def weights_of(network: Network, checkpoint: Checkpoint) -> Weights:
-    """The network's weights, opened and none of them read: the checkpoint's, or random ones. Raises UserError."""
+    """The network's weights, checkpoint and none of them read: the checkpoint's, or random ones. Raises UserError."""
     if checkpoint.seed is not None:
         return random_weights.random_weights(network, checkpoint)
     return checkpoint.weights(network.weights)

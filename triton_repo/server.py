@@ -28,7 +28,7 @@ from ditforge import folders
 from ditforge.errors import DitforgeError, UserError
 from ditforge.option import option
 from ditforge.triton_repo.installation import INSTALL, find_tritonserver
-from ditforge.triton_repo.serve_options import ServeOptions, make_options
+from ditforge.triton_repo.serve_options import PORTS, ServeOptions, make_options
 
 LAST_SECONDS = 15.0  # after the grace: Triton gets a few to unload its models before it is killed
 log = logging.getLogger(__name__)
@@ -212,8 +212,7 @@ def start(repo: Path, on_event: Callable[[str], object] | None = None, **options
         except ModuleNotFoundError as error:
             raise UserError(f"{module}, which the server needs, is missing: {error}", INSTALL) from None
     find_tritonserver()
-    wanted = {"port": made.port, "http_port": made.http_port, "metrics_port": made.metrics_port}
-    claimed = {name: claim(made.host, number, name) for name, number in wanted.items() if number is not None}
+    claimed = claim_ports(made)
     temporary = made.log is None
     file = made.log.absolute() if made.log else Path(tempfile.mkdtemp(prefix="ditforge-serve-"), "tritonserver.log")
     made = made.model_copy(update={"http_port": claimed.get("http_port"), "log": file})
@@ -241,6 +240,12 @@ def appended(file: Path) -> BinaryIO:
     except OSError as error:
         fix = option('log="FILE"', "--log FILE") + " names another file"
         raise UserError(f"cannot write the log {file}: {error.strerror}", fix) from None
+
+
+def claim_ports(options: ServeOptions) -> dict[str, int]:
+    """The ports that are asked for, by the names of their options; as claim() has them."""
+    wanted = {name: getattr(options, name) for name in PORTS}
+    return {name: claim(options.host, number, name) for name, number in wanted.items() if number is not None}
 
 
 def claim(host: str, number: int, name: str) -> int:

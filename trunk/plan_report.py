@@ -180,15 +180,10 @@ def read_subject(
         if text_encoders != "all":
             raise UserError(f"{path} is exported already, with text encoders or without", "leave out --text-encoders")
         return exported(path, precision, size)
-    from ditforge.export.checkpoint.random_weights import random_checkpoint
-    from ditforge.export.checkpoint.source import open_source, with_text_encoders
+    from ditforge.export.checkpoint.source import opened
 
-    if not random:
-        return measured(open_source(path, base, text_encoders=text_encoders), precision, size)
-    if base:
-        raise UserError("random weights take nothing from files", "leave out --base, or --random-weights")
-    with random_checkpoint(path) as opened:
-        return measured(with_text_encoders(opened, text_encoders), precision, size)
+    with opened(path, base, (), text_encoders, random) as checkpoint:
+        return measured(checkpoint, precision, size)
 
 
 def check_size(model: Model, size: int | None) -> None:

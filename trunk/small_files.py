@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
@@ -27,6 +30,22 @@ def read_bytes(path: str | PathLike[str], largest: int = LARGEST) -> bytes:
     if len(content) > largest:
         raise OSError(errno.EFBIG, f"it has more than {largest:,} bytes", str(path))
     return content
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when the block ends, and vanishes if it fails.
+
+    Raises UserError where it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}", OTHER_FILE) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def check_writable(path: Path, example: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from math import isfinite
@@ -33,6 +34,24 @@ def open_source(
     else:
         checkpoint = with_text_encoders(open_checkpoint(path), text_encoders)
     return _with_loras(checkpoint, loras) if loras else checkpoint
+
+
+@contextmanager
+def opened(path: Path, base: Path | None, loras: Loras, text_encoders: str, random: bool) -> Iterator[Checkpoint]:
+    """The checkpoint as open_source() makes it, or one with random weights, whose `path` may be a name.
+
+    Raises UserError where that cannot be, and where random weights were to be put together with files.
+    """
+    if not random:
+        yield open_source(path, base, loras, text_encoders)
+        return
+    if base or loras:
+        flags = "--base and --lora" if loras else "--base"
+        raise UserError("random weights take nothing from files", f"leave out {flags}, or --random-weights")
+    from ditforge.export.checkpoint.random_weights import random_checkpoint  # which needs torch
+
+    with random_checkpoint(path) as checkpoint:
+        yield with_text_encoders(checkpoint, text_encoders)
 
 
 def with_text_encoders(checkpoint: Checkpoint, name: str) -> Checkpoint:

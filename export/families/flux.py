@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
+from ditforge.contract import DIT
 from ditforge.export import vae
 from ditforge.export.checkpoint.diffusers_folder import Checkpoint, with_defaults
 from ditforge.export.checkpoint.schedule import flow_schedule
@@ -48,7 +49,7 @@ def dit(config: dict[str, Any], tokens: int, precision: Precision) -> Network:
     if config["guidance_embeds"]:
         inputs["guidance"] = Port(torch.float32, (BATCH,))
     return Network(
-        name="dit",
+        name=DIT,
         build=lambda: FluxVelocity(FluxTransformer2DModel.from_config(config)),
         inputs=inputs,
         outputs={"velocity": latents},

@@ -14,6 +14,7 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
+from ditforge.contract import DIT
 from ditforge.errors import UserError
 from ditforge.export import vae
 from ditforge.export.checkpoint.diffusers_folder import INDEX, Checkpoint, t5_parts, with_defaults
@@ -109,7 +110,7 @@ def dit(config: dict[str, Any], tokens: int, precision: Precision) -> Network:
     if skip_layers(config):
         inputs["skip_layers"] = Port(torch.float32, (BATCH, config["num_layers"]))
     return Network(
-        name="dit",
+        name=DIT,
         build=lambda: StableDiffusion3Velocity(SD3Transformer2DModel.from_config(config)),
         inputs=inputs,
         outputs={"velocity": Port(torch.float32, (BATCH, config["out_channels"] or config["in_channels"], *size))},

@@ -7,7 +7,6 @@ but for the rounding of sums, whose order is the CPU's.
 from __future__ import annotations
 
 import json
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,9 +26,9 @@ from ditforge.export.checkpoint.source import Loras, open_source
 from ditforge.export.families import family_of, read_networks
 from ditforge.export.quantisation.precision import Precision
 from ditforge.export.quantisation.qdq import SCHEMES
+from ditforge.model import MAX_STEPS
 
 FORMAT = 2
-MAX_STEPS = 1000
 SEED = 0  # of the first prompt; the next ones count up
 HOW = "ditforge calibrate CHECKPOINT --out FILE, then export --calibration FILE; or: --precision fp8-weights"
 
@@ -143,36 +142,30 @@ def calibrate(
     for network in networks:
         check_weights(network, checkpoint.weights(network.weights))
     family = family_of(checkpoint)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
     report = progress or (lambda doing, done, total: None)
     steps = steps or model.default_steps
-    try:
-        pipeline = family.load_pipeline(checkpoint)
-        amax: dict[str, float] = {}
-        with torch.no_grad(), largest_inputs(pipeline.transformer, family.LINEARS, amax):
-            for done, prompt in enumerate(prompts):
-                report(prompt[:30], done, len(prompts))
-                family.run_pipeline(pipeline, model, prompt, steps, SEED + done)
-        report("done", len(prompts), len(prompts))
-        ranges = Calibration(
-            model=model.name,
-            loras=checkpoint.loras,
-            config_sha256=config_digest(checkpoint),
-            prompts_sha256=sha256("\n".join(prompts).encode()).hexdigest(),
-            prompts=len(prompts),
-            steps=steps,
-            seed=SEED,
-            guidance=model.default_guidance,
-            height=model.default_size,
-            width=model.default_size,
-            amax=dict(sorted(amax.items())),
-        )
+    pipeline = family.load_pipeline(checkpoint)
+    amax: dict[str, float] = {}
+    with torch.no_grad(), largest_inputs(pipeline.transformer, family.LINEARS, amax):
+        for done, prompt in enumerate(prompts):
+            report(prompt[:30], done, len(prompts))
+            family.run_pipeline(pipeline, model, prompt, steps, SEED + done)
+    report("done", len(prompts), len(prompts))
+    ranges = Calibration(
+        model=model.name,
+        loras=checkpoint.loras,
+        config_sha256=config_digest(checkpoint),
+        prompts_sha256=sha256("\n".join(prompts).encode()).hexdigest(),
+        prompts=len(prompts),
+        steps=steps,
+        seed=SEED,
+        guidance=model.default_guidance,
+        height=model.default_size,
+        width=model.default_size,
+        amax=dict(sorted(amax.items())),
+    )
+    with small_files.written_whole(out) as temporary:
         temporary.write_text(ranges.model_dump_json(indent=1) + "\n")
-        temporary.replace(out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}", small_files.OTHER_FILE) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return ranges
 
 

@@ -11,8 +11,18 @@ from pkgutil import iter_modules
 
 # In what order they are listed; others come after these, by name.
 ORDER = [
-    *("export", "calibrate", "build", "plan", "verify", "repo", "serve", "generate", "up"),
-    *("gpus", "doctor", "inspect"),
+    "export",
+    "calibrate",
+    "build",
+    "plan",
+    "verify",
+    "repo",
+    "serve",
+    "generate",
+    "up",
+    "gpus",
+    "doctor",
+    "inspect",
 ]
 
 

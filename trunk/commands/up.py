@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -15,6 +14,7 @@ from ditforge import terminal
 from ditforge.cache import default_cache
 from ditforge.commands.repo import say_written
 from ditforge.commands.serve import serve_in_foreground
+from ditforge.contract import DIT
 from ditforge.options import (
     PRECISION_HELP,
     Gpu,
@@ -73,12 +73,9 @@ def up(
 def check(options: Options) -> None:
     """Raise UserError for options of `serve` that cannot be, or ports that are in use, before anything is made."""
     from ditforge.triton_repo.serve_options import make_options
-    from ditforge.triton_repo.server import claim
+    from ditforge.triton_repo.server import claim_ports
 
-    made = make_options(Path(), dict(options))
-    for name, number in {"port": made.port, "http_port": made.http_port, "metrics_port": made.metrics_port}.items():
-        if number is not None:
-            claim(made.host, number, name)
+    claim_ports(make_options(Path(), dict(options)))
 
 
 def prepare(
@@ -102,8 +99,8 @@ def prepare(
     """Export, build and repo into a cache folder of this checkpoint, each only where something changed.
 
     `calibration` to `t5_precision` are those of the export. Precision and compiler are by default the GPU's; with a
-    calibration, fp8 is. Raises UserError for what the GPU cannot do, and for sizes that the model
-    does not have, before the export.
+    calibration, fp8 is. Raises UserError for what the GPU cannot do, and for sizes that the model does not
+    have, before the export.
     """
     from ditforge import folders
 
@@ -124,12 +121,11 @@ def prepare(
     activations = gpus.default_activations(target)
     if target.capabilities:
         gpus.check_compiler(compiler, target)
-        gpus.check_precision("dit", precision, activations if precision in EIGHT_BIT else precision, target)
+        gpus.check_precision(DIT, precision, activations if precision in EIGHT_BIT else precision, target)
 
     from ditforge.engines.build import build
     from ditforge.engines.profile import make_profiles
-    from ditforge.export.checkpoint.random_weights import random_checkpoint
-    from ditforge.export.checkpoint.source import open_source
+    from ditforge.export.checkpoint.source import opened
     from ditforge.export.families import read_networks
     from ditforge.export.onnx_export import export_checkpoint
     from ditforge.plan_report import say_plan
@@ -144,12 +140,8 @@ def prepare(
     if max_batch is not None:
         check_max_batch(max_batch)
     if resolutions or static:  # of which an export knows nothing, and it takes a while
-        with (
-            random_checkpoint(checkpoint)
-            if random
-            else nullcontext(open_source(checkpoint, base, loras, text_encoders)) as opened
-        ):
-            make_profiles(read_networks(opened, asked)[0], resolutions, static, None)
+        with opened(checkpoint, base, loras, text_encoders, random) as found:
+            make_profiles(read_networks(found, asked)[0], resolutions, static, None)
     with terminal.progress("export", unit="bytes", begins=f"exporting {checkpoint} to ONNX") as report:
         export_checkpoint(
             checkpoint,

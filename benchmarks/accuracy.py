@@ -24,9 +24,9 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from ditforge.client import Client
 from ditforge.engines.build import build
 from ditforge.engines.verify import Difference, compare
-from ditforge.export.onnx_export import export_checkpoint
+from ditforge.export.checkpoint.source import CheckpointSource
+from ditforge.export.onnx_export import ExportOptions, export_checkpoint
 from ditforge.export.quantisation.calibration import calibrate
-from ditforge.export.quantisation.precision import parse_precision
 from ditforge.triton_repo.repository import write_repository
 from ditforge.triton_repo.server import start
 
@@ -100,11 +100,11 @@ def measure(checkpoint: Path, captions: list[str]) -> str:
         folder = Path(temporary)
         wording = random.Random(SEED)
         prompts = [caption(scene, wording) for scene in training_scenes(CALIBRATION_PROMPTS, SEED)]
-        calibrate(checkpoint, folder / "ranges.json", prompts, STEPS)
+        calibrate(CheckpointSource(checkpoint), folder / "ranges.json", prompts, STEPS)
         for name in PRECISIONS:
             onnx = folder / name / "onnx"
             ranges = folder / "ranges.json" if name == "fp8" else None
-            export_checkpoint(checkpoint, onnx, parse_precision(name, "fp32"), ranges)
+            export_checkpoint(CheckpointSource(checkpoint), onnx, ExportOptions(name, "fp32", ranges))
             images[name] = pictures(onnx, folder / name, captions)
             rows.append(row(name, images[name], images["fp32"], captions))
             print(json.dumps(rows[-1]), flush=True)

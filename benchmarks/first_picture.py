@@ -29,6 +29,7 @@ from ditforge.client.settings import make_settings
 from ditforge.engines.build import build
 from ditforge.engines.runtime.loading import load_engine
 from ditforge.engines.verify import example
+from ditforge.export.checkpoint.source import CheckpointSource
 from ditforge.export.onnx_export import export_checkpoint
 from ditforge.triton_repo.repository import write_repository
 from ditforge.triton_repo.server import Server, start
@@ -147,7 +148,7 @@ def measure(checkpoint: Path) -> str:
     pipeline.set_progress_bar_config(disable=True)
     with tempfile.TemporaryDirectory() as folder:
         onnx, engines, repository = (Path(folder) / name for name in ("onnx", "engines", "repo"))
-        export_checkpoint(checkpoint, onnx)
+        export_checkpoint(CheckpointSource(checkpoint), onnx)
         build(onnx, engines, "cpu")
         write_repository(engines, repository)
         with start(repository, port=0) as server, Client(server.url) as client:

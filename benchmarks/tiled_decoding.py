@@ -124,10 +124,11 @@ def main() -> None:
         parser.error("CHECKPOINT and --out are needed")
     with tempfile.TemporaryDirectory() as temporary:
         from ditforge.engines.build import build
+        from ditforge.export.checkpoint.source import CheckpointSource
         from ditforge.export.onnx_export import export_checkpoint
 
         folder = Path(temporary)
-        export_checkpoint(options.checkpoint, folder / "onnx")
+        export_checkpoint(CheckpointSource(options.checkpoint), folder / "onnx")
         build(folder / "onnx", folder / "engines", "cpu")
         save_latents(options.checkpoint, folder / "latents.npy")
         text = report(folder)

@@ -16,7 +16,7 @@ from ditforge.contract import TOKENIZER
 from ditforge.errors import DitforgeWarning, UserError
 from ditforge.export.checkpoint import consistency, random_weights
 from ditforge.export.checkpoint.diffusers_folder import Checkpoint
-from ditforge.export.checkpoint.source import Loras, fingerprint, opened
+from ditforge.export.checkpoint.source import CheckpointSource, fingerprint, opened
 from ditforge.export.checkpoint.weights import Weights
 from ditforge.export.disk_space import check_space, size_of
 from ditforge.export.families import family_of, read_networks
@@ -26,7 +26,7 @@ from ditforge.export.graph.resuming import Unfinished
 from ditforge.export.graph.tracing import trace
 from ditforge.export.network import Network, Port
 from ditforge.export.quantisation.calibration import Calibration, find_linears, read_prompts, read_ranges
-from ditforge.export.quantisation.precision import Precision, dtype_name
+from ditforge.export.quantisation.precision import Precision, dtype_name, parse_precision, with_t5
 from ditforge.export.quantisation.qdq import SCHEMES, quantise_linears
 from ditforge.export.quantisation.sensitivity import SAMPLES, Call, Choice, choose_linears, recorded_calls
 from ditforge.export.text_encoders.tokenizers import Tokenizer
@@ -39,7 +39,6 @@ TRITON_DTYPES = {
     torch.uint8: "UINT8",
 }
 
-FP32 = Precision("fp32")
 T5 = "t5"  # the name of its network
 MEASURED_PROMPTS = 4  # of those that ship with ditforge, to measure what each linear loses to 8 bits
 
@@ -58,61 +57,70 @@ class Exported:
     choice: Choice | None = None
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a checkpoint is exported.
+
+    precision: fp32, fp16 or bf16; for the DiT's linears also fp8, fp8-weights or int8-weights.
+    activations: what surrounds 8-bit weights: bf16, fp16 or fp32.
+    calibration: a file that `ditforge calibrate` wrote for this checkpoint; fp8 needs one.
+    max_error: the linears with the largest 8-bit errors stay 16-bit until the velocity's relative error is no larger.
+    """
+
+    precision: str = "fp32"
+    activations: str = "bf16"
+    calibration: Path | None = None
+    max_error: float | None = None
+
+    def asked(self, source: CheckpointSource) -> Precision:
+        """The precision of the networks of `source`. Raises UserError for a name that there is not."""
+        return with_t5(parse_precision(self.precision, self.activations), source.t5_precision)
+
+
 def export_checkpoint(
-    checkpoint: Path,
+    source: CheckpointSource,
     out: Path,
-    precision: Precision = FP32,
-    calibration: Path | None = None,
-    max_error: float | None = None,
+    options: ExportOptions | None = None,
     progress: Progress | None = None,
-    text_encoders: str = "all",
-    random: bool = False,
-    base: Path | None = None,
-    loras: Loras = (),
     measuring: Progress | None = None,
 ) -> Exported:
-    """Export the checkpoint `checkpoint`, a diffusers folder or a single file, to ONNX in the folder `out`.
+    """Export a checkpoint to ONNX in the folder `out`.
 
-    `base` is a diffusers folder with what a single file lacks; `loras` are files and strengths, added to the weights.
-    `calibration` is a file that `ditforge calibrate` wrote for this checkpoint; fp8 needs one. With `max_error`, the
-    linears with the largest 8-bit errors stay 16-bit until the velocity's relative error is no larger. `text_encoders`
-    "clip" leaves T5 out. `random` takes random weights, and then `checkpoint` may be a name (random_weights.py). If
-    `out` holds the same export of the same files, nothing is written. `progress` is called with (component, bytes of
+    If `out` holds the same export of the same files, nothing is written. `progress` is called with (component, bytes of
     weights written, bytes in all), often; `measuring` with the steps of finding what stays 16-bit. An export that is
     interrupted leaves `out` as it was, and its large finished components in `.NAME.unfinished` beside it, which the
     next one takes.
     Raises UserError for a checkpoint that is incomplete or of no known family, and if the disk has too little space,
     before anything is written.
     """
-    if random and max_error is not None:
+    options = options or ExportOptions()
+    options.asked(source)
+    if source.random_weights and options.max_error is not None:
         raise UserError("the errors of random weights tell nothing", "leave out --max-error, or --random-weights")
-    with opened(checkpoint, base, loras, text_encoders, random) as found:
-        files = random_weights.fingerprint(found) if random else fingerprint(checkpoint, base, loras)
-        return export_opened(found, files, out, precision, calibration, max_error, progress, text_encoders, measuring)
+    with opened(source) as checkpoint:
+        return export_opened(checkpoint, source, out, options, progress, measuring)
 
 
 def export_opened(
     checkpoint: Checkpoint,
-    files: str,
+    origin: CheckpointSource,
     out: Path,
-    precision: Precision,
-    calibration: Path | None,
-    max_error: float | None,
+    options: ExportOptions,
     progress: Progress | None,
-    text_encoders: str,
-    measuring: Progress | None = None,
+    measuring: Progress | None,
 ) -> Exported:
-    """The same for a checkpoint that is open; `files` is a digest by which it is known again."""
+    """The same for a checkpoint that is open."""
+    precision, calibration = options.asked(origin), options.calibration
     ranges = read_ranges(calibration, checkpoint, precision)
     source = {
         "precision": precision.name,
         "base": precision.base,
         "calibration": manifest.describe(calibration).sha256 if calibration else "none",
-        "max_error": str(max_error),
-        "text_encoders": text_encoders,
+        "max_error": str(options.max_error),
+        "text_encoders": origin.text_encoders,
         "t5_precision": precision.t5.name if precision.t5 else "as the rest",
         "exporter": f"torch {torch.__version__}",
-        "checkpoint": files,
+        "checkpoint": random_weights.fingerprint(checkpoint) if origin.random_weights else fingerprint(origin),
     }
     before = manifest.earlier(out, "onnx")
     if (
@@ -134,7 +142,7 @@ def export_opened(
     unfinished.drop_others()
     check_space(out, sum(size for name, size in sizes.items() if name not in unfinished.kept()))
     report = progress or (lambda component, done, total: None)
-    choice = measure_linears(checkpoint, precision, ranges, max_error, measuring)
+    choice = measure_linears(checkpoint, precision, ranges, options.max_error, measuring)
     done, total = 0, max(1, sum(sizes.values()))
     try:
         with manifest.written_whole(out, "onnx") as folder:

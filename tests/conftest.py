@@ -16,6 +16,7 @@ import random_flux
 from filelock import FileLock, Timeout
 from hypothesis import settings
 
+from ditforge.export.checkpoint.source import CheckpointSource
 from ditforge.triton_repo.server import Server, start
 
 MODELS = Path(__file__).parent.parent / "models"
@@ -95,7 +96,7 @@ def run_stages(
     from ditforge.triton_repo.repository import write_repository
 
     def make(out: Path) -> None:
-        export_checkpoint(checkpoint, out / "onnx", text_encoders=text_encoders)
+        export_checkpoint(CheckpointSource(checkpoint, text_encoders=text_encoders), out / "onnx")
         build(out / "onnx", out / "engines", "cpu")
         write_repository(out / "engines", out / "repo")
 
@@ -120,7 +121,9 @@ def make_ranges(checkpoint: Path, name: str, shared: Shared) -> Path:
     from ditforge.export.quantisation.calibration import calibrate
 
     prompts = ["a red circle", "two blue squares"]
-    return shared(name, lambda out: calibrate(checkpoint, out / "ranges.json", prompts)) / "ranges.json"
+    return (
+        shared(name, lambda out: calibrate(CheckpointSource(checkpoint), out / "ranges.json", prompts)) / "ranges.json"
+    )
 
 
 def make_dits(checkpoint: Path, ranges: Path, name: str, shared: Shared) -> Exports:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 if TYPE_CHECKING:
+    from ditforge.export.checkpoint.source import CheckpointSource
     from ditforge.triton_repo.server import Options
 
 Out = Annotated[Path, typer.Option("--out", help="The folder to write; it appears whole or not at all.")]
@@ -117,12 +118,12 @@ class SourceFlags:
     lora: Loras = None
     text_encoders: TextEncoders = "all"
 
-    @property
-    def loras(self) -> list[tuple[Path, float]]:
-        """The LoRAs and their strengths. Raises UserError for what is none."""
-        from ditforge.export.checkpoint.source import parse_lora
+    def of(self, path: Path, t5_precision: str | None = None, random_weights: bool = False) -> CheckpointSource:
+        """The checkpoint at `path` with all of these. Raises UserError for a LoRA's strength that is none."""
+        from ditforge.export.checkpoint.source import CheckpointSource, parse_lora
 
-        return [parse_lora(option) for option in self.lora or ()]
+        loras = tuple(parse_lora(option) for option in self.lora or ())
+        return CheckpointSource(path, self.base, loras, self.text_encoders, t5_precision, random_weights)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from ditforge.model import Model
 
 if TYPE_CHECKING:
     from ditforge.export.checkpoint.diffusers_folder import Checkpoint
+    from ditforge.export.checkpoint.source import CheckpointSource
 
 SIZES = (512, 768, 1024, 1536, 2048)
 T5, SMALLER_T5 = "t5", "int8-weights"  # less exact than bf16 by 0.9 % of a linear's output, fp8-weights by 2.6 %
@@ -66,14 +67,11 @@ def part(name: str, found: dict[str, Footprint], precision: str, around: str) ->
 
 
 def show(
-    path: Path,
+    source: CheckpointSource,
     gpu: str | None,
     precision: str | None,
     size: int | None,
-    random: bool,
-    base: Path | None,
     gpu_memory: float | None = None,
-    text_encoders: str = "all",
 ) -> None:
     """Print the plan of a GPU, or one row for each GPU there is. Raises UserError for what cannot be planned."""
     if gpu_memory is not None and gpu is None:
@@ -81,7 +79,7 @@ def show(
     target = find_card(gpu, gpu_memory) if gpu else None
     if target:
         choose_precision(target, precision)  # before anything is measured
-    subject = read_subject(path, precision, size, random, base, text_encoders)
+    subject = read_subject(source, precision, size)
     sizes = [size] if size else sizes_of(subject.model)
     if target is None:
         terminal.table(("--gpu", "memory", "precision", *map(str, sizes)), overview(subject, precision, sizes))
@@ -172,17 +170,16 @@ def segments_of(placement: Placement) -> str:
     return f"{placement.segments}, {placement.on_demand} in turn" if partly else str(placement.segments)
 
 
-def read_subject(
-    path: Path, precision: str | None, size: int | None, random: bool, base: Path | None, text_encoders: str
-) -> Subject:
-    """Look at the checkpoint, or the export, at `path`. Raises UserError if it is neither."""
-    if (path / manifest.FILE_NAME).is_file():
-        if text_encoders != "all":
-            raise UserError(f"{path} is exported already, with text encoders or without", "leave out --text-encoders")
-        return exported(path, precision, size)
+def read_subject(source: CheckpointSource, precision: str | None, size: int | None) -> Subject:
+    """Look at the checkpoint, or at the export in its place. Raises UserError if it is neither."""
+    if (source.path / manifest.FILE_NAME).is_file():
+        if source.text_encoders != "all":
+            problem = f"{source.path} is exported already, with text encoders or without"
+            raise UserError(problem, "leave out --text-encoders")
+        return exported(source.path, precision, size)
     from ditforge.export.checkpoint.source import opened
 
-    with opened(path, base, (), text_encoders, random) as checkpoint:
+    with opened(source) as checkpoint:
         return measured(checkpoint, precision, size)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from math import isfinite
 from pathlib import Path
@@ -13,45 +13,56 @@ from typing import Any
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.diffusers_folder import INDEX, Checkpoint, open_checkpoint, read_json, t5_parts
 
-Loras = Sequence[tuple[Path, float]]
 TEXT_ENCODERS = ("all", "clip")
 CONFIG = "config.json"
 SCHEDULER = "scheduler", "scheduler_config.json"
 
 
-def open_source(
-    path: Path, base: Path | None = None, loras: Loras = (), text_encoders: str = TEXT_ENCODERS[0]
-) -> Checkpoint:
-    """Open the diffusers folder `path`, or the single file `path` with what it lacks from the folder `base`.
+@dataclass(frozen=True)
+class CheckpointSource:
+    """What a checkpoint is put together from.
 
-    `loras` are files and strengths; `text_encoders` "clip" leaves T5 out, whose files may be missing then. No weight is
-    read. Raises UserError if something is missing, or does not fit.
+    path: a folder in diffusers' layout, or a .safetensors file. With `random_weights`, it may also be the name of a
+        published model, such as "flux.1-dev".
+    base: a folder in diffusers' layout that has what a single file lacks, for example its tokenizers.
+    loras: files, each with the strength at which it is added to the weights.
+    text_encoders: "all", or "clip" for a model without T5, whose files may be missing then.
+    t5_precision: the precision of T5, where it is to differ from the rest.
+    random_weights: only the configurations are read, and random numbers take the weights' place.
     """
-    if path.is_file():
-        checkpoint = _open_file(path, base, text_encoders)
-    elif base is not None:
-        raise UserError(f"--base is for a checkpoint in one file, and {path} is none", "leave out --base")
-    else:
-        checkpoint = with_text_encoders(open_checkpoint(path), text_encoders)
-    return _with_loras(checkpoint, loras) if loras else checkpoint
+
+    path: Path
+    base: Path | None = None
+    loras: tuple[tuple[Path, float], ...] = ()
+    text_encoders: str = TEXT_ENCODERS[0]
+    t5_precision: str | None = None
+    random_weights: bool = False
 
 
 @contextmanager
-def opened(path: Path, base: Path | None, loras: Loras, text_encoders: str, random: bool) -> Iterator[Checkpoint]:
-    """The checkpoint as open_source() makes it, or one with random weights, whose `path` may be a name.
-
-    Raises UserError where that cannot be, and where random weights were to be put together with files.
-    """
-    if not random:
-        yield open_source(path, base, loras, text_encoders)
+def opened(source: CheckpointSource) -> Iterator[Checkpoint]:
+    """Open the checkpoint; no weight is read. Raises UserError if something is missing, or if parts do not fit."""
+    if not source.random_weights:
+        yield open_files(source)
         return
-    if base or loras:
-        flags = "--base and --lora" if loras else "--base"
+    if source.base or source.loras:
+        flags = "--base and --lora" if source.loras else "--base"
         raise UserError("random weights take nothing from files", f"leave out {flags}, or --random-weights")
     from ditforge.export.checkpoint.random_weights import random_checkpoint  # which needs torch
 
-    with random_checkpoint(path) as checkpoint:
-        yield with_text_encoders(checkpoint, text_encoders)
+    with random_checkpoint(source.path) as checkpoint:
+        yield with_text_encoders(checkpoint, source.text_encoders)
+
+
+def open_files(source: CheckpointSource) -> Checkpoint:
+    """Open a checkpoint whose weights are in files. Raises UserError as `opened` does."""
+    if source.path.is_file():
+        checkpoint = _open_file(source.path, source.base, source.text_encoders)
+    elif source.base is not None:
+        raise UserError(f"--base is for a checkpoint in one file, and {source.path} is none", "leave out --base")
+    else:
+        checkpoint = with_text_encoders(open_checkpoint(source.path), source.text_encoders)
+    return _with_loras(checkpoint, source.loras) if source.loras else checkpoint
 
 
 def with_text_encoders(checkpoint: Checkpoint, name: str) -> Checkpoint:
@@ -85,10 +96,10 @@ def parse_lora(option: str) -> tuple[Path, float]:
     return Path(path), number
 
 
-def fingerprint(path: Path, base: Path | None = None, loras: Loras = ()) -> str:
+def fingerprint(source: CheckpointSource) -> str:
     """A digest of the files by name, size and time of change, which tells whether they are still the same."""
-    listed: list[tuple[object, ...]] = [*_files(path), *(_files(base) if base else ())]
-    listed += [(*entry, strength) for lora, strength in loras for entry in _files(lora)]
+    listed: list[tuple[object, ...]] = [*_files(source.path), *(_files(source.base) if source.base else ())]
+    listed += [(*entry, strength) for lora, strength in source.loras for entry in _files(lora)]
     return sha256(repr(listed).encode()).hexdigest()
 
 
@@ -126,7 +137,7 @@ def _open_file(file: Path, base: Path | None, text_encoders: str) -> Checkpoint:
     return replace(opened, title=file.stem, tensors=single.components, configs=configs)
 
 
-def _with_loras(checkpoint: Checkpoint, loras: Loras) -> Checkpoint:
+def _with_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) -> Checkpoint:
     from ditforge.export.checkpoint.lazy_tensors import folder_tensors
     from ditforge.export.checkpoint.lora import fuse
 

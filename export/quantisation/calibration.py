@@ -22,7 +22,7 @@ from ditforge import small_files
 from ditforge.errors import DitforgeWarning, UserError
 from ditforge.export.checkpoint.consistency import check_weights
 from ditforge.export.checkpoint.diffusers_folder import Checkpoint
-from ditforge.export.checkpoint.source import Loras, open_source
+from ditforge.export.checkpoint.source import CheckpointSource, open_files
 from ditforge.export.families import family_of, read_networks
 from ditforge.export.quantisation.precision import Precision
 from ditforge.export.quantisation.qdq import SCHEMES
@@ -118,26 +118,24 @@ def read_prompts(path: Path | None) -> list[str]:
 
 
 def calibrate(
-    path: Path,
+    source: CheckpointSource,
     out: Path,
     prompts: list[str],
     steps: int | None = None,
     progress: Progress | None = None,
-    base: Path | None = None,
-    loras: Loras = (),
-    text_encoders: str = "all",
 ) -> Calibration:
-    """Run the checkpoint `path` over `prompts` and all steps at its default size, and write the ranges to `out`.
+    """Run the checkpoint over `prompts` and all steps at its default size, and write the ranges to the file `out`.
 
-    `path`, `base`, `loras` and `text_encoders` are what export takes. Raises UserError if the checkpoint cannot be used
-    or `out` cannot be written, before anything is run.
+    Raises UserError if the checkpoint cannot be used or `out` cannot be written, before anything is run.
     """
     import torch
 
+    if source.random_weights:
+        raise UserError("the activations of random weights tell nothing", "leave out --random-weights")
     if steps is not None and not 1 <= steps <= MAX_STEPS:
         raise UserError(f"steps must be from 1 to {MAX_STEPS}, got {steps}", "--steps 28, or leave it out")
     small_files.check_writable(out, "ranges.json")
-    checkpoint = open_source(path, base, loras, text_encoders)
+    checkpoint = open_files(source)
     model, _, networks = read_networks(checkpoint, Precision("fp32"))
     for network in networks:
         check_weights(network, checkpoint.weights(network.weights))

@@ -34,6 +34,9 @@ class Precision:
         return self.scheme or self.base
 
 
+FP32 = Precision("fp32")
+
+
 def parse_precision(name: str, activations: str = "bf16") -> Precision:
     """The precision called `name`; `activations` is what surrounds 8-bit weights. Raises UserError for another name."""
     if name not in PRECISIONS:

@@ -15,11 +15,12 @@ from onnx.reference import ReferenceEvaluator
 from ditforge import manifest
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.diffusers_folder import open_checkpoint
+from ditforge.export.checkpoint.source import CheckpointSource
 from ditforge.export.families import flux
 from ditforge.export.graph.tracing import OPSET
 from ditforge.export.network import Network
-from ditforge.export.onnx_export import FP32, export_checkpoint, export_network
-from ditforge.export.quantisation.precision import parse_precision
+from ditforge.export.onnx_export import export_checkpoint, export_network
+from ditforge.export.quantisation.precision import FP32, parse_precision
 
 
 def network(checkpoint: Path, name: str, precision: str) -> Network:
@@ -149,7 +150,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(schnell, tmp_path: Path) -> No
 
 def test_an_export_is_not_made_twice(schnell) -> None:
     before = (schnell.onnx / "manifest.json").stat().st_mtime_ns
-    assert export_checkpoint(schnell.checkpoint, schnell.onnx).fresh
+    assert export_checkpoint(CheckpointSource(schnell.checkpoint), schnell.onnx).fresh
     assert (schnell.onnx / "manifest.json").stat().st_mtime_ns == before
 
 
@@ -161,7 +162,7 @@ def test_an_interrupted_export_leaves_what_was_there(random_schnell: Path, tmp_p
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        export_checkpoint(random_schnell, out, progress=interrupt)
+        export_checkpoint(CheckpointSource(random_schnell), out, progress=interrupt)
     assert not list(tmp_path.iterdir())
 
 
@@ -169,7 +170,7 @@ def test_a_changed_checkpoint_is_exported_again(schnell, tmp_path: Path) -> None
     checkpoint = shutil.copytree(schnell.checkpoint, tmp_path / "checkpoint")
     (checkpoint / "transformer" / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json"):  # it looks, instead of trusting the export that is there
-        export_checkpoint(checkpoint, schnell.onnx)
+        export_checkpoint(CheckpointSource(checkpoint), schnell.onnx)
     assert manifest.read(schnell.onnx, "onnx")
 
 

@@ -36,6 +36,7 @@ from ditforge.commands import doctor, up
 from ditforge.engines import build as building, gpus
 from ditforge.errors import UserError
 from ditforge.export import onnx_export
+from ditforge.export.checkpoint.source import CheckpointSource
 from ditforge.triton_repo.server import Server
 from ditforge.triton_repo.tritonserver import SHM
 
@@ -359,12 +360,12 @@ def test_up_keeps_what_is_there(
     schnell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The first time is prepared in this process, with the session's export in place of another one."""
-    cache = tmp_path / "cache"
+    cache, source = tmp_path / "cache", CheckpointSource(schnell.checkpoint)
     with monkeypatch.context() as first:
         first.setattr(onnx_export, "export_checkpoint", lambda _, out, *__, **___: shutil.copytree(schnell.onnx, out))
-        repository = up.prepare(schnell.checkpoint, "cpu", "fp32", 4, cache)
+        repository = up.prepare(up.Wanted(source, precision="fp32", max_batch=4), cache)
     assert capsys.readouterr().out == f"wrote {repository}: there is no repository yet\n"
-    assert up.prepare(schnell.checkpoint, "cpu", "fp32", 8, cache) == repository
+    assert up.prepare(up.Wanted(source, precision="fp32", max_batch=8), cache) == repository
     assert capsys.readouterr().out == f"wrote {repository}: max_batch was 4, is 8\n"
     before = tree(cache)
     running = popen("up", schnell.checkpoint, "--cache", cache, "--port", "0", "--log", "log", cwd=tmp_path)

@@ -24,9 +24,9 @@ def calibrate(
     """
     from ditforge.export.quantisation import calibration
 
-    texts, loras = calibration.read_prompts(prompts), source.loras
+    texts = calibration.read_prompts(prompts)
     with terminal.progress("calibrate") as report:
-        ranges = calibration.calibrate(checkpoint, out, texts, steps, report, source.base, loras, source.text_encoders)
+        ranges = calibration.calibrate(source.of(checkpoint), out, texts, steps, report)
     terminal.say(
         f"{out}: ranges of {len(ranges.amax)} linears over {ranges.prompts} prompts, {ranges.steps} steps each"
     )

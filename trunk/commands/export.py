@@ -27,25 +27,13 @@ def export(
 
     Example: ditforge export models/flux-tiny --out out/onnx --precision fp8-weights
     """
-    from ditforge.export.onnx_export import export_checkpoint
-    from ditforge.export.quantisation.precision import parse_precision, with_t5
+    from ditforge.export.onnx_export import ExportOptions, export_checkpoint
 
-    asked = with_t5(parse_precision(precision, activations), t5_precision)
-    loras = source.loras
+    options = ExportOptions(precision, activations, calibration, max_error)
+    origin = source.of(checkpoint, t5_precision, random_weights)
+    asked = options.asked(origin)
     with terminal.progress("export", unit="bytes") as report, terminal.progress("measure") as measured:
-        exported = export_checkpoint(
-            checkpoint,
-            out,
-            asked,
-            calibration,
-            max_error,
-            report,
-            source.text_encoders,
-            random_weights,
-            source.base,
-            loras,
-            measured,
-        )
+        exported = export_checkpoint(origin, out, options, report, measured)
     if exported.fresh:
         terminal.say(f"{out} is up to date")
         return

@@ -7,20 +7,19 @@ from typing import Annotated
 
 import typer
 
-from ditforge.options import PRECISION_HELP, Base, GpuMemory, RandomWeights, TextEncoders
+from ditforge.options import PRECISION_HELP, GpuMemory, RandomWeights, SourceFlags
 
 
 def plan(
     checkpoint: Annotated[
         Path, typer.Argument(help="A folder in diffusers' layout, a .safetensors file, or what export wrote.")
     ],
+    source: SourceFlags,
     gpu: Annotated[str | None, typer.Option(help="A name that ditforge gpus lists, or local; by default, all.")] = None,
     precision: Annotated[str | None, typer.Option(help=f"{PRECISION_HELP} By default the GPU's.")] = None,
     size: Annotated[int | None, typer.Option(help="Pictures of up to that many pixels; by default several.")] = None,
     random_weights: RandomWeights = False,
-    base: Base = None,
     gpu_memory: GpuMemory = None,
-    text_encoders: TextEncoders = "all",
 ) -> None:
     """What will be in a GPU's memory, and when; nothing is written.
 
@@ -28,4 +27,4 @@ def plan(
     """
     from ditforge import plan_report
 
-    plan_report.show(checkpoint, gpu, precision, size, random_weights, base, gpu_memory, text_encoders)
+    plan_report.show(source.of(checkpoint, random_weights=random_weights), gpu, precision, size, gpu_memory)

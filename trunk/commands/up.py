@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -29,6 +28,9 @@ from ditforge.options import (
 )
 
 if TYPE_CHECKING:
+    from ditforge.engines.gpus import Target
+    from ditforge.export.checkpoint.source import CheckpointSource
+    from ditforge.export.onnx_export import ExportOptions
     from ditforge.triton_repo.server import Options
 
 LONGEST_NAME = 80  # of a folder in the cache, before the digest
@@ -53,20 +55,8 @@ def up(
     """
     options = server.options()
     check(options)
-    repository = prepare(
-        checkpoint,
-        gpu,
-        precision,
-        max_batch,
-        cache,
-        calibration=calibration,
-        text_encoders=source.text_encoders,
-        random=random_weights,
-        base=source.base,
-        loras=source.loras,
-        t5_precision=t5_precision,
-        **asdict(sizes),
-    )
+    origin = source.of(checkpoint, t5_precision, random_weights)
+    repository = prepare(Wanted(origin, gpu, precision, calibration, sizes, max_batch), cache)
     serve_in_foreground(repository, options)
 
 
@@ -78,40 +68,62 @@ def check(options: Options) -> None:
     claim_ports(make_options(Path(), dict(options)))
 
 
-def prepare(
-    checkpoint: Path,
-    gpu: str,
-    precision: str | None,
-    max_batch: int | None,
-    cache: Path | None,
-    *,
-    compiler: str | None = None,
-    resolutions: str | None = None,
-    static: str | None = None,
-    gpu_memory: float | None = None,
-    calibration: Path | None = None,
-    text_encoders: str = "all",
-    random: bool = False,
-    base: Path | None = None,
-    loras: Sequence[tuple[Path, float]] = (),
-    t5_precision: str | None = None,
-) -> Path:
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be served: a checkpoint, on a GPU, in a precision (by default the GPU's), for sizes and batches."""
+
+    source: CheckpointSource
+    gpu: str = "cpu"
+    precision: str | None = None
+    calibration: Path | None = None
+    sizes: SizeFlags = field(default_factory=SizeFlags)
+    max_batch: int | None = None
+
+
+def prepare(wanted: Wanted, cache: Path | None) -> Path:
     """Export, build and repo into a cache folder of this checkpoint, each only where something changed.
 
-    `calibration` to `t5_precision` are those of the export. Precision and compiler are by default the GPU's; with a
-    calibration, fp8 is. Raises UserError for what the GPU cannot do, and for sizes that the model does not
-    have, before the export.
+    Precision and compiler are by default the GPU's; with a calibration, the precision is fp8. Raises UserError for what
+    the GPU cannot do, and for sizes that the model does not have, before the export.
     """
     from ditforge import folders
 
-    folders.check_checkpoint(checkpoint)
+    folders.check_checkpoint(wanted.source.path)
 
     from ditforge.engines import gpus
-    from ditforge.export.quantisation.precision import EIGHT_BIT, parse_precision, with_t5
+    from ditforge.export.checkpoint.source import opened
+    from ditforge.export.families import read_networks
+    from ditforge.export.onnx_export import export_checkpoint
+    from ditforge.triton_repo.repository import check_max_batch, write_repository
 
-    target = gpus.limited(gpus.find_target(gpu), gpu_memory)
-    compiler = compiler or gpus.default_compiler(target)
-    if precision is None and calibration:
+    source, sizes = wanted.source, wanted.sizes
+    target = gpus.limited(gpus.find_target(wanted.gpu), sizes.gpu_memory)
+    options = choose_options(wanted, target)
+    asked = options.asked(source)
+    if wanted.max_batch is not None:
+        check_max_batch(wanted.max_batch)
+    if sizes.resolutions or sizes.static:  # of which an export knows nothing, and it takes a while
+        from ditforge.engines.profile import make_profiles
+
+        with opened(source) as checkpoint:
+            make_profiles(read_networks(checkpoint, asked)[0], sizes.resolutions, sizes.static, None)
+    folder = (cache or default_cache()) / folder_name(source) / options_name(source, options)
+    with terminal.progress("export", unit="bytes", begins=f"exporting {source.path} to ONNX") as report:
+        export_checkpoint(source, folder / "onnx", options, report)
+    made = folder / str(target)
+    build_engines(wanted, folder / "onnx", made / "engines", batched=bool(target.capabilities))
+    say_written(made / "repo", write_repository(made / "engines", made / "repo", wanted.max_batch))
+    return made / "repo"
+
+
+def choose_options(wanted: Wanted, target: Target) -> ExportOptions:
+    """How to export for the target. Raises UserError for a precision, or a compiler, that is not for it."""
+    from ditforge.engines import gpus
+    from ditforge.export.onnx_export import ExportOptions
+    from ditforge.export.quantisation.precision import EIGHT_BIT
+
+    precision = wanted.precision
+    if precision is None and wanted.calibration:
         precision = "fp8"
         terminal.say(f"precision {precision}: a calibration is given")
     elif precision is None:
@@ -120,64 +132,51 @@ def prepare(
             terminal.say(f"precision {precision}: {reason}")
     activations = gpus.default_activations(target)
     if target.capabilities:
-        gpus.check_compiler(compiler, target)
+        gpus.check_compiler(wanted.sizes.compiler or gpus.default_compiler(target), target)
         gpus.check_precision(DIT, precision, activations if precision in EIGHT_BIT else precision, target)
+    return ExportOptions(precision, activations, wanted.calibration)
 
+
+def build_engines(wanted: Wanted, onnx: Path, out: Path, batched: bool) -> None:
+    """Build the engines, those of a GPU for the batches that Triton makes."""
     from ditforge.engines.build import build
-    from ditforge.engines.profile import make_profiles
-    from ditforge.export.checkpoint.source import opened
-    from ditforge.export.families import read_networks
-    from ditforge.export.onnx_export import export_checkpoint
     from ditforge.plan_report import say_plan
-    from ditforge.triton_repo.repository import check_max_batch, write_repository
 
-    exported = f"{precision}-{activations}" if precision in EIGHT_BIT else precision
-    exported += "" if text_encoders == "all" else f"-{text_encoders}"
-    exported += f"-t5-{t5_precision}" if t5_precision else ""
-    exported += f"-{calibration.stem}-{digest(calibration.resolve())}" if calibration else ""
-    folder = (cache or default_cache()) / folder_name(checkpoint, base, loras, random) / exported
-    asked = with_t5(parse_precision(precision, activations), t5_precision)
-    if max_batch is not None:
-        check_max_batch(max_batch)
-    if resolutions or static:  # of which an export knows nothing, and it takes a while
-        with opened(checkpoint, base, loras, text_encoders, random) as found:
-            make_profiles(read_networks(found, asked)[0], resolutions, static, None)
-    with terminal.progress("export", unit="bytes", begins=f"exporting {checkpoint} to ONNX") as report:
-        export_checkpoint(
-            checkpoint,
-            folder / "onnx",
-            asked,
-            calibration,
-            progress=report,
-            text_encoders=text_encoders,
-            random=random,
-            base=base,
-            loras=loras,
-        )
-    made, batch = folder / str(target), max_batch if target.capabilities else None
-    with terminal.progress("build", begins=f"building engines for {target}") as report:
+    sizes = wanted.sizes
+    with terminal.progress("build", begins=f"building engines for {wanted.gpu}") as report:
         build(
-            folder / "onnx",
-            made / "engines",
-            gpu,
-            compiler,
+            onnx,
+            out,
+            wanted.gpu,
+            sizes.compiler,
             report,
-            resolutions=resolutions,
-            static=static,
-            gpu_memory=gpu_memory,
-            batch=batch,
+            resolutions=sizes.resolutions,
+            static=sizes.static,
+            gpu_memory=sizes.gpu_memory,
+            batch=wanted.max_batch if batched else None,
             planned=say_plan,
         )
-    say_written(made / "repo", write_repository(made / "engines", made / "repo", max_batch))
-    return made / "repo"
 
 
-def folder_name(checkpoint: Path, base: Path | None, loras: Sequence[tuple[Path, float]], random: bool) -> str:
+def folder_name(source: CheckpointSource) -> str:
     """What the checkpoint is called in the cache: names for people, and a digest of all paths and strengths."""
-    path = checkpoint.resolve() if checkpoint.exists() else checkpoint  # else the name of a published model
-    name = "+".join([path.name.removesuffix(".safetensors"), *(lora.stem for lora, _ in loras)])[:LONGEST_NAME]
-    paths = [path, base.resolve() if base else None, *((lora.resolve(), strength) for lora, strength in loras)]
-    return f"{name}{'-random' if random else ''}-{digest(*paths)}"
+    path = source.path.resolve() if source.path.exists() else source.path  # else the name of a published model
+    name = "+".join([path.name.removesuffix(".safetensors"), *(lora.stem for lora, _ in source.loras)])[:LONGEST_NAME]
+    base = source.base.resolve() if source.base else None
+    paths = [path, base, *((lora.resolve(), strength) for lora, strength in source.loras)]
+    return f"{name}{'-random' if source.random_weights else ''}-{digest(*paths)}"
+
+
+def options_name(source: CheckpointSource, options: ExportOptions) -> str:
+    """What an export of a checkpoint is called in the cache: precisions, and the calibration."""
+    from ditforge.export.quantisation.precision import EIGHT_BIT
+
+    name = options.precision
+    name += f"-{options.activations}" if options.precision in EIGHT_BIT else ""
+    name += "" if source.text_encoders == "all" else f"-{source.text_encoders}"
+    name += f"-t5-{source.t5_precision}" if source.t5_precision else ""
+    ranges = options.calibration
+    return name + (f"-{ranges.stem}-{digest(ranges.resolve())}" if ranges else "")
 
 
 def digest(*parts: object) -> str:

@@ -13,7 +13,8 @@ from transformers import CLIPTextModel
 from ditforge.export.checkpoint import consistency
 from ditforge.export.checkpoint.diffusers_folder import open_checkpoint
 from ditforge.export.families import flux
-from ditforge.export.onnx_export import FP32, export_network
+from ditforge.export.onnx_export import export_network
+from ditforge.export.quantisation.precision import FP32
 
 
 def export_clip(folder: Path, out: Path) -> dict[str, bytes]:

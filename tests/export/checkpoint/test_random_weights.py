@@ -21,9 +21,10 @@ from ditforge.errors import DitforgeWarning, UserError
 from ditforge.export import families, onnx_export
 from ditforge.export.checkpoint.diffusers_folder import CONFIGS
 from ditforge.export.checkpoint.random_weights import BLOCK, random_checkpoint, random_tensor, random_weights
+from ditforge.export.checkpoint.source import CheckpointSource
 from ditforge.export.families import flux
 from ditforge.export.graph import resuming
-from ditforge.export.onnx_export import export_checkpoint
+from ditforge.export.onnx_export import ExportOptions, export_checkpoint
 from ditforge.export.quantisation.precision import parse_precision
 
 BF16 = parse_precision("bf16")
@@ -107,7 +108,7 @@ def test_the_published_models_by_name_have_tokenizers_of_the_real_sizes() -> Non
 
 def test_a_model_without_weights_goes_through_to_numbers(bare: Path, tmp_path: Path) -> None:
     out = tmp_path / "onnx"
-    assert not export_checkpoint(bare, out, random=True).fresh
+    assert not export_checkpoint(CheckpointSource(bare, random_weights=True), out).fresh
     assert list(manifest.read(out, "onnx").components) == [
         "tokenizer",
         "clip",
@@ -122,13 +123,13 @@ def test_a_model_without_weights_goes_through_to_numbers(bare: Path, tmp_path: P
         assert 0.01 < made.std() < 100
         (other,) = session.run([output], {f"{name}_ids": [ids(out, name, "something else")]})
         assert abs(made - other).max() > 0.01
-    assert export_checkpoint(bare, out, random=True).fresh
+    assert export_checkpoint(CheckpointSource(bare, random_weights=True), out).fresh
     assert all(name.endswith(".json") for name in contents(bare))
 
 
 def test_two_exports_are_the_same(two_networks: None, bare: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        export_checkpoint(bare, tmp_path / name, random=True)
+        export_checkpoint(CheckpointSource(bare, random_weights=True), tmp_path / name)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
@@ -136,11 +137,13 @@ def test_names_and_mistakes(bare: Path, tmp_path: Path) -> None:
     names = sorted(path.parent.name for path in CONFIGS.glob("*/model_index.json"))
     assert_error(ditforge("export", "flux.2", "--random-weights", "--out", "a", cwd=tmp_path), "flux.2", *names)
     with pytest.raises(UserError, match="leave out --max-error"):
-        export_checkpoint(bare, tmp_path / "onnx", parse_precision("fp8-weights"), max_error=0.1, random=True)
+        export_checkpoint(
+            CheckpointSource(bare, random_weights=True), tmp_path / "onnx", ExportOptions("fp8-weights", max_error=0.1)
+        )
     path = bare / "text_encoder" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 100}))
     with pytest.raises(UserError, match=r"vocabulary of 514.* has 100"):
-        export_checkpoint(bare, tmp_path / "onnx", random=True)
+        export_checkpoint(CheckpointSource(bare, random_weights=True), tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
 
 
@@ -149,7 +152,7 @@ def test_a_disk_that_is_too_small(bare: Path, tmp_path: Path, monkeypatch: pytes
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50 * 10**6))
     with pytest.raises(UserError, match=r"takes 0\.05 GB, and .* has 0\.05 GB free"):
-        export_checkpoint(bare, tmp_path / "missing" / "onnx", random=True)
+        export_checkpoint(CheckpointSource(bare, random_weights=True), tmp_path / "missing" / "onnx")
     assert sorted(os.listdir(tmp_path)) == before
 
 
@@ -181,7 +184,7 @@ def stopped_at_t5(two_networks: None, bare: Path, monkeypatch: pytest.MonkeyPatc
 
     def begin(out: Path) -> list[str]:
         with pytest.raises(Stopped), pytest.warns(DitforgeWarning, match=r"clip .* stay in .*\.onnx\.unfinished"):
-            export_checkpoint(bare, out, progress=stop, random=True)
+            export_checkpoint(CheckpointSource(bare, random_weights=True), out, progress=stop)
         monkeypatch.setattr(onnx_export, "trace", note)
         return traced
 
@@ -193,7 +196,7 @@ def test_an_interrupted_export_goes_on(stopped_at_t5: Callable[[Path], list[str]
     traced = stopped_at_t5(out)
     assert sorted(os.listdir(tmp_path)) == [".onnx.unfinished", "bare"]
     said: list[tuple[str, int, int]] = []
-    export_checkpoint(bare, out, progress=lambda *args: said.append(args), random=True)
+    export_checkpoint(CheckpointSource(bare, random_weights=True), out, progress=lambda *args: said.append(args))
     assert traced == ["t5"]
     assert sorted(os.listdir(tmp_path)) == ["bare", "onnx"]
     for component in manifest.read(out, "onnx").components.values():
@@ -215,7 +218,7 @@ def test_what_was_kept_and_is_damaged_is_made_again(
     path.unlink()
     if change:
         path.write_bytes(change if file.endswith("json") else content[:100] + change + content[101:])
-    export_checkpoint(bare, tmp_path / "onnx", random=True)
+    export_checkpoint(CheckpointSource(bare, random_weights=True), tmp_path / "onnx")
     assert traced == ["clip", "t5"]
     found = manifest.read(tmp_path / "onnx", "onnx")
     manifest.check_files(tmp_path / "onnx", found.components["clip"].files, "")
@@ -228,6 +231,6 @@ def test_components_of_another_precision_are_not_taken_and_foreign_files_stay(
     traced = stopped_at_t5(tmp_path / "onnx")
     mine = tmp_path / ".onnx.unfinished" / "mine.txt"
     mine.write_text("mine")
-    export_checkpoint(bare, tmp_path / "onnx", BF16, random=True)
+    export_checkpoint(CheckpointSource(bare, random_weights=True), tmp_path / "onnx", ExportOptions("bf16"))
     assert traced == ["clip", "t5"]
     assert os.listdir(mine.parent) == ["mine.txt"]

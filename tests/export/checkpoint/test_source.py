@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from ditforge.errors import UserError
 from ditforge.export.checkpoint import consistency
-from ditforge.export.checkpoint.source import fingerprint, open_source
+from ditforge.export.checkpoint.source import CheckpointSource, fingerprint, open_files
 from ditforge.export.families import family_of
-from ditforge.export.onnx_export import FP32, export_checkpoint, export_network
-from ditforge.export.quantisation.precision import parse_precision
+from ditforge.export.onnx_export import ExportOptions, export_checkpoint, export_network
+from ditforge.export.quantisation.precision import FP32, parse_precision
 
 
 def save(tensors: dict[str, torch.Tensor], file: Path) -> Path:
@@ -44,11 +44,11 @@ def save_lora(file: Path, fill: float = 1.0) -> Path:
 def test_only_the_dit_comes_from_the_file(random_schnell: Path, tmp_path: Path) -> None:
     """The rest comes from the base, whose own DiT is another one."""
     tuned = random_flux.schnell(seed=5)
-    checkpoint = open_source(save_dit(tuned, tmp_path / "tuned.safetensors"), random_schnell)
+    checkpoint = open_files(CheckpointSource(save_dit(tuned, tmp_path / "tuned.safetensors"), random_schnell))
     assert checkpoint.name == "tuned"
     weights, folder = checkpoint.weights("transformer"), tuned.transformer.state_dict()
     assert all(torch.equal(weights.read(name), tensor) for name, tensor in folder.items())
-    assert checkpoint.weights("vae").shards == open_source(random_schnell).weights("vae").shards
+    assert checkpoint.weights("vae").shards == open_files(CheckpointSource(random_schnell)).weights("vae").shards
     family = family_of(checkpoint)
     for network in family.networks(checkpoint, FP32):
         consistency.check_weights(network, checkpoint.weights(network.weights))
@@ -68,10 +68,11 @@ def test_export_of_all_in_one_is_that_of_the_folder(random_schnell: Path, tmp_pa
     base = tmp_path / "base"
     shutil.copytree(random_schnell, base, ignore=shutil.ignore_patterns("*.safetensors"))
     lora = save_lora(tmp_path / "lora.safetensors")
-    precision = parse_precision("fp16", "fp16")
+    options = ExportOptions("fp16")
     with traced_once():
-        found = export_checkpoint(file, tmp_path / "single", precision, base=base, loras=[(lora, 0.5)])
-        assert export_checkpoint(file, tmp_path / "single", precision, base=base, loras=[(lora, 0.5)]).fresh
+        source = CheckpointSource(file, base, ((lora, 0.5),))
+        found = export_checkpoint(source, tmp_path / "single", options)
+        assert export_checkpoint(source, tmp_path / "single", options).fresh
 
         up = load_file(lora)["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"]
         with torch.no_grad():
@@ -79,7 +80,9 @@ def test_export_of_all_in_one_is_that_of_the_folder(random_schnell: Path, tmp_pa
                 weight = getattr(pipeline.transformer.transformer_blocks[0].attn, linear).weight
                 weight += 0.5 * (rows @ torch.ones(2, 72))
         pipeline.save_pretrained(tmp_path / "fused" / "random-schnell")
-        expected = export_checkpoint(tmp_path / "fused" / "random-schnell", tmp_path / "folder", precision)
+        expected = export_checkpoint(
+            CheckpointSource(tmp_path / "fused" / "random-schnell"), tmp_path / "folder", options
+        )
     assert found.manifest.components == expected.manifest.components
     assert found.manifest.model == expected.manifest.model
 
@@ -94,7 +97,8 @@ def test_however_its_weights_are_stored_a_dit_gives_the_same_files(flux_tiny: Pa
     file = save(single_files.flux_dit(dit.state_dict()), tmp_path / "dit.safetensors")
     precision, found = parse_precision("int8-weights", "fp32"), []
     with traced_once():
-        for number, source in enumerate((open_source(flux_tiny), open_source(sharded), open_source(file, flux_tiny))):
+        sources = CheckpointSource(flux_tiny), CheckpointSource(sharded), CheckpointSource(file, flux_tiny)
+        for number, source in enumerate(map(open_files, sources)):
             network = next(n for n in family_of(source).networks(source, precision) if n.name == "dit")
             (tmp_path / str(number)).mkdir()
             component = export_network(network, source, tmp_path / str(number), precision.scheme)
@@ -109,7 +113,7 @@ def test_sd3_with_its_own_sizes(tmp_path: Path) -> None:
     pipeline = random_sd3.medium(seed=7)
     tensors = single_files.prefixed("model.diffusion_model.", single_files.sd3_dit(pipeline.transformer.state_dict()))
     tensors |= single_files.prefixed("first_stage_model.", single_files.autoencoder(pipeline.vae.state_dict()))
-    checkpoint = open_source(save(tensors, tmp_path / "tuned.safetensors"), folder)
+    checkpoint = open_files(CheckpointSource(save(tensors, tmp_path / "tuned.safetensors"), folder))
     for network in family_of(checkpoint).networks(checkpoint, FP32):
         consistency.check_weights(network, checkpoint.weights(network.weights))
     for name in ("transformer", "vae"):
@@ -121,40 +125,40 @@ def test_what_the_base_lacks_too_is_named(random_schnell: Path, tmp_path: Path) 
     file = save_dit(random_flux.schnell(), tmp_path / "dit.safetensors")
     rest = r"text_encoder, text_encoder_2, tokenizer, tokenizer_2, vae missing[\s\S]*--base FOLDER"
     with pytest.raises(UserError, match=rest):
-        open_source(file)
+        open_files(CheckpointSource(file))
     base = tmp_path / "base"
     shutil.copytree(random_schnell, base)
     shutil.rmtree(base / "tokenizer_2")
     with pytest.raises(UserError, match=r"^tokenizer_2 missing"):
-        open_source(file, base)
+        open_files(CheckpointSource(file, base))
     vae = save(single_files.autoencoder(random_flux.schnell().vae.state_dict()), tmp_path / "ae.safetensors")
     with pytest.raises(UserError, match=r"holds no DiT, only vae[\s\S]*--base FOLDER"):
-        open_source(vae)
-    assert open_source(vae, random_schnell).pipeline == "FluxPipeline"
+        open_files(CheckpointSource(vae))
+    assert open_files(CheckpointSource(vae, random_schnell)).pipeline == "FluxPipeline"
     index = json.loads((base / "model_index.json").read_text())
     (base / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusion3Pipeline"}))
     with pytest.raises(UserError, match=r"of a FluxPipeline, and .* is a StableDiffusion3Pipeline"):
-        open_source(file, base)
+        open_files(CheckpointSource(file, base))
     with pytest.raises(UserError, match="--base is for a checkpoint in one file"):
-        open_source(random_schnell, base)
+        open_files(CheckpointSource(random_schnell, base))
 
 
 def test_options_that_do_not_go_together(random_schnell: Path, tmp_path: Path) -> None:
     lora = save_lora(tmp_path / "lora.safetensors")
     with pytest.raises(UserError, match="leave out --base and --lora"):
-        export_checkpoint(random_schnell, tmp_path / "out", random=True, loras=[(lora, 1.0)])
+        export_checkpoint(CheckpointSource(random_schnell, loras=((lora, 1.0),), random_weights=True), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_another_strength_or_file_is_another_source(random_schnell: Path, tmp_path: Path) -> None:
     file, lora = save_dit(random_flux.schnell(), tmp_path / "a.safetensors"), save_lora(tmp_path / "b.safetensors")
     seen = {
-        fingerprint(file),
-        fingerprint(file, random_schnell),
-        fingerprint(file, random_schnell, [(lora, 1.0)]),
-        fingerprint(file, random_schnell, [(lora, 0.5)]),
-        fingerprint(random_schnell),
+        fingerprint(CheckpointSource(file)),
+        fingerprint(CheckpointSource(file, random_schnell)),
+        fingerprint(CheckpointSource(file, random_schnell, ((lora, 1.0),))),
+        fingerprint(CheckpointSource(file, random_schnell, ((lora, 0.5),))),
+        fingerprint(CheckpointSource(random_schnell)),
     }
     os.utime(save_lora(lora, fill=2.0), ns=(0, 0))  # a file system's clock may be slower than this test
-    seen.add(fingerprint(file, random_schnell, [(lora, 0.5)]))
+    seen.add(fingerprint(CheckpointSource(file, random_schnell, ((lora, 0.5),))))
     assert len(seen) == 6

@@ -28,7 +28,7 @@ from ditforge.engines.verify import compare
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.consistency import check_weights
 from ditforge.export.checkpoint.diffusers_folder import open_checkpoint
-from ditforge.export.checkpoint.source import open_source
+from ditforge.export.checkpoint.source import CheckpointSource, open_files
 from ditforge.export.families import read_networks
 from ditforge.export.onnx_export import export_checkpoint
 from ditforge.export.quantisation.calibration import calibrate
@@ -174,10 +174,10 @@ def test_export_without_t5(sd3_turbo, sd3_clip, tmp_path: Path) -> None:
     assert not (sd3_clip.repository / "text_encoders_clip").exists()
     shutil.copytree(sd3_clip.onnx, tmp_path / "onnx")
     with networks_of(sd3_turbo.onnx):
-        assert export_checkpoint(sd3_clip.checkpoint, tmp_path / "onnx", text_encoders="clip").fresh
+        assert export_checkpoint(CheckpointSource(sd3_clip.checkpoint, text_encoders="clip"), tmp_path / "onnx").fresh
         with pytest.raises(UserError, match=r"lacks text_encoder_3 and tokenizer_3(?s:.*)--text-encoders clip"):
-            export_checkpoint(sd3_clip.checkpoint, tmp_path / "onnx")
-        assert not export_checkpoint(sd3_turbo.checkpoint, tmp_path / "onnx").fresh
+            export_checkpoint(CheckpointSource(sd3_clip.checkpoint), tmp_path / "onnx")
+        assert not export_checkpoint(CheckpointSource(sd3_turbo.checkpoint), tmp_path / "onnx").fresh
     assert "t5" in manifest.read(tmp_path / "onnx", "onnx").components
 
 
@@ -203,9 +203,9 @@ def test_a_single_file_on_a_base_without_t5(sd3_clip, tmp_path: Path) -> None:
     down, up = torch.ones(1, 56), torch.ones(56, 1)
     save_file({f"{linear}.lora_A.weight": down, f"{linear}.lora_B.weight": up}, tmp_path / "lora.safetensors")
     with pytest.raises(UserError, match="text_encoder_3, tokenizer_3 missing"):
-        open_source(tmp_path / "sd3_turbo.safetensors", base)
-    loras = [(tmp_path / "lora.safetensors", 1.0)]
-    opened = open_source(tmp_path / "sd3_turbo.safetensors", base, loras, text_encoders="clip")
+        open_files(CheckpointSource(tmp_path / "sd3_turbo.safetensors", base))
+    loras = ((tmp_path / "lora.safetensors", 1.0),)
+    opened = open_files(CheckpointSource(tmp_path / "sd3_turbo.safetensors", base, loras, text_encoders="clip"))
     for network in read_networks(opened, parse_precision("fp32"))[2]:
         check_weights(network, opened.weights(network.weights))
     assert torch.equal(
@@ -216,17 +216,17 @@ def test_a_single_file_on_a_base_without_t5(sd3_clip, tmp_path: Path) -> None:
 
 def test_calibration_without_t5(sd3_clip, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="lacks text_encoder_3"):
-        calibrate(sd3_clip.checkpoint, tmp_path / "ranges.json", ["a"], 1)
+        calibrate(CheckpointSource(sd3_clip.checkpoint), tmp_path / "ranges.json", ["a"], 1)
     whole = random_sd3.save_large_turbo(tmp_path)
-    ranges = calibrate(sd3_clip.checkpoint, tmp_path / "ranges.json", ["a"], 1, text_encoders="clip")
-    assert_same(ranges, calibrate(whole, tmp_path / "ranges.json", ["a"], 1))
+    ranges = calibrate(CheckpointSource(sd3_clip.checkpoint, text_encoders="clip"), tmp_path / "ranges.json", ["a"], 1)
+    assert_same(ranges, calibrate(CheckpointSource(whole), tmp_path / "ranges.json", ["a"], 1))
 
 
 def test_flux_needs_t5(random_schnell: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="random-schnell cannot do without T5"):
-        export_checkpoint(random_schnell, tmp_path / "onnx", text_encoders="clip")
+        export_checkpoint(CheckpointSource(random_schnell, text_encoders="clip"), tmp_path / "onnx")
     with pytest.raises(UserError, match=r"unknown text encoders 't5'(?s:.*)all or clip"):
-        export_checkpoint(random_schnell, tmp_path / "onnx", text_encoders="t5")
+        export_checkpoint(CheckpointSource(random_schnell, text_encoders="t5"), tmp_path / "onnx")
     assert not list(tmp_path.iterdir())
 
 
@@ -286,7 +286,7 @@ def damaged(checkpoint: Path, out: Path, file: str, **changes: object) -> Path:
 def test_what_does_not_fit_is_said(sd3, tmp_path: Path, file: str, changes: dict[str, object], problem: str) -> None:
     checkpoint = damaged(sd3.checkpoint, tmp_path / "checkpoint", file, **changes)
     with pytest.raises(UserError, match=rf"(?s){problem}"):
-        export_checkpoint(checkpoint, tmp_path / "onnx")
+        export_checkpoint(CheckpointSource(checkpoint), tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
 
 
@@ -294,4 +294,4 @@ def test_a_missing_text_encoder_is_said(sd3, tmp_path: Path) -> None:
     shutil.copytree(sd3.checkpoint, tmp_path / "checkpoint")
     shutil.rmtree(tmp_path / "checkpoint" / "text_encoder_3")
     with pytest.raises(UserError, match="text_encoder_3"):
-        export_checkpoint(tmp_path / "checkpoint", tmp_path / "onnx")
+        export_checkpoint(CheckpointSource(tmp_path / "checkpoint"), tmp_path / "onnx")

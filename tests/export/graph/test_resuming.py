@@ -16,6 +16,7 @@ from command_line import COMMAND, PATIENCE, Result, assert_error
 
 from ditforge import manifest
 from ditforge.errors import UserError
+from ditforge.export.checkpoint.source import CheckpointSource
 from ditforge.export.families import flux
 from ditforge.export.graph import resuming
 from ditforge.export.onnx_export import export_checkpoint
@@ -27,12 +28,15 @@ import os, signal, sys
 from pathlib import Path
 from ditforge.export import onnx_export
 from ditforge.export.families import flux
+from ditforge.export.checkpoint.source import CheckpointSource
 networks = flux.networks
 flux.networks = lambda *args: networks(*args)[1::-1]
 def report(component, done, total):
     if component == "clip":
         os.kill(os.getpid(), signal.SIGKILL)
-onnx_export.export_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), progress=report, random=True)
+onnx_export.export_checkpoint(
+    CheckpointSource(Path(sys.argv[1]), random_weights=True), Path(sys.argv[2]), progress=report
+)
 """
 
 
@@ -62,10 +66,10 @@ def test_killed_between_components(bare: Path, tmp_path: Path, monkeypatch: pyte
     assert kept.stat().st_size > resuming.WORTH
     assert len(left) == 2 and "onnx" not in left  # and a folder that was being written
     monkeypatch.setattr(flux, "networks", lambda *args: networks(*args)[1::-1])
-    export_checkpoint(bare, out, random=True)
+    export_checkpoint(CheckpointSource(bare, random_weights=True), out)
     assert os.listdir(tmp_path / "killed") == ["onnx"]
     assert (out / "t5.onnx.data").stat().st_ino == inode  # not written again
-    expected = export_checkpoint(bare, tmp_path / "whole" / "onnx", random=True).manifest
+    expected = export_checkpoint(CheckpointSource(bare, random_weights=True), tmp_path / "whole" / "onnx").manifest
     assert list(expected.components) == ["tokenizer", "t5", "clip"]
     assert manifest.read(out, "onnx") == expected  # every file's SHA-256
     for component in expected.components.values():

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from ditforge.errors import DitforgeWarning, UserError
 from ditforge.export import onnx_export
-from ditforge.export.checkpoint.source import Loras, open_source
+from ditforge.export.checkpoint.source import CheckpointSource, open_files
 from ditforge.export.quantisation import calibration
 from ditforge.export.quantisation.calibration import Calibration, calibrate
 from ditforge.export.quantisation.precision import parse_precision
@@ -85,8 +85,8 @@ def merged(random_schnell: Path, lora: Path, tmp_path_factory: pytest.TempPathFa
     return folder
 
 
-def ranges_of(path: Path, out: Path, base: Path | None = None, loras: Loras = ()) -> Calibration:
-    return calibrate(path, out / "ranges.json", PROMPT, 2, base=base, loras=loras)
+def ranges_of(source: CheckpointSource, out: Path) -> Calibration:
+    return calibrate(source, out / "ranges.json", PROMPT, 2)
 
 
 def test_a_single_file_gives_the_calibration_of_its_folder(random_schnell: Path, bare: Path, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_single_file_gives_the_calibration_of_its_folder(random_schnell: Path,
     options = ("--prompts", "prompts.txt", "--steps", "2")
     result = ditforge("calibrate", file, "--base", bare, *options, "--out", "file.json", cwd=tmp_path)
     assert result.code == 0, result.err
-    expected = ranges_of(random_schnell, tmp_path)
+    expected = ranges_of(CheckpointSource(random_schnell), tmp_path)
     assert_same(Calibration.model_validate_json((tmp_path / "file.json").read_bytes()), expected)
     assert len(set(expected.amax.values())) > 10
 
@@ -105,24 +105,24 @@ def test_only_the_dit_is_the_files(random_schnell: Path, merged: Path, tmp_path:
     """A fine-tune in BFL's layout: text encoders, VAE and the rest of the configuration are the base's."""
     dit = FluxPipeline.from_pretrained(merged).transformer
     file = save(single_files.flux_dit(dit.state_dict()), tmp_path / "tuned.safetensors")
-    found = ranges_of(file, tmp_path, base=random_schnell)
+    found = ranges_of(CheckpointSource(file, random_schnell), tmp_path)
     both = FluxPipeline.from_pretrained(random_schnell, transformer=dit)
     both.save_pretrained(tmp_path / "folder")
-    expected = ranges_of(tmp_path / "folder", tmp_path)
+    expected = ranges_of(CheckpointSource(tmp_path / "folder"), tmp_path)
     assert_same_ranges(found, expected)
     assert found.config_sha256 == expected.config_sha256
-    assert largest_change(found, ranges_of(random_schnell, tmp_path)) > CHANGE
+    assert largest_change(found, ranges_of(CheckpointSource(random_schnell), tmp_path)) > CHANGE
 
 
 def test_a_lora_gives_the_calibration_of_a_folder_that_it_was_merged_into(
     random_schnell: Path, bare: Path, merged: Path, lora: Path, tmp_path: Path
 ) -> None:
-    expected = ranges_of(merged, tmp_path)
+    expected = ranges_of(CheckpointSource(merged), tmp_path)
     file = save_all_in_one(FluxPipeline.from_pretrained(random_schnell), tmp_path / "all.safetensors")
     for source, base in ((random_schnell, None), (file, bare)):
-        found = ranges_of(source, tmp_path, base, [(lora, 0.5)])
+        found = ranges_of(CheckpointSource(source, base, ((lora, 0.5),)), tmp_path)
         assert_same_ranges(found, expected)
-        assert largest_change(found, ranges_of(random_schnell, tmp_path)) > CHANGE
+        assert largest_change(found, ranges_of(CheckpointSource(random_schnell), tmp_path)) > CHANGE
         assert found.loras == ("style.safetensors:0.5",)
 
 
@@ -134,8 +134,8 @@ def test_stable_diffusion(with_t5: bool, tmp_path: Path) -> None:
     tensors = single_files.prefixed("model.diffusion_model.", single_files.sd3_dit(pipeline.transformer.state_dict()))
     clip = single_files.text_model(pipeline.text_encoder_2.state_dict())
     tensors |= single_files.prefixed("text_encoders.clip_g.transformer.", clip)
-    found = ranges_of(save(tensors, tmp_path / f"{folder.name}.safetensors"), tmp_path, base=folder)
-    assert_same_ranges(found, ranges_of(folder, tmp_path))
+    found = ranges_of(CheckpointSource(save(tensors, tmp_path / f"{folder.name}.safetensors"), folder), tmp_path)
+    assert_same_ranges(found, ranges_of(CheckpointSource(folder), tmp_path))
 
 
 def test_the_worst_linears_of_a_file_with_a_lora_are_those_of_the_merged_folder(
@@ -143,8 +143,10 @@ def test_the_worst_linears_of_a_file_with_a_lora_are_those_of_the_merged_folder(
 ) -> None:
     file = save_all_in_one(FluxPipeline.from_pretrained(random_schnell), tmp_path / "all.safetensors")
     precision = parse_precision("int8-weights", "fp32")
-    found = onnx_export.measure_linears(open_source(file, bare, [(lora, 0.5)]), precision, None, 0.003, None)
-    expected = onnx_export.measure_linears(open_source(merged), precision, None, 0.003, None)
+    found = onnx_export.measure_linears(
+        open_files(CheckpointSource(file, bare, ((lora, 0.5),))), precision, None, 0.003, None
+    )
+    expected = onnx_export.measure_linears(open_files(CheckpointSource(merged)), precision, None, 0.003, None)
     assert found is not None and expected is not None
     # Rounding changes an error by 1e-6 of it, and 0.2 % at least lie between two of those that are kept.
     assert found.keep == expected.keep != ()
@@ -158,10 +160,10 @@ def test_ranges_of_other_weights_are_taken_with_a_warning(
     """Fine-tunes and LoRAs keep the configuration, and ranges with it."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", DitforgeWarning)
-        assert calibration.read_ranges(ranges, open_source(random_schnell), FP8)
+        assert calibration.read_ranges(ranges, open_files(CheckpointSource(random_schnell)), FP8)
     said = r"for random-schnell, and this is random-schnell with style\.safetensors:0\.5"
     with pytest.warns(DitforgeWarning, match=said):
-        assert calibration.read_ranges(ranges, open_source(random_schnell, loras=[(lora, 0.5)]), FP8)
+        assert calibration.read_ranges(ranges, open_files(CheckpointSource(random_schnell, loras=((lora, 0.5),))), FP8)
 
 
 def test_a_checkpoint_that_cannot_be_run_is_refused_in_plain_words(random_schnell: Path, tmp_path: Path) -> None:
@@ -172,8 +174,8 @@ def test_a_checkpoint_that_cannot_be_run_is_refused_in_plain_words(random_schnel
     index = json.loads((base / "model_index.json").read_text())
     (base / "model_index.json").write_text(json.dumps(index | {"transformer": ["os", "system"]}))
     with pytest.raises(UserError, match="transformer is a system of os"):
-        ranges_of(file, tmp_path, base)
+        ranges_of(CheckpointSource(file, base), tmp_path)
     (base / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(UserError, match="vae has no weights"):
-        ranges_of(base, tmp_path)
+        ranges_of(CheckpointSource(base), tmp_path)
     assert not (tmp_path / "ranges.json").exists()

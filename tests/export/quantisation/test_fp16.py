@@ -28,8 +28,8 @@ from ditforge.export.checkpoint import consistency
 from ditforge.export.checkpoint.diffusers_folder import open_checkpoint
 from ditforge.export.families import flux
 from ditforge.export.network import Network
-from ditforge.export.onnx_export import FP32, export_network
-from ditforge.export.quantisation.precision import parse_precision
+from ditforge.export.onnx_export import export_network
+from ditforge.export.quantisation.precision import FP32, parse_precision
 from ditforge.export.text_encoders import t5
 
 FP16 = parse_precision("fp16")

@@ -16,8 +16,9 @@ from ditforge import manifest
 from ditforge.engines.verify import compare
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.diffusers_folder import open_checkpoint
+from ditforge.export.checkpoint.source import CheckpointSource
 from ditforge.export.families import flux
-from ditforge.export.onnx_export import export_checkpoint, export_network
+from ditforge.export.onnx_export import ExportOptions, export_checkpoint, export_network
 from ditforge.export.quantisation import calibration, sensitivity
 from ditforge.export.quantisation.precision import EIGHT_BIT, parse_precision
 from ditforge.export.quantisation.qdq import SCHEMES
@@ -113,10 +114,12 @@ def test_the_twin_of_bf16_is_what_is_verified(schnell, dits) -> None:
 
 
 def test_the_same_prompts_give_the_same_calibration(random_schnell: Path, ranges: Path, tmp_path: Path) -> None:
-    again = calibration.calibrate(random_schnell, tmp_path / "ranges.json", ["a red circle", "two blue squares"])
+    again = calibration.calibrate(
+        CheckpointSource(random_schnell), tmp_path / "ranges.json", ["a red circle", "two blue squares"]
+    )
     assert_same(again, calibration.Calibration.model_validate_json(ranges.read_bytes()))
     assert set(again.amax) == intended(random_schnell)
-    other = calibration.calibrate(random_schnell, tmp_path / "other.json", ["nothing"])
+    other = calibration.calibrate(CheckpointSource(random_schnell), tmp_path / "other.json", ["nothing"])
     assert other.prompts_sha256 != again.prompts_sha256
     assert largest_change(other, again) > CHANGE
 
@@ -136,7 +139,7 @@ def test_ranges_are_the_largest_inputs(random_schnell: Path, ranges: Path) -> No
 
 def test_fp8_needs_a_calibration(random_schnell: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ranges") as error:
-        export_checkpoint(random_schnell, tmp_path / "out", parse_precision("fp8"))
+        export_checkpoint(CheckpointSource(random_schnell), tmp_path / "out", ExportOptions("fp8"))
     assert "ditforge calibrate" in error.value.fix
     assert "fp8-weights" in error.value.fix
     assert not list(tmp_path.iterdir())
@@ -173,14 +176,16 @@ def test_prompts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_steps_that_no_schedule_has(random_schnell: Path, tmp_path: Path, steps: int) -> None:
     with pytest.raises(UserError, match=str(steps)):
-        calibration.calibrate(random_schnell, tmp_path / "ranges.json", ["a"], steps)
+        calibration.calibrate(CheckpointSource(random_schnell), tmp_path / "ranges.json", ["a"], steps)
     assert not list(tmp_path.iterdir())
 
 
 def test_where_the_ranges_cannot_be_written_nothing_is_run(random_schnell: Path) -> None:
     ran = []
     with pytest.raises(UserError, match="cannot write"):
-        calibration.calibrate(random_schnell, Path("/proc/ranges.json"), ["a"], progress=lambda *a: ran.append(a))
+        calibration.calibrate(
+            CheckpointSource(random_schnell), Path("/proc/ranges.json"), ["a"], progress=lambda *a: ran.append(a)
+        )
     assert not ran
 
 

@@ -11,8 +11,9 @@ import pytest
 from ditforge.engines.compilers.onnxruntime import session_options
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.diffusers_folder import open_checkpoint
+from ditforge.export.checkpoint.source import CheckpointSource
 from ditforge.export.families import read_networks
-from ditforge.export.onnx_export import export_checkpoint, export_network, scheme_of
+from ditforge.export.onnx_export import ExportOptions, export_checkpoint, export_network, scheme_of
 from ditforge.export.quantisation.precision import Precision, parse_precision, with_t5
 
 IDS = np.random.default_rng(0).integers(3, 60, (2, 1024)).astype(np.int32)
@@ -62,7 +63,7 @@ def test_a_model_without_t5_has_no_precision_for_it(tmp_path: Path) -> None:
     import random_sd3
 
     random_sd3.save_large_turbo(tmp_path)
-    precision = with_t5(Precision("fp32"), "int8-weights")
+    source = CheckpointSource(tmp_path / "random-sd3-turbo", t5_precision="int8-weights")
     with pytest.raises(UserError, match="without T5"):
-        export_checkpoint(tmp_path / "random-sd3-turbo", tmp_path / "onnx", precision)
+        export_checkpoint(source, tmp_path / "onnx", ExportOptions("fp32"))
     assert not (tmp_path / "onnx").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,25 @@ from ditforge import cli, manifest
 from ditforge.commands import up
 from ditforge.errors import UserError
 from ditforge.export import onnx_export
+from ditforge.export.checkpoint.source import CheckpointSource
+from ditforge.options import SizeFlags
 
 
 class Asked(Exception):
     """What an export was asked for, instead of making it."""
 
 
-def asked(monkeypatch: pytest.MonkeyPatch, *args: object, **options: Any) -> tuple[Path, Path, dict[str, Any]]:
+def asked(
+    monkeypatch: pytest.MonkeyPatch, wanted: up.Wanted, cache: Path
+) -> tuple[CheckpointSource, Path, onnx_export.ExportOptions]:
     """Checkpoint, folder and options of the export that `prepare` would make."""
 
-    def export(checkpoint: Path, out: Path, precision: object, calibration: Path | None, **options: Any) -> None:
-        raise Asked(checkpoint, out, {"precision": precision, "calibration": calibration, **options})
+    def export(source: CheckpointSource, out: Path, options: onnx_export.ExportOptions, progress: object) -> None:
+        raise Asked(source, out, options)
 
     monkeypatch.setattr(onnx_export, "export_checkpoint", export)
     with pytest.raises(Asked) as error:
-        up.prepare(*args, **options)
+        up.prepare(wanted, cache)
     return error.value.args
 
 
@@ -36,11 +41,11 @@ def test_up_of_a_file_with_a_base_and_a_lora(
     schnell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By the command line, with the session's export in place of another one; it is not served."""
-    seen: list[dict[str, Any]] = []
+    seen: list[CheckpointSource] = []
     served: list[Path] = []
 
-    def export(checkpoint: Path, out: Path, *args: object, **options: Any) -> None:
-        seen.append({"checkpoint": checkpoint, **options})
+    def export(source: CheckpointSource, out: Path, *args: object) -> None:
+        seen.append(source)
         shutil.copytree(schnell.onnx, out, dirs_exist_ok=True)
 
     monkeypatch.setattr(onnx_export, "export_checkpoint", export)
@@ -50,9 +55,8 @@ def test_up_of_a_file_with_a_base_and_a_lora(
     cache = tmp_path / "cache"
     options = ["--base", str(schnell.checkpoint), "--lora", f"{tmp_path / 'style.safetensors'}:0.8"]
     cli.app(["up", str(tmp_path / "tuned.safetensors"), *options, "--cache", str(cache)], standalone_mode=False)
-    assert seen[0]["checkpoint"] == tmp_path / "tuned.safetensors"
-    assert seen[0]["base"] == schnell.checkpoint
-    assert list(seen[0]["loras"]) == [(tmp_path / "style.safetensors", 0.8)]
+    loras = ((tmp_path / "style.safetensors", 0.8),)
+    assert seen[0] == CheckpointSource(tmp_path / "tuned.safetensors", schnell.checkpoint, loras)
     (folder,) = cache.iterdir()
     assert folder.name.startswith("tuned+style-")
     assert served == [folder / "fp32" / "cpu" / "repo"]
@@ -71,26 +75,27 @@ def test_whatever_makes_another_model_has_a_folder_of_its_own(
     random_schnell: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     style, other = tmp_path / "style.safetensors", tmp_path / "other" / "style.safetensors"
-    options: list[dict[str, Any]] = [
-        {},
-        {"loras": [(style, 1.0)]},
-        {"loras": [(style, 0.5)]},
-        {"loras": [(other, 1.0)]},
-        {"loras": [(style, 1.0), (other, 1.0)]},
-        {"base": tmp_path},
-        {"text_encoders": "clip"},
-        {"random": True},
-        {"calibration": tmp_path / "ranges.json"},
-        {"calibration": tmp_path / "other" / "ranges.json"},
+    plain = CheckpointSource(random_schnell)
+    wanted = [
+        up.Wanted(plain),
+        up.Wanted(replace(plain, loras=((style, 1.0),))),
+        up.Wanted(replace(plain, loras=((style, 0.5),))),
+        up.Wanted(replace(plain, loras=((other, 1.0),))),
+        up.Wanted(replace(plain, loras=((style, 1.0), (other, 1.0)))),
+        up.Wanted(replace(plain, base=tmp_path)),
+        up.Wanted(replace(plain, text_encoders="clip")),
+        up.Wanted(replace(plain, random_weights=True)),
+        up.Wanted(plain, calibration=tmp_path / "ranges.json"),
+        up.Wanted(plain, calibration=tmp_path / "other" / "ranges.json"),
     ]
     folders = []
-    for chosen in options:
-        checkpoint, out, seen = asked(monkeypatch, random_schnell, "cpu", None, None, tmp_path, **chosen)
-        assert checkpoint == random_schnell
-        assert {name: seen[name] for name in chosen} == chosen
-        assert seen["precision"].name == ("fp8" if "calibration" in chosen else "fp32")
+    for one in wanted:
+        source, out, options = asked(monkeypatch, one, tmp_path)
+        assert source == one.source
+        assert options.calibration == one.calibration
+        assert options.precision == ("fp8" if one.calibration else "fp32")
         folders.append(out.relative_to(tmp_path))
-    assert len(set(folders)) == len(options)
+    assert len(set(folders)) == len(wanted)
     assert all(len(folder.parts) == 3 and folder.parts[0].startswith("random-schnell") for folder in folders)
     readable = [("+style", "fp32"), ("", "fp32-clip"), ("-random", "fp32"), ("", "fp8-fp32-ranges-")]
     for folder, (model, precision) in zip((folders[i] for i in (1, 6, 7, 8)), readable, strict=True):
@@ -100,27 +105,31 @@ def test_whatever_makes_another_model_has_a_folder_of_its_own(
 
 def test_a_published_model_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has the same folder from wherever the command is run."""
-    found = []
+    flux, found = CheckpointSource(Path("flux.1-dev"), random_weights=True), []
     for place in ("a", "b"):
         (tmp_path / place).mkdir()
         monkeypatch.chdir(tmp_path / place)
-        found.append(asked(monkeypatch, Path("flux.1-dev"), "rtx4090", None, None, tmp_path, random=True)[1])
+        found.append(asked(monkeypatch, up.Wanted(flux, "rtx4090"), tmp_path)[1])
     assert found[0] == found[1]
     assert found[0].parts[-3].startswith("flux.1-dev-random-")
 
 
 def test_a_calibration_for_a_gpu_without_fp8(random_schnell: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"sm_86 has no FP8[\s\S]*int8-weights"):
-        up.prepare(random_schnell, "rtx3060", None, None, tmp_path, calibration=tmp_path / "ranges.json")
+        up.prepare(
+            up.Wanted(CheckpointSource(random_schnell), "rtx3060", calibration=tmp_path / "ranges.json"), tmp_path
+        )
 
 
 def test_t5_in_a_precision_of_its_own(random_schnell: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, plain, _ = asked(monkeypatch, random_schnell, "cpu", None, None, tmp_path)
-    _, out, seen = asked(monkeypatch, random_schnell, "cpu", None, None, tmp_path, t5_precision="int8-weights")
-    assert seen["precision"].t5.name == "int8-weights"
+    source = CheckpointSource(random_schnell)
+    _, plain, _ = asked(monkeypatch, up.Wanted(source), tmp_path)
+    seen, out, options = asked(monkeypatch, up.Wanted(replace(source, t5_precision="int8-weights")), tmp_path)
+    t5 = options.asked(seen).t5
+    assert t5 and t5.name == "int8-weights"
     assert out != plain
     with pytest.raises(UserError, match="--t5-precision"):
-        up.prepare(random_schnell, "cpu", None, None, tmp_path, t5_precision="fp9")
+        up.prepare(up.Wanted(replace(source, t5_precision="fp9")), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -138,9 +147,11 @@ def test_what_cannot_be_is_known_before_the_export(
     random_schnell: Path, tmp_path: Path, options: dict[str, Any], words: str, random: bool
 ) -> None:
     """Which takes hours where the model is large."""
-    sizes = {name: value for name, value in options.items() if name != "max_batch"}
+    sizes = SizeFlags(**{name: value for name, value in options.items() if name != "max_batch"})
+    source = CheckpointSource(random_schnell, random_weights=random)
+    wanted = up.Wanted(source, sizes=sizes, max_batch=options.get("max_batch"))
     with pytest.raises(UserError, match=words):
-        up.prepare(random_schnell, "cpu", None, options.get("max_batch"), tmp_path / "cache", random=random, **sizes)
+        up.prepare(wanted, tmp_path / "cache")
     assert not list(tmp_path.iterdir())
 
 

@@ -43,7 +43,7 @@ LARGEST_LOSS = 1.0  # points of the judge's score that fp8 may lose
 
 def pictures(onnx: Path, folder: Path, captions: list[str]) -> list[Image.Image]:
     """The export in `onnx`, built and served: a picture for each caption, seeds counting up from SEED."""
-    build(onnx, folder / "engines", "cpu")
+    build(onnx, folder / "engines")
     write_repository(folder / "engines", folder / "repo")
     with start(folder / "repo", port=0) as server, Client(server.url) as client:
         return client.generate(captions, seed=SEED, steps=STEPS)

@@ -92,7 +92,7 @@ def steps(server: Server, engines: Path) -> dict[str, list[float]]:
     inputs = {name: example(name, tensor, sizes, built.model) for name, tensor in component.inputs.items()}
     if "skip_layers" in inputs:  # from 0 to 1, which a server checks; a client sends 0 unless it is asked for
         inputs["skip_layers"][:] = 0
-    loaded = load_engine(engines, component.files, engine.compiler, engine.target)
+    loaded = load_engine(engines, component.files, engine)
     connection = Connection(make_settings(server.url))
     (triton,) = Path("/dev/shm").glob(f"*-{server.pid}-*/grpc:1")  # which only this user can reach
     served = connection.infer("dit", inputs)["velocity"]
@@ -149,7 +149,7 @@ def measure(checkpoint: Path) -> str:
     with tempfile.TemporaryDirectory() as folder:
         onnx, engines, repository = (Path(folder) / name for name in ("onnx", "engines", "repo"))
         export_checkpoint(CheckpointSource(checkpoint), onnx)
-        build(onnx, engines, "cpu")
+        build(onnx, engines)
         write_repository(engines, repository)
         with start(repository, port=0) as server, Client(server.url) as client:
             return report(pictures(client, pipeline), steps(server, engines))

@@ -168,7 +168,7 @@ def make(run: Run, folder: Path, segments: str, note: Callable[[str, dict[str, o
         engines = folder / f"{run.name}-{gpu}"
         arguments = ["build", str(onnx), "--gpu", gpu, "--segments", segments, "--out", str(engines)]
         found = measure(f"{run.name}-{gpu}", arguments, folder)
-        parts = manifest.read(engines, "engines").engines["dit"].segments
+        parts = manifest.read(engines, "engines").engines["dit"].segment_files
         plans = {"bytes": size(engines), "dit_bytes": size(engines, "dit*.plan"), "segments": max(1, len(parts))}
         note(f"{run.name}-{gpu}", found | {"kind": "build", **plans})
         shutil.rmtree(engines)

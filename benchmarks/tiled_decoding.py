@@ -55,7 +55,7 @@ def decode_once(folder: Path, size: int, tile: int | None) -> None:
     built = manifest.read(folder / "engines", "engines")
     engine = built.engines["vae_decoder"]
     files = built.components["vae_decoder"].files
-    loaded = load_engine(folder / "engines", files, engine.compiler, engine.target)
+    loaded = load_engine(folder / "engines", files, engine)
     latents = np.tile(np.load(folder / "latents.npy"), (1, 1, size // DRAWN, size // DRAWN))
     started = time.perf_counter()
     picture = decode(lambda z: loaded.run({"latents": z})["image"], latents, built.model.vae_factor, tile)
@@ -129,7 +129,7 @@ def main() -> None:
 
         folder = Path(temporary)
         export_checkpoint(CheckpointSource(options.checkpoint), folder / "onnx")
-        build(folder / "onnx", folder / "engines", "cpu")
+        build(folder / "onnx", folder / "engines")
         save_latents(options.checkpoint, folder / "latents.npy")
         text = report(folder)
     print(text)

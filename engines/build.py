@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from ditforge import manifest
 from ditforge.contract import DIT, TOKENIZER
-from ditforge.engines.compilers import Job, Progress, Ranges, find_compiler
+from ditforge.engines.compilers import Compiler, Job, Progress, Ranges, compilers, find_compiler
 from ditforge.engines.compilers.child_process import compile_apart
-from ditforge.engines.gpus import default_compiler, find_target, limited
+from ditforge.engines.compilers.choice import check_component, default_compiler, made_by
+from ditforge.engines.gpus import Target, find_target, limited
 from ditforge.engines.memory.fitting import (
-    Placement,
     cut_before,
     decide,
     memory_to_compile,
@@ -28,12 +28,12 @@ from ditforge.engines.profile import Profile, announced, make_profiles, tiled
 from ditforge.errors import UserError
 from ditforge.manifest import Component, Engine, Manifest
 from ditforge.model import Model
+from ditforge.placement import Placement
 
 if TYPE_CHECKING:
     from ditforge.engines.memory.segments import Segment
 
 CUTTING = 1  # how segments.cut does it; another number where the same graph and count would give other segments
-TIMING_CACHE = "timing.cache"  # of TensorRT, beside the engines: what it measured on the GPU the last time
 PLAN = ".plan"
 
 
@@ -46,14 +46,68 @@ class Built:
 
 
 @dataclass(frozen=True)
-class Design:
-    """What is to be made: the model that the engines announce, their largest batch (None: any), and more by network.
+class BuildOptions:
+    """What engines are compiled for. What is None is chosen.
 
-    That is where its engine goes, the profiles of its sizes, the shapes of its inputs in these, its cache key, and, if
-    it has to be compiled, the reason why.
+    gpu: as `ditforge.engines.gpus.find_target` has it: a product, sm_89, several of them, local, or cpu.
+    compiler: by default the GPU's.
+    resolutions, static, batch: the sizes in pixels and the batches (see ditforge.engines.profile.make_profiles). By
+        default the compiler's: all that the model has, or those around the model's default size.
+    vae_tile: the autoencoder takes pictures in tiles of that many pixels. By default it takes them whole.
+    segments: into how many engines the DiT is cut, which are compiled one after the other.
+    residency: "resident", or "on-demand": every engine is loaded for each call, and then freed.
+    gpu_memory: how many GB of memory the GPU has for the engines.
+
+    Where neither `segments` nor `residency` is given, a plan for the memory of the GPU decides about them, and about
+    the batch and the tiles (see ditforge.engines.memory.fitting.decide).
     """
 
+    gpu: str = "cpu"
+    compiler: str | None = None
+    resolutions: str | None = None
+    static: str | None = None
+    batch: int | None = None
+    vae_tile: int | None = None
+    segments: int | None = None
+    residency: str | None = None
+    gpu_memory: float | None = None
+
+    @property
+    def placed_by_hand(self) -> bool:
+        """Whether the user says where engines are."""
+        return (self.segments, self.residency) != (None, None)
+
+    @property
+    def sized_by_hand(self) -> bool:
+        """Whether the user says what sizes or batches engines take."""
+        return (self.resolutions, self.static, self.batch) != (None, None, None)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be made of an export: its networks and model, and the model that the engines announce.
+
+    `profiles` are the sizes for which engines are made (none: all). By network, `makers` are by which compiler an
+    engine is made, and for what, and `placements` where it is to be.
+    """
+
+    networks: dict[str, Component]
+    exported: Model
     model: Model
+    profiles: list[Profile]
+    makers: dict[str, tuple[Compiler, Target]]
+    placements: dict[str, Placement]
+
+
+@dataclass(frozen=True)
+class Design:
+    """How an order is carried out; all but its largest batch (None: any) by network.
+
+    That is where its engine is placed, the profiles of its sizes, the shapes of its inputs in these, its cache key,
+    and, if it has to be compiled, the reason why.
+    """
+
+    order: Order
     max_batch: int | None
     placements: dict[str, Placement]
     profiles: dict[str, list[Profile]]
@@ -65,92 +119,77 @@ class Design:
 def build(
     onnx: Path,
     out: Path,
-    gpu: str,
-    compiler_name: str | None = None,
+    options: BuildOptions | None = None,
     progress: Progress | None = None,
-    *,
-    resolutions: str | None = None,
-    static: str | None = None,
-    batch: int | None = None,
-    vae_tile: int | None = None,
-    segments: int | None = None,
-    residency: str | None = None,
-    gpu_memory: float | None = None,
     planned: Callable[[Plan], None] | None = None,
 ) -> Built:
-    """Compile the graphs in the folder `onnx` for `gpu` (see gpus.find_target) into the folder `out`.
+    """Compile the graphs in the folder `onnx` into engines in the folder `out`.
 
-    The compiler is by default that of the GPU. The sizes and batches (see profile.make_profiles) are by default the
-    compiler's: all of the model's, or around the model's default size. The autoencoder takes pictures in tiles of
-    `vae_tile` pixels, or, by default, whole. An engine whose cache key is unchanged is kept; if all are, nothing is
-    written. The DiT is compiled in that many `segments`, one after the other (see segments.cut); with the `residency`
-    "on-demand", all engines are loaded for each call (see manifest.Engine). Where neither is given, a plan for the
-    memory of the GPU (or `gpu_memory` GB) decides about them, the batch and the tiles (see auto.decide); `planned` is
-    called with it. Networks that nobody cut are cut as the memory of this machine asks for. `progress` is called with
-    (what is done, how many steps are done, how many there are). Raises UserError if the target cannot execute a
-    component, or has too little memory, if a graph is damaged, or has not that many segments; then `out` is as it was
-    before.
+    An engine whose cache key is unchanged is kept; if all are, nothing is written. Networks that nobody cut are cut as
+    the memory of this machine asks for. `progress` is called with (what is done, how many steps are done, how many
+    there are), and `planned` with the plan for the GPU's memory, where there is one. Raises UserError if the target
+    cannot execute a component, or has too little memory, if a graph is damaged, or has not that many segments; then
+    `out` is as it was before.
     """
-    source, target = manifest.read(onnx, "onnx"), limited(find_target(gpu), gpu_memory)
-    by_hand = (segments, residency) != (None, None)
-    if gpu_memory is not None and by_hand:
-        raise UserError("--gpu-memory is for a plan, which --segments and --residency replace", "leave one of them out")
-    compiler_name = compiler_name or default_compiler(target)
-    networks = {name: component for name, component in source.components.items() if name != TOKENIZER}
-    model, profiles = tiled(source.model, vae_tile), []
-    if find_compiler(compiler_name).PROFILES or (resolutions, static, batch) != (None, None, None):
-        profiles = make_profiles(model, resolutions, static, batch)
-    plan, memory = None, memory_to_compile()
-    if profiles:
-        limits = replace(target, memory_gb=None) if by_hand else target
-        plan = decide(networks, model, limits, profiles, batch, memory)
-    if plan:
-        model = tiled(model, plan.vae_tile)
-        profiles = [replace(profile, max_batch=plan.batch) for profile in profiles]
-        if planned and not by_hand:
-            planned(plan)
-    model = announced(model, profiles) if profiles else model
-    placements = place_engines(networks, compiler_name, target, plan, segments, residency)
-    if plan:
-        warn_of_compiling(networks, placements, memory)
-    before = manifest.earlier(out, "engines")
-    as_before = [name for name in networks if plan and not (name == DIT and segments)]
-    design = make_design(networks, source.model, model, profiles, placements, before, as_before, out)
+    options = options or BuildOptions()
+    source, before = manifest.read(onnx, "onnx"), manifest.earlier(out, "engines")
+    order, plan = make_order(source, options)
+    if plan and planned and not options.placed_by_hand:
+        planned(plan)
+    as_before = [name for name in order.networks if plan and not (name == DIT and options.segments)]
+    design = make_design(order, before, as_before, out)
     if before and not design.reasons and is_same(before, out, design):
         return Built(before, {})
     return Built(write_engines(source, onnx, out, design, before, progress), design.reasons)
 
 
-def make_design(
-    networks: dict[str, Component],
-    given: Model,
-    model: Model,
-    profiles: list[Profile],
-    placements: dict[str, Placement],
-    before: Manifest | None,
-    as_before: Collection[str],
-    out: Path,
-) -> Design:
-    """Where each network of a model that was `given` goes, and in what shapes, so that it is the `model`.
+def make_order(source: Manifest, options: BuildOptions) -> tuple[Order, Plan | None]:
+    """What is to be made of an export, and the plan for the GPU's memory. Raises UserError for what cannot be made."""
+    target = limited(find_target(options.gpu), options.gpu_memory)
+    if options.gpu_memory is not None and options.placed_by_hand:
+        raise UserError("--gpu-memory is for a plan, which --segments and --residency replace", "leave one of them out")
+    compiler = find_compiler(options.compiler or default_compiler(target))
+    networks = {name: component for name, component in source.components.items() if name != TOKENIZER}
+    model, profiles = tiled(source.model, options.vae_tile), []
+    if compiler.shapes == "ranges" or options.sized_by_hand:
+        profiles = make_profiles(model, options.resolutions, options.static, options.batch)
+    plan, memory = None, memory_to_compile()
+    if profiles:
+        limits = replace(target, memory_gb=None) if options.placed_by_hand else target
+        plan = decide(networks, model, limits, profiles, options.batch, memory)
+    if plan:
+        model = tiled(model, plan.vae_tile)
+        profiles = [replace(profile, max_batch=plan.batch) for profile in profiles]
+    model = announced(model, profiles) if profiles else model
+    placements = place_engines(networks, plan, options.segments, options.residency)
+    if plan:
+        warn_of_compiling(networks, placements, memory)
+    makers = {name: made_by(placements[name], compiler, target) for name in networks}
+    return Order(networks, source.model, model, profiles, makers, placements), plan
 
-    Those of `as_before` that are in `out` from a build `before` may stay in as many segments. Raises UserError for a
-    network that its target cannot execute.
+
+def make_design(order: Order, before: Manifest | None, as_before: Collection[str], out: Path) -> Design:
+    """How the order is carried out, in `out`, where there may be a build from `before`.
+
+    Networks of `as_before` that are in it may stay in as many segments. Raises UserError for a network that its target
+    cannot execute.
     """
-    own = {name: [profile.of(name, model) for profile in profiles] for name in networks}
+    own = {name: [profile.of(name, order.model) for profile in order.profiles] for name in order.networks}
     placed, shapes, keys, reasons = {}, {}, {}, {}
-    for name, component in networks.items():
-        wanted = placements[name]
-        compiler = find_compiler(wanted.compiler)
-        compiler.check(name, component, wanted.target)
-        shapes[name] = ranges(component, own[name] if compiler.PROFILES else [], given)
+    for name, component in order.networks.items():
+        wanted, (compiler, target) = order.placements[name], order.makers[name]
+        check_component(compiler, name, component, target)
+        shapes[name] = ranges(component, own[name] if compiler.shapes == "ranges" else [], order.exported)
         for placement in (cut_before(before if name in as_before else None, name, wanted), wanted):
-            placed[name], keys[name] = placement, cache_key(component, placement, shapes[name])
+            placed[name] = placement
+            keys[name] = cache_key(component, compiler, target, placement.segments, shapes[name])
             reason = rebuild_reason(before, out, name, keys[name])
             if not reason:
                 break
         else:
             reasons[name] = reason
-    return Design(model, profiles[0].max_batch if profiles else None, placed, own, shapes, keys, reasons)
+    max_batch = order.profiles[0].max_batch if order.profiles else None
+    return Design(order, max_batch, placed, own, shapes, keys, reasons)
 
 
 def write_engines(
@@ -173,34 +212,37 @@ def write_engines(
     }
     report = progress or (lambda component, done, total: None)
     kept = {name: before.components[name] for name in networks if name not in design.reasons} if before else {}
-    with manifest.written_whole(out, "engines", own=[TIMING_CACHE]) as folder:
-        if before and (out / TIMING_CACHE).is_file():
-            shutil.copyfile(out / TIMING_CACHE, folder / TIMING_CACHE)
+    own = sorted({file for compiler in compilers() for file in compiler.keeps})
+    with manifest.written_whole(out, "engines", own) as folder:
+        for file in own:
+            if before and (out / file).is_file():
+                shutil.copyfile(out / file, folder / file)
         components = {TOKENIZER: copy_component(source.components[TOKENIZER], onnx, folder)}
         engines = {}
         for done, name in enumerate(networks):
             report(name, done, len(networks))
-            place = placements[name]
+            compiler, target = design.order.makers[name]
             if name in kept and before:
-                components[name], made = keep_component(kept[name], out, folder), before.engines[name].segments
+                components[name], made = keep_component(kept[name], out, folder), before.engines[name].segment_files
             else:
                 graph = onnx / f"{name}.onnx"
-                job = Job(name, networks[name], graph, folder / name, place.target, design.shapes[name], report)
-                compiled = compile_parts(place.compiler, job, parts[name])
+                job = Job(name, networks[name], graph, folder / name, target, design.shapes[name], report)
+                compiled = compile_parts(compiler, job, parts[name])
                 described = {file.name: manifest.describe(file) for part in compiled for file in part}
                 components[name] = networks[name].model_copy(update={"files": described})
                 made = tuple(tuple(file.name for file in part) for part in compiled) if parts[name] else ()
             engines[name] = Engine(
-                compiler=place.compiler,
-                compiler_version=find_compiler(place.compiler).version(),
-                target=str(place.target),
+                compiler=compiler.name,
+                compiler_version=compiler.version(),
+                target=str(target),
                 cache_key=design.keys[name],
+                triton_backend=compiler.triton_backend,
                 max_batch=design.max_batch,
-                segments=made,
-                on_demand=place.on_demand,
+                placement=placements[name],
+                segment_files=made,
             )
         report("done", len(networks), len(networks))
-        result = Manifest(kind="engines", model=design.model, components=components, engines=engines)
+        result = Manifest(kind="engines", model=design.order.model, components=components, engines=engines)
         manifest.write(result, folder)
     return result
 
@@ -231,10 +273,10 @@ def cut_graph(graph: Path, component: Component, model: Model, profiles: list[Pr
     return cut(graph, component, count, ranges(component, [probe], model)[0], shapes)
 
 
-def compile_parts(compiler_name: str, job: Job, segments: list[Segment]) -> list[list[Path]]:
+def compile_parts(compiler: Compiler, job: Job, segments: list[Segment]) -> list[list[Path]]:
     """Compile a graph, or its segments instead, one after the other; returns the files of each."""
     if not segments:
-        return [compile_one(compiler_name, job)]
+        return [compile_one(compiler, job)]
     files = []
     with TemporaryDirectory(dir=job.engine.parent) as folder:
         for number, segment in enumerate(segments, 1):
@@ -247,32 +289,32 @@ def compile_parts(compiler_name: str, job: Job, segments: list[Segment]) -> list
                 shapes=segment.shapes,
                 weights=job.graph.parent,
             )
-            files.append(compile_one(compiler_name, part))
+            files.append(compile_one(compiler, part))
     return files
 
 
-def compile_one(compiler_name: str, job: Job) -> list[Path]:
+def compile_one(compiler: Compiler, job: Job) -> list[Path]:
     """Compile a graph, in a process of its own if the compiler wants that; returns the files written."""
-    compiler = find_compiler(compiler_name)
-    return compile_apart(compiler_name, job) if compiler.APART else compiler.compile(job)
+    return compile_apart(compiler.name, job) if compiler.own_process else compiler.compile(job)
 
 
-def cache_key(component: Component, placement: Placement, shapes: list[Ranges]) -> dict[str, str]:
+def cache_key(
+    component: Component, compiler: Compiler, target: Target, segments: int, shapes: list[Ranges]
+) -> dict[str, str]:
     """Everything that changes an engine: the same key, the same engine."""
-    compiler, segments = find_compiler(placement.compiler), placement.segments
     digests = {f"sha256 of {name}": file.sha256 for name, file in component.files.items()}
     profile = {
         f"shapes of {name}": ", ".join(" ".join("x".join(map(str, shape)) for shape in part[name]) for part in shapes)
         for name in (shapes[0] if shapes else ())
     }
     return {
-        "compiler": placement.compiler,
+        "compiler": compiler.name,
         "compiler_version": compiler.version(),
-        "target": str(placement.target),
+        "target": str(target),
         "precision": component.precision,
         "segments": "1" if segments == 1 else f"{segments} (cutting {CUTTING})",
         **profile,
-        **compiler.options(),
+        **compiler.settings(),
         **digests,
     }
 
@@ -280,9 +322,9 @@ def cache_key(component: Component, placement: Placement, shapes: list[Ranges]) 
 def is_same(before: Manifest, out: Path, design: Design) -> bool:
     """Whether the build in `out` is all that is wanted."""
     engines, placements = before.engines, design.placements
-    same = before.model == design.model and engines.keys() == placements.keys()
+    same = before.model == design.order.model and engines.keys() == placements.keys()
     same = same and all(engine.max_batch == design.max_batch for engine in engines.values())
-    same = same and all(engine.on_demand == placements[name].on_demand for name, engine in engines.items())
+    same = same and all(engine.placement == placements[name] for name, engine in engines.items())
     return same and manifest.is_whole(out, before.components)
 
 

@@ -15,7 +15,6 @@ from ditforge.errors import UserError
 CPU = "cpu"
 LOCAL = "local"
 BF16_MEMORY_GB = 40  # of a DiT of 12 billion parameters, 16-bit weights and the text encoders fit
-DATA_CENTRE = ("sm_90", "sm_100", "sm_103")
 NAMES = "ditforge gpus   lists the names; --gpu also takes sm_89, several (sm_86,sm_89), local, and cpu"
 
 # name, product, memory in GB
@@ -175,22 +174,6 @@ def precisions(capability: str) -> list[str]:
     return [precision for precision, since in SINCE.items() if number(capability) >= since]
 
 
-def compilers(capability: str) -> list[str]:
-    """The compilers whose engines such GPUs execute; the first is the default."""
-    rtx = ["tensorrt-rtx"] if capability not in DATA_CENTRE else []
-    return rtx + (["tensorrt"] if number(capability) >= 80 else [])
-
-
-def default_compiler(target: Target) -> str:
-    """The compiler to take where the user names none. Raises UserError if one does not do for all capabilities."""
-    if not target.capabilities:
-        return "onnxruntime"
-    for compiler in ("tensorrt-rtx", "tensorrt"):
-        if all(compiler in compilers(capability) for capability in target.capabilities):
-            return compiler
-    raise UserError(f"no compiler makes one engine for {target}", "build for each of them, into folders of their own")
-
-
 def default_precision(target: Target) -> tuple[str, str]:
     """The precision to take where the user names none, and the reason."""
     if not target.capabilities:
@@ -226,28 +209,3 @@ def check_precision(name: str, precision: str, dtype: str, target: Target) -> No
             + (f" in {dtype}" if lacking != precision else ""),
             f"ditforge export CHECKPOINT --precision int8-weights{around}   (or {other})",
         )
-
-
-def check_compiler(compiler: str, target: Target) -> None:
-    """Raise UserError, with what is possible, if engines of `compiler` do not run on every capability of `target`."""
-    if not target.capabilities:
-        raise UserError(f"{compiler} compiles for GPUs, not for the CPU", "--compiler onnxruntime, or --gpu rtx4090")
-    for capability in target.capabilities:
-        able = compilers(capability)
-        if compiler not in able:
-            called = f" ({target.name})" if target.name != str(target) else ""
-            there = " on that machine" if able == ["tensorrt"] else ""
-            raise UserError(
-                f"engines of {compiler} do not run on {capability}{called}", f"use --compiler {able[0]}{there}"
-            )
-
-
-def table() -> list[tuple[str, ...]]:
-    """Rows of `ditforge gpus`: name, product, capability, memory, FP8, compilers, default precision."""
-    rows: list[tuple[str, ...]] = []
-    for gpu in GPUS:
-        precision, _ = default_precision(Target(gpu.name, (gpu.capability,), gpu.memory_gb))
-        fp8 = "yes" if "fp8" in precisions(gpu.capability) else "no"
-        able = ", ".join(compilers(gpu.capability))
-        rows.append((gpu.name, gpu.product, gpu.capability, f"{gpu.memory_gb} GB", fp8, able, precision))
-    return rows

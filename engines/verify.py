@@ -163,8 +163,7 @@ def run_component(folder: Path, found: Manifest, name: str, inputs: Arrays) -> A
     component = found.components[name]
     if found.kind == "engines":
         engine = found.engines[name]
-        made_by = engine.compiler, engine.target, engine.compiler_version
-        loaded = load_engine(folder, component.files, *made_by, engine.segments, engine.on_demand)
+        loaded = load_engine(folder, component.files, engine)
         try:
             return loaded.run(as_declared(inputs, component))
         finally:

@@ -15,7 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-from ditforge.engines.gpus import default_activations, default_compiler, default_precision, find_target
+from ditforge.engines.compilers.choice import default_compiler
+from ditforge.engines.gpus import default_activations, default_precision, find_target
 from ditforge.errors import UserError
 
 PROMPT = "a large red circle above a small blue square on a white background"

@@ -97,7 +97,7 @@ def run_stages(
 
     def make(out: Path) -> None:
         export_checkpoint(CheckpointSource(checkpoint, text_encoders=text_encoders), out / "onnx")
-        build(out / "onnx", out / "engines", "cpu")
+        build(out / "onnx", out / "engines")
         write_repository(out / "engines", out / "repo")
 
     out = shared(name, make, meanwhile)

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from tritonclient.grpc import model_config_pb2 as pb
 
 from ditforge.contract import PROMPT_EMBEDS, TEXT_ENCODERS, TEXT_ENCODERS_CLIP, TEXT_OUTPUTS
-from ditforge.manifest import Component, File, Tensor
+from ditforge.manifest import Component, Engine, File, Tensor
 from ditforge.model import Model
 from ditforge.triton_repo.limits import Limits
 
@@ -29,17 +29,10 @@ LONGEST_WAIT = 600  # seconds in that queue, where the request names no earlier 
 
 
 class EngineSource(BaseModel):
-    """Which files beside model.py are the engine, and what made them; it travels in the model's parameters.
+    """Which files beside model.py are the engine, and how it was made; it travels in the model's parameters."""
 
-    `segments` and `on_demand` are as in ditforge.manifest.Engine.
-    """
-
-    compiler: str
-    compiler_version: str
-    target: str
     files: dict[str, File]
-    segments: tuple[tuple[str, ...], ...] = ()
-    on_demand: int = 0
+    made: Engine
 
 
 def python_model(

@@ -26,12 +26,14 @@ from ditforge.contract import (
 from ditforge.errors import UserError
 from ditforge.manifest import Manifest
 from ditforge.model import MAX_BATCH
+from ditforge.placement import Placement
 from ditforge.triton_repo import config
 from ditforge.triton_repo.limits import Limits, limits_of
 
 ENSEMBLES = (TEXT_ENCODERS, TEXT_ENCODERS_CLIP)
 NOT_TEXT = (DIT, VAE_DECODER, VAE_ENCODER)
 DEFAULT_MAX_BATCH = 8
+TENSORRT_BACKEND = "tensorrt"  # of Triton's own, where NVIDIA's container has it
 BUILD_AGAIN = "ditforge build ONNX_DIR --gpu GPU --out DIR   again"
 
 
@@ -128,23 +130,16 @@ def make_model(source: Manifest, name: str, limits: Limits) -> Triton:
     if name not in (TOKENIZER, *NOT_TEXT):
         parameters[config.MEMBER_PARAMETER] = "true"
     max_batch = limits.max_batch
-    at_once = engine and not engine.segments and not engine.on_demand  # as Triton's own backend has it
-    if engine and engine.compiler == "tensorrt" and at_once and has_tensorrt_backend():
+    whole = engine and engine.placement == Placement()  # as Triton's own backend has it
+    if engine and engine.triton_backend == TENSORRT_BACKEND and whole and has_tensorrt_backend():
         plan = Path(next(iter(component.files))).name
         return Triton(
             config.tensorrt_model(name, component, max_batch, parameters, plan, source.model), texts={}, engine=files
         )
     if engine:
         described = {Path(file).name: component.files[file] for file in component.files}
-        made = config.EngineSource(
-            compiler=engine.compiler,
-            compiler_version=engine.compiler_version,
-            target=engine.target,
-            files=described,
-            segments=engine.segments,
-            on_demand=engine.on_demand,
-        )
-        parameters[config.ENGINE_PARAMETER] = made.model_dump_json()
+        made = engine.model_copy(update={"cache_key": {}})  # of no use there, and long
+        parameters[config.ENGINE_PARAMETER] = config.EngineSource(files=described, made=made).model_dump_json()
     module = config.TOKENIZER_MODULE if name == TOKENIZER else config.ENGINE_MODULE
     gpu = engine is not None and engine.target != "cpu"
     code = {"1/model.py": config.MODEL_CODE.format(module=module)}
@@ -169,8 +164,7 @@ def cache_key(source: Manifest, models: dict[str, Triton], max_batch: int) -> di
         key[f"what runs {name}"] = models[name].config.platform or models[name].config.backend
         if engine := source.engines.get(name):
             key[f"compiler of {name}"] = f"{engine.compiler} {engine.compiler_version} for {engine.target}"
-            key[f"segments of {name}"] = str(max(len(engine.segments), 1))
-            key[f"segments on demand of {name}"] = str(engine.on_demand)
+            key[f"placement of {name}"] = engine.placement.model_dump_json(exclude_defaults=True)
         key |= {f"sha256 of {file}": described.sha256 for file, described in component.files.items()}
     for name, model in models.items():
         key |= {f"sha256 of {name}/{p}": sha256(text.encode()).hexdigest() for p, text in texts(model).items()}

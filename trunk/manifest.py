@@ -15,19 +15,21 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from ditforge import __version__
 from ditforge.errors import UserError
 from ditforge.footprint import Footprint
 from ditforge.model import Model
+from ditforge.placement import Placement
 from ditforge.small_files import read_bytes
 from ditforge.unfinished_folder import SUFFIX, partial_folder
 
 FILE_NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
 
 Kind = Literal["onnx", "engines", "repository"]
 OTHER_OUT = "choose another --out, or remove it first"
@@ -89,18 +91,31 @@ class Component(_Record):
 class Engine(_Record):
     """How a component's engine was made: the compiler, for what device, and the key under which it is cached.
 
-    `max_batch` is the largest batch that it takes (None: any). `segments` are the files of each part of an engine that
-    was compiled in parts, in the order in which they run (empty: all the component's files are one engine). `on_demand`
-    is how many of these parts, the last ones, are loaded for each call and then freed, one after the other.
+    `triton_backend` is Triton's own backend that can execute it, if there is one; otherwise ditforge's code does.
+    `max_batch` is the largest batch that it takes (None: any), and `placement` where it is in memory, and when. If it
+    is cut into segments, `segment_files` are the files of each, in the order in which they run; otherwise it is empty.
     """
 
     compiler: str
     compiler_version: str
     target: str
     cache_key: dict[str, str]
+    triton_backend: str = ""
     max_batch: int | None = None
-    segments: tuple[tuple[str, ...], ...] = ()
-    on_demand: int = 0
+    placement: Placement = Placement()
+    segment_files: tuple[tuple[str, ...], ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_format_1(cls, content: Any) -> Any:
+        """In format 1, the files of the segments and the number of those on demand stood side by side."""
+        if not isinstance(content, dict) or not {"segments", "on_demand"} & content.keys():
+            return content
+        files, on_demand = content.get("segments", ()), content.get("on_demand", 0)
+        rest = {name: value for name, value in content.items() if name not in ("segments", "on_demand")}
+        placement = {"segments": max(1, len(files)), "on_demand": on_demand}
+        backend = "tensorrt" if content.get("compiler") == "tensorrt" else ""
+        return {**rest, "placement": placement, "segment_files": files, "triton_backend": backend}
 
 
 class Manifest(_Record):
@@ -153,7 +168,7 @@ def parse(path: Path) -> Manifest:
         content = json.loads(read_bytes(path))
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not an object")
-        if content.get("format") != FORMAT:
+        if content.get("format") not in READABLE:
             raise UserError(
                 f"{path} has format {content.get('format')!r}, this ditforge {__version__} reads format {FORMAT}",
                 "make the folder again with this version",

@@ -13,10 +13,11 @@ from ditforge.engines import gpus
 from ditforge.engines.gpus import Target
 from ditforge.engines.memory import placement
 from ditforge.engines.memory.fitting import least_batch
-from ditforge.engines.memory.placement import Part, Placement, Plan
+from ditforge.engines.memory.placement import Part, Plan
 from ditforge.errors import UserError
 from ditforge.footprint import Footprint
 from ditforge.model import Model
+from ditforge.placement import Placement
 
 if TYPE_CHECKING:
     from ditforge.export.checkpoint.diffusers_folder import Checkpoint
@@ -160,7 +161,8 @@ def phases(side: int, plan: Plan) -> tuple[str, ...]:
 def placed(plan: Plan) -> list[tuple[str, ...]]:
     """A row for each network: what it is in, where it is, in how many segments, and the bytes that it takes there."""
     return [
-        (name, p.precision, p.place, segments_of(p), placement.gigabytes(p.size)) for name, p in plan.placements.items()
+        (name, plan.precisions[name], p.residency, segments_of(p), placement.gigabytes(plan.sizes[name]))
+        for name, p in plan.placements.items()
     ]
 
 

@@ -1,15 +1,20 @@
-"""What compilers and engines are to the rest of ditforge. A new compiler is one file and a line in COMPILERS."""
+"""What a compiler is to the rest of ditforge, and which compilers there are.
+
+A compiler is one file here, or in a package of somebody else's, that ends with an object of the class Compiler. An
+entry point of the group `ditforge.compilers` names it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from importlib import import_module
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
+from ditforge import entry_points
 from ditforge.engines.gpus import Target
 from ditforge.errors import UserError
 from ditforge.manifest import Component
@@ -18,12 +23,6 @@ Arrays = dict[str, np.ndarray]
 Shape = tuple[int, ...]
 Ranges = dict[str, tuple[Shape, Shape, Shape]]
 Progress = Callable[[str, int, int], None]
-
-COMPILERS = {
-    "onnxruntime": "ditforge.engines.compilers.onnxruntime",
-    "tensorrt-rtx": "ditforge.engines.compilers.tensorrt_rtx",
-    "tensorrt": "ditforge.engines.compilers.tensorrt",
-}
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Job:
         return (self.weights or self.graph.parent) / self.graph.name
 
 
-class Engine(Protocol):
+class LoadedEngine(Protocol):
     """A loaded network that can be run.
 
     `inputs` and `outputs` are the names of what it takes and gives.
@@ -76,38 +75,66 @@ class Engine(Protocol):
         ...
 
 
-class Compiler(Protocol):
-    """A module that compiles one ONNX graph for one device, and loads what it compiled."""
+Check = Callable[[str, Component, Target], None]
 
-    PROFILES: bool  # whether engines are for ranges of shapes, rather than for all
-    APART: bool  # whether it is run in a process of its own, since it does not give all its memory back
 
-    def version(self) -> str:
-        """The version of the compiler, as it goes into the cache key; without importing anything heavy."""
-        ...
+def no_check(name: str, component: Component, target: Target) -> None:
+    """The check of a compiler whose declaration says all that it cannot do."""
 
-    def options(self) -> dict[str, str]:
-        """Settings that change what comes out, for the cache key."""
-        ...
 
-    def check(self, name: str, component: Component, target: Target) -> None:
-        """Raise UserError, with what would be possible, if `target` cannot execute the component called `name`."""
-        ...
+@dataclass(frozen=True)
+class Compiler:
+    """What makes an engine of one ONNX graph, and loads what it made.
 
-    def compile(self, job: Job) -> list[Path]:
-        """Compile a graph; returns the files written."""
-        ...
+    name: as `--compiler` has it.
+    executes: for each device on which its engines run ("cpu", or a compute capability such as "sm_89") the number
+        formats that they compute with there: fp32, fp16, bf16, fp8, fp8-weights, int8-weights.
+    version: gives the compiler's version, for the cache key, without importing anything heavy. It raises UserError
+        where the compiler is not installed.
+    compile: makes an engine, and returns the files written.
+    load: takes these files, the device for which they were made, and the version that made them. It raises UserError
+        where the engine cannot run on this machine.
+    settings: what else changes an engine, for the cache key.
+    check: raises UserError, with what would be possible, if a component cannot be compiled for a target. What
+        `executes` says has been checked before.
+    shapes: "any" where engines take all shapes of a graph, "ranges" where they are made for ranges of them.
+    compiles_on: "any machine", or "the target" where the GPU that will execute is needed.
+    weight_streaming: whether engines can leave weights in the machine's memory and stream them in each call.
+    own_process: whether it is run in a process of its own, since it does not give all its memory back.
+    triton_backend: the name of Triton's own backend that executes its engines, if there is one.
+    keeps: names of files beside the engines that it reads and writes anew in each build, such as a timing cache.
+    rank: which compiler is taken by default where several can be: the one with the lowest rank.
+    """
 
-    def load(self, files: list[Path], target: str, version: str) -> Engine:
-        """Load what `compile` of the compiler's `version` wrote, to run on `target`.
-
-        Raises UserError if it cannot be run here.
-        """
-        ...
+    name: str
+    executes: Mapping[str, Collection[str]]
+    version: Callable[[], str]
+    compile: Callable[[Job], list[Path]]
+    load: Callable[[list[Path], str, str], LoadedEngine]
+    settings: Callable[[], dict[str, str]] = dict
+    check: Check = no_check
+    shapes: Literal["any", "ranges"] = "ranges"
+    compiles_on: Literal["any machine", "the target"] = "any machine"
+    weight_streaming: bool = False
+    own_process: bool = False
+    triton_backend: str = ""
+    keeps: tuple[str, ...] = ()
+    rank: int = 100
 
 
 def find_compiler(name: str) -> Compiler:
-    """The compiler called `name`; raises UserError if there is none."""
-    if name not in COMPILERS:
-        raise UserError(f"unknown compiler {name!r}", f"use one of: {', '.join(COMPILERS)}")
-    return import_module(COMPILERS[name])
+    """The compiler called `name`. Raises UserError if there is none."""
+    known = entry_points.installed(entry_points.COMPILERS)
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        raise UserError(f"unknown compiler {name!r}", f"--compiler {near[0] if near else ' or '.join(sorted(known))}")
+    compiler = entry_points.load(entry_points.COMPILERS, name)
+    if not isinstance(compiler, Compiler):
+        raise UserError(f"what is installed as the compiler {name!r} is a {type(compiler).__name__}", "uninstall it")
+    return compiler
+
+
+def compilers() -> list[Compiler]:
+    """All compilers that are installed, by rank."""
+    found = [find_compiler(name) for name in entry_points.installed(entry_points.COMPILERS)]
+    return sorted(found, key=lambda compiler: (compiler.rank, compiler.name))

@@ -11,16 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ditforge.engines.gpus import Target, default_compiler
+from ditforge.engines.compilers import Arrays, Compiler, Job
 from ditforge.errors import DitforgeError, UserError
-from ditforge.manifest import Component
 
 if TYPE_CHECKING:
     import onnxruntime
 
-    from ditforge.engines.compilers import Arrays, Job
-
-PROFILES, APART = False, False
 PROVIDERS = ["CPUExecutionProvider"]
 EXTERNAL_MIN_BYTES = 1024
 
@@ -35,25 +31,9 @@ def version() -> str:
     raise UserError("ONNX Runtime is not installed", "pip install 'ditforge[engines]'")
 
 
-def options() -> dict[str, str]:
+def settings() -> dict[str, str]:
     """The optimisation level: fusions are done offline, layouts that suit one CPU only are left to loading."""
     return {"optimization": "extended", "quantisation": "computed as floats"}
-
-
-def check(name: str, component: Component, target: Target) -> None:
-    """Refuse GPUs, and bf16: ONNX Runtime has no kernels for it on a CPU."""
-    if target.capabilities:
-        raise UserError(
-            f"onnxruntime compiles for the CPU, not for {target}",
-            f"--compiler {default_compiler(target)}, or --gpu cpu",
-        )
-    if "bf16" in (component.precision, component.dtype):
-        eight_bit = component.precision != "bf16"
-        fix = f"--precision {component.precision} --activations fp32" if eight_bit else "--precision fp32"
-        raise UserError(
-            f"{name} is exported in bf16, which ONNX Runtime cannot execute on a CPU",
-            f"ditforge export CHECKPOINT {fix}   (or fp16)",
-        )
 
 
 def compile(job: Job) -> list[Path]:
@@ -62,18 +42,16 @@ def compile(job: Job) -> list[Path]:
 
     path = job.engine.with_name(job.engine.name + ".onnx")
     data = path.with_name(path.name + ".data")
-    settings = session_options()
-    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    settings.optimized_model_filepath = str(path)
-    settings.add_session_config_entry("session.optimized_model_external_initializers_file_name", data.name)
-    settings.add_session_config_entry(
+    chosen = session_options()
+    chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    chosen.optimized_model_filepath = str(path)
+    chosen.add_session_config_entry("session.optimized_model_external_initializers_file_name", data.name)
+    chosen.add_session_config_entry(
         "session.optimized_model_external_initializers_min_size_in_bytes", str(EXTERNAL_MIN_BYTES)
     )
     try:
-        settings.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(job.origin.parent)
-        )
-        ort.InferenceSession(job.graph.read_bytes(), settings, providers=PROVIDERS)
+        chosen.add_session_config_entry("session.model_external_initializers_file_folder_path", str(job.origin.parent))
+        ort.InferenceSession(job.graph.read_bytes(), chosen, providers=PROVIDERS)
     except Exception as error:  # ONNX Runtime's errors have no common class
         if shutil.disk_usage(path.parent).free < sum(file.size for file in job.component.files.values()):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
@@ -127,3 +105,16 @@ class Session:
     def close(self) -> None:
         """Drop the session, which frees its memory."""
         self.session = None
+
+
+COMPILER = Compiler(
+    name="onnxruntime",
+    # On a CPU it has no kernels for bf16.
+    executes={"cpu": ("fp32", "fp16", "fp8", "fp8-weights", "int8-weights")},
+    version=version,
+    settings=settings,
+    compile=compile,
+    load=load,
+    shapes="any",
+    rank=0,
+)

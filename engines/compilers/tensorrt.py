@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ditforge.engines import gpus
-from ditforge.engines.build import TIMING_CACHE
-from ditforge.engines.compilers import Job
+from ditforge.engines.compilers import Compiler, Job, compilers
 from ditforge.engines.compilers.tensorrt_common import Build, installed
 from ditforge.engines.gpus import Target
 from ditforge.errors import UserError
@@ -21,7 +20,8 @@ if TYPE_CHECKING:
 
 NAME = "tensorrt"
 PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
-PROFILES, APART = True, True
+DEVICES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
+TIMING_CACHE = "timing.cache"  # beside the engines: what was measured on the GPU the last time
 OPTIMIZATION_LEVEL = 3
 
 
@@ -30,7 +30,7 @@ def version() -> str:
     return installed("TensorRT", PACKAGES, "pip install 'ditforge[tensorrt]'   (or tensorrt-cu12)")
 
 
-def options() -> dict[str, str]:
+def settings() -> dict[str, str]:
     """The builder's optimisation level, and the GPU's model, since kernels were measured on it."""
     return {
         "build_flags": f"strongly typed, optimization level {OPTIMIZATION_LEVEL}",
@@ -39,16 +39,18 @@ def options() -> dict[str, str]:
 
 
 def check(name: str, component: Component, target: Target) -> None:
-    """Refuse GPUs that are not this machine's, and number formats that the GPU lacks."""
-    gpus.check_compiler(NAME, target)
-    gpus.check_precision(name, component.precision, component.dtype, target)
+    """Refuse GPUs that are not this machine's."""
     version()
     here = gpus.local_target()
     if here.capabilities != target.capabilities:
+        others = [
+            compiler.name
+            for compiler in compilers()
+            if compiler.compiles_on == "any machine" and all(c in compiler.executes for c in target.capabilities)
+        ]
         raise UserError(
             f"tensorrt compiles on the GPU itself, and this machine's is {here} ({here.name}), not {target}",
-            f"run ditforge build on a machine with {target}"
-            + ("; or --compiler tensorrt-rtx" if "tensorrt-rtx" in gpus.compilers(target.capabilities[0]) else ""),
+            f"run ditforge build on a machine with {target}" + (f"; or --compiler {others[0]}" if others else ""),
         )
 
 
@@ -75,3 +77,19 @@ def load(files: list[Path], target: str, built_with: str) -> Execution:
     import tensorrt as trt
 
     return load_plan(trt, files[0], NAME, target)
+
+
+COMPILER = Compiler(
+    name=NAME,
+    executes={device: tuple(gpus.precisions(device)) for device in DEVICES},
+    version=version,
+    settings=settings,
+    check=check,
+    compile=compile,
+    load=load,
+    compiles_on="the target",
+    own_process=True,
+    triton_backend="tensorrt",
+    keeps=(TIMING_CACHE,),
+    rank=20,
+)

@@ -9,19 +9,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ditforge.engines import gpus
-from ditforge.engines.compilers import Job
+from ditforge.engines.compilers import Compiler, Job
 from ditforge.engines.compilers.tensorrt_common import Build, installed
-from ditforge.engines.gpus import Target
-from ditforge.errors import DitforgeError, UserError
-from ditforge.manifest import Component
+from ditforge.engines.gpus import precisions
+from ditforge.errors import DitforgeError
 
 if TYPE_CHECKING:
     from ditforge.engines.runtime.tensorrt import Execution
 
 NAME = "tensorrt-rtx"
 PACKAGES = ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")
-PROFILES, APART = True, True
+DEVICES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")  # not the data centre's: sm_90, sm_100, sm_103
 
 
 def version() -> str:
@@ -29,20 +27,9 @@ def version() -> str:
     return installed("TensorRT-RTX", PACKAGES, "pip install 'ditforge[tensorrt-rtx]'   (or tensorrt-rtx-cu12)")
 
 
-def options() -> dict[str, str]:
+def settings() -> dict[str, str]:
     """Strongly typed, nothing else set."""
     return {"build_flags": "strongly typed"}
-
-
-def check(name: str, component: Component, target: Target) -> None:
-    """Refuse what TensorRT-RTX engines do not run on, and number formats that the GPU lacks."""
-    gpus.check_compiler(NAME, target)
-    gpus.check_precision(name, component.precision, component.dtype, target)
-    if "sm_75" in target.capabilities and component.dtype == "fp32":
-        raise UserError(
-            f"{name} is in fp32, and {NAME} has no fp32 matrix products for sm_75",
-            "ditforge export CHECKPOINT --precision int8-weights --activations fp16   (or fp16)",
-        )
 
 
 def compile(job: Job) -> list[Path]:
@@ -66,3 +53,20 @@ def load(files: list[Path], target: str, built_with: str) -> Execution:
     import tensorrt_rtx as trt
 
     return load_plan(trt, files[0], NAME, target)
+
+
+def formats(device: str) -> tuple[str, ...]:
+    """What engines compute with on a device: all that it has, but for fp32 on sm_75, for which there are no kernels."""
+    return tuple(name for name in precisions(device) if (device, name) != ("sm_75", "fp32"))
+
+
+COMPILER = Compiler(
+    name=NAME,
+    executes={device: formats(device) for device in DEVICES},
+    version=version,
+    settings=settings,
+    compile=compile,
+    load=load,
+    own_process=True,
+    rank=10,
+)

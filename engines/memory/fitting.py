@@ -5,16 +5,11 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ditforge.contract import DIT
-from ditforge.engines.gpus import Target, default_compiler
+from ditforge.engines.gpus import Target
 from ditforge.engines.memory.placement import (
-    CPU,
-    ON_DEMAND,
-    RESIDENT,
-    Placement as Planned,
     Plan,
     build_peak,
     gigabytes,
@@ -25,25 +20,13 @@ from ditforge.engines.profile import DEFAULT_BATCH, Profile
 from ditforge.errors import DitforgeWarning, UserError
 from ditforge.manifest import Component, Manifest
 from ditforge.model import Model
+from ditforge.placement import CPU, ON_DEMAND, RESIDENT, Placement
 
 AUTO = "auto"
 RESIDENCIES = (RESIDENT, ON_DEMAND)
 COMPILING = 0.6  # of the free memory: the rest holds the files that are read and written, and what else runs
 MEMORY = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
-
-
-@dataclass(frozen=True)
-class Placement:
-    """How an engine is to fit into memory: made by which compiler for what, in how many `segments`.
-
-    As in manifest.Engine, `on_demand` of them are not resident.
-    """
-
-    compiler: str
-    target: Target
-    segments: int = 1
-    on_demand: int = 0
 
 
 def parse_segments(text: str) -> int | None:
@@ -99,7 +82,7 @@ def warn_of_compiling(
     peaks = {
         name: build_peak(component.footprint.segment(placements[name].segments))
         for name, component in networks.items()
-        if component.footprint and placements[name].target.capabilities
+        if component.footprint and placements[name].device == "gpu"
     }
     largest = max(peaks, key=peaks.__getitem__)
     if memory is not None and peaks[largest] > memory:
@@ -132,14 +115,9 @@ def free_memory() -> int | None:
 
 
 def place_engines(
-    networks: Iterable[str],
-    compiler: str,
-    target: Target,
-    plan: Plan | None = None,
-    segments: int | None = None,
-    residency: str | None = None,
+    networks: Iterable[str], plan: Plan | None = None, segments: int | None = None, residency: str | None = None
 ) -> dict[str, Placement]:
-    """Where each engine goes: as planned, or whole and resident, but as the user says about it.
+    """Where each engine is: as planned, or whole and resident, but as the user says about it.
 
     That is the DiT's `segments`, and the `residency` of all; if there is one of these, all that is planned is resident.
     Raises UserError for an unknown residency.
@@ -148,11 +126,12 @@ def place_engines(
         raise UserError(f"unknown residency {residency!r}", f"--residency {' or '.join(RESIDENCIES)}")
     placements = {}
     for name in networks:
-        placed = plan.placements[name] if plan else Planned("", RESIDENT, 1, 0)
-        count = segments if name == DIT and segments is not None else placed.segments
-        on_gpu = Placement(compiler, target, count, count if residency == ON_DEMAND else placed.on_demand)
-        of_cpu = Placement(default_compiler(Target(CPU)), Target(CPU))
-        placements[name] = of_cpu if placed.place == CPU else on_gpu
+        planned = plan.placements[name] if plan else Placement()
+        count = segments if name == DIT and segments is not None else planned.segments
+        on_demand = count if residency == ON_DEMAND else planned.on_demand
+        placements[name] = (
+            planned if planned.device == CPU else planned.model_copy(update={"segments": count, "on_demand": on_demand})
+        )
     return placements
 
 
@@ -163,12 +142,12 @@ def cut_before(before: Manifest | None, name: str, placement: Placement) -> Plac
     demand, so that no more is resident.
     """
     engine = before.engines.get(name) if before else None
-    if engine is None or bool(engine.on_demand) != bool(placement.on_demand):
+    if engine is None or bool(engine.placement.on_demand) != bool(placement.on_demand):
         return placement
-    count = max(1, len(engine.segments))
+    count = engine.placement.segments
     if not placement.on_demand:
-        return replace(placement, segments=count)
+        return placement.model_copy(update={"segments": count})
     if count < placement.segments:
         return placement
     kept = (placement.segments - placement.on_demand) * count // placement.segments
-    return replace(placement, segments=count, on_demand=count - kept)
+    return placement.model_copy(update={"segments": count, "on_demand": count - kept})

@@ -17,6 +17,7 @@ from ditforge.engines.gpus import Target
 from ditforge.footprint import Footprint
 from ditforge.manifest import Component
 from ditforge.model import LEAST_TILE, TILED, Model
+from ditforge.placement import CPU, ON_DEMAND, RESIDENT, Placement
 
 GIB = 2**30
 USABLE = 15 / 16  # of a card's memory: error correction takes 1/16 of GDDR6, and elsewhere driver and screen do
@@ -27,7 +28,6 @@ BUILD_SPARE = 10**9  # bytes beside: the libraries, the graph, and what else run
 
 TEXT, DENOISING, DECODING, ENCODING = "text encoding", "denoising", "decoding", "image encoding"
 PHASES = (TEXT, DENOISING, DECODING, ENCODING)
-RESIDENT, ON_DEMAND, CPU = "resident", "on-demand", "cpu"
 NO_NETWORK = "none"  # the precision of what has no engine
 TEXT_SEGMENTS = (2, 4, 8)  # of the largest text encoder, where it is loaded and freed in turn
 DIT_SEGMENTS = (4, 8, 16)  # of the DiT, where some of them are loaded and freed in turn, and the others stay
@@ -57,23 +57,11 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Where a network is: `place` is resident, on-demand or cpu. `size` is the bytes of that memory while it works.
-
-    Of an on-demand network's `segments`, `on_demand` are loaded for each call and then freed; the others are resident.
-    """
-
-    precision: str
-    place: str
-    segments: int
-    size: int
-    on_demand: int = 0
-
-
-@dataclass(frozen=True)
 class Plan:
     """Where each network is, and the bytes of the GPU's memory that are taken in each phase of a picture.
 
+    `precisions` and `sizes` say of each network in what precision it is, and how many bytes it takes, of the memory of
+    the device where it is placed, while it works.
     `usable` is how many there are (None: nobody knows), and `rank` how far down the list of ways this one is. Where
     none fits, it is the last one. `batch` is how many samples the networks take at a time.
     """
@@ -81,6 +69,8 @@ class Plan:
     strategy: str
     rank: int
     placements: Mapping[str, Placement]
+    precisions: Mapping[str, str]
+    sizes: Mapping[str, int]
     vae_tile: int | None
     peaks: Mapping[str, int]
     usable: int | None
@@ -132,8 +122,8 @@ def make_plan(
     plan = None
     sizes = [vae_tile] if vae_tile else [None, *tiles(model, side)]
     for rank, way in enumerate(ways(parts, sizes, build_memory)):
-        placements, peaks = reckon(parts, way, side, batch, build_memory)
-        plan = Plan(way.strategy, rank, placements, way.tile, peaks, usable, batch)
+        placed = reckon(parts, way, side, batch, build_memory)
+        plan = Plan(way.strategy, rank, *placed.of_networks, way.tile, placed.peaks, usable, batch)
         if plan.fits:
             break
         tried[way.strategy] = min(plan.peak, tried.get(way.strategy, plan.peak))
@@ -240,32 +230,47 @@ def offloads(least: int, most: int) -> list[tuple[int, int]]:
     return [fewest[part] for part in sorted(fewest)] + [(count, count) for count in range(least, most + 1)]
 
 
-def reckon(
-    parts: Sequence[Part], way: Way, side: int, batch: int, memory: int | None
-) -> tuple[dict[str, Placement], dict[str, int]]:
+@dataclass
+class Reckoned:
+    """Of each network its placement, precision and size; and the bytes of the GPU's memory taken in each phase."""
+
+    placements: dict[str, Placement] = field(default_factory=dict)
+    precisions: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def of_networks(self) -> tuple[dict[str, Placement], dict[str, str], dict[str, int]]:
+        """What is said of each network."""
+        return self.placements, self.precisions, self.sizes
+
+
+def reckon(parts: Sequence[Part], way: Way, side: int, batch: int, memory: int | None) -> Reckoned:
     """Where each network is, and the bytes of the GPU's memory that are taken in each phase.
 
     A network is cut as the way says, or into more segments where these take more than `memory` to compile.
     """
-    always, loaded = 0, dict.fromkeys(PHASES, 0)
-    placements: dict[str, Placement] = {}
+    always, loaded, found = 0, dict.fromkeys(PHASES, 0), Reckoned()
     for part in parts:
         precision = list(part.footprints)[1 if part.name in way.eight_bit else 0]
         footprint, place = part.footprints[precision], way.places.get(part.name, RESIDENT)
-        count = 1 if place == CPU else max(way.segments.get(part.name, 1), build_segments(footprint, memory))
+        found.precisions[part.name] = precision
+        if place == CPU:
+            found.placements[part.name], found.sizes[part.name] = Placement(device="cpu"), part.cpu or 0
+            continue
+        count = max(way.segments.get(part.name, 1), build_segments(footprint, memory))
         pixels = min(side, way.tile or side) if part.name in TILED else side
         activations = round(SPARE * batch * footprint.activations_at(pixels))
-        if place == CPU:
-            placements[part.name] = Placement(precision, place, count, part.cpu or 0)
-            continue
         kept = way.kept.get(part.name, 0) if place == ON_DEMAND else count
         on_demand = count - kept
         stays = (footprint.first(kept, count) + activations) if kept else 0
         comes = (footprint.segment(count) + (0 if kept else activations)) if on_demand else 0
-        placements[part.name] = Placement(precision, place, count, stays + comes, on_demand)
+        found.placements[part.name] = Placement(segments=count, on_demand=on_demand)
+        found.sizes[part.name] = stays + comes
         always += CONTEXT + stays
         loaded[part.phase] += comes
-    return placements, {phase: always + size for phase, size in loaded.items()}
+    found.peaks = {phase: always + size for phase, size in loaded.items()}
+    return found
 
 
 def explain(plan: Plan, parts: Sequence[Part], tried: Mapping[str, int], side: int) -> Iterator[str]:
@@ -279,21 +284,21 @@ def explain(plan: Plan, parts: Sequence[Part], tried: Mapping[str, int], side: i
         if not strategy.startswith("offload"):
             yield f"{strategy} would take {gigabytes(peak)} of {gigabytes(plan.usable)}"
     for part in parts:
-        placement = plan.placements[part.name]
-        footprint = part.footprints[placement.precision]
+        placement, size = plan.placements[part.name], gigabytes(plan.sizes[part.name])
+        footprint = part.footprints[plan.precisions[part.name]]
         if part.name == VAE_DECODER and plan.vae_tile:
             whole, tiled = (footprint.activations_at(size) for size in (side, plan.vae_tile))
             yield (
                 f"{part.name} decodes tiles of {plan.vae_tile} x {plan.vae_tile} pixels, in {gigabytes(tiled)}: "
                 f"{side} x {side} at once would take {gigabytes(whole)}"
             )
-        if part.name == VAE_ENCODER and placement.place == ON_DEMAND:
-            yield f"{part.name}, {gigabytes(placement.size)}, is loaded when it is asked: pictures from text need none"
-        if part.phase == TEXT and placement.place == ON_DEMAND and placement.segments > 1:
+        if part.name == VAE_ENCODER and placement.residency == ON_DEMAND:
+            yield f"{part.name}, {size}, is loaded when it is asked: pictures from text need none"
+        if part.phase == TEXT and placement.residency == ON_DEMAND and placement.segments > 1:
             yield f"{part.name}'s segments are loaded and freed in turn: {gigabytes(footprint.weights)} a prompt"
-        if placement.place == CPU:
-            yield f"{part.name} takes {gigabytes(placement.size)} of the machine's memory"
-        if part.name == DIT and placement.place == ON_DEMAND:
+        if placement.residency == CPU:
+            yield f"{part.name} takes {size} of the machine's memory"
+        if part.name == DIT and placement.residency == ON_DEMAND:
             moved = footprint.weights * placement.on_demand // placement.segments
             which = f"{placement.on_demand} of {part.name}'s {placement.segments} segments"
             yield f"{which} are loaded and freed in each step: {gigabytes(moved)} a step"

@@ -11,37 +11,32 @@ from typing import Any
 import numpy as np
 
 from ditforge import manifest
-from ditforge.engines.compilers import Arrays, Engine, find_compiler
+from ditforge.engines.compilers import Arrays, LoadedEngine, find_compiler
 from ditforge.engines.runtime.one_at_a_time import turn
 from ditforge.errors import DitforgeError, UserError
-from ditforge.manifest import File
+from ditforge.manifest import Engine, File
 
 
-def load_engine(
-    folder: Path,
-    files: dict[str, File],
-    compiler: str,
-    target: str,
-    version: str = "",
-    segments: Sequence[Sequence[str]] = (),
-    on_demand: int = 0,
-) -> Engine:
-    """Load an engine that `compiler` (of `version`, if it is known) made for `target` from its files in `folder`.
+def load_engine(folder: Path, files: dict[str, File], made: Engine) -> LoadedEngine:
+    """Load an engine from its `files` in `folder`; `made` says how it was made, and where it is to be.
 
-    `segments` and `on_demand` are as in manifest.Engine. What is loaded on demand is loaded once now, so that errors
-    show. Raises UserError if a file is missing or not what the manifest says, or if the engine cannot be run here, and
-    DitforgeError if the GPU's memory does not hold it.
+    What is loaded on demand is loaded once now, so that errors show. Raises UserError if a file is missing or not what
+    the manifest says, or if the engine cannot be run here, and DitforgeError if the GPU's memory does not hold it.
     """
     manifest.check_files(
         folder, files, fix="ditforge build ONNX_DIR --gpu GPU --out DIR   again, and then ditforge repo"
     )
+    compiler = find_compiler(made.compiler)
+    if made.placement.weight_budget is not None and not compiler.weight_streaming:
+        problem = f"the engine in {folder} is to stream its weights, which engines of {made.compiler} cannot"
+        raise UserError(problem, "ditforge build ONNX_DIR --gpu GPU --out DIR   again, and then ditforge repo")
 
-    def loader(names: Sequence[str]) -> Callable[[], Engine]:
-        return lambda: find_compiler(compiler).load([folder / name for name in names], target, version)
+    def loader(names: Sequence[str]) -> Callable[[], LoadedEngine]:
+        return lambda: compiler.load([folder / name for name in names], made.target, made.compiler_version)
 
-    loaders = [loader(names) for names in segments or [list(files)]]
+    loaders = [loader(names) for names in made.segment_files or [list(files)]]
     try:
-        resident = len(loaders) - on_demand
+        resident = len(loaders) - made.placement.on_demand
         parts = [load() if number < resident else OnDemand(load) for number, load in enumerate(loaders)]
         for part in parts:
             part.warm_up()
@@ -60,13 +55,13 @@ def load_engine(
 class OnDemand:
     """An engine that is loaded for each call, when it is its turn, and freed after it."""
 
-    def __init__(self, load: Callable[[], Engine]) -> None:
+    def __init__(self, load: Callable[[], LoadedEngine]) -> None:
         self.load = load
         self.inputs: list[str] = []
         self.outputs: list[str] = []
 
     @contextmanager
-    def loaded(self) -> Iterator[Engine]:
+    def loaded(self) -> Iterator[LoadedEngine]:
         """The engine, as long as it is needed."""
         with turn():
             engine = self.load()
@@ -98,7 +93,7 @@ class OnDemand:
 class Chain:
     """Segments that run one after the other; what they pass on stays where it is, and no longer than it is needed."""
 
-    def __init__(self, segments: list[Engine]) -> None:
+    def __init__(self, segments: list[LoadedEngine]) -> None:
         self.segments = segments
         made = {name for segment in segments for name in segment.outputs}
         taken = list(dict.fromkeys(name for segment in segments for name in segment.inputs))

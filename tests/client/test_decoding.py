@@ -24,7 +24,7 @@ from ditforge.client.calls import Calls
 from ditforge.client.decoding import Decoder, decode, starts, weights
 from ditforge.client.picture_file import read_info
 from ditforge.client.request import make_request
-from ditforge.engines.build import build
+from ditforge.engines.build import BuildOptions, build
 from ditforge.errors import UserError
 from ditforge.model import Model, Schedule
 from ditforge.triton_repo.repository import write_repository
@@ -254,7 +254,7 @@ def tiling_server(tiny, shared) -> Iterator[Server]:
     """A server of flux-tiny whose decoder is said to take tiles of 256 pixels."""
 
     def make(out: Path) -> None:
-        build(tiny.onnx, out / "engines", "cpu", vae_tile=TILE)
+        build(tiny.onnx, out / "engines", BuildOptions("cpu", vae_tile=TILE))
         write_repository(out / "engines", out / "repo")
 
     with start(shared("tiny-tiles", make) / "repo", port=0) as server:

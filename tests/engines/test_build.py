@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def flip_a_byte(path: Path) -> None:
 def test_the_second_build_does_nothing(schnell, engines: Path) -> None:
     before = contents(engines)
     inode = engines.stat().st_ino
-    built = build(schnell.onnx, engines, "cpu")
+    built = build(schnell.onnx, engines)
     assert built.rebuilt == {}
     assert contents(engines) == before
     assert engines.stat().st_ino == inode
@@ -61,17 +62,16 @@ def test_engines_are_optimised_graphs(schnell) -> None:
 
 
 def test_a_change_rebuilds_what_changed_and_says_why(schnell, engines: Path, monkeypatch) -> None:
-    monkeypatch.setattr(
-        ort_compiler, "options", lambda: {"optimization": "basic", "quantisation": "computed as floats"}
-    )
-    built = build(schnell.onnx, engines, "cpu")
+    settings = {"optimization": "basic", "quantisation": "computed as floats"}
+    monkeypatch.setattr(ort_compiler, "COMPILER", replace(ort_compiler.COMPILER, settings=lambda: settings))
+    built = build(schnell.onnx, engines)
     assert set(built.rebuilt) == set(built.manifest.engines)
     assert built.rebuilt["dit"] == "optimization was extended, is basic"
 
 
 def test_another_compiler_version_rebuilds(schnell, engines: Path, monkeypatch) -> None:
-    monkeypatch.setattr(ort_compiler, "version", lambda: "99.0")
-    reason = build(schnell.onnx, engines, "cpu").rebuilt["t5"]
+    monkeypatch.setattr(ort_compiler, "COMPILER", replace(ort_compiler.COMPILER, version=lambda: "99.0"))
+    reason = build(schnell.onnx, engines).rebuilt["t5"]
     assert reason == f"compiler_version was {ort.__version__}, is 99.0"
 
 
@@ -82,14 +82,14 @@ def test_changed_weights_rebuild_one_engine(onnx: Path, engines: Path) -> None:
     described["components"]["clip"]["files"]["clip.onnx.data"] = manifest.describe(onnx / "clip.onnx.data").model_dump()
     path.write_text(json.dumps(described))
     before = contents(engines)
-    assert build(onnx, engines, "cpu").rebuilt == {"clip": "sha256 of clip.onnx.data changed"}
+    assert build(onnx, engines).rebuilt == {"clip": "sha256 of clip.onnx.data changed"}
     after = contents(engines)
     assert {name for name in after if after[name] != before[name]} == {"clip.onnx.data", "manifest.json"}
 
 
 def test_a_lost_engine_is_rebuilt(schnell, engines: Path) -> None:
     (engines / "dit.onnx").unlink()
-    assert build(schnell.onnx, engines, "cpu").rebuilt == {"dit": "dit.onnx is missing or truncated"}
+    assert build(schnell.onnx, engines).rebuilt == {"dit": "dit.onnx is missing or truncated"}
     assert verify_files(engines) == verify_files(schnell.engines)
 
 
@@ -99,7 +99,7 @@ def test_an_interrupted_build_leaves_what_was_there(schnell, tmp_path: Path, mon
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(schnell.onnx, tmp_path / "engines", "cpu", progress=interrupt)
+        build(schnell.onnx, tmp_path / "engines", progress=interrupt)
     assert not list(tmp_path.iterdir())
 
 
@@ -107,7 +107,7 @@ def test_an_interrupted_build_leaves_what_was_there(schnell, tmp_path: Path, mon
 def test_a_damaged_graph_is_refused(onnx: Path, tmp_path: Path, name: str) -> None:
     flip_a_byte(onnx / name)
     with pytest.raises(UserError, match=name) as error:
-        build(onnx, tmp_path / "engines", "cpu")
+        build(onnx, tmp_path / "engines")
     assert "ditforge export" in error.value.fix or "again" in error.value.fix
     assert {path.name for path in tmp_path.iterdir()} == {"onnx"}
 
@@ -121,10 +121,10 @@ def test_verify_finds_a_flipped_byte(engines: Path, name: str) -> None:
 
 
 def test_a_damaged_engine_is_not_loaded(engines: Path) -> None:
-    files = manifest.read(engines, "engines").components["clip"].files
+    built = manifest.read(engines, "engines")
     flip_a_byte(engines / "clip.onnx.data")
     with pytest.raises(UserError, match="damaged"):
-        load_engine(engines, files, "onnxruntime", "cpu")
+        load_engine(engines, built.components["clip"].files, built.engines["clip"])
 
 
 def test_compare_sees_what_the_engines_compute(schnell) -> None:
@@ -157,7 +157,7 @@ def test_bf16_is_refused_on_a_cpu(onnx: Path, tmp_path: Path) -> None:
     path = onnx / "manifest.json"
     path.write_text(path.read_text().replace('"precision": "fp32"', '"precision": "bf16"'))
     with pytest.raises(UserError, match="bf16") as error:
-        build(onnx, tmp_path / "engines", "cpu")
+        build(onnx, tmp_path / "engines")
     assert "--precision fp32" in error.value.fix
 
 

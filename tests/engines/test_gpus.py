@@ -9,6 +9,7 @@ import pytest
 from command_line import assert_error, ditforge
 
 from ditforge.engines import gpus
+from ditforge.engines.compilers.choice import check_compiler, default_compiler
 from ditforge.engines.gpus import GPUS, Target, find_target
 from ditforge.errors import UserError
 
@@ -114,7 +115,7 @@ def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_is_chosen(name: str, compiler: str, precision: str) -> None:
     target = find_target(name)
-    assert gpus.default_compiler(target) == compiler
+    assert default_compiler(target) == compiler
     chosen, reason = gpus.default_precision(target)
     assert chosen == precision and reason
     gpus.check_precision("dit", chosen, gpus.default_activations(target), target)
@@ -148,13 +149,13 @@ def test_a_precision_that_the_gpu_lacks(name: str, precision: str, dtype: str, p
 )
 def test_a_compiler_whose_engines_do_not_run_there(compiler: str, name: str, problem: str, fix: str) -> None:
     with pytest.raises(UserError, match=problem) as error:
-        gpus.check_compiler(compiler, find_target(name))
+        check_compiler(compiler, find_target(name))
     assert fix in error.value.fix
 
 
 def test_one_engine_cannot_be_for_all() -> None:
     with pytest.raises(UserError, match="no compiler makes one engine for sm_75,sm_90"):
-        gpus.default_compiler(find_target("t4,h100"))
+        default_compiler(find_target("t4,h100"))
 
 
 def test_the_command_prints_the_table(tmp_path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from ditforge import manifest
 from ditforge.engines import verify
-from ditforge.engines.compilers import Arrays, Engine
+from ditforge.engines.compilers import Arrays, LoadedEngine
 from ditforge.engines.profile import Profile, announced, make_profiles
 from ditforge.engines.runtime.loading import load_engine
 from ditforge.errors import UserError
@@ -20,7 +20,7 @@ from ditforge.model import Model
 class Within:
     """An engine that takes what the profiles have, as TensorRT's do; it notes the shapes."""
 
-    def __init__(self, engine: Engine, component: Component, profiles: list[Profile], model: Model) -> None:
+    def __init__(self, engine: LoadedEngine, component: Component, profiles: list[Profile], model: Model) -> None:
         self.engine, self.seen = engine, {}
         self.taken = [{name: p.shapes(tensor, model) for name, tensor in component.inputs.items()} for p in profiles]
 
@@ -62,9 +62,9 @@ def test_sizes_and_batches_are_those_of_the_engines(
     manifest.write(found.model_copy(update={"model": announced(found.model, profiles), "engines": made}), engines)
     loaded: dict[str, Within] = {}
 
-    def load(folder: Path, files: dict[str, manifest.File], *built: str) -> Engine:
+    def load(folder: Path, files: dict[str, manifest.File], made: manifest.Engine) -> LoadedEngine:
         name = Path(next(iter(files))).stem
-        loaded[name] = Within(load_engine(folder, files, *built), found.components[name], profiles, found.model)
+        loaded[name] = Within(load_engine(folder, files, made), found.components[name], profiles, found.model)
         return loaded[name]
 
     monkeypatch.setattr(verify, "load_engine", load)

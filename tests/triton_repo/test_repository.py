@@ -20,6 +20,7 @@ from ditforge import manifest
 from ditforge.engines.verify import verify_files
 from ditforge.errors import UserError
 from ditforge.model import Model
+from ditforge.placement import Placement
 from ditforge.triton_repo import repository
 from ditforge.triton_repo.config import EngineSource
 from ditforge.triton_repo.repository import write_repository
@@ -105,6 +106,7 @@ def compiled(engines: Path, out: Path, compiler: str, model: dict[str, Any]) -> 
             files = {f"{name}.plan": manifest.describe(out / f"{name}.plan")}
             component = component.model_copy(update={"files": files})
             update = {"compiler": compiler, "compiler_version": "9", "target": "sm_89", "max_batch": 4}
+            update["triton_backend"] = "tensorrt" if compiler == "tensorrt" else ""
             made[name] = source.engines[name].model_copy(update=update)
         components[name] = component
     announced = source.model.model_copy(update=model)
@@ -182,24 +184,24 @@ def test_python_runs_what_triton_has_no_backend_for(schnell, tmp_path: Path, tri
     assert (config.backend, config.instance_group[0].kind) == ("python", pb.ModelInstanceGroup.KIND_GPU)
     assert config.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value == "no"
     source = EngineSource.model_validate_json(config.parameters["ditforge_engine"].string_value)
-    assert (source.compiler, source.compiler_version, source.target) == (compiler, "9", "sm_89")
+    assert (source.made.compiler, source.made.compiler_version, source.made.target) == (compiler, "9", "sm_89")
     assert {path.name for path in (tmp_path / "repo" / "dit" / "1").iterdir()} == {"model.py", "dit.plan"}
 
 
-@pytest.mark.parametrize("change", [{"segments": (("dit.plan",),)}, {"on_demand": 1}])
+@pytest.mark.parametrize("change", [Placement(segments=2), Placement(on_demand=1)])
 def test_python_runs_segments_and_what_is_loaded_on_demand(
-    schnell, tmp_path: Path, tritonserver: Path, change: dict[str, Any]
+    schnell, tmp_path: Path, tritonserver: Path, change: Placement
 ) -> None:
     engines = compiled(schnell.engines, tmp_path / "engines", "tensorrt", {})
     assert write_repository(engines, tmp_path / "repo") == "there is no repository yet"
     assert read_config(tmp_path / "repo", "dit").platform == "tensorrt_plan"
     source = manifest.read(engines, "engines")
-    changed = {**source.engines, "dit": source.engines["dit"].model_copy(update=change)}
+    changed = {**source.engines, "dit": source.engines["dit"].model_copy(update={"placement": change})}
     manifest.write(source.model_copy(update={"engines": changed}), engines)
     assert write_repository(engines, tmp_path / "repo") == "what runs dit was tensorrt_plan, is python"
     config = read_config(tmp_path / "repo", "dit")
     described = EngineSource.model_validate_json(config.parameters["ditforge_engine"].string_value)
-    assert (described.segments, described.on_demand) == (changed["dit"].segments, changed["dit"].on_demand)
+    assert described.made.placement == change
     assert read_config(tmp_path / "repo", "clip").platform == "tensorrt_plan"
 
 

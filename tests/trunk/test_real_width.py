@@ -46,7 +46,7 @@ def test_four_blocks_are_exported_in_8_bits_and_compiled_in_segments(cut: Path, 
     done = ditforge(*build, cwd=tmp_path)
     assert done.code == 0, done.err
     built = manifest.read(tmp_path / "engines", "engines")
-    files = [built.components["dit"].files[file].size for part in built.engines["dit"].segments for file in part]
+    files = [built.components["dit"].files[file].size for part in built.engines["dit"].segment_files for file in part]
     assert len(files) == SEGMENTS
     assert sum(files) == pytest.approx(weights, rel=0.03)
     assert max(files) < 0.7 * sum(files)

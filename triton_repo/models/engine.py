@@ -33,15 +33,7 @@ class TritonPythonModel:
         source = EngineSource.model_validate_json(config["parameters"][ENGINE_PARAMETER]["string_value"])
         folder = Path(args["model_repository"]) / args["model_version"]
         try:
-            self.engine = load_engine(
-                folder,
-                source.files,
-                source.compiler,
-                source.target,
-                source.compiler_version,
-                source.segments,
-                source.on_demand,
-            )
+            self.engine = load_engine(folder, source.files, source.made)
         except DitforgeError as error:
             raise pb_utils.TritonModelException(str(error)) from error
         self.name = config["name"]

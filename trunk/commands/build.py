@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -29,23 +30,11 @@ def build(
     from ditforge.engines import build as building
     from ditforge.engines.memory.fitting import parse_segments
 
-    parts = parse_segments(segments)
+    options = building.BuildOptions(
+        gpu, **asdict(sizes), batch=batch, vae_tile=vae_tile, segments=parse_segments(segments), residency=residency
+    )
     with terminal.progress("build") as report:
-        built = building.build(
-            onnx,
-            out,
-            gpu,
-            sizes.compiler,
-            report,
-            resolutions=sizes.resolutions,
-            static=sizes.static,
-            gpu_memory=sizes.gpu_memory,
-            batch=batch,
-            vae_tile=vae_tile,
-            segments=parts,
-            residency=residency,
-            planned=plan_report.say_plan,
-        )
+        built = building.build(onnx, out, options, report, plan_report.say_plan)
     for name, reason in built.rebuilt.items():
         terminal.say(f"built {name}: {reason}")
     if not built.rebuilt:

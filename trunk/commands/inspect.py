@@ -56,7 +56,7 @@ def show_folder(folder: Path) -> None:
 def describe(engine: Engine) -> str:
     """What made an engine, in how many segments if it is not whole, and how it is loaded if not for good."""
     made = f"{engine.compiler} {engine.compiler_version} for {engine.target}"
-    segments = f", {len(engine.segments)} segments" if engine.segments else ""
-    parts = max(len(engine.segments), 1)
-    some = f", {engine.on_demand} on demand" if engine.on_demand < parts else ", on demand"
-    return made + segments + (some if engine.on_demand else "")
+    segments = f", {engine.placement.segments} segments" if engine.placement.segments > 1 else ""
+    parts, on_demand = engine.placement.segments, engine.placement.on_demand
+    some = f", {on_demand} on demand" if on_demand < parts else ", on demand"
+    return made + segments + (some if on_demand else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -91,9 +91,11 @@ def prepare(wanted: Wanted, cache: Path | None) -> Path:
     folders.check_checkpoint(wanted.source.path)
 
     from ditforge.engines import gpus
+    from ditforge.engines.build import BuildOptions, build
     from ditforge.export.checkpoint.source import opened
     from ditforge.export.families import read_networks
     from ditforge.export.onnx_export import export_checkpoint
+    from ditforge.plan_report import say_plan
     from ditforge.triton_repo.repository import check_max_batch, write_repository
 
     source, sizes = wanted.source, wanted.sizes
@@ -110,8 +112,10 @@ def prepare(wanted: Wanted, cache: Path | None) -> Path:
     folder = (cache or default_cache()) / folder_name(source) / options_name(source, options)
     with terminal.progress("export", unit="bytes", begins=f"exporting {source.path} to ONNX") as report:
         export_checkpoint(source, folder / "onnx", options, report)
-    made = folder / str(target)
-    build_engines(wanted, folder / "onnx", made / "engines", batched=bool(target.capabilities))
+    made, batch = folder / str(target), wanted.max_batch if target.capabilities else None
+    built_for = BuildOptions(wanted.gpu, **asdict(sizes), batch=batch)
+    with terminal.progress("build", begins=f"building engines for {target}") as report:
+        build(folder / "onnx", made / "engines", built_for, report, say_plan)
     say_written(made / "repo", write_repository(made / "engines", made / "repo", wanted.max_batch))
     return made / "repo"
 
@@ -119,6 +123,7 @@ def prepare(wanted: Wanted, cache: Path | None) -> Path:
 def choose_options(wanted: Wanted, target: Target) -> ExportOptions:
     """How to export for the target. Raises UserError for a precision, or a compiler, that is not for it."""
     from ditforge.engines import gpus
+    from ditforge.engines.compilers.choice import check_compiler, default_compiler
     from ditforge.export.onnx_export import ExportOptions
     from ditforge.export.quantisation.precision import EIGHT_BIT
 
@@ -132,30 +137,9 @@ def choose_options(wanted: Wanted, target: Target) -> ExportOptions:
             terminal.say(f"precision {precision}: {reason}")
     activations = gpus.default_activations(target)
     if target.capabilities:
-        gpus.check_compiler(wanted.sizes.compiler or gpus.default_compiler(target), target)
+        check_compiler(wanted.sizes.compiler or default_compiler(target), target)
         gpus.check_precision(DIT, precision, activations if precision in EIGHT_BIT else precision, target)
     return ExportOptions(precision, activations, wanted.calibration)
-
-
-def build_engines(wanted: Wanted, onnx: Path, out: Path, batched: bool) -> None:
-    """Build the engines, those of a GPU for the batches that Triton makes."""
-    from ditforge.engines.build import build
-    from ditforge.plan_report import say_plan
-
-    sizes = wanted.sizes
-    with terminal.progress("build", begins=f"building engines for {wanted.gpu}") as report:
-        build(
-            onnx,
-            out,
-            wanted.gpu,
-            sizes.compiler,
-            report,
-            resolutions=sizes.resolutions,
-            static=sizes.static,
-            gpu_memory=sizes.gpu_memory,
-            batch=wanted.max_batch if batched else None,
-            planned=say_plan,
-        )
 
 
 def folder_name(source: CheckpointSource) -> str:

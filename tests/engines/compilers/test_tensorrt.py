@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ditforge.engines import gpus
-from ditforge.engines.build import build
+from ditforge.engines.build import BuildOptions, build
 from ditforge.engines.compilers import tensorrt
 from ditforge.engines.gpus import Target
 from ditforge.errors import UserError
@@ -26,7 +26,7 @@ def installed() -> bool:
 @pytest.mark.skipif(installed(), reason="TensorRT is installed")
 def test_not_installed(schnell, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="TensorRT is not installed") as error:
-        build(schnell.onnx, tmp_path / "engines", "h100")
+        build(schnell.onnx, tmp_path / "engines", BuildOptions("h100"))
     assert error.value.fix.startswith("pip install 'ditforge[tensorrt]'")
     assert not list(tmp_path.iterdir())
 
@@ -40,13 +40,13 @@ def test_another_machines_gpu(schnell, tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(
         UserError, match=r"compiles on the GPU itself, and this machine's is sm_90 \(NVIDIA H100"
     ) as error:
-        build(schnell.onnx, tmp_path / "engines", gpu, "tensorrt")
+        build(schnell.onnx, tmp_path / "engines", BuildOptions(gpu, "tensorrt"))
     assert error.value.fix.endswith(fix)
 
 
 def test_the_key_has_the_gpus_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpus, "local_target", lambda: H100)
-    assert tensorrt.options() == {
+    assert tensorrt.settings() == {
         "build_flags": "strongly typed, optimization level 3",
         "gpu": "NVIDIA H100 80GB HBM3",
     }

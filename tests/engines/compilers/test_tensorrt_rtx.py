@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from onnx import TensorProto, helper
 
 from ditforge import manifest
 from ditforge.engines import build as building
-from ditforge.engines.build import TOKENIZER, build
+from ditforge.engines.build import TOKENIZER, BuildOptions, build
 from ditforge.engines.compilers import Job, tensorrt_common, tensorrt_rtx
 from ditforge.engines.gpus import Target, find_target
 from ditforge.engines.runtime.loading import load_engine
@@ -68,7 +69,7 @@ def test_every_network_compiles_in_every_precision_of_the_gpu(
     for key in precisions:
         onnx_dir = exports(*key)
         networks = set(manifest.read(onnx_dir, "onnx").components) - {TOKENIZER}
-        built = build(onnx_dir, tmp_path / "engines", gpu)
+        built = build(onnx_dir, tmp_path / "engines", BuildOptions(gpu))
         # Only what differs is compiled again.
         assert set(built.rebuilt) == ({"dit"} if key[1] == around else networks)
         around = key[1]
@@ -91,7 +92,7 @@ def test_the_plan_of_fp8_weights_is_smaller_by_half_of_what_is_8_bit(schnell, tm
     for name in ("bf16", "fp8-weights"):
         folder = without(schnell.onnx, tmp_path / "onnx" / name, *NETWORKS)
         replace_dit(tmp_path / name, folder)
-        build(folder, tmp_path / "engines" / name, "sm_89")
+        build(folder, tmp_path / "engines" / name, BuildOptions("sm_89"))
         sizes[name] = (tmp_path / "engines" / name / "dit.plan").stat().st_size
         weights = (folder / "dit.onnx.data").stat().st_size
         print(f"{name}: {weights} bytes of weights, a plan of {sizes[name]}")
@@ -126,8 +127,8 @@ def test_attention_that_no_kernel_does_alone(tmp_path: Path, monkeypatch: pytest
 
 
 def test_turing_has_no_fp32_products(schnell, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="clip is in fp32, and tensorrt-rtx has no fp32 matrix products") as error:
-        build(schnell.onnx, tmp_path / "engines", "rtx2080ti")
+    with pytest.raises(UserError, match="clip is in fp32, which tensorrt-rtx does not execute on sm_75") as error:
+        build(schnell.onnx, tmp_path / "engines", BuildOptions("rtx2080ti"))
     assert "--precision int8-weights --activations fp16" in error.value.fix
     assert not list(tmp_path.iterdir())
 
@@ -150,7 +151,7 @@ def test_the_impossible_is_refused_before_the_compiler_starts(
 ) -> None:
     monkeypatch.setattr(building, "compile_apart", lambda *_: pytest.fail("the compiler was started"))
     with pytest.raises(UserError, match=problem) as error:
-        build(exports(*key), tmp_path / "engines", gpu, "tensorrt-rtx")
+        build(exports(*key), tmp_path / "engines", BuildOptions(gpu, "tensorrt-rtx"))
     assert fix in error.value.fix
     assert not list(tmp_path.iterdir())
 
@@ -173,7 +174,7 @@ def test_the_network_is_what_the_manifest_says(clip: Path, tmp_path: Path, monke
 
     monkeypatch.setattr(building, "compile_apart", lambda compiler, job: tensorrt_rtx.compile(job))
     monkeypatch.setattr(tensorrt_rtx, "Build", Recorded)
-    build(clip, tmp_path / "engines", "sm_120,sm_86", static="96x96,128x96")
+    build(clip, tmp_path / "engines", BuildOptions("sm_120,sm_86", static="96x96,128x96"))
     cc = trt.ComputeCapability
     assert seen == [(True, 1), [cc.SM86, cc.SM120]]  # the sizes differ, and for a text encoder make one profile
     path = clip / "manifest.json"
@@ -182,7 +183,7 @@ def test_the_network_is_what_the_manifest_says(clip: Path, tmp_path: Path, monke
         for old, new in (('"clip_ids"', '"ids"'), ('"INT32"', '"INT64"'), ('"FP32"', '"FP16"')):
             path.write_text(text.replace(old, new))
             with pytest.raises(DitforgeError, match="the manifest says"):
-                build(clip, tmp_path / "other", "sm_89")
+                build(clip, tmp_path / "other", BuildOptions("sm_89"))
     finally:
         path.write_text(text)
     assert not (tmp_path / "other").exists()
@@ -190,41 +191,44 @@ def test_the_network_is_what_the_manifest_says(clip: Path, tmp_path: Path, monke
 
 def test_the_dits_profiles(schnell, tmp_path: Path) -> None:
     folder = without(schnell.onnx, tmp_path / "onnx", *(n for n in NETWORKS if n != "dit"))
-    built = build(folder, tmp_path / "engines", "sm_89", resolutions="48-96-160", batch=2)
+    built = build(folder, tmp_path / "engines", BuildOptions("sm_89", resolutions="48-96-160", batch=2))
     key = built.manifest.engines["dit"].cache_key
     assert key["shapes of latents"] == "1x16x6x6 1x16x12x12 2x16x20x20"
     assert key["shapes of timestep"] == "1 1 2"
     assert built.manifest.engines["dit"].max_batch == 2
     assert (built.manifest.model.min_size, built.manifest.model.max_size) == (48, 160)
-    assert build(folder, tmp_path / "engines", "sm_89", resolutions="48-96-160", batch=2).rebuilt == {}
-    rebuilt = build(folder, tmp_path / "engines", "sm_89", static="96x64,128x128", batch=2)
+    assert build(folder, tmp_path / "engines", BuildOptions("sm_89", resolutions="48-96-160", batch=2)).rebuilt == {}
+    rebuilt = build(folder, tmp_path / "engines", BuildOptions("sm_89", static="96x64,128x128", batch=2))
     assert rebuilt.rebuilt["dit"].startswith("shapes of latents was 1x16x6x6 1x16x12x12 2x16x20x20, is 1x16x8x12 ")
     assert rebuilt.manifest.model.sizes == ((64, 96), (128, 128))
 
 
 def test_the_same_key_is_not_built_again(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "engines"
-    assert build(clip, out, "rtx4090").rebuilt == {"clip": "there is no engine yet"}
+    assert build(clip, out, BuildOptions("rtx4090")).rebuilt == {"clip": "there is no engine yet"}
     plan = out / "clip.plan"
     before = plan.stat().st_mtime_ns
-    assert build(clip, out, "l40s").rebuilt == {}  # the same compute capability
-    assert build(clip, out, "sm_89", resolutions="48-144").rebuilt == {}  # no input of a text encoder has sizes
-    assert build(clip, out, "sm_89", resolutions="64-144").rebuilt == {}
-    assert build(clip, out, "rtx5090").rebuilt == {"clip": "target was sm_89, is sm_120"}
-    assert build(clip, out, "rtx5090", batch=2).rebuilt == {
-        "clip": "shapes of clip_ids was 1x33 1x33 4x33, is 1x33 1x33 2x33"
-    }
-    monkeypatch.setattr(tensorrt_rtx, "version", lambda: "9.9")
-    assert build(clip, out, "rtx5090", batch=2).rebuilt == {"clip": f"compiler_version was {VERSION}, is 9.9"}
-    monkeypatch.setattr(tensorrt_rtx, "options", lambda: {"build_flags": "other"})
-    assert build(clip, out, "rtx5090", batch=2).rebuilt == {"clip": "build_flags was strongly typed, is other"}
+    assert build(clip, out, BuildOptions("l40s")).rebuilt == {}  # the same compute capability
+    assert (
+        build(clip, out, BuildOptions("sm_89", resolutions="48-144")).rebuilt == {}
+    )  # no input of a text encoder has sizes
+    assert build(clip, out, BuildOptions("sm_89", resolutions="64-144")).rebuilt == {}
+    assert build(clip, out, BuildOptions("rtx5090")).rebuilt == {"clip": "target was sm_89, is sm_120"}
+    batched = BuildOptions("rtx5090", batch=2)
+    assert build(clip, out, batched).rebuilt == {"clip": "shapes of clip_ids was 1x33 1x33 4x33, is 1x33 1x33 2x33"}
+    compiler = replace(tensorrt_rtx.COMPILER, version=lambda: "9.9")
+    monkeypatch.setattr(tensorrt_rtx, "COMPILER", compiler)
+    assert build(clip, out, batched).rebuilt == {"clip": f"compiler_version was {VERSION}, is 9.9"}
+    compiler = replace(tensorrt_rtx.COMPILER, settings=lambda: {"build_flags": "other"})
+    monkeypatch.setattr(tensorrt_rtx, "COMPILER", compiler)
+    assert build(clip, out, batched).rebuilt == {"clip": "build_flags was strongly typed, is other"}
     assert plan.stat().st_mtime_ns != before
-    assert build(clip, out, "cpu").rebuilt == {"clip": "compiler was tensorrt-rtx, is onnxruntime"}
+    assert build(clip, out).rebuilt == {"clip": "compiler was tensorrt-rtx, is onnxruntime"}
 
 
 def test_progress_has_the_compilers_phases(clip: Path, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    build(clip, tmp_path / "engines", "sm_89", progress=lambda *step: seen.append(step))
+    build(clip, tmp_path / "engines", BuildOptions("sm_89"), progress=lambda *step: seen.append(step))
     phases = {doing for doing, _, _ in seen}
     assert {"clip", "done", "clip: Building engine", "clip: Optimizing graph"} <= phases
     assert all(0 <= done <= total for _, done, total in seen)
@@ -236,7 +240,7 @@ def test_interrupted_in_the_compiler(clip: Path, tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(clip, tmp_path / "engines", "sm_89", progress=interrupt)
+        build(clip, tmp_path / "engines", BuildOptions("sm_89"), progress=interrupt)
     assert not list(tmp_path.iterdir())
 
 
@@ -249,7 +253,7 @@ def test_signals_end_the_compiler(clip: Path, tmp_path: Path, number: int) -> No
     before = signal.signal(number, lambda *_: 1 / 0)
     try:
         with pytest.raises(ZeroDivisionError):
-            build(clip, tmp_path / "engines", "sm_89", progress=send)
+            build(clip, tmp_path / "engines", BuildOptions("sm_89"), progress=send)
     finally:
         signal.signal(number, before)
     assert not list(tmp_path.iterdir())
@@ -278,7 +282,7 @@ def test_what_cannot_be_parsed(clip: Path, tmp_path: Path, monkeypatch: pytest.M
     damaged = shutil.copytree(clip, tmp_path / "onnx")
     (damaged / "clip.onnx").write_bytes(b"no graph")
     with pytest.raises(DitforgeError, match=r"tensorrt_rtx .* cannot parse clip for sm_89"):
-        build(damaged, tmp_path / "engines", "sm_89")
+        build(damaged, tmp_path / "engines", BuildOptions("sm_89"))
     assert not (tmp_path / "engines").exists()
 
 
@@ -288,15 +292,14 @@ def test_what_cannot_be_parsed(clip: Path, tmp_path: Path, monkeypatch: pytest.M
 @pytest.fixture
 def engines(clip: Path, tmp_path: Path) -> Path:
     """A build of one network for sm_89."""
-    build(clip, tmp_path / "engines", "sm_89")
+    build(clip, tmp_path / "engines", BuildOptions("sm_89"))
     return tmp_path / "engines"
 
 
 def load(engines: Path, built_with: str = VERSION):
     built = manifest.read(engines, "engines")
-    return load_engine(
-        engines, built.components["clip"].files, "tensorrt-rtx", built.engines["clip"].target, built_with
-    )
+    made = built.engines["clip"].model_copy(update={"compiler_version": built_with})
+    return load_engine(engines, built.components["clip"].files, made)
 
 
 def test_another_versions_engine_is_refused(engines: Path) -> None:

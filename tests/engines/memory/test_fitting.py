@@ -10,7 +10,7 @@ import pytest
 from exports import alone
 
 from ditforge import manifest
-from ditforge.engines.build import build
+from ditforge.engines.build import BuildOptions, build
 from ditforge.engines.memory import placement
 from ditforge.engines.memory.placement import Plan
 from ditforge.errors import UserError
@@ -36,13 +36,13 @@ def small(schnell, monkeypatch: pytest.MonkeyPatch) -> int:
 def test_a_dit_that_does_not_fit_is_cut(schnell, small: int, tmp_path: Path) -> None:
     seen: list[Plan] = []
     out = tmp_path / "engines"
-    built = build(schnell.onnx, out, "rtx3060", planned=seen.append, **ONE)
+    built = build(schnell.onnx, out, BuildOptions("rtx3060", **ONE), planned=seen.append)
     (made,) = seen
     assert made.fits and made.peak <= small
     engines = built.manifest.engines
-    assert len(engines["dit"].segments) == made.placements["dit"].segments > 1
-    assert engines["dit"].on_demand == len(engines["dit"].segments)
-    again = build(schnell.onnx, out, "rtx3060", **ONE)
+    assert len(engines["dit"].segment_files) == made.placements["dit"].segments > 1
+    assert engines["dit"].placement.on_demand == len(engines["dit"].segment_files)
+    again = build(schnell.onnx, out, BuildOptions("rtx3060", **ONE))
     assert again.rebuilt == {}
 
 
@@ -53,13 +53,13 @@ def test_only_what_does_not_fit_is_loaded_on_demand(tiny, monkeypatch: pytest.Mo
     wanted = found.first(1, 4) + found.segment(4) + placement.SPARE * found.activations_at(SIDE)
     monkeypatch.setattr(placement, "CONTEXT", 0)
     some = (wanted + 1) / placement.USABLE / placement.GIB  # for one segment of four that stays, and one that comes
-    engine = build(onnx, out, "sm_86", gpu_memory=some, **ONE).manifest.engines["dit"]
-    assert (len(engine.segments), engine.on_demand) == (4, 3)
-    assert build(onnx, out, "sm_86", gpu_memory=some, **ONE).rebuilt == {}
+    engine = build(onnx, out, BuildOptions("sm_86", gpu_memory=some, **ONE)).manifest.engines["dit"]
+    assert (len(engine.segment_files), engine.placement.on_demand) == (4, 3)
+    assert build(onnx, out, BuildOptions("sm_86", gpu_memory=some, **ONE)).rebuilt == {}
     with pytest.raises(UserError, match="does not fit sm_86"):
-        build(onnx, out, "sm_86", gpu_memory=some / 4, **ONE)
+        build(onnx, out, BuildOptions("sm_86", gpu_memory=some / 4, **ONE))
     with pytest.raises(UserError, match="--gpu-memory is for a plan"):
-        build(onnx, out, "sm_86", segments=2, gpu_memory=some)
+        build(onnx, out, BuildOptions("sm_86", segments=2, gpu_memory=some))
 
 
 def test_a_text_encoder_that_does_not_fit_is_compiled_for_the_cpu(schnell, tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_text_encoder_that_does_not_fit_is_compiled_for_the_cpu(schnell, tmp_p
     one_block = large.model_copy(update={"weights": 10**11, "largest_block": 10**11})  # which no cut makes smaller
     heavy = found.components["t5"].model_copy(update={"footprint": one_block})
     manifest.write(found.model_copy(update={"components": {**found.components, "t5": heavy}}), onnx)
-    engines = build(onnx, out, "rtx3060", **ONE).manifest.engines
+    engines = build(onnx, out, BuildOptions("rtx3060", **ONE)).manifest.engines
     made = {name: (engine.compiler, engine.target) for name, engine in engines.items()}
     assert made.pop("t5") == ("onnxruntime", "cpu")
     assert set(made.values()) == {("tensorrt-rtx", "sm_86")}
@@ -84,18 +84,18 @@ def test_less_memory_to_compile_in_is_no_reason_to_compile_again(
     schnell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     out = tmp_path / "engines"
-    build(schnell.onnx, out, "rtx3060", **ONE)
+    build(schnell.onnx, out, BuildOptions("rtx3060", **ONE))
     monkeypatch.setattr(placement, "BUILD_SPARE", 0)
     found = manifest.read(schnell.onnx, "onnx").components["dit"].footprint
     assert found is not None
     monkeypatch.setattr("ditforge.engines.build.memory_to_compile", lambda: placement.build_peak(found.segment(2)))
-    assert build(schnell.onnx, out, "rtx3060", **ONE).rebuilt == {}
-    fresh = build(schnell.onnx, tmp_path / "others", "rtx3060", **ONE).manifest.engines["dit"]
-    assert (len(fresh.segments), fresh.on_demand) == (2, 0)
+    assert build(schnell.onnx, out, BuildOptions("rtx3060", **ONE)).rebuilt == {}
+    fresh = build(schnell.onnx, tmp_path / "others", BuildOptions("rtx3060", **ONE)).manifest.engines["dit"]
+    assert (len(fresh.segment_files), fresh.placement.on_demand) == (2, 0)
 
 
 def test_what_does_not_fit_writes_nothing(schnell, small: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(placement, "USABLE", placement.USABLE / 100)
     with pytest.raises(UserError, match="does not fit rtx3060"):
-        build(schnell.onnx, tmp_path / "engines", "rtx3060", **ONE)
+        build(schnell.onnx, tmp_path / "engines", BuildOptions("rtx3060", **ONE))
     assert list(tmp_path.iterdir()) == []

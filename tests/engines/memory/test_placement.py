@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from published import MODEL
 
+from ditforge.engines.compilers import find_compiler
+from ditforge.engines.compilers.choice import made_by
 from ditforge.engines.gpus import GPUS, Target, find_target
 from ditforge.engines.memory import fitting
 from ditforge.engines.memory.placement import (
     BUILD_RATIO,
     CONTEXT,
-    ON_DEMAND,
     PHASES,
     RESIDENT,
     SPARE,
@@ -29,6 +30,7 @@ from ditforge.engines.profile import make_profiles
 from ditforge.errors import DitforgeWarning, UserError
 from ditforge.footprint import Footprint
 from ditforge.manifest import Component, Engine, Manifest
+from ditforge.placement import Placement
 
 GB = 10**9
 # FLUX.1-dev's, as `make memory` measures them: weights, the largest block, activations at 512, 1024 and 2048 pixels.
@@ -88,13 +90,10 @@ def test_what_a_card_gets(gpu: str, side: int, strategy: str, tile: int | None) 
 
 def test_a_text_encoder_that_is_too_large_is_loaded_in_segments() -> None:
     for gpu, segments in (("rtx4090", 2), ("rtx3060", 8)):
-        placed = plan(gpu).placements["t5"]
-        assert (placed.precision, placed.place, placed.segments, placed.on_demand) == (
-            "bf16",
-            ON_DEMAND,
-            *[segments] * 2,
-        )
-        assert any("9.5 GB a prompt" in reason for reason in plan(gpu).reasons)
+        made = plan(gpu)
+        assert made.precisions["t5"] == "bf16"
+        assert made.placements["t5"] == Placement(segments=segments, on_demand=segments)
+        assert any("9.5 GB a prompt" in reason for reason in made.reasons)
 
 
 def test_the_peak_is_the_sum_of_what_is_there() -> None:
@@ -222,9 +221,9 @@ def test_build_says_what_will_hardly_compile() -> None:
     networks = {name: part for name, part in components().items() if name in LARGE}
     frugal = fitting.decide(networks, MODEL, target, profiles, 1, memory)
     with pytest.warns(DitforgeWarning, match=r"compiling dit takes up to 2.9 GB, and 2.0 GB are to be had"):
-        fitting.warn_of_compiling(networks, fitting.place_engines(networks, "tensorrt", target, frugal), memory)
+        fitting.warn_of_compiling(networks, fitting.place_engines(networks, frugal), memory)
     with pytest.warns(DitforgeWarning, match=r"compiling dit takes up to 32.3 GB, and 2.0 GB are to be had"):
-        fitting.warn_of_compiling(networks, fitting.place_engines(networks, "tensorrt", target, frugal, 1), memory)
+        fitting.warn_of_compiling(networks, fitting.place_engines(networks, frugal, 1), memory)
 
 
 def test_by_hand_only_the_dit_is_cut_otherwise() -> None:
@@ -237,18 +236,23 @@ def test_by_hand_only_the_dit_is_cut_otherwise() -> None:
         (None, "on-demand", {"t5": (2, 2), "dit": (3, 3), "clip": (1, 1)}),
         (1, "on-demand", {"t5": (2, 2), "dit": (1, 1), "clip": (1, 1)}),
     ):
-        placed = fitting.place_engines(list(LARGE), "tensorrt-rtx", target, made, segments, residency)
+        placed = fitting.place_engines(list(LARGE), made, segments, residency)
         assert {name: (placed[name].segments, placed[name].on_demand) for name in expected} == expected
 
 
 def test_engines_are_placed_as_planned() -> None:
     target = find_target("rtx4000ada")
     made = fitting.decide(components(t5="fp32"), MODEL, target, make_profiles(MODEL, "512-1536", None, None), 1)
-    placed = fitting.place_engines(list(LARGE), "tensorrt-rtx", target, made)
-    assert (placed["t5"].compiler, str(placed["t5"].target), placed["t5"].on_demand) == ("onnxruntime", "cpu", 0)
-    assert (placed["dit"].compiler, str(placed["dit"].target)) == ("tensorrt-rtx", "sm_89")
+    placed = fitting.place_engines(list(LARGE), made)
+    compiler = find_compiler("tensorrt-rtx")
+    makers = {name: made_by(placed[name], compiler, target) for name in ("t5", "dit")}
+    assert {name: (maker.name, str(device)) for name, (maker, device) in makers.items()} == {
+        "t5": ("onnxruntime", "cpu"),
+        "dit": ("tensorrt-rtx", "sm_89"),
+    }
+    assert placed["t5"].on_demand == 0
     with pytest.raises(UserError, match="unknown residency"):
-        fitting.place_engines(list(LARGE), "tensorrt-rtx", target, None, None, "sometimes")
+        fitting.place_engines(list(LARGE), None, None, "sometimes")
 
 
 @pytest.mark.parametrize(
@@ -265,14 +269,10 @@ def test_engines_are_placed_as_planned() -> None:
     ],
 )
 def test_a_cut_that_is_there_already(before: tuple[int, int], wanted: tuple[int, int], kept: tuple[int, int]) -> None:
-    def placement(cut: tuple[int, int]) -> fitting.Placement:
-        return fitting.Placement("tensorrt-rtx", Target("sm_89", ("sm_89",)), *cut)
+    def placement(cut: tuple[int, int]) -> Placement:
+        return Placement(segments=cut[0], on_demand=cut[1])
 
-    count, on_demand = before
-    files = tuple((f"dit-{i}.plan",) for i in range(count)) if count > 1 else ()
-    engine = Engine(
-        compiler="tensorrt-rtx", compiler_version="", target="", cache_key={}, segments=files, on_demand=on_demand
-    )
+    engine = Engine(compiler="tensorrt-rtx", compiler_version="", target="", cache_key={}, placement=placement(before))
     built = Manifest(kind="engines", model=MODEL, components={}, engines={"dit": engine})
     assert fitting.cut_before(built, "dit", placement(wanted)) == placement(kept)
     assert fitting.cut_before(None, "dit", placement(wanted)) == placement(wanted)

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import weakref
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,8 +22,8 @@ from onnx import TensorProto, helper
 from ditforge import manifest
 from ditforge.client import Client
 from ditforge.commands.inspect import show_folder
-from ditforge.engines.build import build, cut_graph, ranges
-from ditforge.engines.compilers import Arrays, Engine, onnxruntime as ort_compiler
+from ditforge.engines.build import BuildOptions, build, cut_graph, ranges
+from ditforge.engines.compilers import Arrays, LoadedEngine, onnxruntime as ort_compiler
 from ditforge.engines.memory.segments import Segment, cut
 from ditforge.engines.profile import Profile, make_profiles
 from ditforge.engines.runtime.loading import load_engine
@@ -44,12 +45,13 @@ def example(component: Component, sizes: dict[str, int], seed: int = 0) -> Array
     }
 
 
-def load(engines: Path, on_demand: int | None = None) -> Engine:
+def load(engines: Path, on_demand: int | None = None) -> LoadedEngine:
     """The DiT of a build; with so many of its segments on demand, or as many as are meant to be."""
     built = manifest.read(engines, "engines")
     dit, engine = built.components["dit"], built.engines["dit"]
-    some = engine.on_demand if on_demand is None else on_demand
-    return load_engine(engines, dit.files, engine.compiler, engine.target, "", engine.segments, some)
+    some = engine.placement.on_demand if on_demand is None else on_demand
+    placement = engine.placement.model_copy(update={"on_demand": some})
+    return load_engine(engines, dit.files, engine.model_copy(update={"placement": placement}))
 
 
 def segments_of(export: Path, count: int) -> list[Segment]:
@@ -92,10 +94,13 @@ def test_segments_compute_what_the_whole_does(stages, tmp_path: Path) -> None:
     whole = load(stages.engines)
     most = most_segments(onnx_dir)
     for count, residency in ((2, "resident"), (3, "on-demand"), (most, "resident")):
-        built = build(onnx_dir, tmp_path / "engines", "cpu", segments=count, residency=residency).manifest
+        built = build(onnx_dir, tmp_path / "engines", BuildOptions("cpu", segments=count, residency=residency)).manifest
         engine = built.engines["dit"]
-        assert (len(engine.segments), engine.on_demand) == (count, count if residency == "on-demand" else 0)
-        assert {file for part in engine.segments for file in part} == set(built.components["dit"].files)
+        assert (len(engine.segment_files), engine.placement.on_demand) == (
+            count,
+            count if residency == "on-demand" else 0,
+        )
+        assert {file for part in engine.segment_files for file in part} == set(built.components["dit"].files)
         chain = load(tmp_path / "engines")
         for sizes in SIZES:
             inputs = example(component, sizes)
@@ -211,7 +216,7 @@ def test_cutting_reads_no_weights(tiny, tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [0, -1, 17])
 def test_more_segments_than_there_are(dit: Path, tmp_path: Path, count: int) -> None:
     with pytest.raises(UserError, match=f"can be cut into 1 to 16 segments, not {count}") as error:
-        build(dit, tmp_path / "engines", "cpu", segments=count)
+        build(dit, tmp_path / "engines", BuildOptions("cpu", segments=count))
     assert error.value.fix in ("--segments 1", "--segments 16")
     assert not (tmp_path / "engines").exists()
 
@@ -230,7 +235,7 @@ def test_a_graph_without_a_place_to_cut(tmp_path: Path) -> None:
 
 def test_unknown_residency(dit: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown residency 'never'") as error:
-        build(dit, tmp_path / "engines", "cpu", residency="never")
+        build(dit, tmp_path / "engines", BuildOptions("cpu", residency="never"))
     assert error.value.fix == "--residency resident or on-demand"
 
 
@@ -239,18 +244,22 @@ def test_unknown_residency(dit: Path, tmp_path: Path) -> None:
 
 def test_the_same_segments_are_not_built_again(dit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "engines"
-    assert build(dit, out, "cpu", segments=2).rebuilt == {"dit": "there is no engine yet"}
+    assert build(dit, out, BuildOptions("cpu", segments=2)).rebuilt == {"dit": "there is no engine yet"}
     inode = out.stat().st_ino
-    assert build(dit, out, "cpu", segments=2).rebuilt == {}
+    assert build(dit, out, BuildOptions("cpu", segments=2)).rebuilt == {}
     assert out.stat().st_ino == inode
     parts = {path.name: path.stat().st_ino for path in out.glob("dit-*")}
-    assert build(dit, out, "cpu", segments=2, residency="on-demand").rebuilt == {}  # another manifest, the same engines
+    assert (
+        build(dit, out, BuildOptions("cpu", segments=2, residency="on-demand")).rebuilt == {}
+    )  # another manifest, the same engines
     assert {path.name: path.stat().st_ino for path in out.glob("dit-*")} == parts
-    assert manifest.read(out, "engines").engines["dit"].on_demand == 2
+    assert manifest.read(out, "engines").engines["dit"].placement.on_demand == 2
     show_folder(out)
     assert ", 2 segments, on demand" in capsys.readouterr().out
-    assert build(dit, out, "cpu", segments=3).rebuilt == {"dit": "segments was 2 (cutting 1), is 3 (cutting 1)"}
-    assert build(dit, out, "cpu").rebuilt == {"dit": "segments was 3 (cutting 1), is 1"}
+    assert build(dit, out, BuildOptions("cpu", segments=3)).rebuilt == {
+        "dit": "segments was 2 (cutting 1), is 3 (cutting 1)"
+    }
+    assert build(dit, out).rebuilt == {"dit": "segments was 3 (cutting 1), is 1"}
     assert verify_files(out) == 4
     assert {path.name for path in out.iterdir()} == {"dit.onnx", "dit.onnx.data", "tokenizer", "manifest.json"}
 
@@ -260,16 +269,18 @@ def test_tensorrt_compiles_segments(exports, tmp_path: Path, key: tuple[str, str
     """Names, dtypes (bf16 too) and shapes of what is passed on are checked against the network as it is parsed."""
     folder = alone(exports(*key), tmp_path / "onnx")
     seen: list[str] = []
-    whole = build(folder, tmp_path / "whole", "sm_89", segments=1).manifest.components["dit"]
+    whole = build(folder, tmp_path / "whole", BuildOptions("sm_89", segments=1)).manifest.components["dit"]
     out = tmp_path / "engines"
-    built = build(folder, out, "sm_89", segments=2, progress=lambda doing, *_: seen.append(doing))
+    built = build(folder, out, BuildOptions("sm_89", segments=2), progress=lambda doing, *_: seen.append(doing))
     assert {"dit 1 of 2: Building engine", "dit 2 of 2: Building engine"} <= set(seen)
-    assert built.manifest.engines["dit"].segments == (("dit-1.plan",), ("dit-2.plan",))
+    assert built.manifest.engines["dit"].segment_files == (("dit-1.plan",), ("dit-2.plan",))
     sizes = [file.size for file in built.manifest.components["dit"].files.values()]
     assert sum(sizes) == pytest.approx(sum(file.size for file in whole.files.values()), rel=0.15)
     assert max(sizes) < 0.6 * sum(sizes)
-    assert build(folder, out, "sm_89", segments=2, residency="on-demand").rebuilt == {}
-    assert build(folder, out, "sm_89", segments=3).rebuilt == {"dit": "segments was 2 (cutting 1), is 3 (cutting 1)"}
+    assert build(folder, out, BuildOptions("sm_89", segments=2, residency="on-demand")).rebuilt == {}
+    assert build(folder, out, BuildOptions("sm_89", segments=3)).rebuilt == {
+        "dit": "segments was 2 (cutting 1), is 3 (cutting 1)"
+    }
     assert {path.name for path in out.iterdir()} == {"dit-1.plan", "dit-2.plan", "dit-3.plan", "tokenizer"} | {
         "manifest.json"
     }
@@ -331,8 +342,8 @@ def test_at_most_one_segment_is_loaded_on_demand(
         sessions.append(weakref.ref(engine.session))
         return engine
 
-    monkeypatch.setattr(ort_compiler, "load", noted)
-    built = build(dit, tmp_path / "engines", "cpu", segments=3, residency="on-demand").manifest
+    monkeypatch.setattr(ort_compiler, "COMPILER", replace(ort_compiler.COMPILER, load=noted))
+    built = build(dit, tmp_path / "engines", BuildOptions("cpu", segments=3, residency="on-demand")).manifest
     chain = load(tmp_path / "engines", 3 - resident)
     at_start = [0, 1, 2][:resident] + [resident] * (3 - resident)
     assert loaded == at_start  # each was tried once
@@ -342,7 +353,7 @@ def test_at_most_one_segment_is_loaded_on_demand(
     assert alive(sessions) == resident
     chain.close()
     assert alive(sessions) == 0
-    build(dit, tmp_path / "engines", "cpu", segments=3)
+    build(dit, tmp_path / "engines", BuildOptions("cpu", segments=3))
     sessions.clear()
     chain = load(tmp_path / "engines")
     assert_close(chain.run(inputs)["velocity"], velocity)
@@ -356,7 +367,7 @@ def alive(sessions: list[weakref.ref[ort.InferenceSession]]) -> int:
 
 
 def test_a_lost_segment_shows_at_once(dit: Path, tmp_path: Path) -> None:
-    build(dit, tmp_path / "engines", "cpu", segments=3, residency="on-demand")
+    build(dit, tmp_path / "engines", BuildOptions("cpu", segments=3, residency="on-demand"))
     (tmp_path / "engines" / "dit-2.onnx.data").unlink()
     with pytest.raises(UserError, match=r"dit-2\.onnx\.data is missing"):
         load(tmp_path / "engines")
@@ -371,12 +382,12 @@ def test_a_lost_segment_shows_at_once(dit: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_gpu_that_is_too_small(dit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str) -> None:
-    build(dit, tmp_path / "engines", "cpu", segments=2)
+    build(dit, tmp_path / "engines", BuildOptions("cpu", segments=2))
 
     def fail(*_: object) -> None:
         raise RuntimeError(said)
 
-    monkeypatch.setattr(ort_compiler, "load", fail)
+    monkeypatch.setattr(ort_compiler, "COMPILER", replace(ort_compiler.COMPILER, load=fail))
     with pytest.raises(DitforgeError, match="the GPU's memory does not hold the engine") as error:
         load(tmp_path / "engines")
     assert "--gpu-memory GB" in error.value.fix
@@ -384,7 +395,7 @@ def test_a_gpu_that_is_too_small(dit: Path, tmp_path: Path, monkeypatch: pytest.
 
 def test_the_same_picture_from_segments_on_demand(schnell, schnell_server, tmp_path: Path) -> None:
     engines, repository = tmp_path / "engines", tmp_path / "repo"
-    build(schnell.onnx, engines, "cpu", segments=3, residency="on-demand")
+    build(schnell.onnx, engines, BuildOptions("cpu", segments=3, residency="on-demand"))
     assert all(difference.relative < 1e-4 for difference in compare(engines, schnell.onnx))
     write_repository(engines, repository)
     options = {"seed": 3, "steps": 3, "height": 64, "width": 96}

@@ -1,0 +1,87 @@
+"""Which compiler is for which target, by what each of them declares."""
+
+from __future__ import annotations
+
+from ditforge.engines import gpus
+from ditforge.engines.compilers import Compiler, compilers, find_compiler
+from ditforge.engines.gpus import CPU, Target
+from ditforge.errors import UserError
+from ditforge.manifest import Component
+from ditforge.placement import Placement
+
+
+def devices(target: Target) -> tuple[str, ...]:
+    """The target as compilers declare it: its compute capabilities, or "cpu"."""
+    return target.capabilities or (CPU,)
+
+
+def able(device: str) -> list[str]:
+    """The names of the compilers whose engines run on a device; the first is the default."""
+    return [compiler.name for compiler in compilers() if device in compiler.executes]
+
+
+def default_compiler(target: Target) -> str:
+    """The compiler to take where the user names none. Raises UserError if one does not do for all of a target."""
+    for compiler in compilers():
+        if all(device in compiler.executes for device in devices(target)):
+            return compiler.name
+    raise UserError(f"no compiler makes one engine for {target}", "build for each of them, into folders of their own")
+
+
+def made_by(placement: Placement, compiler: Compiler, target: Target) -> tuple[Compiler, Target]:
+    """By which compiler an engine is made, and for what: those of the build, but for what is left to the CPU."""
+    if placement.device == CPU and target.capabilities:
+        cpu = Target(CPU)
+        return find_compiler(default_compiler(cpu)), cpu
+    return compiler, target
+
+
+def check_compiler(name: str, target: Target) -> None:
+    """Raise UserError, with what is possible, if engines of the compiler do not run on every device of the target."""
+    compiler = find_compiler(name)
+    for device in devices(target):
+        if device in compiler.executes:
+            continue
+        others = able(device)
+        if device == CPU:
+            raise UserError(f"{name} compiles for GPUs, not for the CPU", f"--compiler {others[0]}, or --gpu rtx4090")
+        if set(compiler.executes) == {CPU}:
+            problem = f"{name} compiles for the CPU, not for {target}"
+            raise UserError(problem, f"--compiler {default_compiler(target)}, or --gpu cpu")
+        called = f" ({target.name})" if target.name != str(target) else ""
+        problem = f"engines of {name} do not run on {device}{called}"
+        if not others:
+            raise UserError(problem, "no compiler that is installed makes engines for it")
+        there = " on that machine" if find_compiler(others[0]).compiles_on == "the target" else ""
+        raise UserError(problem, f"use --compiler {others[0]}{there}")
+
+
+def check_component(compiler: Compiler, name: str, component: Component, target: Target) -> None:
+    """Raise UserError, with what is possible, if the component cannot be compiled for the target, or cannot run there.
+
+    The GPU may lack a number format, or the compiler may.
+    """
+    check_compiler(compiler.name, target)
+    gpus.check_precision(name, component.precision, component.dtype, target)
+    for device in devices(target):
+        formats = compiler.executes[device]
+        for lacking in (component.precision, component.dtype):
+            if lacking in formats or lacking not in gpus.SINCE:
+                continue
+            raise UserError(
+                f"{name} is in {lacking}, which {compiler.name} does not execute on {device}",
+                f"ditforge export CHECKPOINT {instead(component, formats)}",
+            )
+    compiler.check(name, component, target)
+
+
+def instead(component: Component, formats: object) -> str:
+    """The options of an export in formats that a compiler executes, as near to the component's as may be."""
+    known = [precision for precision in gpus.SINCE if precision in formats]  # type: ignore[operator]
+    plain = [precision for precision in known if precision in ("fp32", "fp16", "bf16")]
+    if component.precision in known and component.precision not in plain:
+        return f"--precision {component.precision} --activations {plain[0]}"
+    eight_bit = [precision for precision in known if precision not in plain]
+    if "fp32" in plain or not eight_bit:
+        return f"--precision {plain[0]}   (or {' or '.join([*plain[1:], *eight_bit])})"
+    return f"--precision {eight_bit[-1]} --activations {plain[0]}   (or {plain[0]})"

@@ -1,0 +1,46 @@
+"""What installed packages bring to ditforge: objects that they name under an entry point of one of its groups.
+
+ditforge's own families and compilers are found in this way too. A package of somebody else's declares its own in its
+pyproject.toml, for example:
+
+    [project.entry-points."ditforge.compilers"]
+    mine = "my_package.my_compiler:COMPILER"
+
+Source: https://packaging.python.org/en/latest/specifications/entry-points/
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+
+from ditforge.errors import DitforgeError, UserError
+
+FAMILIES, COMPILERS = "ditforge.families", "ditforge.compilers"
+
+
+@cache
+def installed(group: str) -> dict[str, EntryPoint]:
+    """The entry points of the group by name. Raises UserError where two packages give the same name."""
+    found: dict[str, EntryPoint] = {}
+    for point in entry_points(group=group):
+        other = found.setdefault(point.name, point)
+        if other.value != point.value:
+            problem = f"two packages bring {point.name!r} under {group}: {other.value} and {point.value}"
+            raise UserError(problem, "uninstall one of them")
+    if not found:
+        raise DitforgeError(f"no package brings anything under {group}: ditforge is not installed", "pip install '.'")
+    return found
+
+
+def load(group: str, name: str) -> object:
+    """The object called `name`. Raises UserError where its module cannot be imported, or lacks it."""
+    point = installed(group)[name]
+    try:
+        return point.load()
+    except (ImportError, AttributeError) as error:
+        if point.value.startswith("ditforge."):
+            raise
+        brought = f" of {point.dist.name} {point.dist.version}" if point.dist else ""
+        problem = f"{name!r}{brought} cannot be loaded from {point.value}: {error}"
+        raise UserError(problem, "install what it needs, or uninstall the package that brings it") from error

@@ -13,7 +13,7 @@ import torch
 
 from ditforge import __version__, manifest
 from ditforge.contract import TOKENIZER
-from ditforge.errors import DitforgeWarning, UserError
+from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 from ditforge.export.checkpoint import consistency, random_weights
 from ditforge.export.checkpoint.diffusers_folder import Checkpoint
 from ditforge.export.checkpoint.source import CheckpointSource, fingerprint, opened
@@ -215,7 +215,7 @@ def measure_linears(
         with recorded_calls(pipeline.transformer, seen):
             family.run_pipeline(pipeline, model, prompt, model.default_steps, seed)
         calls += seen[:: max(1, len(seen) // SAMPLES)][:SAMPLES]
-    linears = find_linears(pipeline.transformer, family.LINEARS)
+    linears = find_linears(pipeline.transformer, family.linears)
     scheme, amax = SCHEMES[precision.scheme], ranges.amax if ranges else {}
     return choose_linears(pipeline.transformer, linears, calls, scheme, amax, max_error, report)
 
@@ -261,7 +261,9 @@ def quantise(
     linears = [name for name in model.graph.initializers if network.may_be_8_bit(name)]
     chosen = {name for name in linears if name not in keep}
     done = quantise_linears(model, chosen, SCHEMES[scheme], ranges.amax if ranges else {})
-    assert set(done) == chosen, f"not quantised: {sorted(chosen - set(done))[:3]}"
+    if left := sorted(chosen - set(done)):
+        problem = f"{network.name} has no matrix product of its own for {', '.join(left[:3])}, which are to be {scheme}"
+        raise DitforgeError(problem, "a fault of the model's family: its `linears` names them")
     return {name: scheme if name in chosen else dtype_name(network.dtype) for name in linears}
 
 

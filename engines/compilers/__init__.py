@@ -127,7 +127,8 @@ def find_compiler(name: str) -> Compiler:
     known = entry_points.installed(entry_points.COMPILERS)
     if name not in known:
         near = get_close_matches(name, known, n=1)
-        raise UserError(f"unknown compiler {name!r}", f"--compiler {near[0] if near else ' or '.join(sorted(known))}")
+        nearest = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(f"unknown compiler {name!r}{nearest}", f"--compiler with one of: {', '.join(known)}")
     compiler = entry_points.load(entry_points.COMPILERS, name)
     if not isinstance(compiler, Compiler):
         raise UserError(f"what is installed as the compiler {name!r} is a {type(compiler).__name__}", "uninstall it")

@@ -1,8 +1,8 @@
 """Checkpoints in one file: which layout it is, told by its keys, and what each of diffusers' tensors is made of.
 
-Known are the files of Black Forest Labs and of Stability, fine-tunes in their layouts, and ComfyUI's: DiT alone, or
-all in one, in 16 bits or in float8 with or without scales. The names are mapped by diffusers' own converters
-(diffusers.loaders.single_file_utils), which run here on recipes instead of tensors.
+A file is in the layout of a family's authors, or in ComfyUI's: DiT alone, or all in one, in 16 bits or in float8 with
+or without scales. The names are mapped by diffusers' own converters (diffusers.loaders.single_file_utils), which run
+here on recipes instead of tensors.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ from diffusers.loaders import single_file_utils
 
 from ditforge.errors import DitforgeWarning, UserError
 from ditforge.export.checkpoint.conversion import Piece, Recipe, Tensors
-from ditforge.export.checkpoint.diffusers_folder import CONFIGS
 from ditforge.export.checkpoint.float8 import dequantised
 from ditforge.export.checkpoint.lazy_tensors import Lazy, open_tensors
+from ditforge.export.families import Family, families
 
 DIT_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 VAE_PREFIXES = ("first_stage_model.", "vae.", "")
@@ -37,75 +36,22 @@ Config = dict[str, Any]
 class Layout:
     """How a family's DiT is written by its authors.
 
-    `key` tells it by. `convert` is diffusers' converter. `hints` makes up the keys that tell it the number of blocks,
-    from diffusers' names. `config` reads off the shapes what they tell. `published` picks the folder in CONFIGS whose
-    values fill up the rest. `encoders` says in which of diffusers' folders a text encoder is, by ComfyUI's names.
+    key: the name of a tensor that only this layout has.
+    convert: diffusers' converter from the authors' names to its own.
+    hints: the authors' names that tell the converter how many blocks there are, made up from diffusers' names.
+    config: the configuration, as far as the shapes of the authors' tensors tell.
+    published: which of the family's published models has the rest of such a configuration.
+    encoders: in which of diffusers' folders each text encoder is, by ComfyUI's names.
+    lora_encoders: the same by the prefixes of Kohya's LoRA files.
     """
 
-    pipeline: str
     key: str
     convert: Callable[[dict[str, Recipe]], dict[str, Recipe]]
     hints: Callable[[Iterable[str]], list[str]]
     config: Callable[[Tensors], Config]
     published: Callable[[Config], str]
     encoders: Mapping[str, str]
-
-
-def flux_config(tensors: Tensors) -> Config:
-    """FluxTransformer2DModel's configuration as far as the shapes of BFL's tensors tell."""
-    head = tensors["double_blocks.0.img_attn.norm.query_norm.scale"].shape[0]
-    width, channels = tensors["img_in.weight"].shape
-    out = tensors["final_layer.linear.weight"].shape[0]
-    return {
-        "_class_name": "FluxTransformer2DModel",
-        "num_layers": count_blocks(tensors, "double_blocks"),
-        "num_single_layers": count_blocks(tensors, "single_blocks"),
-        "attention_head_dim": head,
-        "num_attention_heads": width // head,
-        "in_channels": channels,
-        "out_channels": None if out == channels else out,
-        "joint_attention_dim": tensors["txt_in.weight"].shape[1],
-        "pooled_projection_dim": tensors["vector_in.in_layer.weight"].shape[1],
-        "guidance_embeds": "guidance_in.in_layer.weight" in tensors,
-    }
-
-
-def flux_hints(names: Iterable[str]) -> list[str]:
-    """BFL's keys for as many blocks as there are among diffusers' `names`."""
-    double, single = count_blocks(names, "transformer_blocks"), count_blocks(names, "single_transformer_blocks")
-    blocks = [f"double_blocks.{i}." for i in range(double)] + [f"single_blocks.{i}." for i in range(single)]
-    return [*blocks, "guidance_in."]
-
-
-def sd3_config(tensors: Tensors) -> Config:
-    """SD3Transformer2DModel's configuration as far as the shapes of Stability's tensors tell."""
-    width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
-    norm = tensors.get("joint_blocks.0.x_block.attn.ln_q.weight")
-    head = norm.shape[0] if norm else 64
-    caption, joint = tensors["context_embedder.weight"].shape
-    dual = {int(key.split(".")[1]) for key in tensors if ".attn2." in key}
-    return {
-        "_class_name": "SD3Transformer2DModel",
-        "num_layers": count_blocks(tensors, "joint_blocks"),
-        "dual_attention_layers": sorted(dual),
-        "qk_norm": "rms_norm" if norm else None,
-        "attention_head_dim": head,
-        "num_attention_heads": width // head,
-        "caption_projection_dim": caption,
-        "joint_attention_dim": joint,
-        "pooled_projection_dim": tensors["y_embedder.mlp.0.weight"].shape[1],
-        "in_channels": channels,
-        "out_channels": tensors["final_layer.linear.weight"].shape[0] // patch**2,
-        "patch_size": patch,
-        "pos_embed_max_size": isqrt(tensors["pos_embed"].shape[1]),
-    }
-
-
-def sd3_hints(names: Iterable[str]) -> list[str]:
-    """Stability's keys for as many blocks as there are among diffusers' `names`, each with all that it may have."""
-    blocks = range(count_blocks(names, "transformer_blocks"))
-    keys = [f"joint_blocks.{i}.x_block.{part}." for i in blocks for part in ("attn.ln_q", "attn2.qkv")]
-    return [*keys, "context_embedder.weight"]
+    lora_encoders: Mapping[str, str]
 
 
 def count_blocks(names: Iterable[str], kind: str) -> int:
@@ -114,37 +60,16 @@ def count_blocks(names: Iterable[str], kind: str) -> int:
     return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
 
 
-FLUX = Layout(
-    pipeline="FluxPipeline",
-    key="double_blocks.0.img_attn.qkv.weight",
-    convert=single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,
-    hints=flux_hints,
-    config=flux_config,
-    published=lambda config: "flux.1-dev" if config["guidance_embeds"] else "flux.1-schnell",
-    encoders={"clip_l": "text_encoder", "t5xxl": "text_encoder_2"},
-)
-SD3 = Layout(
-    pipeline="StableDiffusion3Pipeline",
-    key="joint_blocks.0.x_block.attn.qkv.weight",
-    convert=single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
-    hints=sd3_hints,
-    config=sd3_config,
-    published=lambda config: "sd3.5-medium" if config["dual_attention_layers"] else "sd3.5-large",
-    encoders={"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"},
-)
-LAYOUTS = (FLUX, SD3)
-
-
 @dataclass(frozen=True)
 class SingleFile:
     """What one file holds: for each of diffusers' components, its tensors by the names that diffusers gives them.
 
-    `pipeline` is diffusers' class, and `config` what the DiT's shapes say of its configuration; None and {} for a file
-    with no DiT. `published` is the folder in export/configs whose values fill up the rest.
+    `family` is the DiT's, and `config` what its shapes say of its configuration; None and {} for a file with no DiT.
+    `published` is the folder of a published model whose values fill up the rest.
     """
 
     file: Path
-    pipeline: str | None
+    family: Family | None
     components: dict[str, dict[str, Lazy]]
     config: Config
     published: Path | None
@@ -172,18 +97,18 @@ def open_single_file(file: Path) -> SingleFile:
     """
     tensors = dequantised(open_tensors(file))
     components: dict[str, dict[str, Lazy]] = {}
-    layout, prefix = find_dit(tensors)
+    family, prefix = find_dit(tensors)
     used: set[str] = set()
     config: Config = {}
-    if layout:
+    if family:
         dit = without_prefix(tensors, prefix)
         if not prefix:  # nothing in front of the DiT's own keys: what else is in the file has prefixes
             others = ("text_encoders.", *filter(None, VAE_PREFIXES))
             dit = {key: tensor for key, tensor in dit.items() if not key.startswith(others)}
-        components["transformer"] = convert_dit(layout, dit, file)
-        config = read_config(layout, dit, file)
+        components["transformer"] = convert_dit(family, dit, file)
+        config = read_config(family, dit, file)
         used.update(prefix + key for key in dit)
-    for name, folder in encoder_folders(layout, tensors).items():
+    for name, folder in encoder_folders(family, tensors).items():
         encoder = f"text_encoders.{name}.transformer."
         if found := without_prefix(tensors, encoder):
             components[folder] = found
@@ -197,8 +122,8 @@ def open_single_file(file: Path) -> SingleFile:
         raise unknown(file, tensors)
     if left := [key for key in tensors if key not in used and not UNUSED_KEYS.fullmatch(key)]:
         warnings.warn(f"{file}: {shown(left)} are of no use here", DitforgeWarning, stacklevel=2)
-    published = CONFIGS / layout.published(config) if layout else None
-    return SingleFile(file, layout.pipeline if layout else None, components, config, published)
+    published = family.published[family.layout.published(config)] if family and family.layout else None
+    return SingleFile(file, family, components, config, published)
 
 
 def require(single: SingleFile, needed: Iterable[str], base: Path | None) -> None:
@@ -214,20 +139,25 @@ def require(single: SingleFile, needed: Iterable[str], base: Path | None) -> Non
         raise UserError(f"{', '.join(missing)} missing: {where}", f"--base FOLDER, {fix}")
 
 
-def find_dit(tensors: Tensors) -> tuple[Layout | None, str]:
-    """The layout of the DiT among the tensors, and what stands before its keys; None where there is none."""
-    for layout in LAYOUTS:
+def find_dit(tensors: Tensors) -> tuple[Family | None, str]:
+    """The family of the DiT among the tensors, and what stands before its keys; None where there is none."""
+    for family in families():
         for prefix in DIT_PREFIXES:
-            if prefix + layout.key in tensors:
-                return layout, prefix
+            if family.layout and prefix + family.layout.key in tensors:
+                return family, prefix
     return None, ""
 
 
-def encoder_folders(layout: Layout | None, tensors: Tensors) -> Mapping[str, str]:
-    """Where diffusers has each text encoder: by the DiT, or without one by CLIP's bigG, which only one family has."""
-    if layout:
-        return layout.encoders
-    return SD3.encoders if any(key.startswith("text_encoders.clip_g.") for key in tensors) else FLUX.encoders
+def encoder_folders(family: Family | None, tensors: Tensors) -> Mapping[str, str]:
+    """Where diffusers has each text encoder.
+
+    That is told by the DiT, or without one by the family with the fewest text encoders that has all that are there.
+    """
+    if family and family.layout:
+        return family.layout.encoders
+    there = {key.split(".")[1] for key in tensors if key.startswith("text_encoders.")}
+    having = [family.layout.encoders for family in families() if family.layout]
+    return min((encoders for encoders in having if there <= encoders.keys()), key=len, default={})
 
 
 def without_prefix(tensors: Tensors, prefix: str) -> dict[str, Lazy]:
@@ -235,27 +165,29 @@ def without_prefix(tensors: Tensors, prefix: str) -> dict[str, Lazy]:
     return {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
-def convert_dit(layout: Layout, tensors: Tensors, file: Path) -> dict[str, Lazy]:
+def convert_dit(family: Family, tensors: Tensors, file: Path) -> dict[str, Lazy]:
     """The DiT's tensors by diffusers' names. Raises UserError if one is lacking or left over."""
     recipes = {key: Recipe((Piece(key),), tensor.shape) for key, tensor in tensors.items()}
+    assert family.layout, f"{family.name} has no layout, and was found by it"
     try:
-        converted = layout.convert(recipes)  # takes away what it uses
+        converted = family.layout.convert(recipes)  # takes away what it uses
     except (KeyError, IndexError, ValueError) as error:  # not a KeyError where block numbers are missing or are none
         lacks = f"the tensor {error.args[0]}" if isinstance(error, KeyError) else "blocks with numbers"
-        problem = f"{file} lacks {lacks} of the DiT of a {layout.pipeline}"
+        problem = f"{file} lacks {lacks} of the DiT of {family.title}"
         raise UserError(problem, "copy the file again; a LoRA belongs behind --lora") from error
     if recipes:
         problem = f"{file} holds a DiT that is built otherwise: {shown(list(recipes))} have no place in it"
-        raise UserError(problem, "use FLUX.1, Stable Diffusion 3.5 or a fine-tune of them")
+        raise UserError(problem, f"use {known_models()}, or a fine-tune of them")
     return {name: recipe.of(tensors) for name, recipe in converted.items()}
 
 
-def read_config(layout: Layout, tensors: Tensors, file: Path) -> Config:
+def read_config(family: Family, tensors: Tensors, file: Path) -> Config:
     """The DiT's configuration as far as shapes tell. Raises UserError for shapes that no such DiT has."""
+    assert family.layout, f"{family.name} has no layout, and was found by it"
     try:
-        return layout.config(tensors)
+        return family.layout.config(tensors)
     except (ValueError, IndexError, ZeroDivisionError) as error:
-        problem = f"the shapes in {file} are not those of the DiT of a {layout.pipeline}: {error}"
+        problem = f"the shapes in {file} are not those of the DiT of {family.title}: {error}"
         raise UserError(problem, "copy the file again") from error
 
 
@@ -283,16 +215,11 @@ class _AnyKey(dict[str, Recipe]):
         return Recipe((Piece(key),))
 
 
-def recipes_for(names: Iterable[str]) -> dict[str, Recipe]:
-    """How a DiT with diffusers' `names` is made of its authors' tensors, by diffusers' names; {} for other names."""
+def recipes_for(layout: Layout, names: Iterable[str]) -> dict[str, Recipe]:
+    """How a DiT with diffusers' `names` is made of its authors' tensors, by diffusers' names."""
     names = set(names)
-    for layout in LAYOUTS:
-        single = any(name.startswith("single_transformer_blocks.") for name in names)
-        if single != (layout is FLUX) or not count_blocks(names, "transformer_blocks"):
-            continue
-        made_up = _AnyKey({key: Recipe((Piece(key),)) for key in layout.hints(names)})
-        return {name: recipe for name, recipe in layout.convert(made_up).items() if name in names}
-    return {}
+    made_up = _AnyKey({key: Recipe((Piece(key),)) for key in layout.hints(names)})
+    return {name: recipe for name, recipe in layout.convert(made_up).items() if name in names}
 
 
 def unknown(file: Path, tensors: Tensors) -> UserError:
@@ -302,8 +229,13 @@ def unknown(file: Path, tensors: Tensors) -> UserError:
         return UserError(f"{file} is a LoRA, not a checkpoint", f"ditforge export CHECKPOINT --lora {file}:1.0")
     if any(key.startswith("transformer_blocks.") for key in keys):
         return UserError(f"{file} is one file of a diffusers folder", "give the folder that has model_index.json")
-    known = "FLUX.1 (Black Forest Labs, ComfyUI) or Stable Diffusion 3.5 (Stability, ComfyUI)"
-    return UserError(f"{file} is of no known layout: it has {shown(keys)}", f"use a file of {known}")
+    fix = f"use a file of {known_models()}, in its authors' layout or ComfyUI's"
+    return UserError(f"{file} is of no known layout: it has {shown(keys)}", fix)
+
+
+def known_models() -> str:
+    """The families whose files are known, in words."""
+    return " or ".join(family.title for family in families() if family.layout)
 
 
 def shown(names: Sequence[str]) -> str:

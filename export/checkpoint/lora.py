@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.conversion import Piece, Recipe, Tensors
-from ditforge.export.checkpoint.layouts import recipes_for, shown
+from ditforge.export.checkpoint.layouts import Layout, recipes_for, shown
 from ditforge.export.checkpoint.lazy_tensors import Lazy, open_tensors
 
 DIT = "transformer"
@@ -74,14 +74,17 @@ class Addition:
 Additions = dict[tuple[str, str], list[Addition]]  # to each weight, by component and name
 
 
-def fuse(components: Mapping[str, Tensors], loras: Sequence[tuple[Path, float]]) -> dict[str, dict[str, Lazy]]:
+def fuse(
+    components: Mapping[str, Tensors], loras: Sequence[tuple[Path, float]], layout: Layout | None
+) -> dict[str, dict[str, Lazy]]:
     """The components with the LoRAs added, each (file, strength), in float32, when a tensor is read.
 
-    `components` are the DiT (`transformer`) and text encoders, with their tensors by diffusers' names; those that no
-    LoRA changes are as they were. Raises UserError for a file with a key that fits nothing here, with shapes of another
-    model, or without the other half of a pair.
+    `layout` has the names that the authors of the DiT's family gave to its modules (None: diffusers' names alone are
+    known). `components` are the DiT (`transformer`) and text encoders, with their tensors by diffusers' names; those
+    that no LoRA changes are as they were. Raises UserError for a file with a key that fits nothing here, with shapes of
+    another model, or without the other half of a pair.
     """
-    targets = spellings(components)
+    targets = spellings(components, layout)
     found: Additions = {}
     for file, strength in loras:
         read_lora(file, strength, components, targets, found)
@@ -171,7 +174,7 @@ def parse_keys(tensors: Tensors) -> tuple[dict[str, Pair], list[str]]:
     return pairs, strange
 
 
-def spellings(components: Mapping[str, Tensors]) -> dict[str, list[Target]]:
+def spellings(components: Mapping[str, Tensors], layout: Layout | None) -> dict[str, list[Target]]:
     """What each module that a LoRA file may name stands for, in all the ways that it may be written."""
     found: dict[str, list[Target]] = {}
 
@@ -185,9 +188,10 @@ def spellings(components: Mapping[str, Tensors]) -> dict[str, list[Target]]:
             if not name.endswith(WEIGHT):
                 continue
             module = name.removesuffix(WEIGHT)
-            for spelling in dit_names(module) if component == DIT else encoder_names(component, module, components):
+            for spelling in dit_names(module) if component == DIT else encoder_names(component, module, layout):
                 add(spelling, Target(component, name, Recipe((Piece(name),))))
-    for name, recipe in recipes_for(components.get(DIT, {})).items():
+    recipes = recipes_for(layout, components[DIT]) if layout and DIT in components else {}
+    for name, recipe in recipes.items():
         source = recipe.pieces[0].name
         if name.endswith(WEIGHT) and source.endswith(WEIGHT):
             for spelling in dit_names(source.removesuffix(WEIGHT)):
@@ -201,16 +205,13 @@ def dit_names(module: str) -> Iterable[str]:
     yield from (prefix + module.replace(".", "_") for prefix in DIT_UNDERSCORED)
 
 
-def encoder_names(component: str, module: str, components: Mapping[str, Tensors]) -> Iterable[str]:
-    """The ways in which a module of a text encoder is written; Kohya's scripts call T5 the third, even of two."""
+def encoder_names(component: str, module: str, layout: Layout | None) -> Iterable[str]:
+    """The ways in which a module of a text encoder is written."""
     bare = module.removeprefix("text_model.")
-    number = int(component.rpartition("_")[2]) if component[-1].isdigit() else 1
-    kohya = {f"lora_te{number}_"} | ({"lora_te_"} if number == 1 else set())
-    if number == 2 and "text_encoder_3" not in components:
-        kohya.add("lora_te3_")
+    kohya = [prefix for prefix, folder in layout.lora_encoders.items() if folder == component] if layout else []
     for written in (bare, f"text_model.{bare}"):
         yield f"{component}.{written}"
-        yield from (prefix + written.replace(".", "_") for prefix in sorted(kohya))
+        yield from (prefix + written.replace(".", "_") for prefix in kohya)
 
 
 @dataclass(frozen=True)

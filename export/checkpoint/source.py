@@ -117,8 +117,8 @@ def _open_file(file: Path, base: Path | None, text_encoders: str) -> Checkpoint:
     if opened is None and single.published is None:
         held = ", ".join(single.components)
         raise UserError(f"{file} holds no DiT, only {held}", "--base FOLDER, a diffusers folder with the rest")
-    if opened and single.pipeline not in (None, opened.pipeline):
-        problem = f"{file} is of a {single.pipeline}, and {base} is a {opened.pipeline}"
+    if opened and single.family and single.family.pipeline != opened.pipeline:
+        problem = f"{file} is of a {single.family.pipeline}, and {base} is a {opened.pipeline}"
         raise UserError(problem, "--base FOLDER, a diffusers folder of the same family")
     folder = base or single.published
     assert folder is not None, "one of them is there"
@@ -140,12 +140,13 @@ def _open_file(file: Path, base: Path | None, text_encoders: str) -> Checkpoint:
 def _with_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) -> Checkpoint:
     from ditforge.export.checkpoint.lazy_tensors import folder_tensors
     from ditforge.export.checkpoint.lora import fuse
+    from ditforge.export.families import family_of
 
     tensors = dict(checkpoint.tensors)
     for component in _components(checkpoint.config("", INDEX)):
         if component.startswith(("transformer", "text_encoder")) and component not in tensors:
             tensors[component] = folder_tensors(checkpoint.weights(component))
-    fused = fuse({name: part for name, part in tensors.items() if name != "vae"}, loras)
+    fused = fuse({name: part for name, part in tensors.items() if name != "vae"}, loras, family_of(checkpoint).layout)
     names = tuple(f"{file.name}:{strength:g}" for file, strength in loras)
     return replace(checkpoint, tensors={**tensors, **fused}, loras=names)
 

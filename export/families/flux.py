@@ -14,9 +14,11 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 
 from ditforge.contract import DIT
 from ditforge.export import vae
-from ditforge.export.checkpoint.diffusers_folder import Checkpoint, with_defaults
+from ditforge.export.checkpoint.diffusers_folder import CONFIGS, Checkpoint, with_defaults
 from ditforge.export.checkpoint.schedule import flow_schedule
+from ditforge.export.families import Family
 from ditforge.export.families.flux_dit import PATCH, FluxVelocity
+from ditforge.export.families.flux_layout import LAYOUT
 from ditforge.export.network import BATCH, Dim, Network, Port
 from ditforge.export.quantisation import reference_pipeline
 from ditforge.export.quantisation.precision import Precision, network_dtype, text_dtype
@@ -24,7 +26,7 @@ from ditforge.export.text_encoders import clip, t5
 from ditforge.export.text_encoders.tokenizers import Tokenizer, read_tokenizer
 from ditforge.model import Model
 
-PIPELINE = "FluxPipeline"
+PUBLISHED = ("flux.1-dev", "flux.1-schnell")
 MAX_SIZE_RATIO = 4  # to the size it was trained at: beyond, pictures fall apart while attention costs 256 times as much
 # The linears of the blocks, but for the modulation (norm…), whose errors reach every token; the embedders and the final
 # layers stay high too, as in NVIDIA's recipe (TensorRT-Model-Optimizer, diffusers example).
@@ -115,3 +117,19 @@ def load_pipeline(checkpoint: Checkpoint) -> FluxPipeline:
 def run_pipeline(loaded: FluxPipeline, model: Model, prompt: str, steps: int, seed: int) -> None:
     """All steps of a picture, without decoding it."""
     reference_pipeline.run(loaded, model, prompt, steps, seed, model.max_tokens["t5"])
+
+
+FAMILY = Family(
+    name="flux",
+    title="FLUX.1",
+    pipeline="FluxPipeline",
+    model=model,
+    read_tokenizers=read_tokenizers,
+    networks=networks,
+    read_config=read_config,
+    linears=LINEARS,
+    load_pipeline=load_pipeline,
+    run_pipeline=run_pipeline,
+    layout=LAYOUT,
+    published={name: CONFIGS / name for name in PUBLISHED},
+)

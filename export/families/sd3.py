@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from ditforge.contract import DIT
 from ditforge.errors import UserError
 from ditforge.export import vae
-from ditforge.export.checkpoint.diffusers_folder import INDEX, Checkpoint, t5_parts, with_defaults
+from ditforge.export.checkpoint.diffusers_folder import CONFIGS, INDEX, Checkpoint, t5_parts, with_defaults
 from ditforge.export.checkpoint.schedule import flow_schedule
+from ditforge.export.families import Family
 from ditforge.export.families.sd3_dit import StableDiffusion3Velocity
+from ditforge.export.families.sd3_layout import LAYOUT
 from ditforge.export.network import BATCH, Dim, Network, Port
 from ditforge.export.quantisation import reference_pipeline
 from ditforge.export.quantisation.precision import Precision, network_dtype, text_dtype
@@ -27,7 +29,7 @@ from ditforge.export.text_encoders import clip, t5
 from ditforge.export.text_encoders.tokenizers import Tokenizer, read_tokenizer
 from ditforge.model import Model, SkipLayers
 
-PIPELINE = "StableDiffusion3Pipeline"
+PUBLISHED = ("sd3.5-large", "sd3.5-medium")
 T5_TOKENS = 256  # diffusers' default max_sequence_length; with zeros in T5's place, there are as many
 MAX_SIZE_RATIO = 4  # to the size it was trained at, as far as the table of positions goes
 # The linears of the blocks, but for the modulation (norm…), whose errors reach every token.
@@ -220,3 +222,19 @@ def load_pipeline(checkpoint: Checkpoint) -> StableDiffusion3Pipeline:
 def run_pipeline(loaded: StableDiffusion3Pipeline, model: Model, prompt: str, steps: int, seed: int) -> None:
     """All steps of a picture, without decoding it."""
     reference_pipeline.run(loaded, model, prompt, steps, seed, model.max_tokens.get("t5", T5_TOKENS))
+
+
+FAMILY = Family(
+    name="sd3",
+    title="Stable Diffusion 3.5",
+    pipeline="StableDiffusion3Pipeline",
+    model=model,
+    read_tokenizers=read_tokenizers,
+    networks=networks,
+    read_config=read_config,
+    linears=LINEARS,
+    load_pipeline=load_pipeline,
+    run_pipeline=run_pipeline,
+    layout=LAYOUT,
+    published={name: CONFIGS / name for name in PUBLISHED},
+)

@@ -24,7 +24,7 @@ from ditforge.export.checkpoint.consistency import check_weights
 from ditforge.export.checkpoint.diffusers_folder import Checkpoint
 from ditforge.export.checkpoint.source import CheckpointSource, open_files
 from ditforge.export.families import family_of, read_networks
-from ditforge.export.quantisation.precision import Precision
+from ditforge.export.quantisation.precision import FP32, Precision
 from ditforge.export.quantisation.qdq import SCHEMES
 from ditforge.model import MAX_STEPS
 
@@ -136,7 +136,7 @@ def calibrate(
         raise UserError(f"steps must be from 1 to {MAX_STEPS}, got {steps}", "--steps 28, or leave it out")
     small_files.check_writable(out, "ranges.json")
     checkpoint = open_files(source)
-    model, _, networks = read_networks(checkpoint, Precision("fp32"))
+    model, _, networks = read_networks(checkpoint, FP32)
     for network in networks:
         check_weights(network, checkpoint.weights(network.weights))
     family = family_of(checkpoint)
@@ -144,7 +144,7 @@ def calibrate(
     steps = steps or model.default_steps
     pipeline = family.load_pipeline(checkpoint)
     amax: dict[str, float] = {}
-    with torch.no_grad(), largest_inputs(pipeline.transformer, family.LINEARS, amax):
+    with torch.no_grad(), largest_inputs(pipeline.transformer, family.linears, amax):
         for done, prompt in enumerate(prompts):
             report(prompt[:30], done, len(prompts))
             family.run_pipeline(pipeline, model, prompt, steps, SEED + done)

@@ -22,8 +22,11 @@ from ditforge.export.checkpoint.layouts import open_single_file
 from ditforge.export.checkpoint.lazy_tensors import Lazy, open_tensors
 from ditforge.export.checkpoint.lora import fuse
 from ditforge.export.checkpoint.source import parse_lora
+from ditforge.export.families.flux_layout import LAYOUT as FLUX
+from ditforge.export.families.sd3_layout import LAYOUT as SD3
 
 RANK = 4
+LAYOUTS = {"flux": FLUX, "sd3": SD3}
 FLUX_LINEARS = (  # as diffusers calls them, with the rows that BFL's fused module has of each
     ("transformer_blocks.0.attn.to_q", "double_blocks.0.img_attn.qkv"),
     ("transformer_blocks.0.attn.to_k", "double_blocks.0.img_attn.qkv"),
@@ -137,7 +140,7 @@ def test_authors_names(
     dit = request.getfixturevalue(model).transformer
     written, products = sums(dit, linears)
     tensors = {k: t for module, (down, up) in written.items() for k, t in style(module, down, up).items()}
-    fused = fuse({"transformer": lazily(dit, tmp_path)}, [(write(tmp_path, tensors), 0.8)])
+    fused = fuse({"transformer": lazily(dit, tmp_path)}, [(write(tmp_path, tensors), 0.8)], LAYOUTS[model])
     assert_added(fused["transformer"], dit, products, 0.8 * scale)
 
 
@@ -149,7 +152,7 @@ def test_diffusers_names(flux: DiffusionPipeline, prefix: str, names: tuple[str,
         down, up = matrices(*reversed(dit.get_submodule(name).weight.shape), seed)
         tensors |= {f"{prefix}{name}.{names[0]}.weight": down, f"{prefix}{name}.{names[1]}.weight": up}
         products[name] = up @ down
-    fused = fuse({"transformer": lazily(dit, tmp_path)}, [(write(tmp_path, tensors), -1.5)])
+    fused = fuse({"transformer": lazily(dit, tmp_path)}, [(write(tmp_path, tensors), -1.5)], FLUX)
     assert_added(fused["transformer"], dit, products, -1.5)
 
 
@@ -174,7 +177,7 @@ def test_text_encoders_by_all_their_names(flux: DiffusionPipeline, sd3: Diffusio
         before = encoders[component][name].read()
         down, up = matrices(before.shape[1], before.shape[0], 0)
         file = write(tmp_path, {f"{written}.{first}.weight": down, f"{written}.{second}.weight": up})
-        fused = fuse(encoders, [(file, 1.0)])
+        fused = fuse(encoders, [(file, 1.0)], FLUX if pipeline is flux else SD3)
         torch.testing.assert_close(fused[component][name].read(), before + up @ down)
         changed = [(c, n) for c, tensors in fused.items() for n in tensors if tensors[n] is not encoders[c][n]]
         assert changed == [(component, name)]
@@ -188,7 +191,7 @@ def test_several_at_once_add_up_whatever_their_style(flux: DiffusionPipeline, tm
         (tmp_path / str(seed)).mkdir()
         files.append((write(tmp_path / str(seed), style(module, down, up)), 0.3 + seed))
         expected += (0.3 + seed) * scale * up @ down
-    fused = fuse({"transformer": lazily(dit, tmp_path)}, files)["transformer"]
+    fused = fuse({"transformer": lazily(dit, tmp_path)}, files, FLUX)["transformer"]
     torch.testing.assert_close(fused[f"{name}.weight"].read(), expected)
 
 
@@ -205,7 +208,7 @@ def test_alpha_in_the_metadata_that_diffusers_writes(flux: DiffusionPipeline, tm
     for settings, scale in cases:
         metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in settings.items()})}
         file = write(tmp_path, bfl(f"transformer.{name}", down, up), metadata)
-        fused = fuse({"transformer": lazily(dit, tmp_path)}, [(file, 1.0)])["transformer"]
+        fused = fuse({"transformer": lazily(dit, tmp_path)}, [(file, 1.0)], FLUX)["transformer"]
         torch.testing.assert_close(fused[f"{name}.weight"].read(), weight + scale * up @ down)
 
 
@@ -217,7 +220,7 @@ def test_on_top_of_a_single_file_in_float8(flux: DiffusionPipeline, tmp_path: Pa
     written, products = sums(dit, FLUX_LINEARS)
     tensors = {k: t for module, (down, up) in written.items() for k, t in kohya(module, down, up).items()}
     components = open_single_file(tmp_path / "dit.safetensors").components
-    fused = fuse(components, [(write(tmp_path, tensors), 1.0)])["transformer"]
+    fused = fuse(components, [(write(tmp_path, tensors), 1.0)], FLUX)["transformer"]
     assert_added(fused, dit, products, 0.5)
     weight = fused["single_transformer_blocks.1.proj_mlp.weight"]
     torch.testing.assert_close(weight.rows(5, 9).read(), weight.read()[5:9])
@@ -227,9 +230,9 @@ def test_convolutions(sd3: DiffusionPipeline, tmp_path: Path) -> None:
     dit = sd3.transformer
     weight = dit.pos_embed.proj.weight.detach()
     down, up = torch.randn(RANK, *weight.shape[1:]), torch.randn(weight.shape[0], RANK, 1, 1)
-    fused = fuse({"transformer": lazily(dit, tmp_path)}, [(write(tmp_path, bfl("pos_embed.proj", down, up)), 1.0)])[
-        "transformer"
-    ]
+    fused = fuse(
+        {"transformer": lazily(dit, tmp_path)}, [(write(tmp_path, bfl("pos_embed.proj", down, up)), 1.0)], SD3
+    )["transformer"]
     expected = weight + torch.einsum("or,rihw->oihw", up[:, :, 0, 0], down)
     torch.testing.assert_close(fused["pos_embed.proj.weight"].read(), expected)
 
@@ -264,12 +267,12 @@ def test_what_fits_nothing_is_refused(flux: DiffusionPipeline, sd3: DiffusionPip
     }
     for message, tensors in cases.items():
         with pytest.raises(UserError, match=message):
-            fuse(dit, [(write(tmp_path, tensors), 1.0)])
+            fuse(dit, [(write(tmp_path, tensors), 1.0)], FLUX)
     (tmp_path / "sd3").mkdir()
     with pytest.raises(UserError, match="fit nothing in this checkpoint"):
-        fuse({"transformer": lazily(sd3.transformer, tmp_path / "sd3")}, [(write(tmp_path, good), 1.0)])
+        fuse({"transformer": lazily(sd3.transformer, tmp_path / "sd3")}, [(write(tmp_path, good), 1.0)], SD3)
     with pytest.raises(UserError, match="lora_adapter_metadata in its header is damaged"):
-        fuse(dit, [(write(tmp_path, good, {"lora_adapter_metadata": "{"}), 1.0)])
+        fuse(dit, [(write(tmp_path, good, {"lora_adapter_metadata": "{"}), 1.0)], FLUX)
 
 
 def test_options(tmp_path: Path) -> None:
@@ -302,7 +305,7 @@ def test_against_diffusers_and_peft(flux: DiffusionPipeline, style: str, tmp_pat
     pipeline.load_lora_weights(str(file))
     pipeline.fuse_lora(lora_scale=0.7)
     pipeline.unload_lora_weights()
-    fused = fuse({"transformer": lazily(dit, tmp_path)}, [(file, 0.7)])["transformer"]
+    fused = fuse({"transformer": lazily(dit, tmp_path)}, [(file, 0.7)], FLUX)["transformer"]
     for name, weight in pipeline.transformer.state_dict().items():
         torch.testing.assert_close(fused[name].read(), weight, rtol=1e-5, atol=1e-5)
     changed = [
@@ -327,7 +330,7 @@ def test_kohya_against_diffusers_converter_at_the_published_width(tmp_path: Path
     }
     for seed, (module, sizes) in enumerate(modules.items()):
         tensors |= kohya(module, *matrices(*sizes, seed))
-    fused = fuse({"transformer": open_tensors(tmp_path / "dit.safetensors")}, [(write(tmp_path, tensors), 1.0)])
+    fused = fuse({"transformer": open_tensors(tmp_path / "dit.safetensors")}, [(write(tmp_path, tensors), 1.0)], FLUX)
     theirs = _convert_kohya_flux_lora_to_diffusers(dict(tensors))
     names = [key.split(".", 1)[1].removesuffix(".lora_A.weight") for key in theirs if key.endswith("lora_A.weight")]
     assert len(names) == 10

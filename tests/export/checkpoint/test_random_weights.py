@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ditforge.export.checkpoint.source import CheckpointSource
 from ditforge.export.families import flux
 from ditforge.export.graph import resuming
 from ditforge.export.onnx_export import ExportOptions, export_checkpoint
-from ditforge.export.quantisation.precision import parse_precision
+from ditforge.export.quantisation.precision import FP32, parse_precision
 
 BF16 = parse_precision("bf16")
 PROMPT = "A red circle, é and 💡"
@@ -163,8 +164,8 @@ class Stopped(Exception):
 @pytest.fixture
 def two_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports consist of CLIP and T5 alone, which are traced in a second."""
-    networks = flux.networks
-    monkeypatch.setattr(flux, "networks", lambda *args: networks(*args)[:2])
+    family = replace(flux.FAMILY, networks=lambda *args: flux.networks(*args)[:2])
+    monkeypatch.setattr(flux, "FAMILY", family)
 
 
 @pytest.fixture
@@ -204,7 +205,7 @@ def test_an_interrupted_export_goes_on(stopped_at_t5: Callable[[Path], list[str]
     assert [done for _, done, _ in said] == sorted(done for _, done, _ in said)
     assert said[-1][1] == said[-1][2] == said[0][2]
     with random_checkpoint(bare) as opened:
-        shapes = [random_weights(n, opened).shapes for n in flux.networks(opened, parse_precision("fp32"))]
+        shapes = [random_weights(n, opened).shapes for n in flux.FAMILY.networks(opened, FP32)]
     assert said[0][2] == sum(4 * torch.Size(size).numel() for part in shapes for size in part.values())  # bytes
 
 

@@ -94,7 +94,7 @@ def test_flux_dit(model: str, prefix: str, tmp_path: Path, request: pytest.Fixtu
     dit = request.getfixturevalue(model).transformer
     file = write(tmp_path, single_files.prefixed(prefix, single_files.flux_dit(dit.state_dict())))
     single = open_single_file(file)
-    assert single.pipeline == "FluxPipeline"
+    assert single.family and single.family.pipeline == "FluxPipeline"
     assert list(single.components) == ["transformer"]
     assert_equal(single.components["transformer"], dit)
     assert not own_config(single, dit)
@@ -116,7 +116,7 @@ def test_stability_single_file(model: str, tmp_path: Path, request: pytest.Fixtu
             state = encoder.state_dict() if name == "t5xxl" else single_files.text_model(encoder.state_dict())
             tensors |= single_files.prefixed(f"text_encoders.{name}.transformer.", state)
     single = open_single_file(write(tmp_path, tensors))
-    assert single.pipeline == "StableDiffusion3Pipeline"
+    assert single.family and single.family.pipeline == "StableDiffusion3Pipeline"
     assert set(single.components) == set(components)
     for name, module in components.items():
         assert_equal(single.components[name], module)
@@ -187,7 +187,7 @@ def test_autoencoder_alone(schnell: DiffusionPipeline, tmp_path: Path) -> None:
     """ae.safetensors: its family is not told, so none is said."""
     single = open_single_file(write(tmp_path, single_files.autoencoder(schnell.vae.state_dict())))
     assert list(single.components) == ["vae"]
-    assert (single.pipeline, single.published, single.config) == (None, None, {})
+    assert (single.family, single.published, single.config) == (None, None, {})
     assert_equal(single.components["vae"], schnell.vae)
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,12 +26,12 @@ from ditforge.unfinished_folder import partial_folder
 # Exports T5, which is large enough to be kept, and is killed when it comes to CLIP.
 KILLED = """
 import os, signal, sys
+from dataclasses import replace
 from pathlib import Path
 from ditforge.export import onnx_export
 from ditforge.export.families import flux
 from ditforge.export.checkpoint.source import CheckpointSource
-networks = flux.networks
-flux.networks = lambda *args: networks(*args)[1::-1]
+flux.FAMILY = replace(flux.FAMILY, networks=lambda *args: flux.networks(*args)[1::-1])
 def report(component, done, total):
     if component == "clip":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -58,14 +59,15 @@ def test_killed_between_components(bare: Path, tmp_path: Path, monkeypatch: pyte
     """By a signal that nobody can catch; the same command again takes what was finished, byte for byte."""
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
-    out, networks = tmp_path / "killed" / "onnx", flux.networks
+    out = tmp_path / "killed" / "onnx"
     killed = subprocess.run([sys.executable, "-c", KILLED, bare, out], check=False, timeout=PATIENCE)
     assert killed.returncode == -signal.SIGKILL
     kept = tmp_path / "killed" / ".onnx.unfinished" / "t5.onnx.data"
     inode, left = kept.stat().st_ino, sorted(os.listdir(tmp_path / "killed"))
     assert kept.stat().st_size > resuming.WORTH
     assert len(left) == 2 and "onnx" not in left  # and a folder that was being written
-    monkeypatch.setattr(flux, "networks", lambda *args: networks(*args)[1::-1])
+    family = replace(flux.FAMILY, networks=lambda *args: flux.networks(*args)[1::-1])
+    monkeypatch.setattr(flux, "FAMILY", family)
     export_checkpoint(CheckpointSource(bare, random_weights=True), out)
     assert os.listdir(tmp_path / "killed") == ["onnx"]
     assert (out / "t5.onnx.data").stat().st_ino == inode  # not written again

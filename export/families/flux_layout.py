@@ -1,0 +1,53 @@
+"""FLUX.1 in one file, as Black Forest Labs and ComfyUI write it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from diffusers.loaders import single_file_utils
+
+from ditforge.export.checkpoint.conversion import Tensors
+from ditforge.export.checkpoint.layouts import Layout, count_blocks
+
+
+def flux_config(tensors: Tensors) -> dict[str, Any]:
+    """FluxTransformer2DModel's configuration as far as the shapes of BFL's tensors tell."""
+    head = tensors["double_blocks.0.img_attn.norm.query_norm.scale"].shape[0]
+    width, channels = tensors["img_in.weight"].shape
+    out = tensors["final_layer.linear.weight"].shape[0]
+    return {
+        "_class_name": "FluxTransformer2DModel",
+        "num_layers": count_blocks(tensors, "double_blocks"),
+        "num_single_layers": count_blocks(tensors, "single_blocks"),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "in_channels": channels,
+        "out_channels": None if out == channels else out,
+        "joint_attention_dim": tensors["txt_in.weight"].shape[1],
+        "pooled_projection_dim": tensors["vector_in.in_layer.weight"].shape[1],
+        "guidance_embeds": "guidance_in.in_layer.weight" in tensors,
+    }
+
+
+def flux_hints(names: Iterable[str]) -> list[str]:
+    """BFL's keys for as many blocks as there are among diffusers' `names`."""
+    double, single = count_blocks(names, "transformer_blocks"), count_blocks(names, "single_transformer_blocks")
+    blocks = [f"double_blocks.{i}." for i in range(double)] + [f"single_blocks.{i}." for i in range(single)]
+    return [*blocks, "guidance_in."]
+
+
+LAYOUT = Layout(
+    key="double_blocks.0.img_attn.qkv.weight",
+    convert=single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,
+    hints=flux_hints,
+    config=flux_config,
+    published=lambda config: "flux.1-dev" if config["guidance_embeds"] else "flux.1-schnell",
+    encoders={"clip_l": "text_encoder", "t5xxl": "text_encoder_2"},
+    lora_encoders={  # some call T5 the third text encoder, even where there are two
+        "lora_te_": "text_encoder",
+        "lora_te1_": "text_encoder",
+        "lora_te2_": "text_encoder_2",
+        "lora_te3_": "text_encoder_2",
+    },
+)

@@ -13,13 +13,13 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import model_config_pb2, service_pb2 as pb
 
-from ditforge.contract import DIT, VAE_DECODER
+from ditforge.contract import DIT, POOLED_EMBEDS, PROMPT_EMBEDS, VAE_DECODER
 from ditforge.model import Model
 
 Arrays = dict[str, np.ndarray]
 
 DTYPES = {"FP32": np.float32, "FP16": np.float16, "INT32": np.int32, "UINT8": np.uint8}
-EMBEDDINGS = ("prompt_embeds", "pooled_embeds")
+EMBEDDINGS = {PROMPT_EMBEDS: True, POOLED_EMBEDS: False}  # whether every model has them
 SPARE = 64 << 10  # bytes of an answer beside its tensors: names, shapes, parameters
 
 
@@ -45,8 +45,10 @@ class Output:
 def embeddings_of(config: model_config_pb2.ModelConfig) -> dict[str, Output]:
     """The embeddings of one prompt, [1, …], as the DiT with that configuration takes them. Raises WrongAnswer."""
     found = {}
-    for name in EMBEDDINGS:
+    for name, everywhere in EMBEDDINGS.items():
         (tensor,) = [tensor for tensor in config.input if tensor.name == name] or [None]
+        if tensor is None and not everywhere:
+            continue
         dtype = model_config_pb2.DataType.Name(tensor.data_type).removeprefix("TYPE_") if tensor else ""
         if tensor is None or dtype not in DTYPES or not tensor.dims or min(tensor.dims) < 1:
             raise WrongAnswer(f"its dit has no input {name} of fixed size in {' or '.join(DTYPES)}")

@@ -1,0 +1,169 @@
+"""The calls that the README's shell lines make, in Python: `import ditforge` has them, and `ditforge.Client`.
+
+Each imports what it needs when it is called, prints nothing, and raises UserError for what was wrong with its input and
+DitforgeError for what failed. An option that nobody knows is refused with the nearest name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import Unpack
+
+from ditforge.errors import UserError
+
+if TYPE_CHECKING:
+    from ditforge.engines.build import Built
+    from ditforge.engines.memory.placement import Plan
+    from ditforge.export.onnx_export import Exported
+    from ditforge.triton_repo.server import Options as ServeKeywords, Server
+
+AnyPath = str | os.PathLike[str]
+Lora = AnyPath | tuple[AnyPath, float]
+Progress = Callable[[str, int, int], None]
+T = TypeVar("T")
+
+
+class ExportKeywords(TypedDict, total=False):
+    """The fields of CheckpointSource and ExportOptions."""
+
+    base: AnyPath | None
+    loras: Sequence[Lora]
+    text_encoders: str
+    t5_precision: str | None
+    random_weights: bool
+    precision: str
+    activations: str
+    calibration: AnyPath | None
+    max_error: float | None
+
+
+class BuildKeywords(TypedDict, total=False):
+    """The fields of BuildOptions."""
+
+    gpu: str
+    compiler: str | None
+    resolutions: str | None
+    static: str | None
+    batch: int | None
+    vae_tile: int | None
+    segments: int | None
+    residency: str | None
+    gpu_memory: float | None
+
+
+def export_checkpoint(
+    checkpoint: AnyPath, out: AnyPath, progress: Progress | None = None, **options: Unpack[ExportKeywords]
+) -> Exported:
+    """Export a checkpoint to ONNX in the folder `out`: the same as `ditforge export`.
+
+    `checkpoint` is a folder in diffusers' layout, or a .safetensors file. `progress` is called with (component, bytes
+    of weights written, bytes in all). Options, by name:
+
+    base: a folder in diffusers' layout that has what a single file lacks.
+    loras: files to be added to the weights, or pairs of a file and its strength.
+    text_encoders: "all", or "clip" to leave T5 out.
+    t5_precision: the precision of T5, where it is to differ from the rest.
+    random_weights: takes random numbers in place of the weights; `checkpoint` may be a published model's name then.
+    precision: fp32 (the default), fp16 or bf16; for the DiT's linears also fp8, fp8-weights or int8-weights.
+    activations: what surrounds 8-bit weights: bf16 (the default), fp16 or fp32.
+    calibration: a file that `ditforge calibrate` wrote for this checkpoint; fp8 needs one.
+    max_error: the linears with the largest 8-bit errors stay 16-bit until the velocity's relative error is no larger.
+
+    Returns what was exported; where `out` held the same export already, nothing was written (`fresh`). Raises UserError
+    for a checkpoint that is incomplete or of no known family, and where the disk has too little space, before anything
+    is written.
+    """
+    from ditforge.export.checkpoint.source import CheckpointSource
+    from ditforge.export.onnx_export import ExportOptions, export_checkpoint as export
+
+    check_names("export_checkpoint", options, CheckpointSource, ExportOptions)
+    given: dict[str, Any] = {"path": checkpoint, **options}
+    if "loras" in given:
+        given["loras"] = [lora if isinstance(lora, tuple) else (lora, 1.0) for lora in given["loras"]]
+    return export(made(CheckpointSource, given), Path(out), made(ExportOptions, given), progress)
+
+
+def build_engines(
+    onnx: AnyPath,
+    out: AnyPath,
+    progress: Progress | None = None,
+    planned: Callable[[Plan], None] | None = None,
+    **options: Unpack[BuildKeywords],
+) -> Built:
+    """Compile what `export_checkpoint` wrote into engines in the folder `out`: the same as `ditforge build`.
+
+    `progress` is called with (what is done, how many steps are done, how many there are), and `planned` with the plan
+    for the GPU's memory, where there is one. Options, by name:
+
+    gpu: what to compile for: a product such as "rtx4090", "sm_89", several ("sm_86,sm_89"), "local", or "cpu" (the
+        default).
+    compiler: by default the GPU's.
+    resolutions: heights and widths in pixels, "512-1536" or "512-1024-1536". static: only these sizes, "1024x1024".
+    batch: the largest batch.
+    vae_tile: the autoencoder takes pictures in tiles of that many pixels.
+    segments: into how many engines the DiT is cut. residency: "resident" or "on-demand".
+    gpu_memory: how many GB of memory the GPU has for the engines.
+
+    Returns what was built: the manifest, and for each engine that was compiled the reason why. Raises UserError where
+    the GPU cannot execute a component or has too little memory; then `out` is as it was before.
+    """
+    from ditforge.engines.build import BuildOptions, build
+
+    check_names("build_engines", options, BuildOptions)
+    return build(Path(onnx), Path(out), made(BuildOptions, options), progress, planned)
+
+
+def write_repository(engines: AnyPath, out: AnyPath, max_batch: int | None = None) -> str:
+    """Write a Triton model repository of what `build_engines` wrote: the same as `ditforge repo`.
+
+    `max_batch` is how many samples Triton puts into one call of a model: by default 8, or what the engines take.
+    Returns why it was written; empty where `out` holds the same repository already. Raises UserError if the engines are
+    damaged, or do not take such batches; then `out` is as it was before.
+    """
+    from ditforge.triton_repo.repository import write_repository as write
+
+    return write(Path(engines), Path(out), max_batch)
+
+
+def serve(
+    repository: AnyPath, on_event: Callable[[str], object] | None = None, **options: Unpack[ServeKeywords]
+) -> Server:
+    """Run Triton on a model repository: the same as `ditforge serve`, but in the background.
+
+    Returns once every model is ready. The server is a context manager that stops it, and `server.url` is where clients
+    reach it. `on_event` is called, in a thread, with a line for people whenever something happens to the server. The
+    options are those of ditforge.triton_repo.serve_options.ServeOptions: port, host, log, timeout, grace, tls_cert, ….
+    Raises UserError where the repository, an address, a file or the installation is at fault, and DitforgeError where
+    the server does not get ready; nothing is left running then.
+    """
+    from ditforge.triton_repo.server import start
+
+    return start(Path(repository), on_event, **options)
+
+
+def check_names(call: str, options: Mapping[str, object], *records: type) -> None:
+    """Raise UserError, with the nearest name, for an option that none of the records (dataclasses) has."""
+    known = [field.name for record in records for field in fields(record) if field.name != "path"]
+    for name in options:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            problem = f"{call} has no option {name!r}, but {', '.join(known)}"
+            raise UserError(problem, f"{near[0]}=…" if near else "leave it out")
+
+
+def made(record: type[T], given: Mapping[str, object]) -> T:
+    """The record (a dataclass) of those options that it has. Raises UserError for a value of another type."""
+    own = {field.name: given[field.name] for field in fields(record) if field.name in given}  # type: ignore[arg-type]
+    try:
+        return TypeAdapter(record).validate_python(own)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name, value = str(first["loc"][0]) if first["loc"] else "an option", first["input"]
+        raise UserError(f"{name} cannot be {value!r}: {first['msg'].lower()}", f"another {name}=…") from None

@@ -6,19 +6,36 @@ Client("localhost:8001").generate("a large red circle", seed=0).save("picture.pn
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ditforge.client.client import AsyncClient as AsyncClient, Client as Client
+    from ditforge.client.options import GenerateOptions as GenerateOptions
+    from ditforge.client.samplers import SAMPLERS as SAMPLERS, Sampler as Sampler, Step as Step
+    from ditforge.client.schedules import SCHEDULES as SCHEDULES, Spacing as Spacing
     from ditforge.client.tls import TLS as TLS
 
-__all__ = ["TLS", "AsyncClient", "Client"]
+# Each name, and the module that is loaded when it is first asked for: samplers alone need NumPy only, not gRPC.
+_PUBLIC = {
+    "SAMPLERS": "samplers",
+    "SCHEDULES": "schedules",
+    "TLS": "tls",
+    "AsyncClient": "client",
+    "Client": "client",
+    "GenerateOptions": "options",
+    "Sampler": "samplers",
+    "Spacing": "schedules",
+    "Step": "samplers",
+}
+__all__ = ["SAMPLERS", "SCHEDULES", "TLS", "AsyncClient", "Client", "GenerateOptions", "Sampler", "Spacing", "Step"]
 
 
 def __getattr__(name: str) -> object:
-    """Load gRPC when a client is first asked for: ditforge.client.sampling alone needs NumPy only."""
-    if name in __all__:
-        from ditforge.client import client, tls
-
-        return getattr(tls if name == "TLS" else client, name)
+    if name in _PUBLIC:
+        return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

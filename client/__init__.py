@@ -6,19 +6,21 @@ Client("localhost:8001").generate("a large red circle", seed=0).save("picture.pn
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ditforge.client.client import AsyncClient as AsyncClient, Client as Client
+    from ditforge.client.aio import AsyncClient as AsyncClient
+    from ditforge.client.client import Client as Client
+    from ditforge.client.settings import ConnectionSettings as ConnectionSettings
     from ditforge.client.tls import TLS as TLS
 
-__all__ = ["TLS", "AsyncClient", "Client"]
+MODULES = {"AsyncClient": "aio", "Client": "client", "ConnectionSettings": "settings", "TLS": "tls"}
+__all__ = ["TLS", "AsyncClient", "Client", "ConnectionSettings"]
 
 
 def __getattr__(name: str) -> object:
     """Load gRPC when a client is first asked for: ditforge.client.sampling alone needs NumPy only."""
-    if name in __all__:
-        from ditforge.client import client, tls
-
-        return getattr(tls if name == "TLS" else client, name)
+    if name in MODULES:
+        return getattr(import_module(f"ditforge.client.{MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

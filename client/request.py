@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -13,7 +12,8 @@ from ditforge.client.noise import check_seed
 from ditforge.client.option import option
 from ditforge.client.sampling import check_steps, find_sampler
 from ditforge.client.t5_policy import needs_t5
-from ditforge.errors import DitforgeWarning, UserError
+from ditforge.client.told import warn
+from ditforge.errors import UserError
 from ditforge.model import LEAST_TILE, Model
 
 MAX_GUIDANCE = 100.0
@@ -141,7 +141,7 @@ def check_together(request: Request, model: Model) -> None:
     if request.skip_layer_guidance:
         raise UserError("skip-layer guidance works on top of classifier-free guidance, which is off", fix)
     if request.negative_prompt:
-        warnings.warn(f"the negative prompt is ignored without {fix}", DitforgeWarning, stacklevel=5)
+        warn(f"the negative prompt is ignored without {fix}")
 
 
 def choose_size(height: int | None, width: int | None, model: Model) -> tuple[int, int]:
@@ -186,7 +186,7 @@ def check_guidance(guidance: float | None, model: Model) -> float:
         return model.default_guidance
     guidance = check_scale("guidance", guidance, model.default_guidance)
     if model.guidance == "none":
-        warnings.warn(f"{model.name} takes no guidance: {guidance:g} is ignored", DitforgeWarning, stacklevel=5)
+        warn(f"{model.name} takes no guidance: {guidance:g} is ignored")
         return 0.0
     return guidance
 

@@ -13,7 +13,7 @@ import grpc
 
 from ditforge.client.retry import Failure
 from ditforge.client.settings import ConnectionSettings
-from ditforge.client.transport import CLOSED, SERVICE, CallFailed, Metadata, credentials, failure, options
+from ditforge.client.transport import CLOSED, OPTIONS, SERVICE, CallFailed, Metadata, Use, failure
 
 T = TypeVar("T")
 
@@ -46,17 +46,21 @@ class BlockingChannel:
     """A `Channel` of gRPC's synchronous client."""
 
     def __init__(self, url: str, settings: ConnectionSettings) -> None:
-        encrypted, how = credentials(settings), options(settings, "blocking")
-        self._channel = (
-            grpc.insecure_channel(url, how) if encrypted is None else grpc.secure_channel(url, encrypted, how)
-        )
+        def make(credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
+            if credentials is None:
+                return grpc.insecure_channel(url, OPTIONS)
+            return grpc.secure_channel(url, credentials, OPTIONS)
+
+        self._use = Use[BlockingPending](url, settings, "threads", make)
 
     def begin(self, method: str, request: bytes, timeout: float, metadata: Metadata) -> BlockingPending:
-        call = self._channel.unary_unary(f"/{SERVICE}/{method}")
-        return BlockingPending(lambda: call.future(request, timeout, tuple(metadata.items())))
+        call = self._use.channel.unary_unary(f"/{SERVICE}/{method}")
+        return self._use.note(BlockingPending(lambda: call.future(request, timeout, tuple(metadata.items()))))
 
     def close(self) -> None:
-        self._channel.close()
+        channel = self._use.end()
+        if channel is not None:
+            channel.close()
 
 
 class BlockingPending:

@@ -14,7 +14,7 @@ import grpc
 from ditforge.client.greenlets import in_greenlet, wait_for
 from ditforge.client.retry import Failure
 from ditforge.client.settings import ConnectionSettings
-from ditforge.client.transport import CLOSED, SERVICE, CallFailed, Metadata, credentials, failure, options
+from ditforge.client.transport import CLOSED, OPTIONS, SERVICE, CallFailed, Metadata, Use, failure
 
 T = TypeVar("T")
 
@@ -72,17 +72,21 @@ class EventLoopChannel:
     """A `Channel` of gRPC's asyncio client."""
 
     def __init__(self, url: str, settings: ConnectionSettings) -> None:
-        encrypted, how = credentials(settings), options(settings, "asyncio")
-        self._channel = (
-            grpc.aio.insecure_channel(url, how) if encrypted is None else grpc.aio.secure_channel(url, encrypted, how)
-        )
+        def make(credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+            if credentials is None:
+                return grpc.aio.insecure_channel(url, OPTIONS)
+            return grpc.aio.secure_channel(url, credentials, OPTIONS)
+
+        self._use = Use[EventLoopPending](url, settings, asyncio.get_running_loop(), make)
 
     def begin(self, method: str, request: bytes, timeout: float, metadata: Metadata) -> EventLoopPending:
-        call = self._channel.unary_unary(f"/{SERVICE}/{method}")
-        return EventLoopPending(call(request, timeout=timeout, metadata=tuple(metadata.items())))
+        call = self._use.channel.unary_unary(f"/{SERVICE}/{method}")
+        return self._use.note(EventLoopPending(call(request, timeout=timeout, metadata=tuple(metadata.items()))))
 
     def close(self) -> None:
-        wait_for(self._channel.close())
+        channel = self._use.end()
+        if channel is not None:
+            wait_for(channel.close())
 
 
 class EventLoopPending:

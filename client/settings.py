@@ -5,25 +5,24 @@ The one place for this: `Client`, `AsyncClient` and the command line all make a 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from numbers import Real
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from typing_extensions import Unpack
 
 from ditforge.client.address import DEFAULT_URL, check_url
 from ditforge.client.headers import AUTHORIZATION, check_headers
 from ditforge.client.option import TOKEN, option
+from ditforge.client.shared import Shared
 from ditforge.client.tls import TLS
 from ditforge.credentials import check_token
 from ditforge.errors import UserError
 
 LONGEST = 7 * 24 * 3600.0  # seconds
-NUMBERS = itertools.count()
 
 
 class Settings(TypedDict, total=False):
@@ -40,16 +39,6 @@ class Settings(TypedDict, total=False):
     headers: Mapping[str, str | bytes]
 
 
-class Shared:
-    """What clients have in common that were given the same settings: a number, by which gRPC knows connections that can
-    be shared, and the files and credentials that were last used.
-    """
-
-    def __init__(self) -> None:
-        self.number = next(NUMBERS)
-        self.credentials: tuple[tuple[bytes | None, ...], Any] | None = None
-
-
 @dataclass(frozen=True)
 class ConnectionSettings:
     """Addresses (HOST:PORT of gRPC) of one server, or of several that serve the same engines, and times in seconds.
@@ -57,10 +46,10 @@ class ConnectionSettings:
     `Client` says what each setting means. The token is a bearer token (RFC 6750). `dataclasses.replace` makes settings
     that differ in some.
 
-    A client has one channel to each server, for all of its pictures, and closes it when it is closed. Clients that are
-    given the same object (an equal one is another) share their connections as well: each connection, with its TLS
-    handshake, is made for the first of them and closed with the last. `Client` shares none with `AsyncClient`. That
-    saves many short-lived clients time; for as much as one connection can carry, give each client its own settings.
+    A client has one channel to each server, for all of its pictures. Clients that are given the same object (an equal
+    one is another) share their channels, so that many clients need one connection and one TLS handshake; a channel is
+    closed with the last of them, and a client that is closed earlier ends its own calls only. AsyncClients share those
+    of their event loop, and none with Client. For more than one connection can carry, give clients their own settings.
 
     Raises UserError for what cannot be.
     """

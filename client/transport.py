@@ -8,8 +8,10 @@ these methods and wait for them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+from weakref import WeakSet
 
 import grpc
 
@@ -25,14 +27,15 @@ LARGEST_DESCRIPTION = 4 << 20  # bytes: the configurations of our models have so
 LONGEST_MESSAGE = 500  # characters of what a server says, which is shown
 CLOSED = "channel closed"
 
-# A server that was started again is seen within a second. What is not here: gRPC's own keepalive. Triton allows a ping
-# in 5 minutes, and closes a connection with a call that takes 50 s while it is pinged every 10 s ("too_many_pings"); so
-# a busy server is asked whether it is live instead.
+# A server that was started again is seen within a second, and channels share no connection beneath. What is not here:
+# gRPC's own keepalive. Triton allows a ping in 5 minutes, and closes a connection with a call that takes 50 s while it
+# is pinged every 10 s ("too_many_pings"); so a busy server is asked whether it is live instead.
 OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),
     (
         "grpc.service_config",
@@ -71,14 +74,17 @@ class Pending(Protocol):
         """End the call, which the server is told. Does not wait, and does no harm to a call that has ended."""
 
 
+P = TypeVar("P", bound=Pending)
+
+
 class Channel(Protocol):
-    """A channel to one server."""
+    """A channel to one server, as one client uses it."""
 
     def begin(self, method: str, request: bytes, timeout: float, metadata: Metadata) -> Pending:
         """Begin a call of a method of Triton's service, which ends after `timeout` seconds at the latest."""
 
     def close(self) -> None:
-        """Close the channel for good. Calls that have not ended fail."""
+        """Close the channel for good. Calls of this client that have not ended fail."""
 
 
 class Transport(Protocol):
@@ -103,25 +109,43 @@ class Transport(Protocol):
         """
 
 
-def options(settings: ConnectionSettings, kind: str) -> list[tuple[str, Any]]:
-    """The options of a channel. `kind` names the transport.
+class Use(Generic[P]):
+    """One client's use of a gRPC channel to the server at `url`, which clients of the same settings share.
 
-    gRPC takes one connection for channels of the same address, options and credentials. The option added here keeps
-    apart channels of different settings, so that only clients which were given the same object share connections.
-    Source: https://grpc.io/docs/guides/performance/
+    `owner` is what can use it. `make` makes it, given what it is encrypted with, or None.
     """
-    return [*OPTIONS, ("ditforge.settings", f"{kind} {settings.shared.number}")]
 
+    def __init__(
+        self,
+        url: str,
+        settings: ConnectionSettings,
+        owner: Hashable,
+        make: Callable[[grpc.ChannelCredentials | None], Any],
+    ) -> None:
+        tls, self._shared = settings.tls, settings.shared
+        files = None if tls is None else (tls.read("ca"), tls.read("key"), tls.read("certificate"))
+        self._key = owner, url, files
+        self._lock, self._closed, self._calls = threading.Lock(), False, WeakSet[P]()
+        self.channel = self._shared.take(self._key, lambda: make(files and grpc.ssl_channel_credentials(*files)))
 
-def credentials(settings: ConnectionSettings) -> grpc.ChannelCredentials | None:
-    """What a channel is encrypted with; None where it is not. The same object as long as the files are the same."""
-    tls = settings.tls
-    if tls is None:
-        return None
-    files = tls.read("ca"), tls.read("key"), tls.read("certificate")
-    if settings.shared.credentials is None or settings.shared.credentials[0] != files:
-        settings.shared.credentials = files, grpc.ssl_channel_credentials(*files)
-    return settings.shared.credentials[1]
+    def note(self, pending: P) -> P:
+        """Note a call of this client."""
+        with self._lock:
+            self._calls.add(pending)
+            closed = self._closed
+        if closed:
+            pending.cancel()
+        return pending
+
+    def end(self) -> Any | None:
+        """End the calls of this client. Returns the channel where nobody uses it any more: it is to be closed."""
+        with self._lock:
+            if self._closed:
+                return None
+            self._closed, calls = True, list(self._calls)
+        for pending in calls:
+            pending.cancel()
+        return self._shared.give_back(self._key)
 
 
 def failure(code: grpc.StatusCode, details: str | None) -> Failure:

@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 import numpy as np
-import psutil
 import pytest
+from both_clients import connections
 from command_line import PATIENCE, eventually
 from front import Call, Front, Refusal, front
 from PIL import Image
 from replicas import lasting_port
 
-from ditforge.client import AsyncClient, Client
+from ditforge.client import AsyncClient, Client, ConnectionSettings
 from ditforge.client.sampling import SAMPLERS, Step
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 from ditforge.triton_repo.server import Server
@@ -58,12 +58,6 @@ async def soon(condition: Callable[[], object]) -> None:
 
 def others() -> set[asyncio.Task[object]]:
     return {task for task in asyncio.all_tasks() if task is not asyncio.current_task()}
-
-
-def connections(url: str) -> int:
-    """How many this process has to the server at `url`."""
-    port = int(url.rpartition(":")[2])
-    return sum(bool(each.raddr) and each.raddr.port == port for each in psutil.Process().net_connections("tcp"))
 
 
 # cancelled
@@ -304,6 +298,29 @@ def test_closing_ends_pictures(between: Front) -> None:
         await soon(lambda: held.cancelled)
 
     asyncio.run(main())
+
+
+def test_closing_one_of_two_that_share_a_connection(between: Front) -> None:
+    held, settings = Held("dit"), ConnectionSettings((between.url,))
+
+    async def main() -> None:
+        first, second = await AsyncClient(settings).connect(), await AsyncClient(settings).connect()
+        assert connections(between.url) == 1
+        between.refuse = held
+        tasks = [asyncio.create_task(client.generate("a", **SMALL)) for client in (first, second)]
+        await soon(lambda: held.began == 2)
+        await first.close()
+        with pytest.raises(DitforgeError, match="is closed"):
+            await tasks[0]
+        await soon(lambda: held.cancelled)
+        assert not tasks[1].done()
+        assert (held.cancelled, connections(between.url)) == (1, 1)
+        await second.close()
+        with pytest.raises(DitforgeError, match="is closed"):
+            await tasks[1]
+
+    asyncio.run(main())
+    eventually(lambda: held.cancelled == 2 and connections(between.url) == 0)
 
 
 def test_another_event_loop(between: Front) -> None:

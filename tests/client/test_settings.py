@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import re
 import subprocess
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -196,6 +198,7 @@ def test_a_token_and_a_header_authorization() -> None:
 
 
 def test_ready_settings() -> None:
+    assert deepcopy(make_settings("a:1")) == pickle.loads(pickle.dumps(make_settings("a:1"))) == make_settings("a:1")
     ready = make_settings(["a:1", "b:2"], timeout=5)
     assert make_settings(ready) is ready
     changed = make_settings(ready, token="a")

@@ -206,11 +206,10 @@ def test_command_line_says_on_one_line_that_it_retried(between: Front, tmp_path:
 # which connections calls go through
 
 
-@pytest.mark.parametrize("make", BOTH)
-def test_clients_of_the_same_settings_share_connections(make: Any, between: Front) -> None:
+def test_clients_of_the_same_settings_share_connections(between: Front) -> None:
     settings = ConnectionSettings((between.url,))
-    with make(settings) as first:
-        with make(settings) as second, make(between.url) as stranger, make(replace(settings)) as equal:
+    with Client(settings) as first:
+        with Client(settings) as second, Client(between.url) as stranger, Client(replace(settings)) as equal:
             for client in (first, second, stranger, equal):
                 client.generate("a", steps=1, **SMALL)
         first.generate("a", steps=1, **SMALL)  # which goes on though the other one was closed

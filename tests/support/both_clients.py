@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+import psutil
 import pytest
 from typing_extensions import Self
 
@@ -51,3 +52,9 @@ class InLoop:
 
 BOTH = [pytest.param(Client, id="Client"), pytest.param(InLoop, id="AsyncClient")]
 FILES = [__file__]  # where AsyncClient is called here, which its warnings name
+
+
+def connections(url: str) -> int:
+    """How many this process has to the server at `url`."""
+    port = int(url.rpartition(":")[2])
+    return sum(bool(each.raddr) and each.raddr.port == port for each in psutil.Process().net_connections("tcp"))

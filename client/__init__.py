@@ -10,10 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ditforge.client.client import AsyncClient as AsyncClient, Client as Client
+    from ditforge.client.aio import AsyncClient as AsyncClient
+    from ditforge.client.client import Client as Client
     from ditforge.client.options import GenerateOptions as GenerateOptions
     from ditforge.client.samplers import SAMPLERS as SAMPLERS, Sampler as Sampler, Step as Step
     from ditforge.client.schedules import SCHEDULES as SCHEDULES, Spacing as Spacing
+    from ditforge.client.settings import ConnectionSettings as ConnectionSettings
     from ditforge.client.tls import TLS as TLS
 
 # Each name, and the module that is loaded when it is first asked for: samplers alone need NumPy only, not gRPC.
@@ -21,14 +23,26 @@ _PUBLIC = {
     "SAMPLERS": "samplers",
     "SCHEDULES": "schedules",
     "TLS": "tls",
-    "AsyncClient": "client",
+    "AsyncClient": "aio",
     "Client": "client",
+    "ConnectionSettings": "settings",
     "GenerateOptions": "options",
     "Sampler": "samplers",
     "Spacing": "schedules",
     "Step": "samplers",
 }
-__all__ = ["SAMPLERS", "SCHEDULES", "TLS", "AsyncClient", "Client", "GenerateOptions", "Sampler", "Spacing", "Step"]
+__all__ = [
+    "SAMPLERS",
+    "SCHEDULES",
+    "TLS",
+    "AsyncClient",
+    "Client",
+    "ConnectionSettings",
+    "GenerateOptions",
+    "Sampler",
+    "Spacing",
+    "Step",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -8,15 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import model_config_pb2, service_pb2 as pb
 
 from ditforge.contract import DIT, POOLED_EMBEDS, PROMPT_EMBEDS, VAE_DECODER
 from ditforge.model import Model
 
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, npt.NDArray[Any]]
+Inputs = Mapping[str, npt.NDArray[Any]]
 
 DTYPES = {"FP32": np.float32, "FP16": np.float16, "INT32": np.int32, "UINT8": np.uint8}
 EMBEDDINGS = {PROMPT_EMBEDS: True, POOLED_EMBEDS: False}  # whether every model has them
@@ -56,9 +59,7 @@ def embeddings_of(config: model_config_pb2.ModelConfig) -> dict[str, Output]:
     return found
 
 
-def expected_outputs(
-    name: str, inputs: Mapping[str, np.ndarray], model: Model, embeddings: Mapping[str, Output]
-) -> dict[str, Output]:
+def expected_outputs(name: str, inputs: Inputs, model: Model, embeddings: Mapping[str, Output]) -> dict[str, Output]:
     """What the model `name` makes of `inputs`, each with the batch first: the contract of docs/design.md.
 
     dit: velocity, float32, as latents [B, C, h, w]. vae_decoder: image, uint8 [B, H, W, 3]. text_encoders and

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Mapping
 
-import numpy as np
-
-from ditforge.client.answer import Arrays, WrongAnswer
+from ditforge.client.answer import Arrays, Inputs, WrongAnswer
 from ditforge.client.failures import (
     all_of,
     call_error,
-    connect_error,
     gave_up,
     other_engines,
     short,
@@ -24,10 +18,11 @@ from ditforge.client.failures import (
     too_late,
     wrong_answer,
 )
-from ditforge.client.replica import CallFailed, Replica, Served, Unfit
+from ditforge.client.replica import Replica, Served, Unfit
 from ditforge.client.retry import ENDING_WAIT, WENT_AWAY, Failure, Retries
 from ditforge.client.settings import ConnectionSettings
 from ditforge.client.told import Told
+from ditforge.client.transport import CallFailed, Transport
 from ditforge.contract import ENGINES_KEY, PICTURE_KEY
 from ditforge.errors import DitforgeError
 from ditforge.model import Model
@@ -38,8 +33,7 @@ log = logging.getLogger("ditforge.client")
 class Calls:
     """What one picture asks of the servers `order`, the first of which is asked as long as it answers.
 
-    `served` is what the picture is begun with. Its time begins now. `told` has what somebody was warned of. What is
-    waited for ends where `cancelled` is set.
+    `served` is what the picture is begun with. Its time begins now. `told` has what somebody was warned of.
     """
 
     def __init__(
@@ -48,14 +42,14 @@ class Calls:
         order: list[Replica],
         served: Served,
         told: Told,
-        cancelled: threading.Event,
+        transport: Transport,
     ) -> None:
         self._settings, self._order, self._served, self._told = settings, order, served, told
-        self._cancelled = cancelled
+        self._transport = transport
         self._deadline = time.monotonic() + settings.timeout
-        self._headers = {PICTURE_KEY: uuid.uuid4().hex, **settings.headers()}
+        self._metadata = {PICTURE_KEY: uuid.uuid4().hex, **settings.metadata()}
         if served.engines:
-            self._headers[ENGINES_KEY] = served.engines
+            self._metadata[ENGINES_KEY] = served.engines
         self._answered = False
         self._repeats: Counter[tuple[tuple[tuple[str, str], ...], str]] = Counter()
         self._asked: dict[str, Served] = {}  # what the servers serve that were asked for this picture
@@ -80,11 +74,11 @@ class Calls:
             parts.append(f"{failed}; {calls} repeated, and the picture went on {where}")
         return "; then ".join(parts)
 
-    def infer(self, name: str, inputs: Mapping[str, np.ndarray], step: str = "") -> Arrays:
+    def infer(self, name: str, inputs: Inputs, step: str = "") -> Arrays:
         """Run the model `name` on `inputs`, each with the batch first; errors say at which `step` that was.
 
         Raises UserError for a bad request and where no server of the picture's engines is left, DitforgeError if a
-        server fails for good or all of them for too long, and asyncio.CancelledError once `cancelled` is set.
+        server fails for good or all of them for too long.
         """
         what = f"{name}, {step}" if step else name
         retries = Retries(self._settings.retry_timeout, self._deadline)
@@ -95,8 +89,6 @@ class Calls:
             for replica in sorted(self._order, key=lambda replica: replica.failed_lately):
                 if replica.url in self._wrong:
                     continue
-                if self._cancelled.is_set():
-                    raise asyncio.CancelledError
                 if time.monotonic() >= self._deadline:
                     raise too_late(what, failures, self._settings.timeout)
                 try:
@@ -137,7 +129,7 @@ class Calls:
                 raise stopping(failures, unfit)
             if wait is None and now < self._deadline:
                 raise gave_up(what, failures, unfit, retries, now)
-            self._cancelled.wait(min(wait or 0, left))
+            self._transport.sleep(min(wait or 0, left))
 
     def _try(self, replica: Replica, name: str, inputs: Arrays) -> Arrays:
         """Raises Unfit where the server is not one of the picture's, CallFailed where it fails."""
@@ -146,7 +138,7 @@ class Calls:
             served = replica.describe(min(self._settings.connect_timeout, self._settings.step_timeout, left))
         except CallFailed as failed:
             if failed.failure.reason is None:
-                raise Unfit(connect_error(replica.url, failed.failure, self._settings)) from failed
+                raise Unfit(replica.connect_error(failed.failure)) from failed
             if not failed.failure.ending or replica.url not in self._asked:
                 raise
             served = self._asked[replica.url]  # it ends, but it lets its unfinished pictures be finished
@@ -155,7 +147,7 @@ class Calls:
             raise Unfit(other_engines(replica.url, wanted, short(served.engines)), served.engines)
         self._asked[replica.url] = served
         try:
-            return replica.infer(name, inputs, served, self._headers, self._deadline)
+            return replica.infer(name, inputs, served, self._metadata, self._deadline)
         except CallFailed as failed:
             if failed.failure.status == "FAILED_PRECONDITION":  # one of several servers behind the address
                 raise Unfit(other_engines(replica.url, wanted, failed.failure.shown)) from failed

@@ -1,11 +1,8 @@
-"""`Client` and `AsyncClient`: prompts in, pictures out. The sampler loop runs here, each step in a server."""
+"""`Client`: prompts in, pictures out. The sampler loop runs here, each step in a server."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
-import warnings
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, overload
@@ -26,10 +23,10 @@ from ditforge.client.options import GenerateOptions, Options, make_options
 from ditforge.client.picture_file import METADATA_KEY
 from ditforge.client.request import Request, make_request
 from ditforge.client.samplers import Array, Callback, Denoise, Noise, find_sampler, sampler_name
-from ditforge.client.settings import Settings, make_settings
-from ditforge.client.told import callers
+from ditforge.client.settings import ConnectionSettings, Settings, make_settings
+from ditforge.client.told import warn
 from ditforge.contract import DIT, TEXT_ENCODERS, TEXT_ENCODERS_CLIP, VAE_DECODER
-from ditforge.errors import DitforgeError, DitforgeWarning, UserError
+from ditforge.errors import DitforgeError, UserError
 from ditforge.model import Model
 
 
@@ -49,13 +46,27 @@ class Client:
     keepalive_timeout (10 seconds): how long it may take to answer that.
     token (None): sent with every call as a bearer token; without TLS it can be read on the way.
     tls (None): a ditforge.client.TLS with the files of an encrypted connection; TLS() trusts public authorities.
+    headers (none): a mapping of lower-case names to values, sent with every call as gRPC metadata, e.g. for a proxy. A
+        value is ASCII text, or bytes where the name ends in -bin.
+
+    In place of `url`, a ditforge.client.ConnectionSettings has addresses and settings; those given by name beside it
+    count in place of its own. Clients that are given the same object share connections.
 
     Raises UserError for settings that cannot be, and where no server with a model made by ditforge answers;
     DitforgeError where none is ready in time.
     """
 
-    def __init__(self, url: str | Sequence[str] = DEFAULT_URL, **settings: Unpack[Settings]) -> None:
-        self._connection = Connection(make_settings(url, **settings))
+    def __init__(
+        self, url: str | Sequence[str] | ConnectionSettings = DEFAULT_URL, **settings: Unpack[Settings]
+    ) -> None:
+        self._connection = Connection(make_settings(url, **settings)).connect()
+
+    @classmethod
+    def _over(cls, connection: Connection) -> Self:
+        """A client of a connection that somebody else connects, as AsyncClient does."""
+        client = cls.__new__(cls)
+        client._connection = connection
+        return client
 
     @property
     def model(self) -> Model:
@@ -93,10 +104,9 @@ class Client:
         prompts: list[str],
         options: GenerateOptions | None,
         keywords: Options,
-        cancelled: threading.Event | None = None,
     ) -> list[Image.Image]:
         made, callback = make_options(options, keywords)
-        calls = self._connection.begin(cancelled)
+        calls = self._connection.begin()
         return run(calls, make_request(calls.model, prompts, made), callback)
 
     def close(self) -> None:
@@ -112,65 +122,11 @@ class Client:
         self.close()
 
 
-class AsyncClient:
-    """`Client` for asyncio: `async with AsyncClient(url) as client: await client.generate(…)`.
-
-    Settings and options are those of `Client`. Each picture is made in a thread of its own. Cancelling the task ends
-    the wait at once, and the loop in the thread before its next step, or the next tile that it decodes.
-    """
-
-    def __init__(self, url: str | Sequence[str] = DEFAULT_URL, **settings: Unpack[Settings]) -> None:
-        self._url, self._settings = url, settings
-        self._client: Client | None = None
-        self._lock = asyncio.Lock()
-
-    async def connect(self) -> Client:
-        """The connection, made when it is first needed."""
-        async with self._lock:
-            if self._client is None:
-                self._client = await asyncio.to_thread(Client, self._url, **self._settings)
-            return self._client
-
-    @overload
-    async def generate(
-        self, prompt: str, options: GenerateOptions | None = None, **keywords: Unpack[Options]
-    ) -> Image.Image: ...
-    @overload
-    async def generate(
-        self, prompt: list[str], options: GenerateOptions | None = None, **keywords: Unpack[Options]
-    ) -> list[Image.Image]: ...
-
-    async def generate(
-        self, prompt: str | list[str], options: GenerateOptions | None = None, **keywords: Unpack[Options]
-    ) -> Image.Image | list[Image.Image]:
-        """As Client.generate. `callback` is called in the thread that makes the picture."""
-        client = await self.connect()
-        cancelled = threading.Event()
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        try:
-            images = await asyncio.to_thread(client._generate, prompts, options, keywords, cancelled)
-        finally:
-            cancelled.set()
-        return images[0] if isinstance(prompt, str) else images
-
-    async def close(self) -> None:
-        """Close the connection."""
-        if self._client is not None:
-            await asyncio.to_thread(self._client.close)
-
-    async def __aenter__(self) -> Self:
-        await self.connect()
-        return self
-
-    async def __aexit__(self, *exception: object) -> None:
-        await self.close()
-
-
 def run(calls: Calls, request: Request, callback: Callback | None = None) -> list[Image.Image]:
     """Text encoders, sampler loop, VAE: the pictures of a request, each with its parameters in `info`.
 
-    Raises DitforgeError where a network makes something that is not finite, and asyncio.CancelledError before the next
-    call once the calls are cancelled. Warns where calls had to be repeated, and of a picture of a single colour.
+    Raises DitforgeError where a network makes something that is not finite. Warns where calls had to be repeated, and
+    of a picture of a single colour.
     """
     model = calls.model
     text, negative = encode(calls, request)
@@ -197,10 +153,9 @@ def run(calls: Calls, request: Request, callback: Callback | None = None) -> lis
         if (pixels[index] == pixels[index, 0, 0]).all():
             # The decoder's last node turns NaN into some pixel, so this is all that shows of it.
             which = f"picture {index + 1} of {len(images)}" if len(images) > 1 else "the picture"
-            empty = f"{which} is of one colour everywhere, {image.getpixel((0, 0))}: vae_decoder may have failed"
-            warnings.warn(empty, DitforgeWarning, stacklevel=callers())
+            warn(f"{which} is of one colour everywhere, {image.getpixel((0, 0))}: vae_decoder may have failed")
     if calls.repeated:
-        warnings.warn(calls.repeated, DitforgeWarning, stacklevel=callers())
+        warn(calls.repeated)
     return images
 
 
@@ -262,5 +217,5 @@ def encode_prompts(calls: Calls, prompts: Sequence[str], with_t5: bool) -> Array
         if n > limit and (with_t5 or name != "t5")
     ]
     if cut:
-        warnings.warn(f"the prompt is too long and was cut: {', '.join(cut)}", DitforgeWarning, stacklevel=callers())
+        warn(f"the prompt is too long and was cut: {', '.join(cut)}")
     return encoded

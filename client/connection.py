@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-import threading
 import time
 from collections.abc import Iterator, Mapping
 
-import numpy as np
+from typing_extensions import Self
 
-from ditforge.client.answer import Arrays
+from ditforge.client.answer import Arrays, Inputs
+from ditforge.client.blocking import Blocking
 from ditforge.client.calls import Calls
-from ditforge.client.failures import all_of, connect_error
-from ditforge.client.replica import CallFailed, Replica, Served, Unfit
+from ditforge.client.failures import all_of
+from ditforge.client.replica import Replica, Served, Unfit
 from ditforge.client.retry import ENDING_WAIT, WENT_AWAY, Failure, Retries
 from ditforge.client.settings import ConnectionSettings
 from ditforge.client.told import Told
+from ditforge.client.transport import CallFailed, Transport
 from ditforge.errors import DitforgeError
 from ditforge.model import Model
 
@@ -26,33 +28,50 @@ OTHERS = 1.0  # seconds for the other servers to say what they serve, once one h
 class Connection:
     """One server, or several that serve the same engines. Any number of threads can use it.
 
-    Raises UserError where no server with a model made by ditforge answers, DitforgeError where none is ready in time.
+    With another `transport` than the default, it is used as that one allows.
     """
 
-    def __init__(self, settings: ConnectionSettings) -> None:
+    def __init__(self, settings: ConnectionSettings, transport: Transport | None = None) -> None:
         self.settings = settings
-        self._replicas = [Replica(url, settings) for url in settings.urls]
+        self._transport = transport or Blocking()
+        self._replicas = [Replica(url, settings, self._transport) for url in settings.urls]
         self._turns = itertools.count()
         self._told = Told()
-        try:
-            self._served = self._connect()
-        except BaseException:
-            self.close()
-            raise
+        self._known: Served | None = None  # what pictures were last begun with
+
+    def connect(self) -> Self:
+        """Connect, unless that was done; what else is called here does so by itself.
+
+        Raises UserError where no server with a model made by ditforge answers, DitforgeError where none is ready in
+        time. The connection is closed then.
+        """
+        if self._known is None:
+            try:
+                self._known = self._connect()
+            except BaseException:
+                self.close()
+                raise
+        return self
 
     @property
     def model(self) -> Model:
         """The model that pictures were last begun with."""
         return self._served.model
 
-    def begin(self, cancelled: threading.Event | None = None) -> Calls:
+    @property
+    def _served(self) -> Served:
+        self.connect()
+        assert self._known is not None
+        return self._known
+
+    def begin(self) -> Calls:
         """The calls of one picture, whose time begins to count. Each picture begins at the next server.
 
         Its engines are those of the picture before, unless every server has changed its own.
         """
+        wanted, others = self._served, list[Served]()
         first = next(self._turns) % len(self._replicas)
         order = self._replicas[first:] + self._replicas[:first]
-        wanted, others = self._served, list[Served]()
         for replica, timeout in self._asked(order):
             try:
                 served = replica.describe(timeout)
@@ -65,10 +84,10 @@ class Connection:
                     break
                 others.append(served)
         if len(others) == len(order):
-            self._served = wanted = others[0]
-        return Calls(self.settings, order, wanted, self._told, cancelled or threading.Event())
+            self._known = wanted = others[0]
+        return Calls(self.settings, order, wanted, self._told, self._transport)
 
-    def infer(self, name: str, inputs: Mapping[str, np.ndarray]) -> Arrays:
+    def infer(self, name: str, inputs: Inputs) -> Arrays:
         """Run the model `name` on `inputs`, each with the batch first, as a picture of this one call."""
         return self.begin().infer(name, inputs)
 
@@ -90,7 +109,8 @@ class Connection:
                 return served
             errors: dict[str, DitforgeError] = {}
             passing = lasting = False
-            for url, answer in answers.items():
+            for replica, answer in answers.items():
+                url = replica.url
                 if isinstance(answer, Unfit):
                     errors[url] = answer.error
                 elif isinstance(answer, CallFailed):
@@ -101,59 +121,45 @@ class Connection:
                         failure = ending[url]  # it has ended, as it said, and another one may begin there
                     passing = passing or failure.passing
                     lasting = lasting or (failure.passing and not failure.ending)
-                    errors[url] = connect_error(url, failure, self.settings)
+                    errors[url] = replica.connect_error(failure)
             now = time.monotonic()
             wait = retries.wait(now)
             left = ENDING_WAIT - (now - (retries.first or now)) if ending and not lasting else float("inf")
             if not passing or wait is None or left <= 0:
                 raise all_of(errors, "no server can be used")
-            time.sleep(min(wait, left))
+            self._transport.sleep(min(wait, left))
 
-    def _ask_all(self) -> dict[str, Served | Unfit | CallFailed]:
+    def _ask_all(self) -> dict[Replica, Served | Unfit | CallFailed]:
         """What the servers say when they are all asked at once, in their order.
 
         Once one has said what it serves, the others get OTHERS seconds more; those that take longer are not in it.
         """
-        answers: dict[str, Served | Unfit | CallFailed] = {}
-        heard = threading.Condition()
 
-        def ask(replica: Replica) -> None:
-            answer: Served | Unfit | CallFailed
+        def ask(replica: Replica) -> Served | Unfit | CallFailed:
             try:
-                answer = replica.describe(self.settings.connect_timeout)
-            except (Unfit, CallFailed) as problem:
-                if isinstance(problem, CallFailed):
-                    replica.failed()
-                answer = problem
-            except (
-                DitforgeError,
-                ValueError,
-            ) as closed:  # which gRPC raises once the channel is closed
-                answer = Unfit(DitforgeError(str(closed)))
-            with heard:
-                answers[replica.url] = answer
-                heard.notify()
+                return replica.describe(self.settings.connect_timeout)
+            except CallFailed as problem:
+                replica.failed()
+                return problem
+            except Unfit as problem:
+                return problem
+            except DitforgeError as closed:
+                return Unfit(closed)
 
-        for replica in self._replicas:
-            threading.Thread(target=ask, args=[replica], daemon=True).start()
-        with heard:
-            while len(answers) < len(self._replicas):
-                if any(isinstance(answer, Served) for answer in answers.values()):
-                    heard.wait_for(lambda: len(answers) == len(self._replicas), OTHERS)
-                    break
-                heard.wait()
-            return {replica.url: answers[replica.url] for replica in self._replicas if replica.url in answers}
+        questions = [functools.partial(ask, replica) for replica in self._replicas]
+        answers = self._transport.at_once(questions, lambda answer: isinstance(answer, Served), OTHERS)
+        return {replica: answer for replica, answer in zip(self._replicas, answers, strict=True) if answer is not None}
 
-    def _warn_of_others(self, answers: dict[str, Served | Unfit | CallFailed], served: Served) -> None:
+    def _warn_of_others(self, answers: Mapping[Replica, Served | Unfit | CallFailed], served: Served) -> None:
         """Warn of servers that pictures will not go to, or not now."""
         count = len(self._replicas)
-        for url, answer in answers.items():
+        for replica, answer in answers.items():
             if isinstance(answer, Unfit):
-                self._told.left_out(url, answer.error.problem, count)
+                self._told.left_out(replica.url, answer.error.problem, count)
             elif isinstance(answer, CallFailed):
-                self._told.left_out(url, connect_error(url, answer.failure, self.settings).problem, count)
+                self._told.left_out(replica.url, replica.connect_error(answer.failure).problem, count)
             elif not answer.makes_the_same(served):
-                self._told.of_engines(url, served.engines, answer.engines, count)
+                self._told.of_engines(replica.url, served.engines, answer.engines, count)
 
     def _asked(self, order: list[Replica]) -> Iterator[tuple[Replica, float]]:
         """The servers, those that failed lately last, and how many seconds each has to answer: its share of them."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from ditforge.client.option import CA, ENCRYPT, PAIR, PLAIN, TOKEN, option
-from ditforge.client.probe import speaks_tls
+from ditforge.client.probe import Speaks, speaks_tls
 from ditforge.client.retry import Failure, Retries
 from ditforge.client.settings import ConnectionSettings
+from ditforge.client.tls import TLS
 from ditforge.errors import DitforgeError, UserError
 
 NAME_SERVER = option('Client("HOST:PORT")', "--url HOST:PORT")
 START_SERVER = f"ditforge serve REPO_DIR --port PORT   starts a server; its gRPC port is named by {NAME_SERVER}"
 SAME_ENGINES = "serve the same engines at every address, and behind each of them; then repeat the request"
 NOT_TRUSTED = "CERTIFICATE_VERIFY_FAILED: "  # as gRPC's TLS library puts it; the reason follows
+Probe = Callable[[str, TLS | None], Speaks]  # as speaks_tls
 # How gRPC and its TLS library put it, what it means, and what helps.
 TLS_PROBLEMS = {
     "Verification Check failed": ("its certificate is for another name", f"{NAME_SERVER}, as its certificate has it"),
@@ -23,14 +25,14 @@ TLS_PROBLEMS = {
 }
 
 
-def connect_error(url: str, failure: Failure, settings: ConnectionSettings) -> DitforgeError:
-    """Why a server could not be used at all."""
+def connect_error(url: str, failure: Failure, settings: ConnectionSettings, probe: Probe = speaks_tls) -> DitforgeError:
+    """Why a server could not be used at all. `probe` finds out whether it speaks TLS, where that may be why."""
     status = failure.status
     if status in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
         return token_error(url, failure, settings.token)
     if failure.too_large:
         return UserError(f"what the server at {url} was asked, or what it answered, is too large: {failure.shown}", "")
-    if error := tls_error(url, failure, settings):
+    if error := tls_error(url, failure, settings, probe):
         return error
     if failure.ending:
         return DitforgeError(f"{url} is stopping: it begins no more pictures", "ask another server, or start it again")
@@ -50,7 +52,9 @@ def longer(settings: ConnectionSettings) -> str:
     return f"{option(f'connect_timeout={max(60, 2 * settings.connect_timeout):g}')} waits longer"
 
 
-def tls_error(url: str, failure: Failure, settings: ConnectionSettings) -> DitforgeError | None:
+def tls_error(
+    url: str, failure: Failure, settings: ConnectionSettings, probe: Probe = speaks_tls
+) -> DitforgeError | None:
     """Why client and server do not agree on encryption, where that is why a connection failed; else None."""
     tls, said = settings.tls, failure.message
     if NOT_TRUSTED in said:
@@ -66,7 +70,7 @@ def tls_error(url: str, failure: Failure, settings: ConnectionSettings) -> Ditfo
     closed = failure.status == "UNAVAILABLE" and ("Socket closed" in said or "reset by peer" in said.lower())
     if not closed and "status: 400" not in said and "HTTP status 400" not in said:  # of nginx, before gRPC is spoken
         return None
-    spoken = speaks_tls(url, tls)
+    spoken = probe(url, tls)
     if tls is None and spoken == "TLS":
         return UserError(f"{url} wants an encrypted connection, and this one is not", f"{ENCRYPT}, or {CA}")
     if tls is None and spoken == "TLS, but not with us":

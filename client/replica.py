@@ -2,71 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import grpc
 import numpy as np
+from google.protobuf.message import DecodeError, Message
 from pydantic import ValidationError
-from tritonclient.grpc import model_config_pb2, service_pb2 as pb, service_pb2_grpc
+from tritonclient.grpc import model_config_pb2, service_pb2 as pb
 from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
 
-from ditforge.client.answer import Arrays, Output, WrongAnswer, embeddings_of, expected_outputs, read_answer
-from ditforge.client.failures import START_SERVER
+from ditforge.client.answer import Arrays, Inputs, Output, WrongAnswer, embeddings_of, expected_outputs, read_answer
+from ditforge.client.failures import START_SERVER, connect_error
+from ditforge.client.probe import speaks_tls
 from ditforge.client.retry import NOT_READY, Failure
 from ditforge.client.settings import ConnectionSettings
-from ditforge.client.tls import TLS
+from ditforge.client.transport import CallFailed, Channel, Metadata, Transport, shown
 from ditforge.contract import DIT, ENGINES_PARAMETER, MODEL_PARAMETER, TEXT_ENCODERS, VAE_DECODER
 from ditforge.errors import DitforgeError, UserError
 from ditforge.model import Model
 
-T = TypeVar("T")
+M = TypeVar("M", bound=Message)
 NEEDED = (TEXT_ENCODERS, DIT, VAE_DECODER)
-SERVICE = "inference.GRPCInferenceService"
-DESCRIBING = ("RepositoryIndex", "ModelReady", "ModelConfig", "ServerLive")
-LARGEST_DESCRIPTION = 4 << 20  # bytes: the configurations of our models have some thousands
-LONGEST_MESSAGE = 500  # characters of what a server says, which is shown
 HEARD_LATELY = 1.0  # seconds, in which no server ends, starts again and has its models ready
 REST = 30.0  # seconds for which a server that failed is only used after the others
-
-# A server that was started again is seen within a second, and channels of different clients share no connection. What
-# is not here: gRPC's own keepalive. Triton allows a ping in 5 minutes, and closes a connection with a call that takes
-# 50 s while it is pinged every 10 s ("too_many_pings"); so a busy server is asked whether it is live instead.
-CHANNEL = [
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.enable_http_proxy", 0),
-    (
-        "grpc.service_config",
-        json.dumps(
-            {
-                "methodConfig": [
-                    {
-                        "name": [{"service": SERVICE, "method": method} for method in DESCRIBING],
-                        "maxResponseMessageBytes": LARGEST_DESCRIPTION,
-                    }
-                ]
-            }
-        ),
-    ),
-]
-
-
-class CallFailed(Exception):
-    """A try of a call failed, or a question what a server serves."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure)
-        self.failure = failure
 
 
 class Unfit(Exception):
@@ -97,10 +58,10 @@ class Served:
 class Replica:
     """The server at `url`. Its channel is made when it is first needed."""
 
-    def __init__(self, url: str, settings: ConnectionSettings) -> None:
+    def __init__(self, url: str, settings: ConnectionSettings, transport: Transport) -> None:
         self.url = url
-        self._settings, self._lock = settings, threading.Lock()
-        self._channel: grpc.Channel | None = None
+        self._settings, self._transport, self._lock = settings, transport, threading.Lock()
+        self._channel: Channel | None = None
         self._served: Served | None = None
         self._heard = self._failed = -float("inf")  # when last, as time.monotonic has it
         self._closed = False
@@ -112,11 +73,11 @@ class Replica:
         """
         served = self._served
         if served is None or time.monotonic() - self._heard > HEARD_LATELY:
-            served = aside(self._ask, timeout).result()
+            served = self._ask(timeout)
             self._served, self._heard = served, time.monotonic()
         return served
 
-    def infer(self, name: str, inputs: Arrays, served: Served, headers: Mapping[str, str], until: float) -> Arrays:
+    def infer(self, name: str, inputs: Arrays, served: Served, metadata: Metadata, until: float) -> Arrays:
         """Run the model `name` once on `inputs`; batches larger than what is `served` takes go in parts.
 
         Each call ends after the settings' step_timeout, and at `until`, of time.monotonic. Raises CallFailed, and
@@ -125,7 +86,7 @@ class Replica:
 
         def call(part: Arrays) -> Arrays:
             timeout = min(self._settings.step_timeout, until - time.monotonic())
-            data = self._call(name, part, headers, max(timeout, 0.001))
+            data = self._call(name, part, metadata, max(timeout, 0.001))
             arrays = read_answer(data, expected_outputs(name, part, served.model, served.embeddings))
             self._heard = time.monotonic()
             return arrays
@@ -141,56 +102,51 @@ class Replica:
         """When it failed, if that was lately, else 0. Sorted by this, servers that may work come first."""
         return self._failed if time.monotonic() - self._failed < REST else 0.0
 
+    def connect_error(self, failure: Failure) -> DitforgeError:
+        """Why it could not be used at all."""
+        probe = self._transport.aside
+        return connect_error(self.url, failure, self._settings, lambda url, tls: probe(speaks_tls, url, tls))
+
     def close(self) -> None:
         """Close the channel, for good."""
         with self._lock:
-            self._closed = True
-            if self._channel is not None:
-                self._channel.close()
+            self._closed, channel = True, self._channel
+        if channel is not None:
+            channel.close()
 
-    def _open(self) -> grpc.Channel:
+    def _open(self) -> Channel:
         with self._lock:
             if self._closed:
-                raise DitforgeError(f"the connection to {self.url} is closed", "make a new Client")
+                raise self._closed_error()
             if self._channel is None:
-                tls = self._settings.tls
-                self._channel = (
-                    grpc.insecure_channel(self.url, CHANNEL)
-                    if tls is None
-                    else grpc.secure_channel(self.url, credentials(tls), CHANNEL)
-                )
+                self._channel = self._transport.open(self.url, self._settings)
             return self._channel
 
+    def _closed_error(self) -> DitforgeError:
+        return DitforgeError(f"the connection to {self.url} is closed", "make a new client")
+
     def _ask(self, timeout: float) -> Served:
-        stub = service_pb2_grpc.GRPCInferenceServiceStub(self._open())
+        """All answers together have `timeout` seconds."""
         until = time.monotonic() + timeout
+        index = self._tell("RepositoryIndex", pb.RepositoryIndexRequest(), pb.RepositoryIndexResponse, until)
+        known = sorted({model.name for model in index.models})
+        for name in NEEDED:
+            if name not in known:
+                serves = shown(", ".join(known)) or "nothing"
+                no_model = f"the Triton server at {self.url} has no model {name}: it has {serves}"
+                raise Unfit(UserError(no_model, START_SERVER))
+            if not self._tell("ModelReady", pb.ModelReadyRequest(name=name), pb.ModelReadyResponse, until).ready:
+                raise CallFailed(self._why_not_ready(name, until))
+        answer = self._tell("ModelConfig", pb.ModelConfigRequest(name=DIT), pb.ModelConfigResponse, until)
+        return self._read(answer.config)
 
-        def asked() -> dict[str, Any]:
-            """All answers together have this long."""
-            left = max(until - time.monotonic(), 0.001)
-            return {"timeout": left, "metadata": tuple(self._settings.headers().items())}
-
-        try:
-            index = stub.RepositoryIndex(pb.RepositoryIndexRequest(), **asked())
-            known = sorted({model.name for model in index.models})
-            for name in NEEDED:
-                if name not in known:
-                    serves = shown(", ".join(known)) or "nothing"
-                    no_model = f"the Triton server at {self.url} has no model {name}: it has {serves}"
-                    raise Unfit(UserError(no_model, START_SERVER))
-                if not stub.ModelReady(pb.ModelReadyRequest(name=name), **asked()).ready:
-                    raise CallFailed(self._why_not_ready(name, asked()["timeout"]))
-            config = stub.ModelConfig(pb.ModelConfigRequest(name=DIT), **asked()).config
-        except grpc.RpcError as error:
-            raise CallFailed(failure_of(error)) from error
-        return self._read(config)
-
-    def _why_not_ready(self, name: str, timeout: float) -> Failure:
+    def _why_not_ready(self, name: str, until: float) -> Failure:
         """Whether a server whose model is not ready is about to be, or about to end: it says so where it is asked for a
         picture. A server that is ready again by then reads an empty prompt, once.
         """
+        empty = {"prompt": np.array([[b""]], np.object_)}
         try:
-            self._call(TEXT_ENCODERS, {"prompt": np.array([[b""]], np.object_)}, self._settings.headers(), timeout)
+            self._call(TEXT_ENCODERS, empty, self._settings.metadata(), max(until - time.monotonic(), 0.001))
         except CallFailed as failed:
             if failed.failure.ending:
                 return failed.failure
@@ -206,85 +162,55 @@ class Replica:
                 raise WrongAnswer(f"{unreadable[0]!a} is no name")  # warnings show it, and the progress bar
             embeddings = embeddings_of(config)
         except (ValidationError, WrongAnswer) as error:
-            what = first_of(error) if isinstance(error, ValidationError) else str(error)
-            problem = f"the server at {self.url} describes its model in a way this client does not read: {what}"
-            fix = "pip install --upgrade 'ditforge[client]'   or make the repository again with this version"
-            raise Unfit(UserError(problem, fix)) from error
+            raise Unfit(unreadable_model(self.url, error)) from error
         engines = config.parameters[ENGINES_PARAMETER].string_value if ENGINES_PARAMETER in config.parameters else ""
         return Served(model, max(1, config.max_batch_size), shown(engines), embeddings)
 
-    def _call(self, name: str, inputs: Arrays, headers: Mapping[str, str], timeout: float) -> bytes:
-        """One call, during which the server is asked now and then whether it is live; the ModelInferResponse unread.
+    def _tell(self, method: str, request: Message, answer: type[M], until: float) -> M:
+        """What the server says of itself, by `until` of time.monotonic."""
+        timeout = max(until - time.monotonic(), 0.001)
+        data = self._answer(method, request.SerializeToString(), timeout, self._settings.metadata())
+        try:
+            read: M = answer.FromString(data)
+        except DecodeError as error:
+            raise CallFailed(Failure("INTERNAL", f"its answer to {method} cannot be read")) from error
+        return read
 
-        gRPC for Python would never tell of an answer that it cannot read.
+    def _call(self, name: str, inputs: Arrays, metadata: Metadata, timeout: float) -> bytes:
+        """One call of a model, during which the server is asked now and then whether it is live.
+
+        Returns the ModelInferResponse unread: gRPC for Python would never tell of an answer that it cannot read.
         """
-        channel, ended = self._open(), SimpleQueue[object]()
         request = encode(name, inputs).SerializeToString()
+        return self._answer("ModelInfer", request, timeout, metadata, self._settings.keepalive)
 
-        def begin() -> grpc.Future:
-            call = channel.unary_unary(f"/{SERVICE}/ModelInfer").future(request, timeout, tuple(headers.items()))
-            call.add_done_callback(ended.put)
-            return call
-
-        def failed(ready: Future[grpc.Future]) -> None:
-            if ready.exception():
-                ended.put(ready)
-
-        begun = aside(begin)
-        begun.add_done_callback(failed)
+    def _answer(
+        self, method: str, request: bytes, timeout: float, metadata: Metadata, keepalive: float | None = None
+    ) -> bytes:
+        """The answer to one call; with `keepalive`, the server is asked so often whether it is live."""
+        pending = self._open().begin(method, request, timeout, metadata)
         try:
-            while True:
-                try:
-                    ended.get(timeout=self._settings.keepalive)
-                    break
-                except Empty:
-                    aside(self._check_alive, channel).result()
-        except BaseException:  # Ctrl-C too: the server need not go on
-            begun.add_done_callback(lambda ready: ready.exception() or ready.result().cancel())
+            while not pending.wait(keepalive):
+                self._check_alive()
+            return pending.result()
+        except CallFailed as error:
+            if self._closed:
+                raise self._closed_error() from error
             raise
-        try:
-            data: bytes = begun.result().result()
-        except grpc.RpcError as error:
-            raise CallFailed(failure_of(error)) from error
-        except grpc.FutureCancelledError as error:  # the channel was closed meanwhile
-            raise CallFailed(Failure("CANCELLED", "channel closed")) from error
-        return data
+        finally:
+            pending.cancel()  # where it has not ended: Ctrl-C, a task that was cancelled, a server that is not live
 
-    def _check_alive(self, channel: grpc.Channel) -> None:
+    def _check_alive(self) -> None:
         """Raise CallFailed if there is no answer at all; whatever else the answer is, the call itself will tell."""
-        timeout, headers = self._settings.keepalive_timeout, tuple(self._settings.headers().items())
+        timeout = self._settings.keepalive_timeout
         try:
-            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-            stub.ServerLive(pb.ServerLiveRequest(), timeout=timeout, metadata=headers)
-        except grpc.RpcError as error:
-            if failure_of(error).status == "DEADLINE_EXCEEDED":
+            self._answer("ServerLive", b"", timeout, self._settings.metadata())
+        except CallFailed as error:
+            if error.failure.status == "DEADLINE_EXCEEDED":
                 raise CallFailed(Failure("DEADLINE_EXCEEDED", f"no sign of life for {timeout:g} s")) from error
 
 
-def aside(function: Callable[..., T], *args: Any) -> Future[T]:
-    """What a function gives, from a thread of its own, which Ctrl-C does not interrupt.
-
-    A call of gRPC's that is interrupted while it begins counts as one that never ends, and closing its channel waits
-    for it for ever.
-    """
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function(*args))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-def credentials(tls: TLS) -> grpc.ChannelCredentials:
-    """What gRPC encrypts a channel with."""
-    return grpc.ssl_channel_credentials(tls.read("ca"), tls.read("key"), tls.read("certificate"))
-
-
-def in_parts(call: Callable[[Arrays], Arrays], inputs: Mapping[str, np.ndarray], max_batch: int) -> Arrays:
+def in_parts(call: Callable[[Arrays], Arrays], inputs: Inputs, max_batch: int) -> Arrays:
     """The outputs of `call` for `inputs`, each with the batch first, of which it takes `max_batch` at a time."""
     total = len(next(iter(inputs.values())))
     parts = [
@@ -294,7 +220,7 @@ def in_parts(call: Callable[[Arrays], Arrays], inputs: Mapping[str, np.ndarray],
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]} if len(parts) > 1 else parts[0]
 
 
-def encode(model: str, inputs: Mapping[str, np.ndarray]) -> pb.ModelInferRequest:
+def encode(model: str, inputs: Inputs) -> pb.ModelInferRequest:
     """A request as Triton takes it; strings as BYTES, one number a sample as [B, 1]."""
     request = pb.ModelInferRequest(model_name=model)
     for name, value in inputs.items():
@@ -305,10 +231,19 @@ def encode(model: str, inputs: Mapping[str, np.ndarray]) -> pb.ModelInferRequest
     return request
 
 
-def failure_of(error: grpc.RpcError) -> Failure:
-    """gRPC's status code, e.g. UNAVAILABLE, and the first line of the message."""
-    lines = (error.details() or "").strip().splitlines()
-    return Failure(error.code().name, shown(lines[0]) if lines else "no reason given")
+def unreadable_model(url: str, error: ValidationError | WrongAnswer) -> UserError:
+    """What is wrong with what a server says of its model, and which side is older, where that can be told."""
+    problem = f"the server at {url} describes its model in a way this client does not read: "
+    upgrade, again = "pip install --upgrade 'ditforge[client]'", "make the repository again with this version"
+    if isinstance(error, WrongAnswer):
+        return UserError(f"{problem}{error}", f"{upgrade}   or {again}")
+    kinds = {each["type"] for each in error.errors(include_url=False)}
+    problem += first_of(error)
+    if "extra_forbidden" in kinds:  # a field that came later
+        return UserError(f"{problem}; this client is older than the server's repository", f"{upgrade}   or {again}")
+    if "missing" in kinds:  # a field that there was not yet
+        return UserError(f"{problem}; the server's repository is older than this client", f"{again} of ditforge")
+    return UserError(problem, f"{upgrade}   or {again}")
 
 
 def first_of(error: ValidationError) -> str:
@@ -316,9 +251,3 @@ def first_of(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     where = ".".join(map(str, first["loc"])) or MODEL_PARAMETER
     return shown(f"{where}: {first['msg']}, got {first['input']!a:.60}")
-
-
-def shown(text: str) -> str:
-    """What a server said, with nothing in it that a terminal would obey, and no more than people read."""
-    text = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
-    return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}…"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,8 +12,8 @@ from ditforge.client.samplers import DEFAULT, Sampler, sampler_name
 from ditforge.client.schedules import Sigmas, Spacing, check_sigmas, make_sigmas, schedule_name
 from ditforge.client.sizes import choose_size, choose_vae_tile
 from ditforge.client.t5_policy import needs_t5
-from ditforge.client.told import callers
-from ditforge.errors import DitforgeWarning, UserError
+from ditforge.client.told import warn
+from ditforge.errors import UserError
 from ditforge.model import Model
 from ditforge.option import option
 
@@ -151,15 +150,15 @@ def check_together(request: Request, model: Model) -> None:
     if request.skip_layer_guidance:
         raise UserError("skip-layer guidance works on top of classifier-free guidance, which is off", fix)
     if request.negative_prompt:
-        warnings.warn(f"the negative prompt is ignored without {fix}", DitforgeWarning, stacklevel=callers())
+        warn(f"the negative prompt is ignored without {fix}")
 
 
 def choose_guidance(guidance: float | None, model: Model) -> float:
     """The guidance to use: the model's default for None. A model without guidance says so once, and uses none."""
     if guidance is None:
         return model.default_guidance
-    if guidance and model.guidance == "none":
-        warnings.warn(f"{model.name} takes no guidance: {guidance:g} is ignored", DitforgeWarning, stacklevel=callers())
+    if model.guidance == "none":
+        warn(f"{model.name} takes no guidance: {guidance:g} is ignored")
         return 0.0
     return float(guidance)
 

@@ -1,13 +1,13 @@
 """How a client reaches its servers: which they are, how long it waits for what, and what it proves itself with.
 
-The one place for this: `Client`, `AsyncClient` and the command line all make a `ConnectionSettings`.
+The one place for this: `Client`, `AsyncClient` and the command line all make a `ConnectionSettings`, or are given one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from numbers import Real
 from typing import TypedDict
@@ -15,13 +15,14 @@ from typing import TypedDict
 from typing_extensions import Unpack
 
 from ditforge.client.address import DEFAULT_URL, check_url
+from ditforge.client.headers import AUTHORIZATION, check_headers
 from ditforge.client.option import TOKEN, option
+from ditforge.client.shared import Shared
 from ditforge.client.tls import TLS
 from ditforge.credentials import check_token
 from ditforge.errors import UserError
 
 LONGEST = 7 * 24 * 3600.0  # seconds
-PYTHON_ONLY = ("keepalive", "keepalive_timeout")  # without an option on the command line
 
 
 class Settings(TypedDict, total=False):
@@ -35,13 +36,20 @@ class Settings(TypedDict, total=False):
     keepalive_timeout: float
     token: str | None
     tls: TLS | None
+    headers: Mapping[str, str | bytes]
 
 
 @dataclass(frozen=True)
 class ConnectionSettings:
     """Addresses (HOST:PORT of gRPC) of one server, or of several that serve the same engines, and times in seconds.
 
-    `Client` says what each setting means. The token is a bearer token (RFC 6750).
+    `Client` says what each setting means. The token is a bearer token (RFC 6750). `dataclasses.replace` makes settings
+    that differ in some.
+
+    A client has one channel to each server, for all of its pictures. Clients that are given the same object (an equal
+    one is another) share their channels, so that many clients need one connection and one TLS handshake; a channel is
+    closed with the last of them, and a client that is closed earlier ends its own calls only. AsyncClients share those
+    of their event loop, and none with Client. For more than one connection can carry, give clients their own settings.
 
     Raises UserError for what cannot be.
     """
@@ -55,6 +63,8 @@ class ConnectionSettings:
     keepalive_timeout: float = 10.0
     token: str | None = field(default=None, repr=False)
     tls: TLS | None = None
+    headers: Mapping[str, str | bytes] = field(default_factory=dict, repr=False, hash=False)
+    shared: Shared = field(default_factory=Shared, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.urls:
@@ -70,19 +80,25 @@ class ConnectionSettings:
             check_token(self.token, "the token", TOKEN)
         if self.tls is not None and not isinstance(self.tls, TLS):
             raise UserError(f"tls is a TLS of ditforge.client, got {self.tls!r}", 'tls=TLS(ca="ca.pem")')
+        object.__setattr__(self, "headers", check_headers(self.headers, self.token))
 
-    def headers(self) -> dict[str, str]:
+    def metadata(self) -> dict[str, str | bytes]:
         """The gRPC metadata of every call, whatever it asks for."""
-        return {"authorization": f"Bearer {self.token}"} if self.token else {}
+        return {**({AUTHORIZATION: f"Bearer {self.token}"} if self.token else {}), **self.headers}
 
 
-def make_settings(url: str | Sequence[str], **settings: Unpack[Settings]) -> ConnectionSettings:
-    """The settings for one address or several. Raises UserError, with the closest name, for one that there is not."""
+def make_settings(url: str | Sequence[str] | ConnectionSettings, **settings: Unpack[Settings]) -> ConnectionSettings:
+    """The settings for one address or several, or ready ones with these changed.
+
+    Raises UserError, with the closest name, for one that there is not.
+    """
     known = Settings.__annotations__
     for name in settings:
         if name not in known:
             close = get_close_matches(name, known, n=1) or ["timeout"]
             raise UserError(f"there is no setting {name!r}, but {', '.join(known)}", f"{close[0]}=…")
+    if isinstance(url, ConnectionSettings):
+        return replace(url, **settings) if settings else url
     if not isinstance(url, str) and not all(isinstance(each, str) for each in url):
         raise UserError(f"addresses are strings, HOST:PORT, got {url!r}", f'"{DEFAULT_URL}", or a list of such')
     return ConnectionSettings(urls=(url,) if isinstance(url, str) else tuple(url), **settings)
@@ -94,4 +110,4 @@ def check_seconds(name: str, value: float, default: float) -> None:
     if not number or value < 0 or (value == 0 and name != "retry_timeout"):
         least = "0" if name == "retry_timeout" else "above 0"
         problem = f"{name} must be from {least} to {LONGEST:.0f} seconds, got {value!r}"
-        raise UserError(problem, f"{name}={default:g}" if name in PYTHON_ONLY else option(f"{name}={default:g}"))
+        raise UserError(problem, option(f"{name}={default:g}"))

@@ -1,16 +1,40 @@
-"""What the user of a client was warned of: of each server that others stand in for, once, and why."""
+"""Warnings of the client: each about the line that asked for the picture, and those about servers once."""
 
 from __future__ import annotations
 
 import sys
 import warnings
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
 
 from ditforge.client.failures import short
 from ditforge.errors import DitforgeWarning
 
+INSIDE = "ditforge.client."
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of somebody's program, with the names of its module."""
+
+    file: str
+    number: int
+    names: dict[str, Any]
+
+    @classmethod
+    def of(cls, frame: FrameType) -> Line:
+        """The line that a frame is at."""
+        return cls(frame.f_code.co_filename, frame.f_lineno, frame.f_globals)
+
+
+# The line that called AsyncClient, whose frame is gone, or elsewhere, by the time that the picture is made.
+CALLER: ContextVar[Line | None] = ContextVar("ditforge.client.caller", default=None)
+
 
 class Told:
-    """The warnings of a client, of which each is given once."""
+    """The warnings of a client about its servers, of which each is given once."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()
@@ -29,12 +53,24 @@ class Told:
     def _warn(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
-            warnings.warn(text, DitforgeWarning, stacklevel=callers())
+            warn(text)
 
 
-def callers() -> int:
-    """How far up the first caller is that is not the client itself: a warning is about what that one asked for."""
-    depth, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith("ditforge.client."):
-        depth, frame = depth + 1, frame.f_back
-    return depth
+def warn(text: str) -> None:
+    """Give a DitforgeWarning, about the line outside of the client that called it."""
+    line = CALLER.get() or caller()
+    registry = line.names.setdefault("__warningregistry__", {})  # of what was said there, as warnings.warn has it
+    module = line.names.get("__name__") or "<unknown>"
+    warnings.warn_explicit(text, DitforgeWarning, line.file, line.number, module, registry)
+
+
+def caller() -> Line:
+    """The line that called the client: the outermost call, since the client calls samplers that are not its own."""
+    frame: FrameType | None = sys._getframe()
+    found = frame
+    while frame and frame.f_back:
+        if frame.f_globals.get("__name__", "").startswith(INSIDE):
+            found = frame.f_back
+        frame = frame.f_back
+    assert found is not None
+    return Line.of(found)

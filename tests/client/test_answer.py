@@ -231,6 +231,22 @@ def test_description_that_is_nonsense(between: Front, path: str, value: object) 
     assert problem.isprintable() and len(problem) < 700
 
 
+def test_description_of_another_version(between: Front) -> None:
+    """The error says which side is the older one."""
+    between.configure = described(unheard_of=1)
+    with pytest.raises(UserError, match=r"; this client is older than the server's repository\n.*install --upgrade"):
+        Client(between.url)
+
+    def without_vae_factor(config: Any) -> None:
+        model = json.loads(config.parameters["ditforge_model"].string_value)
+        del model["vae_factor"]
+        config.parameters["ditforge_model"].string_value = json.dumps(model)
+
+    between.configure = without_vae_factor
+    with pytest.raises(UserError, match=r"; the server's repository is older than this client\n.*repository again"):
+        Client(between.url)
+
+
 def test_schedule_without_noise_levels(between: Front) -> None:
     between.configure = described(schedule__kind="dynamic", schedule__base_tokens=1, schedule__max_tokens=2)
     with pytest.raises(UserError, match=f"{between.url} describes .* no noise levels"):

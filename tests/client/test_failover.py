@@ -10,9 +10,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from both_clients import BOTH, InLoop
 from command_line import assert_error, ditforge
 from proxy import nginx
 from replicas import Servers, at_step
@@ -93,10 +95,11 @@ def test_each_picture_begins_at_the_next_server(servers: Servers, monkeypatch: p
 
 
 @pytest.mark.parametrize("settings", [{"step_timeout": 1}, {"keepalive": 0.3, "keepalive_timeout": 0.5}])
-def test_server_that_freezes(servers: Servers, alone: bytes, told, settings: dict[str, float]) -> None:
+@pytest.mark.parametrize("make", BOTH)
+def test_server_that_freezes(make: Any, servers: Servers, alone: bytes, told, settings: dict[str, float]) -> None:
     frozen = servers.urls[0]
     try:
-        with Client(servers.urls, **settings) as client:
+        with make(servers.urls, **settings) as client:
             started = time.monotonic()
             freeze = at_step(1, lambda: servers.kill(frozen, signal.SIGSTOP))
             assert client.generate("a", callback=freeze, **SMALL).tobytes() == alone
@@ -124,9 +127,9 @@ def test_only_server_freezes(servers: Servers) -> None:
         servers.kill(frozen, signal.SIGCONT)
 
 
-@pytest.mark.parametrize("first", [0, 2, 4])
+@pytest.mark.parametrize(("make", "first"), [(Client, 0), (InLoop, 2), (Client, 4)])
 def test_servers_that_are_killed_during_calls(
-    servers: Servers, alone: bytes, told, monkeypatch: pytest.MonkeyPatch, first: int
+    make: Any, servers: Servers, alone: bytes, told, monkeypatch: pytest.MonkeyPatch, first: int
 ) -> None:
     """Two of three, one in each of two successive calls; the three cases go through all of a picture's."""
     answered: list[str] = []
@@ -143,7 +146,7 @@ def test_servers_that_are_killed_during_calls(
         return answer
 
     monkeypatch.setattr(Replica, "infer", frozen_then_killed)
-    with Client(servers.urls) as client:
+    with make(servers.urls) as client:
         assert client.generate("a", **SMALL).tobytes() == alone
     assert answered == CALLS
     assert dying == servers.urls[:2]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import re
 import subprocess
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ def test_defaults() -> None:
     assert settings == ConnectionSettings()
     times = settings.timeout, settings.connect_timeout, settings.step_timeout, settings.retry_timeout
     assert times == (1800, 10, 300, 60)
-    assert settings.headers() == {}
+    assert settings.metadata() == {}
 
 
 def test_addresses() -> None:
@@ -98,7 +100,7 @@ def test_seconds_that_are_none(name: str, value: Any) -> None:
     with pytest.raises(UserError, match=f"^{name} must be from .* seconds, got ") as caught:
         make_settings("a:1", **{name: value})
     flag = f"--{name.replace('_', '-')} "
-    assert name == "keepalive_timeout" or caught.value.fix.startswith(flag)
+    assert caught.value.fix.startswith(flag)
     assert f"{name}=" in caught.value.fix  # as Python has it
 
 
@@ -127,7 +129,7 @@ def test_token(tmp_path: Path) -> None:
     file.write_text("s3cret.a-b_c==\n")
     assert read_token(file, TOKEN) == "s3cret.a-b_c=="
     settings = make_settings("a:1", token="s3cret")
-    assert settings.headers() == {"authorization": "Bearer s3cret"}
+    assert settings.metadata() == {"authorization": "Bearer s3cret"}
     assert "s3cret" not in repr(settings)
 
 
@@ -145,6 +147,64 @@ def test_token_that_is_none(tmp_path: Path, content: bytes) -> None:
 def test_token_file_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read the token in .*nowhere"):
         read_token(tmp_path / "nowhere", TOKEN)
+
+
+def test_headers() -> None:
+    given: dict[str, str | bytes] = {
+        "x-team": "red team",
+        "x_1.y": "",
+        "trace-bin": b"\xff\0",
+        "authorization": "Basic YTpi",
+    }
+    settings = make_settings("a:1", headers=given)
+    assert settings.headers == settings.metadata() == given
+    assert settings == make_settings("a:1", headers=dict(given)) != make_settings("a:1")
+    assert "YTpi" not in repr(settings)
+    assert hash(settings) == hash(replace(settings))
+    given["x-team"] = "blue\n"  # which is not what the settings have
+    assert settings.headers["x-team"] == "red team"
+
+
+@pytest.mark.parametrize(
+    ("headers", "problem", "fix"),
+    [
+        ({"X-Team": "s3cret"}, "lower-case letters.*, got 'X-Team'", "--header x-team:…"),
+        ({"": "s3cret"}, "got ''", "--header name:value"),
+        ({"a b": "s3cret"}, "got 'a b'", "--header"),
+        ({"ä": "s3cret"}, "got 'ä'", "--header"),
+        ({":path": "s3cret"}, "got ':path'", "--header"),
+        ({1: "s3cret"}, "got 1", "--header"),
+        ({"grpc-timeout": "s3cret"}, "grpc-timeout is sent by the client itself", "leave out grpc-timeout"),
+        ({"user-agent": "s3cret"}, "user-agent is sent by the client itself", "leave out"),
+        ({"ditforge-picture": "s3cret"}, "ditforge-picture is sent by the client itself", "leave out"),
+        ({"a": "s3cret\n"}, "a has a value that is not visible ASCII", "name-bin"),
+        ({"a": "s3crét"}, "a has a value that is not visible ASCII", "name-bin"),
+        ({"a": " s3cret"}, "white space around its value", "--header"),
+        ({"a": b"s3cret"}, "the header a takes a string", "name-bin"),
+        ({"a-bin": "s3cret"}, "the header a-bin takes bytes", "name-bin"),
+        ([("a", "s3cret")], "headers is a mapping of names to values, got a list", "--header"),
+    ],
+)
+def test_headers_that_cannot_be_sent(headers: Any, problem: str, fix: str) -> None:
+    with pytest.raises(UserError, match=problem) as caught:
+        make_settings("a:1", headers=headers)
+    assert fix in caught.value.fix
+    assert "s3c" not in str(caught.value)
+
+
+def test_a_token_and_a_header_authorization() -> None:
+    with pytest.raises(UserError, match="a token and a header authorization"):
+        make_settings("a:1", token="a", headers={"authorization": "Basic YTpi"})
+
+
+def test_ready_settings() -> None:
+    assert deepcopy(make_settings("a:1")) == pickle.loads(pickle.dumps(make_settings("a:1"))) == make_settings("a:1")
+    ready = make_settings(["a:1", "b:2"], timeout=5)
+    assert make_settings(ready) is ready
+    changed = make_settings(ready, token="a")
+    assert (changed.urls, changed.timeout, changed.token) == (ready.urls, 5, "a")
+    with pytest.raises(UserError, match="timeout must be"):
+        make_settings(ready, timeout=0)
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +279,11 @@ def test_tls_has_no_other_files() -> None:
         (("--token-file", "nowhere"), ("nowhere", "--token-file")),
         (("--tls-ca", "nowhere.pem"), ("nowhere.pem", "--tls-ca")),
         (("--tls-key", pytest.__file__), ("--tls-cert", "no certificate")),
+        (("--keepalive", "0"), ("keepalive", "got 0", "--keepalive 10")),
+        (("--header", "x-team"), ("'x-team'", "NAME:VALUE", "--header name:value")),
+        (("--header", "X-Team: a"), ("lower-case", "'X-Team'", "--header x-team:…")),
+        (("--header", "a:1", "--header", "a:2"), ("header a", "twice")),
+        (("--header", "a-bin:_"), ("a-bin", "base64")),
     ],
 )
 def test_command_line(

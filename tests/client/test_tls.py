@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from command_line import assert_error, ditforge
+from both_clients import InLoop, connections
+from command_line import PATIENCE, assert_error, ditforge, eventually
 from proxy import make_certificates, nginx
 from python_models import ADD_ONE, write_models
 
-from ditforge.client import TLS, Client
+from ditforge.client import TLS, Client, ConnectionSettings
+from ditforge.client.blocking import Blocking
+from ditforge.client.transport import Channel
 from ditforge.errors import UserError
 from ditforge.triton_repo.server import Server, start
 
@@ -83,9 +88,13 @@ def serve(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cal
         server.stop(grace=0)
 
 
-def refusal(url: str, **settings: object) -> UserError:
+def refusal(url: str, **settings: Any) -> UserError:
+    """What Client says, and AsyncClient too."""
     with pytest.raises(UserError) as caught:
-        Client(url, **settings)  # type: ignore[arg-type]
+        Client(url, **settings)
+    with pytest.raises(UserError) as the_same:
+        InLoop(url, **settings)
+    assert str(caught.value) == str(the_same.value)
     assert len(caught.value.problem.splitlines()) == 1
     return caught.value
 
@@ -116,6 +125,22 @@ def test_server_with_clients_certificates(serve: Callable[..., Server], files: P
     assert re.match(f"{url} does not accept the certificate that it was shown, .*other-ca.pem$", stranger.problem)
     let_in = refusal(url, tls=TLS(ca, files / "client.pem", files / "client.key"))
     assert "has no model text_encoders: it has add" in let_in.problem
+
+
+def test_clients_of_the_same_settings_share_encrypted_connections(serve: Callable[..., Server], files: Path) -> None:
+    server = serve(token_file="token")
+    settings = ConnectionSettings((server.url,), tls=TLS(files / "ca.pem"), token="s3cret")
+    channels: list[Channel] = []
+    for used, count in ((settings, 1), (settings, 1), (replace(settings), 2)):
+        channels.append(Blocking().open(server.url, used))
+        pending = channels[-1].begin("ServerLive", b"", PATIENCE, used.metadata())
+        assert pending.wait(PATIENCE) and pending.result()
+        assert connections(server.url) == count
+    for channel in channels[1:]:
+        channel.close()
+    eventually(lambda: connections(server.url) == 1)
+    channels[0].close()
+    eventually(lambda: connections(server.url) == 0)
 
 
 def test_tls_at_a_server_without(schnell_server: Server) -> None:

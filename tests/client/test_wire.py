@@ -7,16 +7,19 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+from both_clients import BOTH, FILES
 from command_line import ditforge
 from front import Call, Front, Refusal, front
 
 from ditforge import manifest
-from ditforge.client import AsyncClient, Client, Step, retry
+from ditforge.client import AsyncClient, Client, ConnectionSettings, Step, retry
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 from ditforge.triton_repo.repository import engines_digest
 from ditforge.triton_repo.server import Server
@@ -56,8 +59,10 @@ def said(caught: list[warnings.WarningMessage]) -> list[str]:
     return [str(warning.message) for warning in caught if warning.category is DitforgeWarning]
 
 
-def test_every_call_says_which_picture_it_is_of(between: Front, schnell) -> None:
-    with Client(between.url, token="s3cret", step_timeout=50, timeout=70) as client:
+@pytest.mark.parametrize("make", BOTH)
+def test_every_call_says_which_picture_it_is_of(make: Any, between: Front, schnell) -> None:
+    headers = {"x-team": "red team", "x-trace-bin": b"\0\xff"}
+    with make(between.url, token="s3cret", step_timeout=50, timeout=70, headers=headers) as client:
         client.generate("a", **SMALL)
         client.generate(["a", "b"], **SMALL)
     assert [call.model for call in between.calls] == MODELS * 2
@@ -69,7 +74,8 @@ def test_every_call_says_which_picture_it_is_of(between: Front, schnell) -> None
     digest = engines_digest(manifest.read(schnell.engines, "engines"))
     assert len(digest) == 64
     assert {each["ditforge-engines"] for each in headers} == {digest}
-    assert {each["authorization"] for each in [*headers, *between.asked]} == {"Bearer s3cret"}
+    for name, value in {"authorization": "Bearer s3cret", "x-team": "red team", "x-trace-bin": b"\0\xff"}.items():
+        assert {each[name] for each in [*headers, *between.asked]} == {value}
     assert all(30 < call.timeout < 51 for call in between.calls)
 
 
@@ -96,20 +102,21 @@ def test_a_call_gets_no_more_time_than_is_left_of_the_picture(between: Front) ->
         ((grpc.StatusCode.DEADLINE_EXCEEDED, "the step took too long"), "did not answer in time"),
     ],
 )
+@pytest.mark.parametrize("make", BOTH)
 def test_what_passes_is_repeated(
-    between: Front, alone: bytes, refusal: Refusal, why: str, caplog: pytest.LogCaptureFixture
+    make: Any, between: Front, alone: bytes, refusal: Refusal, why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     between.refuse = first(3, refusal)
     with (
         caplog.at_level(logging.INFO, "ditforge.client"),
         warnings.catch_warnings(record=True) as caught,
-        Client(between.url) as client,
+        make(between.url) as client,
     ):
         warnings.simplefilter("always")
         assert client.generate("a", **SMALL).tobytes() == alone
     repeated = "1 call was repeated, and the picture went on there"
     assert said(caught) == [f"the server {between.url} {why}; {repeated}"]
-    assert caught[0].filename == __file__
+    assert caught[0].filename in (__file__, *FILES)
     logged = [record.getMessage() for record in caplog.records if record.name == "ditforge.client"]
     assert logged == [f"{between.url} {why} during dit, step 1 of 4: {refusal[1]}"] * 3
 
@@ -133,11 +140,12 @@ def test_what_passes_is_repeated(
         ((grpc.StatusCode.FAILED_PRECONDITION, "12ab"), UserError, "serves other engines than the picture .*: 12ab"),
     ],
 )
+@pytest.mark.parametrize("make", BOTH)
 def test_what_does_not_pass_is_not_repeated(
-    between: Front, refusal: Refusal, kind: type[DitforgeError], problem: str
+    make: Any, between: Front, refusal: Refusal, kind: type[DitforgeError], problem: str
 ) -> None:
     between.refuse = first(1, refusal)
-    with Client(between.url) as client:
+    with make(between.url) as client:
         with pytest.raises(DitforgeError, match=problem) as caught:
             client.generate("a", **SMALL)
         assert type(caught.value) is kind
@@ -146,9 +154,10 @@ def test_what_does_not_pass_is_not_repeated(
         client.generate("a", **SMALL)  # and the client can go on
 
 
-def test_it_gives_up_after_the_retry_timeout(between: Front) -> None:
+@pytest.mark.parametrize("make", BOTH)
+def test_it_gives_up_after_the_retry_timeout(make: Any, between: Front) -> None:
     between.refuse = lambda call: FULL
-    with Client(between.url, retry_timeout=1) as client:
+    with make(between.url, retry_timeout=1) as client:
         started = time.monotonic()
         with pytest.raises(DitforgeError, match=r"was busy during text_encoders: the queue.*tries in 1 s") as caught:
             client.generate("a", **SMALL)
@@ -157,10 +166,11 @@ def test_it_gives_up_after_the_retry_timeout(between: Front) -> None:
     assert 2 <= len(between.calls) <= 30  # 0.1, 0.2, 0.4 … s apart
 
 
-def test_the_pictures_time_ends_it_all(between: Front) -> None:
+@pytest.mark.parametrize("make", BOTH)
+def test_the_pictures_time_ends_it_all(make: Any, between: Front) -> None:
     between.refuse = lambda call: FULL
     late = r"not finished within 1 s: it was at text_encoders, where .* was busy"
-    with Client(between.url, timeout=1) as client, pytest.raises(DitforgeError, match=late):
+    with make(between.url, timeout=1) as client, pytest.raises(DitforgeError, match=late):
         client.generate("a", **SMALL)
 
 
@@ -178,7 +188,7 @@ def test_a_cancelled_task_waits_for_no_retry(between: Front, monkeypatch: pytest
                 await task
             return time.monotonic()
 
-    cancelled = asyncio.run(main())  # which waits for the thread
+    cancelled = asyncio.run(main())
     assert time.monotonic() - cancelled < 10
     assert len(between.calls) == 2
 
@@ -190,6 +200,46 @@ def test_command_line_says_on_one_line_that_it_retried(between: Front, tmp_path:
     lines = [line for line in result.err.splitlines() if "repeated" in line]
     went_on = "1 call was repeated, and the picture went on there"
     assert lines == [f"warning: the server {between.url} was busy; {went_on}"]
+
+
+# which connections calls go through
+
+
+def test_clients_of_the_same_settings_share_connections(between: Front) -> None:
+    settings = ConnectionSettings((between.url,))
+    with Client(settings) as first:
+        with Client(settings) as second, Client(between.url) as stranger, Client(replace(settings)) as equal:
+            for client in (first, second, stranger, equal):
+                client.generate("a", steps=1, **SMALL)
+        first.generate("a", steps=1, **SMALL)  # which goes on though the other one was closed
+    a, b, c, d, again = [call.peer for call in between.calls][::3]
+    assert a == b == again
+    assert len({a, c, d}) == 3
+
+
+def test_settings_that_are_ready_with_some_changed(between: Front) -> None:
+    with Client(ConnectionSettings((between.url,), token="s3cret"), headers={"x-team": "red"}) as client:
+        client.generate("a", steps=1, **SMALL)
+    assert {(call.headers["authorization"], call.headers["x-team"]) for call in between.calls} == {
+        ("Bearer s3cret", "red")
+    }
+
+
+def test_headers_of_the_command_line(between: Front, tmp_path: Path) -> None:
+    options = (
+        "--header",
+        "x-team: red",
+        "--header",
+        "x-trace-bin:AP8=",
+        "--keepalive",
+        "5",
+        "--keepalive-timeout",
+        "5",
+    )
+    result = ditforge("generate", "a", "--url", between.url, "--steps", "1", *options, "--out", "a.png", cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert {call.headers["x-team"] for call in between.calls} == {"red"}
+    assert {call.headers["x-trace-bin"] for call in between.calls} == {b"\0\xff"}
 
 
 # what networks make

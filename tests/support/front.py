@@ -17,11 +17,16 @@ Refusal = tuple[grpc.StatusCode, str]
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a model as it arrived: its metadata, and how many seconds its client gives it."""
+    """A call of a model as it arrived: its metadata, and how many seconds its client gives it.
+
+    `peer` is the client's end of the connection; `active` says whether the client still waits.
+    """
 
     model: str
     headers: dict[str, str]
     timeout: float
+    peer: str
+    active: Callable[[], bool]
 
 
 @dataclass
@@ -40,7 +45,8 @@ class Front:
     ready: Callable[[], bool] = lambda: True
 
     def ModelInfer(self, request: Any, context: grpc.ServicerContext) -> Any:
-        call = Call(request.model_name, dict(context.invocation_metadata()), context.time_remaining())
+        headers, timeout = dict(context.invocation_metadata()), context.time_remaining()
+        call = Call(request.model_name, headers, timeout, context.peer(), context.is_active)
         self.calls.append(call)
         if refusal := self.refuse(call):
             context.abort(*refusal)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 URL_HELP = "A server's gRPC port, by default localhost:8001; again for others that serve the same engines."
+HEADER_HELP = "gRPC metadata to send with every call, e.g. for a proxy; again for more. NAME-bin takes base64."
 TLS_HELP = "Encrypt the connection, and trust the public authorities; not needed beside the next three."
 
 
@@ -46,6 +47,12 @@ class ConnectionFlags:
     retry_timeout: Annotated[
         float, typer.Option(metavar="SECONDS", help="How long a call that failed is repeated; 0: at each server once.")
     ] = 60
+    keepalive: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How often a server that is busy with a call is asked if it lives.")
+    ] = 10
+    keepalive_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How long it may take to answer that.")
+    ] = 10
     token_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A file with the token that the server wants, and nothing else.")
     ] = None
@@ -57,10 +64,12 @@ class ConnectionFlags:
         Path | None, typer.Option(metavar="FILE", help="PEM: our own certificate, for a server that asks for it.")
     ] = None
     tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="PEM: the key to our certificate.")] = None
+    header: Annotated[list[str] | None, typer.Option("--header", metavar="NAME:VALUE", help=HEADER_HELP)] = None
 
     def settings(self) -> ConnectionSettings:
         """The same as a client has it. Raises UserError for what cannot be."""
         from ditforge.client.address import DEFAULT_URL
+        from ditforge.client.headers import read_headers
         from ditforge.client.option import TOKEN
         from ditforge.client.settings import make_settings
         from ditforge.client.tls import TLS
@@ -73,8 +82,11 @@ class ConnectionFlags:
             connect_timeout=self.connect_timeout,
             step_timeout=self.step_timeout,
             retry_timeout=self.retry_timeout,
+            keepalive=self.keepalive,
+            keepalive_timeout=self.keepalive_timeout,
             token=read_token(self.token_file, TOKEN) if self.token_file else None,
             tls=TLS(self.tls_ca, self.tls_cert, self.tls_key) if encrypted else None,
+            headers=read_headers(self.header or []),
         )
 
 

@@ -1,0 +1,131 @@
+"""`AsyncClient`: the client for asyncio, on gRPC's asyncio client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Any, overload
+
+from PIL import Image
+from typing_extensions import Self, Unpack
+
+from ditforge.client.address import DEFAULT_URL
+from ditforge.client.client import Client
+from ditforge.client.connection import Connection
+from ditforge.client.event_loop import EventLoop
+from ditforge.client.greenlets import in_greenlet
+from ditforge.client.options import GenerateOptions, Options
+from ditforge.client.settings import ConnectionSettings, Settings, make_settings
+from ditforge.client.told import CALLER, Line, caller
+from ditforge.errors import DitforgeError, UserError
+from ditforge.model import Model
+
+
+class AsyncClient:
+    """`Client` for asyncio: `async with AsyncClient(url) as client: await client.generate(…)`.
+
+    Settings and options are those of `Client`, and so is what happens where servers fail. It connects when it is first
+    used, or by `connect`. Any number of tasks of one event loop can use it at once.
+
+    Pictures are made without threads: the calls are gRPC's asyncio ones, and what is between two of them runs in the
+    event loop, whose other tasks wait meanwhile. That is NumPy on latents (noise, sampler, guidance), a copy of each
+    call's tensors, and the blending of tiles where pictures are decoded in tiles; it takes milliseconds. `callback` and
+    a sampler of your own are plain functions and run there too, so they must not block. Only to find out why an
+    encrypted connection failed is a thread used, for at most some seconds.
+
+    Cancelling the task of a picture cancels its call at the server at once.
+    """
+
+    def __init__(
+        self, url: str | Sequence[str] | ConnectionSettings = DEFAULT_URL, **settings: Unpack[Settings]
+    ) -> None:
+        self._settings = make_settings(url, **settings)
+        self._connecting = asyncio.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._opened: tuple[Connection, EventLoop] | None = None
+        self._client: Client | None = None  # once it is connected
+        self._closed = False
+
+    @property
+    def model(self) -> Model:
+        """What the server says of its model. Raises DitforgeError before the client is connected."""
+        if self._client is None:
+            raise DitforgeError("this AsyncClient is not connected", "await client.connect()   before client.model")
+        return self._client.model
+
+    def connect(self) -> Coroutine[Any, Any, Self]:
+        """Connect, unless that was done. Raises what `Client` raises where it is made."""
+        return self._connect(caller())
+
+    @overload
+    def generate(
+        self, prompt: str, options: GenerateOptions | None = None, **keywords: Unpack[Options]
+    ) -> Coroutine[Any, Any, Image.Image]: ...
+    @overload
+    def generate(
+        self, prompt: list[str], options: GenerateOptions | None = None, **keywords: Unpack[Options]
+    ) -> Coroutine[Any, Any, list[Image.Image]]: ...
+
+    def generate(
+        self, prompt: str | list[str], options: GenerateOptions | None = None, **keywords: Unpack[Options]
+    ) -> Coroutine[Any, Any, Image.Image | list[Image.Image]]:
+        """A coroutine of what Client.generate returns. Warnings name the line that called this."""
+        return self._generate(prompt, options, keywords, caller())
+
+    async def close(self) -> None:
+        """Close the connection, for good. Pictures that are not finished fail."""
+        self._closed = True
+        if self._loop is not None and self._loop.is_closed():
+            return  # and its connections with it
+        self._check_loop()
+        if self._opened is not None:
+            connection, transport = self._opened
+            await in_greenlet(connection.close)
+            await transport.close()
+
+    async def __aenter__(self) -> Self:
+        return await self._connect(caller())
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
+
+    async def _connect(self, line: Line) -> Self:
+        """Connect as what is called in `line`."""
+        self._check_loop()
+        token = CALLER.set(line)
+        try:
+            async with self._connecting:
+                if self._closed:
+                    raise DitforgeError("this AsyncClient is closed", "make a new one")
+                if self._client is None:
+                    transport = EventLoop()
+                    connection = Connection(self._settings, transport)
+                    self._opened = connection, transport
+                    try:
+                        await in_greenlet(connection.connect)
+                    except (Exception, asyncio.CancelledError):
+                        await transport.close()
+                        raise
+                    self._client = Client._over(connection)
+        finally:
+            CALLER.reset(token)
+        return self
+
+    async def _generate(
+        self, prompt: str | list[str], options: GenerateOptions | None, keywords: Options, line: Line
+    ) -> Image.Image | list[Image.Image]:
+        client = (await self._connect(line))._client
+        assert client is not None
+        token = CALLER.set(line)
+        try:
+            return await in_greenlet(lambda: client.generate(prompt, options, **keywords))
+        finally:
+            CALLER.reset(token)
+
+    def _check_loop(self) -> None:
+        """Raise UserError unless the event loop is that in which this was used first."""
+        running = asyncio.get_running_loop()
+        self._loop = self._loop or running
+        if self._loop is not running:
+            problem = "this AsyncClient belongs to another event loop than the one that runs"
+            raise UserError(problem, "make an AsyncClient in each event loop, e.g. in what asyncio.run is given")

@@ -14,7 +14,7 @@ import torch
 from ditforge import __version__, manifest
 from ditforge.contract import TOKENIZER
 from ditforge.errors import DitforgeWarning, UserError
-from ditforge.export.checkpoint import consistency, random_weights
+from ditforge.export.checkpoint import consistency, hub, random_weights
 from ditforge.export.checkpoint.diffusers_folder import Checkpoint
 from ditforge.export.checkpoint.source import Loras, fingerprint, opened
 from ditforge.export.checkpoint.weights import Weights
@@ -73,6 +73,8 @@ def export_checkpoint(
 ) -> Exported:
     """Export the checkpoint `checkpoint`, a diffusers folder or a single file, to ONNX in the folder `out`.
 
+    It, `base` and `loras` can be on the Hub too (checkpoint/hub.py): OWNER/NAME, or OWNER/NAME/FILE.safetensors.
+
     `base` is a diffusers folder with what a single file lacks; `loras` are files and strengths, added to the weights.
     `calibration` is a file that `ditforge calibrate` wrote for this checkpoint; fp8 needs one. With `max_error`, the
     linears with the largest 8-bit errors stay 16-bit until the velocity's relative error is no larger. `text_encoders`
@@ -86,6 +88,8 @@ def export_checkpoint(
     """
     if random and max_error is not None:
         raise UserError("the errors of random weights tell nothing", "leave out --max-error, or --random-weights")
+    if not random:  # once, so that what is opened is of the commit that the digest says
+        checkpoint, base, loras = hub.localised(checkpoint, base, loras, text_encoders, progress=progress)
     with opened(checkpoint, base, loras, text_encoders, random) as found:
         files = random_weights.fingerprint(found) if random else fingerprint(checkpoint, base, loras)
         return export_opened(found, files, out, precision, calibration, max_error, progress, text_encoders, measuring)
@@ -114,6 +118,8 @@ def export_opened(
         "exporter": f"torch {torch.__version__}",
         "checkpoint": files,
     }
+    if checkpoint.repositories:
+        source["repositories"] = checkpoint.repositories
     before = manifest.earlier(out, "onnx")
     if (
         before

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ditforge import manifest, terminal
 from ditforge.contract import DIT
+from ditforge.downloading import downloaded
 from ditforge.engines import gpus
 from ditforge.engines.gpus import Target
 from ditforge.engines.memory import placement
@@ -182,6 +183,7 @@ def read_subject(
         return exported(path, precision, size)
     from ditforge.export.checkpoint.source import opened
 
+    path, base, _ = downloaded(path, base, (), text_encoders, weights=False)
     with opened(path, base, (), text_encoders, random) as checkpoint:
         return measured(checkpoint, precision, size)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ditforge.errors import UserError
+from ditforge.export.checkpoint import hub
 from ditforge.export.checkpoint.diffusers_folder import INDEX, Checkpoint, open_checkpoint, read_json, t5_parts
 
 Loras = Sequence[tuple[Path, float]]
@@ -25,14 +26,16 @@ def open_source(
     """Open the diffusers folder `path`, or the single file `path` with what it lacks from the folder `base`.
 
     `loras` are files and strengths; `text_encoders` "clip" leaves T5 out, whose files may be missing then. No weight is
-    read. Raises UserError if something is missing, or does not fit.
+    read. What is on the Hub is downloaded (hub.py). Raises UserError if something is missing, or does not fit.
     """
+    path, base, loras = hub.localised(path, base, loras, text_encoders)
     if path.is_file():
         checkpoint = _open_file(path, base, text_encoders)
     elif base is not None:
         raise UserError(f"--base is for a checkpoint in one file, and {path} is none", "leave out --base")
     else:
-        checkpoint = with_text_encoders(open_checkpoint(path), text_encoders)
+        checkpoint = with_text_encoders(replace(open_checkpoint(path), title=hub.title(path)), text_encoders)
+    checkpoint = replace(checkpoint, repositories=repositories(path, base, loras))
     return _with_loras(checkpoint, loras) if loras else checkpoint
 
 
@@ -50,7 +53,7 @@ def opened(path: Path, base: Path | None, loras: Loras, text_encoders: str, rand
         raise UserError("random weights take nothing from files", f"leave out {flags}, or --random-weights")
     from ditforge.export.checkpoint.random_weights import random_checkpoint  # which needs torch
 
-    with random_checkpoint(path) as checkpoint:
+    with random_checkpoint(hub.local(path, hub.Wanted(text_encoders, weights=False))) as checkpoint:
         yield with_text_encoders(checkpoint, text_encoders)
 
 
@@ -92,7 +95,16 @@ def fingerprint(path: Path, base: Path | None = None, loras: Loras = ()) -> str:
     return sha256(repr(listed).encode()).hexdigest()
 
 
+def repositories(path: Path, base: Path | None = None, loras: Loras = ()) -> str:
+    """Which of them are from the Hub, each with its commit, for people to read; empty where none is."""
+    parts = {"": path, "base ": base, **{f"LoRA {number} ": lora for number, (lora, _) in enumerate(loras, 1)}}
+    found = {name: hub.snapshot_of(part) for name, part in parts.items() if part is not None}
+    return ", ".join(f"{name}{snapshot}" for name, snapshot in found.items() if snapshot)
+
+
 def _files(path: Path) -> list[tuple[object, ...]]:
+    if snapshot := hub.snapshot_of(path):  # what a commit is never changes, and files come to it as they are needed
+        return [(str(snapshot),)]
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     start = path.parent if path.is_file() else path
     return [(str(file.relative_to(start)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]

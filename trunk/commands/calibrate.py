@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ditforge import terminal
+from ditforge.downloading import downloaded
 from ditforge.options import Source, SourceFlags
 
 
@@ -24,9 +25,10 @@ def calibrate(
     """
     from ditforge.export.quantisation import calibration
 
-    texts, loras = calibration.read_prompts(prompts), source.loras
+    texts = calibration.read_prompts(prompts)
+    checkpoint, base, loras = downloaded(checkpoint, source.base, source.loras, source.text_encoders)
     with terminal.progress("calibrate") as report:
-        ranges = calibration.calibrate(checkpoint, out, texts, steps, report, source.base, loras, source.text_encoders)
+        ranges = calibration.calibrate(checkpoint, out, texts, steps, report, base, loras, source.text_encoders)
     terminal.say(
         f"{out}: ranges of {len(ranges.amax)} linears over {ranges.prompts} prompts, {ranges.steps} steps each"
     )

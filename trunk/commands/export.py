@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ditforge import terminal
+from ditforge.downloading import downloaded
 from ditforge.options import Out, Precision, RandomWeights, Ranges, Source, SourceFlags, T5Precision
 
 
@@ -29,9 +32,13 @@ def export(
     """
     from ditforge.export.onnx_export import export_checkpoint
     from ditforge.export.quantisation.precision import parse_precision, with_t5
+    from ditforge.manifest import check_replaceable
 
     asked = with_t5(parse_precision(precision, activations), t5_precision)
-    loras = source.loras
+    check_replaceable(Path(os.path.realpath(out)), "onnx", ())  # before gigabytes are downloaded for it
+    checkpoint, base, loras = downloaded(
+        checkpoint, source.base, source.loras, source.text_encoders, weights=not random_weights
+    )
     with terminal.progress("export", unit="bytes") as report, terminal.progress("measure") as measured:
         exported = export_checkpoint(
             checkpoint,
@@ -42,7 +49,7 @@ def export(
             report,
             source.text_encoders,
             random_weights,
-            source.base,
+            base,
             loras,
             measured,
         )

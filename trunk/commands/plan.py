@@ -7,13 +7,19 @@ from typing import Annotated
 
 import typer
 
-from ditforge.options import PRECISION_HELP, Base, GpuMemory, RandomWeights, TextEncoders
+from ditforge.options import (
+    PRECISION_HELP,
+    SOURCE_HELP,
+    Base,
+    GpuMemory,
+    RandomWeights,
+    TextEncoders,
+    path_or_repository,
+)
 
 
 def plan(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="A folder in diffusers' layout, a .safetensors file, or what export wrote.")
-    ],
+    checkpoint: Annotated[Path, typer.Argument(help=f"{SOURCE_HELP} Or what export wrote.", parser=path_or_repository)],
     gpu: Annotated[str | None, typer.Option(help="A name that ditforge gpus lists, or local; by default, all.")] = None,
     precision: Annotated[str | None, typer.Option(help=f"{PRECISION_HELP} By default the GPU's.")] = None,
     size: Annotated[int | None, typer.Option(help="Pictures of up to that many pixels; by default several.")] = None,

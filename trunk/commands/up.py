@@ -15,6 +15,7 @@ from ditforge.cache import default_cache
 from ditforge.commands.repo import say_written
 from ditforge.commands.serve import serve_in_foreground
 from ditforge.contract import DIT
+from ditforge.downloading import downloaded
 from ditforge.options import (
     PRECISION_HELP,
     Gpu,
@@ -139,10 +140,12 @@ def prepare(
     asked = with_t5(parse_precision(precision, activations), t5_precision)
     if max_batch is not None:
         check_max_batch(max_batch)
+    name = checkpoint
+    checkpoint, base, loras = downloaded(checkpoint, base, loras, text_encoders, weights=not random)
     if resolutions or static:  # of which an export knows nothing, and it takes a while
         with opened(checkpoint, base, loras, text_encoders, random) as found:
             make_profiles(read_networks(found, asked)[0], resolutions, static, None)
-    with terminal.progress("export", unit="bytes", begins=f"exporting {checkpoint} to ONNX") as report:
+    with terminal.progress("export", unit="bytes", begins=f"exporting {name} to ONNX") as report:
         export_checkpoint(
             checkpoint,
             folder / "onnx",
@@ -174,10 +177,15 @@ def prepare(
 
 def folder_name(checkpoint: Path, base: Path | None, loras: Sequence[tuple[Path, float]], random: bool) -> str:
     """What the checkpoint is called in the cache: names for people, and a digest of all paths and strengths."""
-    path = checkpoint.resolve() if checkpoint.exists() else checkpoint  # else the name of a published model
+    path = placed(checkpoint)
     name = "+".join([path.name.removesuffix(".safetensors"), *(lora.stem for lora, _ in loras)])[:LONGEST_NAME]
-    paths = [path, base.resolve() if base else None, *((lora.resolve(), strength) for lora, strength in loras)]
+    paths = [path, placed(base) if base else None, *((placed(lora), strength) for lora, strength in loras)]
     return f"{name}{'-random' if random else ''}-{digest(*paths)}"
+
+
+def placed(path: Path) -> Path:
+    """The whole path of what is on this machine; else it is a repository, or the name of a published model."""
+    return path.resolve() if path.exists() else path
 
 
 def digest(*parts: object) -> str:

@@ -67,7 +67,8 @@ def explain(error: BaseException, reference: Reference) -> DitforgeError:
     if isinstance(error, HfHubHTTPError):
         return _refused(error, reference)
     if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError, HTTP_ERROR)):
-        return Unreachable(f"{constants.ENDPOINT} cannot be reached: {_cause(error)}", f"check the network; {AGAIN}")
+        problem = f"the connection to {constants.ENDPOINT} failed: {_cause(error)}"
+        return Unreachable(problem, f"check the network; {AGAIN}")
     return _not_written(error, reference)
 
 

@@ -87,7 +87,7 @@ def localised(
     """A checkpoint, what completes it, and its LoRAs, as paths on this machine: what is on the Hub is downloaded.
 
     Of a folder `base`, weights that the single file `path` holds are left out. `weights` False takes only what
-    describes a folder. `progress` is called with (file, bytes downloaded, bytes in all). Raises as local() does.
+    describes a folder. `progress` is called with (component or file, bytes, bytes in all). Raises as local() does.
     """
     path = local(path, Wanted(text_encoders, weights), progress)
     if base is not None and reference_of(base):

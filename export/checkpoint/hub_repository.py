@@ -80,7 +80,7 @@ class Meter:
         self.total += size
 
     def count(self, size: float | None) -> None:
-        """So many have come, of the file `name`."""
+        """So many have come, of what is called `name`: a component, or a file."""
         self.done = min(self.done + int(size or 0), self.total)
         self.report(self.name, self.done, self.total)
 
@@ -145,7 +145,7 @@ def download(repository: Repository, names: Collection[str], meter: Meter, revis
     meter.expect(sum(repository.missing(name) for name in names))
     at, path = revision or repository.commit, ""
     for name in names:
-        file, meter.name = repository.files[name], name
+        file, meter.name = repository.files[name], name.split("/")[0]
         if file.large and repository.missing(name) and file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE:
             _write_blob(repository, name, meter)
         path = hf_hub_download(repository.name, name, revision=at, tqdm_class=meter.bar(), **LIBRARY)

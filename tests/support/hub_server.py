@@ -12,7 +12,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -196,7 +196,8 @@ def serve() -> Iterator[Hub]:
             self.end_headers()
             if self.command == "HEAD":
                 return
-            self.wfile.write(body if limit is None else body[:limit])
+            with suppress(ConnectionError):  # who asked may have been interrupted
+                self.wfile.write(body if limit is None else body[:limit])
             if limit is not None:
                 self.close_connection = True
 

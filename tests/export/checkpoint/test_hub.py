@@ -239,7 +239,7 @@ def interrupted(hub: Hub, after: int) -> list[str]:
     """Begin to download flux-tiny, and be interrupted by Ctrl-C after so many bytes of its DiT; what was said."""
 
     def stop(doing: str, done: int, total: int) -> None:
-        if doing == DIT and done > after:
+        if doing == "transformer" and done > after:
             raise KeyboardInterrupt
 
     with pytest.warns(DitforgeWarning) as said, pytest.raises(KeyboardInterrupt):

@@ -16,7 +16,7 @@ from ditforge.contract import TOKENIZER
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 from ditforge.export.checkpoint import consistency, random_weights
 from ditforge.export.checkpoint.diffusers_folder import Checkpoint
-from ditforge.export.checkpoint.source import CheckpointSource, fingerprint, opened
+from ditforge.export.checkpoint.source import CheckpointSource, fingerprint, localised, opened
 from ditforge.export.checkpoint.weights import Weights
 from ditforge.export.disk_space import check_space, size_of
 from ditforge.export.families import family_of, read_networks
@@ -97,6 +97,8 @@ def export_checkpoint(
     options.asked(source)
     if source.random_weights and options.max_error is not None:
         raise UserError("the errors of random weights tell nothing", "leave out --max-error, or --random-weights")
+    if not source.random_weights:  # once, so that what is opened is of the commit that the digest says
+        source = localised(source, progress=progress)
     with opened(source) as checkpoint:
         return export_opened(checkpoint, source, out, options, progress, measuring)
 
@@ -122,6 +124,8 @@ def export_opened(
         "exporter": f"torch {torch.__version__}",
         "checkpoint": random_weights.fingerprint(checkpoint) if origin.random_weights else fingerprint(origin),
     }
+    if checkpoint.repositories:
+        source["repositories"] = checkpoint.repositories
     before = manifest.earlier(out, "onnx")
     if (
         before

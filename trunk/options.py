@@ -66,15 +66,22 @@ TOKEN_FILE_HELP = "Serve only clients that send the token in this file, one word
 TokenFile = Annotated[Path | None, typer.Option(metavar="FILE", help=TOKEN_FILE_HELP)]
 INSECURE_HELP = "Allow a --host that others can reach without TLS together with a token or client certificates."
 Insecure = Annotated[bool, typer.Option("--insecure", help=INSECURE_HELP)]
-Source = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="A folder in diffusers' layout, or a .safetensors file.")
-]
-Base = Annotated[
-    Path | None, typer.Option(metavar="FOLDER", help="The diffusers folder with what a single file lacks.")
-]
-Loras = Annotated[
-    list[str] | None, typer.Option(metavar="FILE:STRENGTH", help="A LoRA to add to the weights; again for more.")
-]
+
+
+def path_or_repository(text: str) -> Path:
+    """What is given, as a path; one that begins with a dot is whole, so that it is not taken for OWNER/NAME."""
+    return Path(text).absolute() if text.startswith(("./", "../")) and not Path(text).exists() else Path(text)
+
+
+SOURCE_HELP = (
+    "A folder in diffusers' layout, a .safetensors file, or a repository of the Hugging Face Hub: OWNER/NAME, "
+    "OWNER/NAME@REVISION, OWNER/NAME/FILE.safetensors@REVISION."
+)
+Source = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help=SOURCE_HELP, parser=path_or_repository)]
+BASE_HELP = "The diffusers folder, or repository, with what a single file lacks."
+Base = Annotated[Path | None, typer.Option(metavar="FOLDER", help=BASE_HELP, parser=path_or_repository)]
+LORA_HELP = "A LoRA to add to the weights, a file or as OWNER/NAME; again for more."
+Loras = Annotated[list[str] | None, typer.Option(metavar="FILE:STRENGTH", help=LORA_HELP)]
 Ranges = Annotated[Path | None, typer.Option(metavar="FILE", help="What calibrate wrote; fp8 needs it.")]
 TextEncoders = Annotated[
     str, typer.Option(help="all; or clip: without T5, for models that can do without it, to save memory.")

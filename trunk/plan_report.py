@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ditforge import manifest, terminal
 from ditforge.contract import DIT
+from ditforge.downloading import downloaded
 from ditforge.engines import gpus
 from ditforge.engines.gpus import Target
 from ditforge.engines.memory import placement
@@ -181,6 +182,7 @@ def read_subject(source: CheckpointSource, precision: str | None, size: int | No
         return exported(source.path, precision, size)
     from ditforge.export.checkpoint.source import opened
 
+    source = downloaded(source, weights=False)
     with opened(source) as checkpoint:
         return measured(checkpoint, precision, size)
 

@@ -27,6 +27,7 @@ class Checkpoint:
     Where there are no weights, and random ones take their place, `seed` is what they are made from. What comes from
     elsewhere than the folder (a single file, LoRAs: source.py) is in `title`, the model's name, `tensors`, by
     component and name, `configs`, by component and file, and `loras`, as FILE:STRENGTH without the folders.
+    `repositories` says what of it is from the Hub, and of which commit.
     """
 
     folder: Path
@@ -36,6 +37,7 @@ class Checkpoint:
     tensors: Mapping[str, Mapping[str, Lazy]] = field(default_factory=dict)
     configs: Mapping[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
     loras: tuple[str, ...] = ()
+    repositories: str = ""
 
     @property
     def name(self) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ditforge.errors import UserError
+from ditforge.export.checkpoint import hub
 from ditforge.export.checkpoint.diffusers_folder import INDEX, Checkpoint, open_checkpoint
 from ditforge.export.checkpoint.weights import Weights
 from ditforge.export.families import published_models
@@ -47,7 +48,7 @@ def random_checkpoint(folder: Path, seed: int = SEED) -> Iterator[Checkpoint]:
     source = folder if folder.is_dir() else known[str(folder)]
     open_checkpoint(source)
     with TemporaryDirectory(prefix="ditforge-") as temporary:
-        copy = Path(temporary) / source.resolve().name
+        copy = Path(temporary) / (hub.title(source) or source.resolve().name)
         for path in sorted(path for path in source.rglob("*") if path.is_file() and path.suffix in DESCRIPTIONS):
             target = copy / path.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)

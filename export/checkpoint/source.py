@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ditforge.errors import UserError
+from ditforge.export.checkpoint import hub
 from ditforge.export.checkpoint.diffusers_folder import INDEX, Checkpoint, open_checkpoint, read_json, t5_parts
 
 TEXT_ENCODERS = ("all", "clip")
@@ -22,8 +23,9 @@ SCHEDULER = "scheduler", "scheduler_config.json"
 class CheckpointSource:
     """What a checkpoint is put together from.
 
-    path: a folder in diffusers' layout, or a .safetensors file. With `random_weights`, it may also be the name of a
-        published model, such as "flux.1-dev".
+    path: a folder in diffusers' layout, or a .safetensors file; or one of the Hub (see hub.py): OWNER/NAME, or
+        OWNER/NAME/FILE.safetensors. The base and the LoRAs can be on the Hub too. With `random_weights`, it may
+        also be the name of a published model, such as "flux.1-dev".
     base: a folder in diffusers' layout that has what a single file lacks, for example its tokenizers.
     loras: files, each with the strength at which it is added to the weights.
     text_encoders: "all", or "clip" for a model without T5, whose files may be missing then.
@@ -50,19 +52,36 @@ def opened(source: CheckpointSource) -> Iterator[Checkpoint]:
         raise UserError("random weights take nothing from files", f"leave out {flags}, or --random-weights")
     from ditforge.export.checkpoint.random_weights import random_checkpoint  # which needs torch
 
-    with random_checkpoint(source.path) as checkpoint:
+    here = hub.local(source.path, hub.Wanted(source.text_encoders, weights=False))
+    with random_checkpoint(here) as checkpoint:
         yield with_text_encoders(checkpoint, source.text_encoders)
 
 
 def open_files(source: CheckpointSource) -> Checkpoint:
     """Open a checkpoint whose weights are in files. Raises UserError as `opened` does."""
+    source = localised(source)
     if source.path.is_file():
         checkpoint = _open_file(source.path, source.base, source.text_encoders)
     elif source.base is not None:
         raise UserError(f"--base is for a checkpoint in one file, and {source.path} is none", "leave out --base")
     else:
-        checkpoint = with_text_encoders(open_checkpoint(source.path), source.text_encoders)
+        named = replace(open_checkpoint(source.path), title=hub.title(source.path))
+        checkpoint = with_text_encoders(named, source.text_encoders)
+    checkpoint = replace(checkpoint, repositories=repositories(source))
     return _with_loras(checkpoint, source.loras) if source.loras else checkpoint
+
+
+def localised(source: CheckpointSource, weights: bool = True, progress: hub.Progress | None = None) -> CheckpointSource:
+    """The same, all of it on this machine: what is on the Hub is downloaded.
+
+    Of a folder `base`, weights that the single file `path` holds are left out. `weights` False takes only what
+    describes a folder. `progress` is called with (component or file, bytes, bytes in all). Raises as hub.local() does.
+    """
+    path, base = hub.local(source.path, hub.Wanted(source.text_encoders, weights), progress), source.base
+    if base is not None and hub.reference_of(base):
+        base = hub.local(base, hub.Wanted(source.text_encoders, weights, hub.held_components(path)), progress)
+    loras = tuple((hub.local_lora(lora, progress), strength) for lora, strength in source.loras)
+    return replace(source, path=path, base=base, loras=loras)
 
 
 def with_text_encoders(checkpoint: Checkpoint, name: str) -> Checkpoint:
@@ -103,7 +122,17 @@ def fingerprint(source: CheckpointSource) -> str:
     return sha256(repr(listed).encode()).hexdigest()
 
 
+def repositories(source: CheckpointSource) -> str:
+    """Which of them are from the Hub, each with its commit, for people to read; empty where none is."""
+    loras = {f"LoRA {number} ": lora for number, (lora, _) in enumerate(source.loras, 1)}
+    parts = {"": source.path, "base ": source.base, **loras}
+    found = {name: hub.snapshot_of(part) for name, part in parts.items() if part is not None}
+    return ", ".join(f"{name}{snapshot}" for name, snapshot in found.items() if snapshot)
+
+
 def _files(path: Path) -> list[tuple[object, ...]]:
+    if snapshot := hub.snapshot_of(path):  # what a commit is never changes, and files come to it as they are needed
+        return [(str(snapshot),)]
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     start = path.parent if path.is_file() else path
     return [(str(file.relative_to(start)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ditforge import terminal
+from ditforge.downloading import downloaded
 from ditforge.options import Source, SourceFlags
 
 
@@ -25,8 +26,9 @@ def calibrate(
     from ditforge.export.quantisation import calibration
 
     texts = calibration.read_prompts(prompts)
+    origin = downloaded(source.of(checkpoint))
     with terminal.progress("calibrate") as report:
-        ranges = calibration.calibrate(source.of(checkpoint), out, texts, steps, report)
+        ranges = calibration.calibrate(origin, out, texts, steps, report)
     terminal.say(
         f"{out}: ranges of {len(ranges.amax)} linears over {ranges.prompts} prompts, {ranges.steps} steps each"
     )

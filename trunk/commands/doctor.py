@@ -17,7 +17,7 @@ from ditforge.errors import UserError
 # The packages that each command imports, by the extra that installs them.
 EXTRAS = {
     "client": ("numpy", "PIL", "tritonclient", "grpc"),
-    "export": ("torch", "diffusers", "transformers", "safetensors", "onnxscript", "onnx_ir"),
+    "export": ("torch", "diffusers", "transformers", "safetensors", "onnxscript", "onnx_ir", "huggingface_hub"),
     "engines": ("onnx", "onnxruntime", "pynvml"),
     "tensorrt-rtx": ("tensorrt_rtx",),
     "tensorrt": ("tensorrt",),

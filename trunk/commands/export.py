@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ditforge import terminal
+from ditforge.downloading import downloaded
 from ditforge.options import Out, Precision, RandomWeights, Ranges, Source, SourceFlags, T5Precision
 
 
@@ -28,10 +31,13 @@ def export(
     Example: ditforge export models/flux-tiny --out out/onnx --precision fp8-weights
     """
     from ditforge.export.onnx_export import ExportOptions, export_checkpoint
+    from ditforge.manifest import check_replaceable
 
     options = ExportOptions(precision, activations, calibration, max_error)
     origin = source.of(checkpoint, t5_precision, random_weights)
     asked = options.asked(origin)
+    check_replaceable(Path(os.path.realpath(out)), "onnx", ())  # before gigabytes are downloaded for it
+    origin = downloaded(origin, weights=not random_weights)
     with terminal.progress("export", unit="bytes") as report, terminal.progress("measure") as measured:
         exported = export_checkpoint(origin, out, options, report, measured)
     if exported.fresh:

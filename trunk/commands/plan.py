@@ -7,13 +7,11 @@ from typing import Annotated
 
 import typer
 
-from ditforge.options import PRECISION_HELP, GpuMemory, RandomWeights, SourceFlags
+from ditforge.options import PRECISION_HELP, SOURCE_HELP, GpuMemory, RandomWeights, SourceFlags, path_or_repository
 
 
 def plan(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="A folder in diffusers' layout, a .safetensors file, or what export wrote.")
-    ],
+    checkpoint: Annotated[Path, typer.Argument(help=f"{SOURCE_HELP} Or what export wrote.", parser=path_or_repository)],
     source: SourceFlags,
     gpu: Annotated[str | None, typer.Option(help="A name that ditforge gpus lists, or local; by default, all.")] = None,
     precision: Annotated[str | None, typer.Option(help=f"{PRECISION_HELP} By default the GPU's.")] = None,

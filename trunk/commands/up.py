@@ -14,6 +14,7 @@ from ditforge.cache import default_cache
 from ditforge.commands.repo import say_written
 from ditforge.commands.serve import serve_in_foreground
 from ditforge.contract import DIT
+from ditforge.downloading import downloaded
 from ditforge.options import (
     PRECISION_HELP,
     Gpu,
@@ -104,13 +105,14 @@ def prepare(wanted: Wanted, cache: Path | None) -> Path:
     asked = options.asked(source)
     if wanted.max_batch is not None:
         check_max_batch(wanted.max_batch)
+    folder = (cache or default_cache()) / folder_name(source) / options_name(source, options)
+    name, source = source.path, downloaded(source, weights=not source.random_weights)
     if sizes.resolutions or sizes.static:  # of which an export knows nothing, and it takes a while
         from ditforge.engines.profile import make_profiles
 
         with opened(source) as checkpoint:
             make_profiles(read_networks(checkpoint, asked)[0], sizes.resolutions, sizes.static, None)
-    folder = (cache or default_cache()) / folder_name(source) / options_name(source, options)
-    with terminal.progress("export", unit="bytes", begins=f"exporting {source.path} to ONNX") as report:
+    with terminal.progress("export", unit="bytes", begins=f"exporting {name} to ONNX") as report:
         export_checkpoint(source, folder / "onnx", options, report)
     made, batch = folder / str(target), wanted.max_batch if target.capabilities else None
     built_for = BuildOptions(wanted.gpu, **asdict(sizes), batch=batch)
@@ -144,10 +146,10 @@ def choose_options(wanted: Wanted, target: Target) -> ExportOptions:
 
 def folder_name(source: CheckpointSource) -> str:
     """What the checkpoint is called in the cache: names for people, and a digest of all paths and strengths."""
-    path = source.path.resolve() if source.path.exists() else source.path  # else the name of a published model
+    path = placed(source.path)
     name = "+".join([path.name.removesuffix(".safetensors"), *(lora.stem for lora, _ in source.loras)])[:LONGEST_NAME]
-    base = source.base.resolve() if source.base else None
-    paths = [path, base, *((lora.resolve(), strength) for lora, strength in source.loras)]
+    base = placed(source.base) if source.base else None
+    paths = [path, base, *((placed(lora), strength) for lora, strength in source.loras)]
     return f"{name}{'-random' if source.random_weights else ''}-{digest(*paths)}"
 
 
@@ -161,6 +163,11 @@ def options_name(source: CheckpointSource, options: ExportOptions) -> str:
     name += f"-t5-{source.t5_precision}" if source.t5_precision else ""
     ranges = options.calibration
     return name + (f"-{ranges.stem}-{digest(ranges.resolve())}" if ranges else "")
+
+
+def placed(path: Path) -> Path:
+    """The whole path of what is on this machine; else it is a repository, or the name of a published model."""
+    return path.resolve() if path.exists() else path
 
 
 def digest(*parts: object) -> str:

@@ -1,0 +1,130 @@
+"""What is needed of a repository, from the Hub or from its cache alone, and what is said where it is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from ditforge.errors import UserError
+from ditforge.export.checkpoint import hub_files
+from ditforge.export.checkpoint.diffusers_folder import INDEX, Checkpoint, read_json
+from ditforge.export.checkpoint.hub import SAFETENSORS, Progress, Reference, Wanted
+from ditforge.export.checkpoint.hub_errors import explained
+from ditforge.export.checkpoint.hub_repository import Meter, Repository, check_space, describe, download
+
+LISTED = 12  # files of a repository that an error lists
+
+
+def fetch(reference: Reference, wanted: Wanted | None, progress: Progress | None) -> Path:
+    """What `reference` means, downloaded as far as the cache lacks it; a folder as far as it is `wanted`.
+
+    `wanted` None means a LoRA, of which there is one file. Raises UserError and DitforgeError.
+    """
+    meter = Meter(progress)
+    with explained(reference):
+        repository = describe(reference)
+        file = reference.file or (only_file(reference, repository.files) if wanted is None else None)
+        path = _file(reference, repository, file, meter) if file else _folder(reference, repository, wanted, meter)
+        meter.finish()
+    return path
+
+
+def cached(reference: Reference, wanted: Wanted | None) -> Path:
+    """The same from the cache alone. Raises UserError where it lacks something."""
+    fix = "run it where the Hub can be reached, with HF_HUB_OFFLINE unset: what is missing is downloaded"
+    try:  # no file is asked for: only where the revision is
+        found = snapshot_download(
+            reference.repository, revision=reference.revision, local_files_only=True, allow_patterns=[]
+        )
+    except (EntryNotFoundError, OSError) as error:
+        problem = f"{reference} is no file or folder here, and offline: {constants.HF_HUB_CACHE} does not have it"
+        raise UserError(problem, fix) from error
+    folder = Path(found)
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    try:
+        if reference.file or wanted is None:
+            return folder / _known(reference, reference.file or only_file(reference, names), names)
+        parts = hub_files.components(read_json(folder / INDEX), wanted.text_encoders)
+        if bare := [part for part in parts if not hub_files.descriptions(names, [part])]:
+            raise UserError(f"{bare[0]} is not there")
+        if wanted.weights:
+            hub_files.weights(folder, names, [part for part in parts if part not in wanted.without])
+    except UserError as error:
+        problem = f"{reference} is only in part in {constants.HF_HUB_CACHE}, and offline: {error.problem}"
+        raise UserError(problem, fix) from error
+    return folder
+
+
+def only_file(reference: Reference, names: Collection[str]) -> str:
+    """The one safetensors file of a repository. Raises UserError where there is none, or where there are several."""
+    found = sorted(name for name in names if name.endswith(SAFETENSORS))
+    found = [name for name in found if "/" not in name] or found
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise UserError(f"{reference} has no {SAFETENSORS} file", "take another repository")
+    problem = f"{reference} has {len(found)} {SAFETENSORS} files: {_listed(found)}"
+    raise UserError(problem, f"name one: {replace(reference, file=found[0])}")
+
+
+def _file(reference: Reference, repository: Repository, file: str, meter: Meter) -> Path:
+    _known(reference, file, repository.files)
+    check_space(reference, repository, [file])
+    return download(repository, [file], meter, reference.revision or constants.DEFAULT_REVISION)
+
+
+def _folder(reference: Reference, repository: Repository, wanted: Wanted | None, meter: Meter) -> Path:
+    """What describes the folder first, which says what the rest is, and then the weights."""
+    assert wanted is not None, "a folder is no LoRA"
+    if INDEX not in repository.files:
+        raise _no_folder(reference, repository.files)
+    folder = download(repository, [INDEX], meter, reference.revision or constants.DEFAULT_REVISION).parent
+    if folder.name != repository.commit:  # a branch has moved on in this moment
+        repository = describe(replace(reference, revision=folder.name))
+    parts = hub_files.components(read_json(folder / INDEX), wanted.text_encoders)
+    download(repository, hub_files.descriptions(repository.files, parts), meter)
+    _check_family(reference, folder)
+    if wanted.weights:
+        names = hub_files.weights(folder, repository.files, [part for part in parts if part not in wanted.without])
+        check_space(reference, repository, names)
+        download(repository, names, meter)
+    return folder
+
+
+def _check_family(reference: Reference, folder: Path) -> None:
+    """Raise UserError, before gigabytes are downloaded, if the model is of a family that cannot be exported."""
+    from ditforge.export.families import family_of
+
+    pipeline = str(read_json(folder / INDEX).get("_class_name", ""))
+    try:
+        family_of(Checkpoint(folder, pipeline))
+    except UserError as error:
+        raise UserError(error.problem.replace(str(folder), str(reference)), error.fix) from error
+
+
+def _known(reference: Reference, file: str, names: Collection[str]) -> str:
+    """`file`, if it is there. Raises UserError, with those that are, if not."""
+    if file in names:
+        return file
+    others = sorted(name for name in names if name.endswith(SAFETENSORS))
+    where = replace(reference, file=None)
+    fix = f"one that it has: {replace(reference, file=others[0])}" if others else "take another repository"
+    raise UserError(f"{where} has no {file}; it has {_listed(others) or f'no {SAFETENSORS} file'}", fix)
+
+
+def _no_folder(reference: Reference, names: Collection[str]) -> UserError:
+    """Why a repository is no checkpoint: what it holds instead."""
+    files = sorted(name for name in names if name.endswith(SAFETENSORS))
+    if not files:
+        return UserError(f"{reference} has no {INDEX}, and no {SAFETENSORS} file", "take another repository")
+    problem = f"{reference} has no {INDEX}, so it is no checkpoint in diffusers' layout; it has {_listed(files)}"
+    return UserError(problem, f"name a file that is one: {replace(reference, file=files[0])}")
+
+
+def _listed(names: Collection[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(list(names)[:LISTED]) + more

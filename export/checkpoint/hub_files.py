@@ -1,0 +1,80 @@
+"""Which files of a repository in diffusers' layout are needed: what this room reads, and nothing else.
+
+A repository holds much besides: the weights once more in one file, in other formats (.bin, .msgpack, ONNX) and dtypes
+(fp16), and pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ditforge.errors import UserError
+from ditforge.export.checkpoint.diffusers_folder import t5_parts
+from ditforge.export.checkpoint.weights import SINGLE_FILES
+from ditforge.small_files import read_bytes
+
+READ = re.compile(r"scheduler|transformer|vae|(text_encoder|tokenizer)(_\d+)?")
+WITHOUT_WEIGHTS = re.compile(r"scheduler|tokenizer(_\d+)?")
+DESCRIPTIONS = {".json", ".txt", ".model", ".jinja"}  # configurations and vocabularies
+INDICES = tuple(f"{name}.index.json" for name in SINGLE_FILES)
+OTHER_WEIGHTS = (".safetensors", ".bin", ".msgpack", ".pt", ".ckpt", ".gguf", ".onnx")
+
+
+def components(index: dict[str, Any], text_encoders: str) -> list[str]:
+    """The components of a model_index.json that are read; for the text encoders "clip", T5 is not.
+
+    Raises UserError for other text encoders, before anything is downloaded for them.
+    """
+    if text_encoders not in ("all", "clip"):
+        raise UserError(f"unknown text encoders {text_encoders!r}", "--text-encoders all or clip")
+    left_out = t5_parts(index) if text_encoders == "clip" else []
+    named = [name for name, value in index.items() if isinstance(value, list) and value and value[-1]]
+    return [name for name in named if READ.fullmatch(name) and name not in left_out]
+
+
+def descriptions(names: Iterable[str], parts: Collection[str]) -> list[str]:
+    """Of the files `names`, those that describe the components `parts`: all but weights."""
+    paths = [path for path in map(PurePosixPath, sorted(names)) if str(path.parent) in parts]
+    return [str(p) for p in paths if p.suffix in DESCRIPTIONS and (".index." not in p.name or p.name in INDICES)]
+
+
+def weights(folder: Path, names: Collection[str], parts: Iterable[str]) -> list[str]:
+    """Of the files `names`, those with the weights of the components `parts`, whose descriptions are in `folder`.
+
+    Raises UserError where a component has none, or an index names a shard that is not there.
+    """
+    found: list[str] = []
+    for part in parts:
+        if WITHOUT_WEIGHTS.fullmatch(part):
+            continue
+        single = [f"{part}/{name}" for name in SINGLE_FILES if f"{part}/{name}" in names]
+        index = next((name for name in INDICES if f"{part}/{name}" in names), None)
+        if single:
+            found += single
+        elif index is None:
+            others = sorted(name for name in names if name.startswith(f"{part}/") and name.endswith(OTHER_WEIGHTS))
+            only = f"only {', '.join(others[:3])}" if others else "nothing"
+            problem = f"the weights of {part} are not there as {part}/{SINGLE_FILES[part.startswith('text')]}, {only}"
+            raise UserError(problem, "take a repository with weights in safetensors, in diffusers' layout")
+        else:
+            shards = [f"{part}/{shard}" for shard in _shards(folder / part / index)]
+            if missing := [shard for shard in shards if shard not in names]:
+                problem = f"{missing[0]} is not there, which {part}/{index} names ({len(missing)} of {len(shards)})"
+                raise UserError(problem, "take another revision of the repository, or ask its owner for the file")
+            found += shards
+    return found
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        shards = sorted(set(json.loads(read_bytes(index))["weight_map"].values()))
+        if all(PurePosixPath(shard).name == shard for shard in shards):
+            return shards
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        pass
+    problem = f"{index.parent.name}/{index.name} is not an index of shards"
+    raise UserError(problem, "take another revision of the repository, or ask its owner")

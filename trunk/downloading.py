@@ -1,0 +1,18 @@
+"""Checkpoints that commands are given as repositories of the Hub: downloaded, with progress, before anything else."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ditforge import terminal
+
+if TYPE_CHECKING:
+    from ditforge.export.checkpoint.source import CheckpointSource
+
+
+def downloaded(source: CheckpointSource, weights: bool = True) -> CheckpointSource:
+    """The same checkpoint, all of it on this machine. `weights` False: configurations and tokenizers are enough."""
+    from ditforge.export.checkpoint.source import localised
+
+    with terminal.progress("download", unit="bytes", begins="downloading from the Hugging Face Hub") as report:
+        return localised(source, weights, report)

@@ -19,7 +19,7 @@ from functools import partial
 from hashlib import sha256
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -61,10 +61,9 @@ def description(thing: object) -> object:
     if isinstance(thing, type) and "<locals>" not in thing.__qualname__:
         return kind, thing.__module__, thing.__qualname__
     if isinstance(thing, FunctionType):
-        cells = [cell.cell_contents for cell in thing.__closure__ or ()]
-        return kind, description(thing.__code__), description([thing.__defaults__, thing.__kwdefaults__, cells])
-    if isinstance(thing, CodeType):
-        return kind, thing.co_filename, thing.co_code, thing.co_names, tuple(map(description, thing.co_consts))
+        code, cells = thing.__code__, [cell.cell_contents for cell in thing.__closure__ or ()]
+        where = code.co_filename, code.co_firstlineno, thing.__qualname__, code.co_freevars
+        return kind, where, description([thing.__defaults__, thing.__kwdefaults__, cells])
     if isinstance(thing, MethodType):
         return kind, description([thing.__func__, thing.__self__])
     if isinstance(thing, partial):

@@ -25,7 +25,7 @@ test-cpu-kinds: $(INSTALLED)
 	for kind in $(CPU_KINDS); do \
 		echo "$$kind"; \
 		env $$kind OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist worksteal \
-			tests/client tests/export tests/engines tests/trunk tests/models || exit 1; \
+			tests/client tests/export tests/engines tests/trunk tests/models tests/chain || exit 1; \
 	done
 
 lint: $(INSTALLED)
@@ -39,7 +39,7 @@ lint: $(INSTALLED)
 SEED ?= $(shell date +%s)
 fuzz: $(INSTALLED)
 	@echo "seed $(SEED)"
-	FUZZ_REQUESTS=10000 $(BIN)/python -m pytest tests/triton_repo/test_fuzz.py --timeout 3600 \
+	FUZZ_REQUESTS=10000 $(BIN)/python -m pytest tests/chain/test_fuzz.py --timeout 3600 \
 		--hypothesis-profile default --hypothesis-seed $(SEED)
 
 # Three servers, 64 clients, two minutes; a model's process is killed every 10 s and a server every 20 s.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import random_flux
+import traces
 from filelock import FileLock, Timeout
 from hypothesis import settings
 
@@ -20,28 +21,52 @@ from ditforge.export.checkpoint.source import CheckpointSource
 from ditforge.triton_repo.server import Server, start
 
 MODELS = Path(__file__).parent.parent / "models"
+STARTUP = Path(traces.__file__).parent / "startup"
 OTHER = {"fp32": "fp16", "fp16": "bf16", "bf16": "fp16"}  # which exports to make while those are being made
 # The same examples each time, so that a submission is not refused for what an earlier one brought. For others:
 # pytest --hypothesis-profile default
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
 
+traces.install()
+
 Shared = Callable[..., Path]
 Exports = Callable[[str, str], Path]
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+def shared_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the session that all its processes know."""
+    root = tmp_path_factory.getbasetemp()
+    return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_traces(shared_root: Path) -> Iterator[None]:
+    """Exports of this session, also in processes that tests start, take what has been traced in it: see traces.py."""
+    path = os.pathsep.join(filter(None, [str(STARTUP), os.environ.get("PYTHONPATH")]))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("PYTHONPATH", path)
+        monkeypatch.setenv(traces.FOLDER, str(shared_root / "traces"))
+        yield
+
+
+@pytest.fixture
+def traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports of this test, also in processes that it starts, trace by themselves."""
+    monkeypatch.delenv(traces.FOLDER)
+
+
+@pytest.fixture(scope="session")
+def shared(shared_root: Path) -> Shared:
     """`shared(NAME, make)` is a folder that `make(folder)` has filled, once for all processes of the session.
 
     Where another process is about that, `meanwhile()` makes something else that tests need, instead of waiting.
     Source: https://pytest-xdist.readthedocs.io/en/stable/how-to.html#making-session-scoped-fixtures-execute-only-once
     """
-    root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent
 
     def once(name: str, make: Callable[[Path], object], meanwhile: Callable[[], object] | None = None) -> Path:
+        root = shared_root
         folder, done, lock = root / name, root / f"{name}.done", FileLock(root / f"{name}.lock")
         if meanwhile and not done.exists():
             try:
@@ -65,6 +90,12 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
 def flux_tiny() -> Path:
     """The trained checkpoint in the repository."""
     return MODELS / "flux-tiny"
+
+
+@pytest.fixture(scope="session")
+def sd35_tiny() -> Path:
+    """The one like Stable Diffusion 3.5 medium."""
+    return MODELS / "sd35-tiny"
 
 
 @pytest.fixture(scope="session")
@@ -201,9 +232,9 @@ def tiny_server(tiny: Stages) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def sd3(shared: Shared, request: pytest.FixtureRequest) -> Stages:
+def sd3(sd35_tiny: Path, shared: Shared, request: pytest.FixtureRequest) -> Stages:
     """sd35-tiny, trained and built like Stable Diffusion 3.5 medium, through every stage."""
-    return run_stages(MODELS / "sd35-tiny", "sd3", shared, lambda: request.getfixturevalue("sd3_turbo"))
+    return run_stages(sd35_tiny, "sd3", shared, lambda: request.getfixturevalue("sd3_turbo"))
 
 
 @pytest.fixture(scope="session")
@@ -218,14 +249,12 @@ def sd3_turbo(shared: Shared) -> Stages:
 @pytest.fixture(scope="session")
 def sd3_clip(sd3_turbo: Stages, shared: Shared) -> Stages:
     """The same without T5, whose files are not there, through every stage."""
-    from exports import networks_of
 
     def copy(out: Path) -> None:
         shutil.copytree(sd3_turbo.checkpoint, out / "random-sd3-turbo", ignore=shutil.ignore_patterns("*_3"))
 
     folder = shared("sd3-clip-checkpoint", copy)
-    with networks_of(sd3_turbo.onnx):
-        return run_stages(folder / "random-sd3-turbo", "sd3-clip", shared, text_encoders="clip")
+    return run_stages(folder / "random-sd3-turbo", "sd3-clip", shared, text_encoders="clip")
 
 
 @pytest.fixture(scope="session")

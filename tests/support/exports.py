@@ -1,31 +1,17 @@
-"""Exports of one checkpoint in several precisions; tracing, which takes seconds, is done once for each network."""
+"""Exports of one checkpoint in several precisions, of which each writes only what another has not."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
-
-import onnx_ir as ir
-import pytest
-import torch
 
 from ditforge import manifest
-from ditforge.export import onnx_export
-from ditforge.export.checkpoint.diffusers_folder import Checkpoint, open_checkpoint
+from ditforge.export.checkpoint.diffusers_folder import open_checkpoint
 from ditforge.export.families import family_of
-from ditforge.export.graph.measure_footprint import Measured, measure
-from ditforge.export.graph.tracing import trace
-from ditforge.export.network import Network
 from ditforge.export.onnx_export import export_network
 from ditforge.export.quantisation import calibration
 from ditforge.export.quantisation.precision import EIGHT_BIT, parse_precision
-from ditforge.model import Model
-
-T = TypeVar("T")
 
 
 def export_dits(
@@ -34,15 +20,14 @@ def export_dits(
     """The DiT in `base` and, with `base` around them, in 8-bit precisions: each a folder `out`/PRECISION."""
     opened = open_checkpoint(checkpoint)
     family = family_of(opened)
-    with traced_once():
-        for name in (base, *precisions):
-            precision = parse_precision(name, base)
-            network = next(n for n in family.networks(opened, precision) if n.name == "dit")
-            read = calibration.read_ranges(ranges if name == "fp8" else None, opened, precision)
-            (out / name).mkdir()
-            component = export_network(network, opened, out / name, precision.scheme, read)
-            whole = manifest.Manifest(kind="onnx", model=family.model(opened), components={"dit": component})
-            manifest.write(whole, out / name)
+    for name in (base, *precisions):
+        precision = parse_precision(name, base)
+        network = next(n for n in family.networks(opened, precision) if n.name == "dit")
+        read = calibration.read_ranges(ranges if name == "fp8" else None, opened, precision)
+        (out / name).mkdir()
+        component = export_network(network, opened, out / name, precision.scheme, read)
+        whole = manifest.Manifest(kind="onnx", model=family.model(opened), components={"dit": component})
+        manifest.write(whole, out / name)
 
 
 def export_around(checkpoint: Path, fp32: Path, dit: Path, base: str, out: Path) -> None:
@@ -66,55 +51,6 @@ def replace_dit(dit: Path, export: Path) -> None:
     for name in component.files:
         shutil.copyfile(dit / name, export / name)
     manifest.write(whole.model_copy(update={"components": {**whole.components, "dit": component}}), export)
-
-
-@contextmanager
-def networks_of(export: Path) -> Iterator[None]:
-    """Inside, networks of the same shapes are not traced again, but taken from this export of the same checkpoint."""
-
-    def copied(network: Network, checkpoint: Checkpoint, folder: Path, *options: object) -> manifest.Component:
-        component = manifest.read(export, "onnx").components[network.name]
-        ports, described = network.inputs | network.outputs, component.inputs | component.outputs
-        if {name: port.names() for name, port in ports.items()} != {n: t.shape for n, t in described.items()}:
-            return export_network(network, checkpoint, folder, *options)  # type: ignore[arg-type]
-        for name in component.files:
-            shutil.copyfile(export / name, folder / name)
-        return component
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(onnx_export, "export_network", copied)
-        yield
-
-
-@contextmanager
-def traced_once() -> Iterator[None]:
-    """Inside, exports trace and measure each network once in each dtype; of checkpoints of the same sizes."""
-    traces, measures = once(trace), once(measure)
-
-    def traced(network: Network) -> tuple[ir.Model, dict[str, list[str]]]:
-        model, aliases = traces(network)
-        return model.clone(), aliases
-
-    def measured(network: Network, model: Model) -> Measured:
-        return replace(measures(network, model), network=network)
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(onnx_export, "trace", traced)
-        monkeypatch.setattr(onnx_export, "measure", measured)
-        yield
-
-
-def once(function: Callable[..., T]) -> Callable[..., T]:
-    """What `function` made of a network the first time; another dtype is another network, and so is a rescaled one."""
-    made: dict[tuple[str, torch.dtype, bool], T] = {}
-
-    def cached(network: Network, *more: object) -> T:
-        key = network.name, network.dtype, bool(network.factors)
-        if key not in made:
-            made[key] = function(network, *more)
-        return made[key]
-
-    return cached
 
 
 def alone(export: Path, out: Path) -> Path:

@@ -5,78 +5,93 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from command_line import eventually
 
+# Says when it asks for its turn, when it is in, and when it goes out, which it does when it is told to.
 HOLD = """
 import sys, time
 from ditforge.engines.runtime.one_at_a_time import turn
 print("asks", flush=True)
 with turn():
     print("in", time.monotonic(), flush=True)
-    time.sleep(float(sys.argv[1]))
+    sys.stdin.readline()
     print("out", time.monotonic(), flush=True)
 """
 
 
-def hold(seconds: float, **environment: str) -> subprocess.Popen[str]:
-    """A process that takes its turn, for so long."""
-    return subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(seconds)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **environment},
-    )
+class Process:
+    """A process that takes a turn."""
+
+    def __init__(self, **environment: str) -> None:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        environment = {**os.environ, **environment}
+        self.running = subprocess.Popen([sys.executable, "-c", HOLD], text=True, env=environment, **pipes)  # type: ignore[call-overload]
+
+    def says(self, word: str) -> float:
+        """Wait for its next line, which must be that; returns the time in it, if there is one."""
+        said, *time = self.running.stdout.readline().split()
+        assert said == word
+        return float(time[0]) if time else 0.0
+
+    def waits(self) -> bool:
+        """Whether it is in a queue for a lock, as the kernel says (proc(5)): its pid stands behind an arrow."""
+        locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        return any(fields[1] == "->" and fields[5] == str(self.running.pid) for fields in locks)
+
+    def leave(self) -> None:
+        """Tell it to go out, now or as soon as it is in."""
+        self.running.stdin.write("\n")
+        self.running.stdin.flush()
 
 
-def wait_until(said: str, process: subprocess.Popen[str]) -> None:
-    """Until the process says so: that it asks for its turn, or is in."""
-    assert process.stdout is not None
-    while not (line := process.stdout.readline()).startswith(said):
-        assert line, f"it ended without having said {said}"
-
-
-@pytest.fixture(autouse=True)
-def own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other tests have on-demand engines too."""
+@pytest.fixture
+def processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
+    """Those that are still running at the end are killed. Other tests have on-demand engines too, with other files."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with ExitStack() as stack:
+        yield stack
 
 
-def times(process: subprocess.Popen[str]) -> tuple[float, float]:
-    """When it came in and went out."""
-    assert process.stdout is not None
-    begin, end = (float(line.split()[1]) for line in process.stdout.read().splitlines() if line != "asks")
-    process.communicate()
-    return begin, end
+def start(processes: ExitStack, **environment: str) -> Process:
+    """A process that asks for its turn."""
+    process = Process(**environment)
+    processes.callback(process.running.wait)
+    processes.callback(process.running.kill)
+    process.says("asks")
+    return process
 
 
-def test_one_at_a_time() -> None:
-    spans = sorted(times(process) for process in [hold(0.3) for _ in range(3)])
-    assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
+def test_one_at_a_time(processes: ExitStack) -> None:
+    """All of them want to be in at once; each says for itself when it was."""
+    first = start(processes)
+    begin = first.says("in")
+    others = [start(processes) for _ in range(2)]
+    for other in others:
+        eventually(other.waits)
+    for process in (first, *others):
+        process.leave()
+    spans = [(begin, first.says("out")), *((other.says("in"), other.says("out")) for other in others)]
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(sorted(spans)))
 
 
-def test_servers_with_gpus_of_their_own_do_not_wait_for_each_other() -> None:
-    first = hold(600, CUDA_VISIBLE_DEVICES="0")
-    try:
-        wait_until("in", first)
-        begin, _ = times(hold(0, CUDA_VISIBLE_DEVICES="1"))
-        assert first.poll() is None
-        assert begin <= time.monotonic()
-    finally:
-        first.kill()
-        first.communicate()
+def test_servers_with_gpus_of_their_own_do_not_wait_for_each_other(processes: ExitStack) -> None:
+    start(processes, CUDA_VISIBLE_DEVICES="0").says("in")
+    second = start(processes, CUDA_VISIBLE_DEVICES="1")
+    second.leave()
+    eventually(lambda: second.waits() or second.running.poll() is not None)
+    assert second.running.poll() == 0
 
 
-def test_a_killed_process_gives_its_turn_up() -> None:
-    first = hold(600)
-    wait_until("in", first)
-    second = hold(0)
-    wait_until("asks", second)
-    time.sleep(0.5)  # for what it would do if it did not wait
-    assert second.poll() is None, "it did not wait"
-    first.kill()
-    times(second)
-    first.communicate()
+def test_a_killed_process_gives_its_turn_up(processes: ExitStack) -> None:
+    first = start(processes)
+    first.says("in")
+    second = start(processes)
+    eventually(second.waits)
+    first.running.kill()
+    second.says("in")

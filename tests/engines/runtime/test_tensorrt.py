@@ -1,7 +1,12 @@
-"""The calls of an execution, on stand-ins for TensorRT and CuPy; docs/gpu-checklist.md has the real ones."""
+"""The calls of an execution, on stand-ins for TensorRT's objects, which need a GPU, and for CuPy.
+
+The stand-ins answer only to what TensorRT-RTX's real classes have, with as many arguments, and its enumerations and
+dtypes are the real ones. benchmarks/tensorrt_runtime.py shows the same behaviour with real plans on a real GPU.
+"""
 
 from __future__ import annotations
 
+import re
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorrt_rtx as trt
 
 from ditforge.engines.runtime import tensorrt as tensorrt_runtime
 from ditforge.engines.runtime.tensorrt import Execution
@@ -55,13 +61,38 @@ CUPY = SimpleNamespace(
     empty=lambda shape, dtype: np.full(shape, 77, dtype).view(Array),
     get_default_memory_pool=lambda: SimpleNamespace(free_all_blocks=lambda: FREED.append(tensorrt_runtime._scratch)),
 )
-TRT = SimpleNamespace(
-    TensorIOMode=SimpleNamespace(INPUT="in"),
-    ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="mine"),
-    CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="graph"),
-    nptype=lambda dtype: dtype,
-    bfloat16="bf16",
-)
+
+
+class Real:
+    """A stand-in behind the interface of the real class: the same names, as many arguments, None where that returns it.
+
+    Anything else raises AssertionError or AttributeError.
+    """
+
+    def __init__(self, stand_in: Any, interface: type) -> None:
+        self.__dict__.update(_stand_in=stand_in, _interface=interface)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        assert isinstance(vars(self._interface)[name], property)
+        setattr(self._stand_in, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        documented, value = getattr(self._interface, name), getattr(self._stand_in, name)
+        if isinstance(documented, property):
+            return value
+
+        def call(*arguments: object) -> Any:
+            made = value(*arguments)
+            if "Overloaded function" not in documented.__doc__:
+                found = re.match(r"\s*\w+\(self: [\w.]+(.*)\) -> (.*)", documented.__doc__)
+                assert found, documented.__doc__
+                parameters = re.split(r", (?=\w+: )", found[1])[1:]
+                least = sum("=" not in parameter for parameter in parameters)
+                assert least <= len(arguments) <= len(parameters), f"{name} takes {found[1]}"
+                assert (made is None) == (found[2].strip() == "None"), f"{name} returns {found[2]}"
+            return made
+
+        return call
 
 
 class Context:
@@ -91,8 +122,8 @@ class Context:
         self.addresses[name] = address
         return True
 
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self.shapes["x"]
+    def get_tensor_shape(self, name: str) -> trt.Dims:
+        return trt.Dims(self.shapes["x"])
 
     def execute_async_v3(self, stream: int) -> bool:
         x, y = (self.view(name) for name in ("x", "y"))
@@ -106,17 +137,32 @@ class Context:
         return np.ctypeslib.as_array(buffer).reshape(self.shapes["x"])
 
 
-class Config:
-    cuda_graph_strategy = "none"
+class Cache:
+    """Kernels that have been compiled; `read` is what it was given from an earlier time."""
 
     def __init__(self) -> None:
+        self.kernels = b"kernels"
         self.read: list[bytes] = []
 
-    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
-        assert strategy == "mine"
+    def deserialize(self, kernels: bytes) -> bool:
+        self.read.append(kernels)
+        return True
 
-    def create_runtime_cache(self) -> SimpleNamespace:
-        return SimpleNamespace(deserialize=self.read.append, serialize=lambda: b"kernels")
+    def serialize(self) -> bytes:
+        return self.kernels
+
+
+class Config:
+    cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
+
+    def __init__(self) -> None:
+        self.cache = Cache()
+
+    def set_execution_context_allocation_strategy(self, strategy: trt.ExecutionContextAllocationStrategy) -> None:
+        assert strategy == trt.ExecutionContextAllocationStrategy.USER_MANAGED
+
+    def create_runtime_cache(self) -> Real:
+        return Real(self.cache, trt.IRuntimeCache)
 
     def set_runtime_cache(self, cache: object) -> bool:
         return True
@@ -133,20 +179,20 @@ class Engine:
     def get_tensor_name(self, i: int) -> str:
         return ("x", "y")[i]
 
-    def get_tensor_mode(self, name: str) -> str:
-        return "in" if name == "x" else "out"
+    def get_tensor_mode(self, name: str) -> trt.TensorIOMode:
+        return trt.TensorIOMode.INPUT if name == "x" else trt.TensorIOMode.OUTPUT
 
-    def get_tensor_dtype(self, name: str) -> type:
-        return np.float32
+    def get_tensor_dtype(self, name: str) -> trt.DataType:
+        return trt.float32
 
-    def get_tensor_profile_shape(self, name: str, i: int) -> tuple[Any, Any, Any]:
-        return self.profiles[i]
+    def get_tensor_profile_shape(self, name: str, i: int) -> list[trt.Dims]:
+        return [trt.Dims(shape) for shape in self.profiles[i]]
 
-    def create_runtime_config(self) -> Config:
-        return self.config
+    def create_runtime_config(self) -> Real:
+        return Real(self.config, trt.IRuntimeConfig)
 
-    def create_execution_context(self, config: Config) -> Context:
-        return self.context
+    def create_execution_context(self, config: Real) -> Real | None:
+        return Real(self.context, trt.IExecutionContext)
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +204,7 @@ def no_memory_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def execution(engine: Engine, cache: Path = Path("nowhere")) -> Execution:
     log = SimpleNamespace(errors=["what the runtime said"])
-    return Execution(TRT, CUPY, None, engine, log, cache)
+    return Execution(trt, CUPY, None, Real(engine, trt.ICudaEngine), log, cache)
 
 
 def x(*shape: int) -> np.ndarray:
@@ -187,7 +233,7 @@ def test_what_is_on_the_gpu_is_not_copied() -> None:
 def test_static_shapes_keep_their_addresses_and_are_captured() -> None:
     engine = Engine(((1, 4), (1, 4), (2, 4)), ((1, 8), (1, 8), (2, 8)))
     run = execution(engine)
-    assert engine.config.cuda_graph_strategy == "graph"
+    assert engine.config.cuda_graph_strategy == trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
     first = run.run_batch([{"x": x(1, 4).view(Array)}])["y"]
     addresses = dict(engine.context.addresses)
     second = run.run_batch([{"x": x(1, 4).view(Array) + 1}])["y"]
@@ -197,7 +243,9 @@ def test_static_shapes_keep_their_addresses_and_are_captured() -> None:
     np.testing.assert_array_equal(second, 2 * x(1, 4) + 2)
     run.run({"x": x(2, 8)})
     assert engine.context.calls[-1] == "profile 1, (2, 8)"
-    assert execution(Engine(RANGE)).engine.config.cuda_graph_strategy == "none"
+    varying = Engine(RANGE)
+    execution(varying)
+    assert varying.config.cuda_graph_strategy == trt.CudaGraphStrategy.DISABLED
 
 
 def test_shapes_out_of_range_are_refused() -> None:
@@ -243,7 +291,7 @@ def test_kernels_are_kept_after_the_warm_up(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [cache.name]
     again = Engine(RANGE)
     execution(again, cache)
-    assert again.config.read == [b"kernels"]
+    assert again.config.cache.read == [b"kernels"]
 
 
 def test_kernels_are_not_kept_beside_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +313,7 @@ def test_kernels_compiled_since_are_kept_when_it_is_closed(tmp_path: Path) -> No
     before = cache.stat().st_mtime_ns
     run.keep_kernels()
     assert cache.stat().st_mtime_ns == before  # there is nothing new
-    run.runtime_cache.serialize = lambda: b"kernels of other shapes"
+    engine.config.cache.kernels = b"kernels of other shapes"
     run.close()
     assert cache.read_bytes() == b"kernels of other shapes"
 
@@ -296,7 +344,7 @@ def test_the_shared_scratch_stays_as_long_as_an_engine_does() -> None:
 
 def test_bf16_is_stored_in_two_bytes() -> None:
     engine = Engine(RANGE)
-    engine.get_tensor_dtype = lambda name: "bf16" if name == "x" else np.float32  # type: ignore[method-assign,return-value]
+    engine.get_tensor_dtype = lambda name: trt.bfloat16 if name == "x" else trt.float32  # type: ignore[method-assign,return-value]
     run = execution(engine)
     assert run.dtypes == {"x": np.dtype(np.uint16), "y": np.dtype(np.float32)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ import onnxruntime as ort
 import pytest
 import torch
 from command_line import assert_error, ditforge
-from exports import traced_once
 from tokenizers import Tokenizer
 
 from ditforge import manifest
@@ -42,13 +41,6 @@ def bare(random_schnell: Path, tmp_path: Path) -> Path:
         path = folder / component / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": size, "eos_token_id": 2}))
     return folder
-
-
-@pytest.fixture(autouse=True, scope="module")
-def sizes_traced_once() -> Iterator[None]:
-    """All of them are of `bare`'s sizes."""
-    with traced_once():
-        yield
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -128,7 +120,7 @@ def test_a_model_without_weights_goes_through_to_numbers(bare: Path, tmp_path: P
     assert all(name.endswith(".json") for name in contents(bare))
 
 
-def test_two_exports_are_the_same(two_networks: None, bare: Path, tmp_path: Path) -> None:
+def test_two_exports_are_the_same(two_networks: None, traced_anew: None, bare: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         export_checkpoint(CheckpointSource(bare, random_weights=True), tmp_path / name)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")

@@ -13,7 +13,6 @@ import random_sd3
 import single_files
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline
-from exports import traced_once
 from safetensors.torch import load_file, save_file
 
 from ditforge.errors import UserError
@@ -69,20 +68,17 @@ def test_export_of_all_in_one_is_that_of_the_folder(random_schnell: Path, tmp_pa
     shutil.copytree(random_schnell, base, ignore=shutil.ignore_patterns("*.safetensors"))
     lora = save_lora(tmp_path / "lora.safetensors")
     options = ExportOptions("fp16")
-    with traced_once():
-        source = CheckpointSource(file, base, ((lora, 0.5),))
-        found = export_checkpoint(source, tmp_path / "single", options)
-        assert export_checkpoint(source, tmp_path / "single", options).fresh
+    source = CheckpointSource(file, base, ((lora, 0.5),))
+    found = export_checkpoint(source, tmp_path / "single", options)
+    assert export_checkpoint(source, tmp_path / "single", options).fresh
 
-        up = load_file(lora)["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"]
-        with torch.no_grad():
-            for linear, rows in zip(("to_q", "to_k", "to_v"), up.chunk(3), strict=True):
-                weight = getattr(pipeline.transformer.transformer_blocks[0].attn, linear).weight
-                weight += 0.5 * (rows @ torch.ones(2, 72))
-        pipeline.save_pretrained(tmp_path / "fused" / "random-schnell")
-        expected = export_checkpoint(
-            CheckpointSource(tmp_path / "fused" / "random-schnell"), tmp_path / "folder", options
-        )
+    up = load_file(lora)["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"]
+    with torch.no_grad():
+        for linear, rows in zip(("to_q", "to_k", "to_v"), up.chunk(3), strict=True):
+            weight = getattr(pipeline.transformer.transformer_blocks[0].attn, linear).weight
+            weight += 0.5 * (rows @ torch.ones(2, 72))
+    pipeline.save_pretrained(tmp_path / "fused" / "random-schnell")
+    expected = export_checkpoint(CheckpointSource(tmp_path / "fused" / "random-schnell"), tmp_path / "folder", options)
     assert found.manifest.components == expected.manifest.components
     assert found.manifest.model == expected.manifest.model
 
@@ -96,13 +92,12 @@ def test_however_its_weights_are_stored_a_dit_gives_the_same_files(flux_tiny: Pa
     assert len(list((sharded / "transformer").glob("*.safetensors"))) > 2
     file = save(single_files.flux_dit(dit.state_dict()), tmp_path / "dit.safetensors")
     precision, found = parse_precision("int8-weights", "fp32"), []
-    with traced_once():
-        sources = CheckpointSource(flux_tiny), CheckpointSource(sharded), CheckpointSource(file, flux_tiny)
-        for number, source in enumerate(map(open_files, sources)):
-            network = next(n for n in family_of(source).networks(source, precision) if n.name == "dit")
-            (tmp_path / str(number)).mkdir()
-            component = export_network(network, source, tmp_path / str(number), precision.scheme)
-            found.append([component, *(path.read_bytes() for path in sorted((tmp_path / str(number)).iterdir()))])
+    sources = CheckpointSource(flux_tiny), CheckpointSource(sharded), CheckpointSource(file, flux_tiny)
+    for number, source in enumerate(map(open_files, sources)):
+        network = next(n for n in family_of(source).networks(source, precision) if n.name == "dit")
+        (tmp_path / str(number)).mkdir()
+        component = export_network(network, source, tmp_path / str(number), precision.scheme)
+        found.append([component, *(path.read_bytes() for path in sorted((tmp_path / str(number)).iterdir()))])
     assert len(found[0]) == 3
     assert found[1] == found[0]
     assert found[2] == found[0]

@@ -55,7 +55,9 @@ def bare(random_schnell: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_killed_between_components(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_between_components(
+    bare: Path, tmp_path: Path, traced_anew: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By a signal that nobody can catch; the same command again takes what was finished, byte for byte."""
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()

@@ -18,7 +18,6 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
-from exports import traced_once
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel
 
@@ -72,7 +71,7 @@ Run = Callable[[Network, Path], np.ndarray]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory):
-    """Exports the network of a checkpoint (each is traced once), and runs it in ONNX Runtime on `inputs`."""
+    """Exports the network of a checkpoint, and runs it in ONNX Runtime on `inputs`."""
 
     def run(network: Network, checkpoint: Path) -> np.ndarray:
         folder = tmp_path_factory.mktemp(network.name)
@@ -80,8 +79,7 @@ def run(tmp_path_factory: pytest.TempPathFactory):
         assert component.reason == network.reason
         return execute(folder, network.name)
 
-    with traced_once():
-        yield run
+    return run
 
 
 def execute(folder: Path, name: str) -> np.ndarray:

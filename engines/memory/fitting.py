@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from ditforge.contract import DIT
 from ditforge.engines.gpus import Target, default_compiler
@@ -23,14 +22,13 @@ from ditforge.engines.memory.placement import (
 )
 from ditforge.engines.profile import DEFAULT_BATCH, Profile
 from ditforge.errors import DitforgeWarning, UserError
+from ditforge.machine_memory import read_memory
 from ditforge.manifest import Component, Manifest
 from ditforge.model import Model
 
 AUTO = "auto"
 RESIDENCIES = (RESIDENT, ON_DEMAND)
 COMPILING = 0.6  # of the free memory: the rest holds the files that are read and written, and what else runs
-MEMORY = Path("/proc/meminfo")
-CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -109,26 +107,8 @@ def warn_of_compiling(
 
 def memory_to_compile() -> int | None:
     """Bytes of this machine's memory that compiling may take; None where the system does not say."""
-    free = free_memory()
-    return None if free is None else int(COMPILING * free)
-
-
-def free_memory() -> int | None:
-    """Bytes that this machine, or the container, has for another process; None where the system does not say.
-
-    Sources: proc_meminfo(5), and the kernel's "Control Group v2".
-    """
-    try:
-        fields = dict(line.split(":", 1) for line in MEMORY.read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
-    try:
-        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        return min(free, limit - used + int(stat["inactive_file"]))
-    except (OSError, KeyError, ValueError):  # no such group, or one without a limit ("max")
-        return free
+    memory = read_memory()
+    return None if memory is None else int(COMPILING * memory.available)
 
 
 def place_engines(

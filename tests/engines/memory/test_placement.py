@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings, strategies as st
 from published import MODEL
@@ -287,23 +284,3 @@ def test_segments_as_an_option(text: str, count: int | None) -> None:
 def test_segments_that_are_none(text: str) -> None:
     with pytest.raises(UserError, match="auto or a number"):
         fitting.parse_segments(text)
-
-
-def test_free_memory_is_that_of_the_machine_and_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free, total = fitting.free_memory(), math.inf
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemTotal"):
-            total = int(line.split()[1]) * 1024
-    assert free is not None and 0 < free < total
-    for name, text in (
-        ("memory.max", f"{2 * GB}\n"),
-        ("memory.current", f"{GB}\n"),
-        ("memory.stat", "inactive_file 5\n"),
-    ):
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(fitting, "CGROUP", tmp_path)
-    assert fitting.free_memory() == GB + 5
-    (tmp_path / "memory.max").write_text("max\n")
-    assert (fitting.free_memory() or 0) > 0
-    monkeypatch.setattr(fitting, "MEMORY", tmp_path / "missing")
-    assert fitting.free_memory() is None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass, replace
+from types import ModuleType
 
 from ditforge.errors import UserError
 
@@ -17,6 +18,8 @@ LOCAL = "local"
 BF16_MEMORY_GB = 40  # of a DiT of 12 billion parameters, 16-bit weights and the text encoders fit
 DATA_CENTRE = ("sm_90", "sm_100", "sm_103")
 NAMES = "ditforge gpus   lists the names; --gpu also takes sm_89, several (sm_86,sm_89), local, and cpu"
+
+NO_GPU = "name the GPU to compile for: --gpu rtx4090 (ditforge gpus lists names); or install NVIDIA's driver"
 
 # name, product, memory in GB
 PRODUCTS = {
@@ -147,6 +150,23 @@ def _find_one(name: str) -> Target:
 
 def local_target() -> Target:
     """The first GPU of this machine, as its driver describes it. Raises UserError if there is none."""
+    gpu = local_gpus()[0]
+    return Target(gpu.product, (gpu.capability,), round(gpu.memory / 2**30))
+
+
+@dataclass(frozen=True)
+class LocalGpu:
+    """A GPU of this machine as NVML describes it: bytes of its memory, how many are free, and the driver's version."""
+
+    product: str
+    capability: str
+    memory: int
+    memory_free: int
+    driver: str
+
+
+def local_gpus() -> list[LocalGpu]:
+    """The GPUs of this machine, of which there is one at least. Raises UserError if there is none."""
     try:
         import pynvml
     except ModuleNotFoundError as error:
@@ -156,18 +176,22 @@ def local_target() -> Target:
     try:
         pynvml.nvmlInit()
         try:
-            device = pynvml.nvmlDeviceGetHandleByIndex(0)
-            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(device)
-            memory = pynvml.nvmlDeviceGetMemoryInfo(device).total
-            product = pynvml.nvmlDeviceGetName(device)
+            devices = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+            found = [_described(pynvml, device) for device in devices]
         finally:
             pynvml.nvmlShutdown()
     except pynvml.NVMLError as error:
-        raise UserError(
-            f"this machine has no NVIDIA GPU that its driver can find: {error}",
-            "name the GPU to compile for: --gpu rtx4090 (ditforge gpus lists names); or install NVIDIA's driver",
-        ) from error
-    return Target(str(product), (f"sm_{major}{minor}",), round(memory / 2**30))
+        raise UserError(f"this machine has no NVIDIA GPU that its driver can find: {error}", NO_GPU) from error
+    if not found:
+        raise UserError("this machine has no NVIDIA GPU: its driver finds none", NO_GPU)
+    return found
+
+
+def _described(pynvml: ModuleType, device: object) -> LocalGpu:
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(device)
+    memory = pynvml.nvmlDeviceGetMemoryInfo(device)
+    product, driver = pynvml.nvmlDeviceGetName(device), pynvml.nvmlSystemGetDriverVersion()
+    return LocalGpu(str(product), f"sm_{major}{minor}", int(memory.total), int(memory.free), str(driver))
 
 
 def precisions(capability: str) -> list[str]:
@@ -242,12 +266,35 @@ def check_compiler(compiler: str, target: Target) -> None:
             )
 
 
-def table() -> list[tuple[str, ...]]:
-    """Rows of `ditforge gpus`: name, product, capability, memory, FP8, compilers, default precision."""
-    rows: list[tuple[str, ...]] = []
-    for gpu in GPUS:
-        precision, _ = default_precision(Target(gpu.name, (gpu.capability,), gpu.memory_gb))
-        fp8 = "yes" if "fp8" in precisions(gpu.capability) else "no"
-        able = ", ".join(compilers(gpu.capability))
-        rows.append((gpu.name, gpu.product, gpu.capability, f"{gpu.memory_gb} GB", fp8, able, precision))
-    return rows
+@dataclass(frozen=True)
+class Offer:
+    """What ditforge does with a product, in a report: what it can compute with, and what is chosen for it."""
+
+    name: str
+    product: str
+    capability: str
+    memory_gb: int
+    precisions: tuple[str, ...]
+    default_precision: str
+    compilers: tuple[str, ...]
+    default_compiler: str
+
+
+@dataclass(frozen=True)
+class GpuTable:
+    """All products, by compute capability."""
+
+    gpus: tuple[Offer, ...]
+
+
+def table() -> GpuTable:
+    """What `ditforge gpus` reports."""
+    return GpuTable(tuple(map(offer, GPUS)))
+
+
+def offer(gpu: Gpu) -> Offer:
+    """What ditforge does with a product."""
+    target = Target(gpu.name, (gpu.capability,), gpu.memory_gb)
+    able, made_by = tuple(precisions(gpu.capability)), tuple(compilers(gpu.capability))
+    chosen = default_precision(target)[0], made_by, default_compiler(target)
+    return Offer(gpu.name, gpu.product, gpu.capability, gpu.memory_gb, able, *chosen)

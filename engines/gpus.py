@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -192,6 +193,23 @@ def _described(pynvml: ModuleType, device: object) -> LocalGpu:
     memory = pynvml.nvmlDeviceGetMemoryInfo(device)
     product, driver = pynvml.nvmlDeviceGetName(device), pynvml.nvmlSystemGetDriverVersion()
     return LocalGpu(str(product), f"sm_{major}{minor}", int(memory.total), int(memory.free), str(driver))
+
+
+def why_not_here(targets: Iterable[str]) -> str:
+    """Why engines for these targets (each as Target writes itself) do not run on this machine; empty if they do.
+
+    Raises UserError where the driver cannot be asked.
+    """
+    for target in sorted({target for target in targets if target != CPU}):
+        try:
+            here = local_gpus()[0]
+        except UserError as error:
+            if error.fix != NO_GPU:
+                raise
+            return f"they are for {target}, and {error.problem}"
+        if here.capability not in target.split(","):
+            return f"they are for {target}, and this machine's GPU ({here.product}) is {here.capability}"
+    return ""
 
 
 def precisions(capability: str) -> list[str]:

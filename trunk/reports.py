@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
@@ -29,5 +30,13 @@ def show(report: R, say: Callable[[R], None], as_json: bool) -> None:
 
 
 def as_document(report: Any) -> str:
-    """A dataclass as an indented JSON object. Raises ValueError for a float that is no number, which JSON lacks."""
-    return json.dumps(dataclasses.asdict(report), indent=2, allow_nan=False, ensure_ascii=False)
+    """A dataclass as an indented JSON object; what is not finite, for which JSON has no number, becomes null."""
+    return json.dumps(_finite(dataclasses.asdict(report)), indent=2, allow_nan=False, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

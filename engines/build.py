@@ -200,7 +200,9 @@ def write_engines(
                 on_demand=place.on_demand,
             )
         report("done", len(networks), len(networks))
-        result = Manifest(kind="engines", model=design.model, components=components, engines=engines)
+        result = Manifest(
+            kind="engines", model=design.model, components=components, engines=engines, origin=source.origin
+        )
         manifest.write(result, folder)
     return result
 

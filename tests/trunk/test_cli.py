@@ -145,14 +145,6 @@ def test_generate_several(schnell_server: Server, tmp_path: Path) -> None:
         assert largest_difference(one, same) <= LAST_BIT < largest_difference(one, other)
 
 
-def test_inspect_a_folder(schnell, tmp_path: Path) -> None:
-    for folder, kind in ((schnell.onnx, "onnx"), (schnell.engines, "engines"), (schnell.repository, "repository")):
-        result = ditforge("inspect", folder, cwd=tmp_path)
-        assert result.code == 0
-        assert f"{kind} of random-schnell" in result.out
-        assert all(name in result.out for name in ("tokenizer", "clip", "t5", "dit", "vae_decoder", "velocity"))
-
-
 def test_ctrl_c_ends_generate(schnell_server: Server, tmp_path: Path) -> None:
     url = schnell_server.url
     before = calls(url)

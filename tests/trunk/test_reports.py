@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import types
 from collections.abc import Iterator
@@ -12,10 +13,20 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import pytest
 
 from ditforge.commands.doctor import Machine
+from ditforge.contents import CheckpointFolder, Picture, StageFolder, TensorFile
 from ditforge.engines.gpus import GpuTable, LocalGpu
+from ditforge.engines.verdict import Verification
 from ditforge.reports import as_document
 
-REPORTS = {"gpus": GpuTable, "doctor": Machine}
+REPORTS = {
+    "gpus": GpuTable,
+    "doctor": Machine,
+    "verify": Verification,
+    "inspect FOLDER": StageFolder,
+    "inspect CHECKPOINT": CheckpointFolder,
+    "inspect FILE.safetensors": TensorFile,
+    "inspect PICTURE": Picture,
+}
 NAMES = {"LocalGpu": LocalGpu}  # which the modules of reports import only for their types
 DOCUMENT = Path(__file__).parents[2] / "docs" / "json.md"
 
@@ -26,8 +37,7 @@ def keys(kind: Any, path: str = "") -> Iterator[str]:
         for name, inner in get_type_hints(kind, localns=NAMES).items():
             yield from keys(inner, f"{path}.{name}" if path else name)
     elif get_origin(kind) in (Union, types.UnionType):
-        (inner,) = [one for one in get_args(kind) if one is not type(None)]
-        yield from keys(inner, path)
+        yield from keys(next(one for one in get_args(kind) if one is not type(None)), path)
     elif get_origin(kind) is tuple:
         yield from keys(get_args(kind)[0], f"{path}[]")
     elif get_origin(kind) is dict:
@@ -52,5 +62,4 @@ def test_a_number_that_json_lacks() -> None:
     class Infinite:
         psnr: float
 
-    with pytest.raises(ValueError, match="JSON"):
-        as_document(Infinite(float("inf")))
+    assert json.loads(as_document(Infinite(float("inf")))) == {"psnr": None}

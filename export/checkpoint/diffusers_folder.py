@@ -68,6 +68,20 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, str(read_json(folder / INDEX).get("_class_name", "")))
 
 
+def published(name: str) -> Path | None:
+    """The configurations of the published model of that name, in any case, or of its repository; None if none has it.
+
+    `FLUX.1-dev`, `flux.1-dev` and `black-forest-labs/FLUX.1-dev` are the same.
+    """
+    called = name.rpartition("/")[2].lower().replace("stable-diffusion-", "sd")
+    return next((folder for folder in sorted(CONFIGS.glob("*")) if folder.name == called), None) if called else None
+
+
+def published_names() -> list[str]:
+    """The names of the models whose configurations are here."""
+    return sorted(path.parent.name for path in CONFIGS.glob(f"*/{INDEX}"))
+
+
 def t5_parts(index: dict[str, Any]) -> list[str]:
     """What an index calls T5 and its tokenizer, whose class does not say whose it is; nothing where it has no T5."""
     entries = {name: value[-1] for name, value in index.items() if isinstance(value, list) and value}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ditforge.errors import UserError
-from ditforge.export.checkpoint.diffusers_folder import CONFIGS, INDEX, Checkpoint, open_checkpoint
+from ditforge.export.checkpoint.diffusers_folder import INDEX, Checkpoint, open_checkpoint, published, published_names
 from ditforge.export.checkpoint.weights import Weights
 from ditforge.export.graph.tracing import dry_run
 from ditforge.export.network import Network
@@ -40,10 +40,10 @@ def random_checkpoint(folder: Path, seed: int = SEED) -> Iterator[Checkpoint]:
     Only its configurations are read, and its tokenizers; one that is missing is made (see save_tokenizer). Raises
     UserError if there is neither such a folder nor such a name.
     """
-    names = sorted(path.parent.name for path in CONFIGS.glob(f"*/{INDEX}"))
-    if not folder.is_dir() and str(folder) not in names:
-        raise UserError(f"{folder} is not a folder", f"give one in diffusers' layout, or a name: {', '.join(names)}")
-    source = folder if folder.is_dir() else CONFIGS / folder
+    source = folder if folder.is_dir() else published(str(folder))
+    if source is None:
+        names = ", ".join(published_names())
+        raise UserError(f"{folder} is not a folder", f"give one in diffusers' layout, or a name: {names}")
     open_checkpoint(source)
     with TemporaryDirectory(prefix="ditforge-") as temporary:
         copy = Path(temporary) / source.resolve().name

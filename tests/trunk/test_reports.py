@@ -16,11 +16,13 @@ from ditforge.commands.doctor import Machine
 from ditforge.contents import CheckpointFolder, Picture, StageFolder, TensorFile
 from ditforge.engines.gpus import GpuTable, LocalGpu
 from ditforge.engines.verdict import Verification
+from ditforge.plan_report import PlanReport
 from ditforge.reports import as_document
 
 REPORTS = {
     "gpus": GpuTable,
     "doctor": Machine,
+    "plan": PlanReport,
     "verify": Verification,
     "inspect FOLDER": StageFolder,
     "inspect CHECKPOINT": CheckpointFolder,

@@ -22,6 +22,10 @@ def calibrate(
 
     Example: ditforge calibrate models/flux-tiny --out out/ranges.json
     """
+    from ditforge import folders
+
+    folders.check_checkpoint(checkpoint)
+
     from ditforge.export.quantisation import calibration
 
     texts, loras = calibration.read_prompts(prompts), source.loras

@@ -27,6 +27,10 @@ def export(
 
     Example: ditforge export models/flux-tiny --out out/onnx --precision fp8-weights
     """
+    from ditforge import folders
+
+    folders.check_checkpoint(checkpoint)
+
     from ditforge.export.onnx_export import export_checkpoint
     from ditforge.export.quantisation.precision import parse_precision, with_t5
 

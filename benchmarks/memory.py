@@ -18,15 +18,16 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+from ditforge.commands.plan import cell
 from ditforge.engines.gpus import find_target
-from ditforge.engines.memory.placement import make_plan
 from ditforge.export.checkpoint.diffusers_folder import CONFIGS, Checkpoint
 from ditforge.export.checkpoint.random_weights import random_checkpoint
 from ditforge.export.families import read_networks
 from ditforge.export.graph.measure_footprint import measure
 from ditforge.export.onnx_export import export_network
 from ditforge.export.quantisation.precision import parse_precision
-from ditforge.plan_report import cell, measured
+from ditforge.plan_report import fit_of
+from ditforge.plan_subject import Subject, Wanted, measured
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from compiled_sizes import compiled_sizes, sample_shapes
@@ -76,11 +77,12 @@ def compare(checkpoint: Checkpoint, name: str, precision: str, capability: str) 
 def plans() -> Iterator[list[str]]:
     """A row for each card: its precision, and for each size the peak in GB and the strategy."""
     with random_checkpoint(Path(MODEL)) as opened:
-        subject = measured(opened, None)
+        found = measured(opened, Wanted(Path(MODEL)))
+    subject = Subject(found.model, found.footprints)
     for card in CARDS:
         target = find_target(card)
         precision, parts = subject.parts(target, None)
-        made = [make_plan(parts, subject.model, target, side) for side in (512, 1024, 1536, 2048)]
+        made = [fit_of(target, subject.model, parts, precision, side) for side in (512, 1024, 1536, 2048)]
         yield [card, f"{target.memory_gb} GB", precision, *map(cell, made)]
 
 

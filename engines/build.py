@@ -242,7 +242,9 @@ def write_engines(
                 segment_files=made,
             )
         report("done", len(networks), len(networks))
-        result = Manifest(kind="engines", model=design.order.model, components=components, engines=engines)
+        result = Manifest(
+            kind="engines", model=design.order.model, components=components, engines=engines, origin=source.origin
+        )
         manifest.write(result, folder)
     return result
 

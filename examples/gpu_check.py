@@ -65,7 +65,9 @@ def main() -> None:
     try:
         target = find_target("local")
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(
+            f"error: {error.problem}\nfix:   run this on a machine with an NVIDIA GPU, with nvidia-ml-py installed"
+        )
     compiler, (precision, reason) = default_compiler(target), default_precision(target)
     print(f"{target.name}: {target}, {target.memory_gb} GB; {compiler}, {precision}: {reason}\n", flush=True)
 
@@ -94,7 +96,7 @@ def main() -> None:
     other = "sm_120" if "sm_120" not in target.capabilities else "sm_89"
     if compiler == "tensorrt-rtx":
         run("build", out / "onnx", "--gpu", other, "--out", out / "other", *SIZES, says="built dit|nothing to build")
-        run("verify", out / "other", "--against", out / "reference", says=f"is for {other}", code=2)
+        run("verify", out / "other", "--against", out / "reference", says=f"are for {other}", code=2)
     else:
         run(
             "build", out / "onnx", "--gpu", other, "--compiler", compiler, "--out", out / "other", says="itself", code=2

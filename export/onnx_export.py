@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,7 +165,8 @@ def export_opened(
                 components[network.name] = component
                 done += sizes[network.name]
             report("done", total, total)
-            result = Manifest(kind="onnx", model=model, components=components, source=source)
+            origin = origin_of(checkpoint, source)
+            result = Manifest(kind="onnx", model=model, components=components, source=source, origin=origin)
             manifest.write(result, folder)
     except BaseException:
         if kept := unfinished.kept():
@@ -176,6 +177,20 @@ def export_opened(
         raise
     unfinished.drop_all()
     return Exported(result, fresh=False, choice=choice)
+
+
+def origin_of(checkpoint: Checkpoint, source: Mapping[str, str]) -> dict[str, str]:
+    """What an export was made from, for people and for later stages."""
+    weights = "random" if checkpoint.seed is not None else "the checkpoint's"
+    loras = {"loras": ", ".join(checkpoint.loras)} if checkpoint.loras else {}
+    told = {"precision", "calibration", "t5_precision", "exporter"}
+    return {
+        "checkpoint": checkpoint.name,
+        "checkpoint_digest": source["checkpoint"],
+        "weights": weights,
+        **loras,
+        **{key: value for key, value in source.items() if key in told},
+    }
 
 
 def bytes_reported(report: Progress, name: str, before: int, total: int) -> Callable[[int], None]:

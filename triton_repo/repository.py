@@ -126,7 +126,7 @@ def make_model(source: Manifest, name: str, limits: Limits) -> Triton:
     parameters = {config.LIMITS_PARAMETER: limits.model_dump_json(exclude_none=True)}
     if name == DIT:
         parameters[MODEL_PARAMETER] = source.model.model_dump_json()
-        parameters[ENGINES_PARAMETER] = engines_digest(source)
+        parameters[ENGINES_PARAMETER] = manifest.digest(source.components)
     if name not in (TOKENIZER, *NOT_TEXT):
         parameters[config.MEMBER_PARAMETER] = "true"
     max_batch = limits.max_batch
@@ -144,12 +144,6 @@ def make_model(source: Manifest, name: str, limits: Limits) -> Triton:
     gpu = engine is not None and engine.target != "cpu"
     code = {"1/model.py": config.MODEL_CODE.format(module=module)}
     return Triton(config.python_model(name, component, max_batch, parameters, gpu), code, files)
-
-
-def engines_digest(source: Manifest) -> str:
-    """SHA-256, in hex, of the names and digests of all files of a build: equal where pictures are made by the same."""
-    files = [(file, d.sha256) for component in source.components.values() for file, d in component.files.items()]
-    return sha256("".join(f"{digest}  {file}\n" for file, digest in sorted(files)).encode()).hexdigest()
 
 
 def texts(model: Triton) -> dict[str, str]:

@@ -104,8 +104,8 @@ def main() -> None:
         command = error.ctx.command_path if error.ctx else "ditforge"
         print(f"error: {usage_problem(error)}\nfix:   {command} --help", file=sys.stderr)
         sys.exit(2)
-    except ImportError as error:
-        if interrupted.is_set():  # native modules make this of KeyboardInterrupt
+    except Exception as error:
+        if interrupted.is_set():  # of which native modules make other errors while they are imported
             print("interrupted", file=sys.stderr)
             sys.exit(130)
         if not isinstance(error, ModuleNotFoundError):

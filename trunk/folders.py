@@ -15,6 +15,8 @@ NEXT = {
     "engines": ("engines", "ditforge repo {} --out repo   and then: ditforge serve repo"),
     "repository": ("a model repository", "ditforge serve {}"),
 }
+# What files of weights end in: those that are refused are refused by name where they are opened.
+WEIGHTS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx", ".json")
 MAKE_REPOSITORY = "ditforge repo ENGINE_DIR --out REPO_DIR   makes one of what ditforge build wrote"
 
 
@@ -47,7 +49,17 @@ def no_repository(path: Path) -> UserError:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Raise UserError where a path that should be a checkpoint is what a stage of ditforge wrote."""
+    """Raise UserError where a path that should be a checkpoint is what a stage of ditforge wrote, or another file."""
     if kind := stage_of(path):
         held, command = NEXT[kind]
         raise UserError(f"{path} holds {held}, and not a checkpoint", command.format(quote(str(path))))
+    if path.is_file() and path.suffix.lower() not in WEIGHTS and not has_header(path):
+        problem = f"{path} is not a checkpoint, which is a folder in diffusers' layout or a .safetensors file"
+        raise UserError(problem, f"give one of these; ditforge inspect {quote(str(path.parent))}   says what is there")
+
+
+def has_header(file: Path) -> bool:
+    """Whether a file begins as safetensors' do: with the length of a JSON object, and that object."""
+    with file.open("rb") as opened:
+        start = opened.read(9)
+    return len(start) == 9 and int.from_bytes(start[:8], "little") <= file.stat().st_size and start[8:] == b"{"

@@ -11,7 +11,8 @@ class Footprint(BaseModel):
     """Bytes of a network: of its `weights`, and of its `activations` for one sample, by the picture's side in pixels.
 
     `largest_block` is the weights of that block which is the largest: no cut between blocks makes it smaller.
-    Activations are those that live at the same time, at worst.
+    Activations are those that live at the same time, at worst. `flops` are the floating point operations for one
+    sample, by the same sides; empty where nobody counted them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -19,6 +20,7 @@ class Footprint(BaseModel):
     weights: int
     largest_block: int
     activations: dict[int, int] = Field(min_length=1)
+    flops: dict[int, int] = {}
 
     def activations_at(self, side: float) -> int:
         """Bytes of activations for one picture of side x side pixels (or as many).
@@ -34,6 +36,17 @@ class Footprint(BaseModel):
             if pixels <= right:
                 return round(low + (high - low) * (pixels - left) / (right - left))
         return max(round(through(points[-3:], pixels)), points[-1][1])
+
+    def flops_at(self, side: float) -> float | None:
+        """Floating point operations for one picture of side x side pixels (or as many); None where nobody counted them.
+
+        They grow with the pixels, and those of attention with their square: a parabola through the nearest three.
+        """
+        points = sorted((size**2, count) for size, count in self.flops.items())
+        if not points:
+            return None
+        nearest = sorted(points, key=lambda point: abs(point[0] - side**2))[:3]
+        return through(sorted(nearest), side**2)
 
     def first(self, kept: int, count: int) -> int:
         """Bytes of weights of the first `kept` of `count` consecutive segments, at most."""

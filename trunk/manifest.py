@@ -121,7 +121,8 @@ class Engine(_Record):
 class Manifest(_Record):
     """What a folder holds. `components` are in the order in which data flows; `engines` only after `build`.
 
-    `source` tells what an export or a repository was made from, so that the same one is not made twice.
+    `source` tells what an export or a repository was made from, so that the same one is not made twice. `origin` says
+    the same of the checkpoint in words, and goes with it from stage to stage.
     """
 
     format: int = FORMAT
@@ -131,6 +132,7 @@ class Manifest(_Record):
     components: dict[str, Component]
     engines: dict[str, Engine] = {}
     source: dict[str, str] = {}
+    origin: dict[str, str] = {}
 
 
 def read(folder: Path, kind: Kind) -> Manifest:
@@ -201,6 +203,12 @@ def _sha256(stream: BinaryIO) -> str:  # hashlib.file_digest is Python 3.11
     while chunk := stream.read(1 << 20):
         digest.update(chunk)
     return digest.hexdigest()
+
+
+def digest(components: dict[str, Component]) -> str:
+    """SHA-256, in hex, of the names and digests of all files: equal where all that a folder holds is the same."""
+    files = [(name, file.sha256) for component in components.values() for name, file in component.files.items()]
+    return hashlib.sha256("".join(f"{sha256}  {name}\n" for name, sha256 in sorted(files)).encode()).hexdigest()
 
 
 def is_whole(folder: Path, components: dict[str, Component]) -> bool:

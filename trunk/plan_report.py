@@ -1,127 +1,161 @@
-"""`ditforge plan`: what of a checkpoint, or of an export, is where on a GPU, and when."""
+"""`ditforge plan`: what of a checkpoint, or of an export, is where on a GPU, when, and how long a step takes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ditforge import manifest, terminal
+from ditforge import terminal
 from ditforge.contract import DIT
-from ditforge.downloading import downloaded
 from ditforge.engines import gpus
 from ditforge.engines.gpus import Target
 from ditforge.engines.memory import placement
 from ditforge.engines.memory.fitting import least_batch
 from ditforge.engines.memory.placement import Part, Plan
+from ditforge.engines.speed import Estimate, estimate
 from ditforge.errors import UserError
-from ditforge.footprint import Footprint
 from ditforge.model import Model
 from ditforge.placement import Placement
-
-if TYPE_CHECKING:
-    from ditforge.export.checkpoint.diffusers_folder import Checkpoint
-    from ditforge.export.checkpoint.source import CheckpointSource
+from ditforge.plan_subject import Subject, Wanted, choose_precision, read_subject
 
 SIZES = (512, 768, 1024, 1536, 2048)
-T5, SMALLER_T5 = "t5", "int8-weights"  # less exact than bf16 by 0.9 % of a linear's output, fp8-weights by 2.6 %
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is planned: a model, and the networks of a checkpoint, or those of an export, which has its precision.
+class Place:
+    """Where a network is: `place` is resident, on-demand or cpu; `size` the bytes that it takes there.
 
-    `footprints` has, for each network, "plain" and each 8-bit precision that it can have; `exported` an export's parts.
+    Of its `segments`, `on_demand` are loaded for each call and then freed.
     """
 
-    model: Model
-    footprints: dict[str, dict[str, Footprint]]
-    exported: Sequence[Part] = ()
-
-    def parts(self, target: Target, precision: str | None) -> tuple[str, Sequence[Part]]:
-        """The precision that the GPU gets, and what the networks take in it. Raises UserError if it cannot have it."""
-        if self.exported:
-            return "as exported", self.exported
-        chosen, around = choose_precision(target, precision)
-        return chosen, [part(name, found, chosen, around) for name, found in self.footprints.items()]
+    name: str
+    precision: str
+    place: str
+    segments: int
+    on_demand: int
+    size: int
 
 
-def choose_precision(target: Target, precision: str | None) -> tuple[str, str]:
-    """The precision that the GPU gets, and the dtype around. Raises UserError if it cannot have it."""
-    from ditforge.export.quantisation.precision import EIGHT_BIT, PRECISIONS
+@dataclass(frozen=True)
+class Fit:
+    """Pictures of up to `size` x `size` pixels on a GPU.
 
-    chosen = precision or gpus.default_precision(target)[0]
-    if chosen not in PRECISIONS:
-        raise UserError(f"unknown precision {chosen!r}", f"use one of: {', '.join(PRECISIONS)}")
-    around = gpus.default_activations(target) if chosen in EIGHT_BIT else chosen
-    gpus.check_precision(DIT, chosen, around, target)
-    return chosen, around
+    peaks: bytes of the GPU's memory by phase; peak: the largest of them; usable: how many there are. vae_tile: None
+    where the autoencoder takes whole pictures. estimate: None where nothing says how fast the GPU is.
+    """
+
+    size: int
+    fits: bool
+    strategy: str
+    vae_tile: int | None
+    peak: int
+    peaks: dict[str, int]
+    usable: int | None
+    places: tuple[Place, ...]
+    reasons: tuple[str, ...]
+    estimate: Estimate | None
 
 
-def part(name: str, found: dict[str, Footprint], precision: str, around: str) -> Part:
-    """A network in the precision of the whole, where it has that, or in the dtype around; T5 with 8-bit weights too."""
-    plain = found["plain"]
-    if name != T5:
-        return Part(name, {precision: found[precision]} if precision in found else {around: plain})
-    in_fp32 = plain.weights * (1 if around == "fp32" else 2)
-    return Part(name, {around: plain, SMALLER_T5: found[SMALLER_T5]}, cpu=in_fp32)
+@dataclass(frozen=True)
+class GpuPlan:
+    """A model on one GPU, for each size. precision: empty where the GPU cannot have the one that is asked for."""
+
+    gpu: str
+    memory_gb: float
+    precision: str
+    sizes: tuple[Fit, ...]
 
 
-def show(
-    source: CheckpointSource,
-    gpu: str | None,
-    precision: str | None,
-    size: int | None,
-    gpu_memory: float | None = None,
-) -> None:
-    """Print the plan of a GPU, or one row for each GPU there is. Raises UserError for what cannot be planned."""
+@dataclass(frozen=True)
+class PlanReport:
+    """A model on the GPU that was named, or on all that there are.
+
+    shown: of the sizes, the one that is the model's own, or the nearest. fits: whether the GPU that was named has room
+    for that; None where none was named. steps: of a picture.
+    """
+
+    model: str
+    steps: int
+    shown: int
+    fits: bool | None
+    gpus: tuple[GpuPlan, ...]
+
+
+def make_report(wanted: Wanted, gpu: str | None = None, gpu_memory: float | None = None) -> PlanReport:
+    """The plan of a GPU, or of each GPU there is. Raises UserError for what cannot be planned."""
     if gpu_memory is not None and gpu is None:
-        raise UserError("--gpu-memory is that of one GPU", "name it: --gpu rtx3060, or --gpu sm_86")
+        raise UserError("--gpu-memory is that of one GPU", "name it as well: --gpu rtx3060, or --gpu sm_86")
     target = find_card(gpu, gpu_memory) if gpu else None
     if target:
-        choose_precision(target, precision)  # before anything is measured
-    subject = read_subject(source, precision, size)
-    sizes = [size] if size else sizes_of(subject.model)
-    if target is None:
-        terminal.table(("--gpu", "memory", "precision", *map(str, sizes)), overview(subject, precision, sizes))
-        return
+        choose_precision(target, wanted.precision)  # before anything is measured
+    subject = read_subject(wanted)
+    sizes = [wanted.size] if wanted.size else sizes_of(subject.model)
+    shown = min(sizes, key=lambda side: abs(side - subject.model.default_size))
+    targets = [target] if target else [Target(one.name, (one.capability,), one.memory_gb) for one in gpus.GPUS]
+    plans = tuple(plan_for(one, subject, wanted.precision, sizes) for one in targets)
+    fits = next(fit.fits for fit in plans[0].sizes if fit.size == shown) if target else None
+    return PlanReport(subject.model.name, subject.model.default_steps, shown, fits, plans)
+
+
+def plan_for(target: Target, subject: Subject, precision: str | None, sizes: Sequence[int]) -> GpuPlan:
+    """A model on one GPU; without sizes, where the GPU lacks the precision."""
+    memory = float(target.memory_gb or 0)
+    if precision is not None and any(precision not in gpus.precisions(one) for one in target.capabilities):
+        return GpuPlan(target.name, memory, "", ())
     chosen, parts = subject.parts(target, precision)
-    plans = {
-        side: placement.make_plan(parts, subject.model, target, side, least_batch(subject.model)) for side in sizes
-    }
-    terminal.say(f"{subject.model.name} on {target.name}, {target.memory_gb:g} GB, precision {chosen}")
-    headings = ("pictures up to", "strategy", "tile", *placement.PHASES, "of")
-    terminal.table(headings, [phases(side, plan) for side, plan in plans.items()])
-    shown = min(plans, key=lambda side: abs(side - subject.model.default_size))
-    terminal.say("")
-    terminal.say(f"for pictures of up to {shown} x {shown}:")
-    say_placements(plans[shown])
+    fits = tuple(fit_of(target, subject.model, parts, chosen, side) for side in sizes)
+    return GpuPlan(target.name, memory, chosen, fits)
 
 
-def say_plan(plan: Plan) -> None:
-    """Print what `build` has decided, where there is anything to decide."""
-    if plan.rank == 0 and all(placement.segments == 1 for placement in plan.placements.values()):
-        return
-    tiled = f", tiles of {plan.vae_tile} pixels" if plan.vae_tile else ""
-    least = "" if plan.usable is None else f", {placement.gigabytes(plan.peak)} of {placement.gigabytes(plan.usable)}"
-    terminal.say(f"plan: {plan.strategy}, batches of up to {plan.batch}{tiled}{least}")
-    say_placements(plan)
+def fit_of(target: Target, model: Model, parts: Sequence[Part], precision: str, side: int) -> Fit:
+    """Pictures of one size on a GPU."""
+    batch = least_batch(model)
+    plan = placement.make_plan(parts, model, target, side, batch)
+    places = (
+        Place(name, plan.precisions[name], p.residency, p.segments, p.on_demand, plan.sizes[name])
+        for name, p in plan.placements.items()
+    )
+    dit = next((one for one in parts if one.name == DIT), None)
+    time = None
+    if dit and plan.fits and (flops := next(iter(dit.footprints.values())).flops_at(side)):
+        computed = next(iter(dit.footprints)) if precision == "as exported" else precision
+        time = estimate(product_of(target), computed, batch * flops, model.default_steps)
+    return Fit(
+        side,
+        plan.fits,
+        plan.strategy,
+        plan.vae_tile,
+        plan.peak,
+        dict(plan.peaks),
+        plan.usable,
+        tuple(places),
+        tuple(plan.reasons),
+        time,
+    )
 
 
-def say_placements(plan: Plan) -> None:
-    """Where each network is, and why."""
-    terminal.table(("component", "precision", "place", "segments", "takes"), placed(plan))
-    for reason in plan.reasons:
-        terminal.say(f"- {reason}")
+def product_of(target: Target) -> str:
+    """What the table calls a GPU: `local` bears the driver's name, which has the product's in it."""
+    named = [
+        gpu.name
+        for gpu in gpus.GPUS
+        if gpu.capability in target.capabilities and f"{gpu.product} " in f"{target.name} "
+    ]
+    return target.name if not named else max(named, key=len)
 
 
 def find_card(gpu: str, memory_gb: float | None = None) -> Target:
     """The target with a memory that is known, or given. Raises UserError for another one."""
     target = gpus.limited(gpus.find_target(gpu), memory_gb)
+    if not target.capabilities:
+        fix = "leave out --gpu, which plans for all GPUs; or name one: --gpu rtx3060   (ditforge gpus lists them)"
+        raise UserError("the CPU is no GPU, and a plan is for a GPU's memory", fix)
     if target.memory_gb is None:
-        problem = f"{gpu} is no product, so its memory is not known" if target.capabilities else "the CPU is no GPU"
-        raise UserError(problem, f"--gpu rtx3060, for example, or --gpu-memory 12; {gpus.NAMES}")
+        example = next(one.name for one in gpus.GPUS if one.capability == target.capabilities[0])
+        problem = f"{gpu} is no product, so its memory is not known"
+        raise UserError(
+            problem, f"--gpu {gpu} --gpu-memory 12   with the GB that it has; or a product: --gpu {example}"
+        )
     return target
 
 
@@ -131,100 +165,26 @@ def sizes_of(model: Model) -> list[int]:
     return usual if model.default_size >= SIZES[0] else sorted({model.default_size, model.max_size})
 
 
-def overview(subject: Subject, precision: str | None, sizes: Sequence[int]) -> list[tuple[str, ...]]:
-    """A row for each GPU: its name, memory, precision, and for each size the peak and what is done about it."""
-    rows: list[tuple[str, ...]] = []
-    for gpu in gpus.GPUS:
-        target = Target(gpu.name, (gpu.capability,), gpu.memory_gb)
-        able = precision is None or precision in gpus.precisions(gpu.capability)
-        if not able:
-            rows.append((gpu.name, f"{gpu.memory_gb} GB", f"no {precision}", *("" for _ in sizes)))
-            continue
-        chosen, parts = subject.parts(target, precision)
-        plans = [placement.make_plan(parts, subject.model, target, side, least_batch(subject.model)) for side in sizes]
-        rows.append((gpu.name, f"{gpu.memory_gb} GB", chosen, *map(cell, plans)))
-    return rows
+def say_plan(plan: Plan) -> None:
+    """Print what `build` has decided, where there is anything to decide."""
+    if plan.rank == 0 and all(placement.segments == 1 for placement in plan.placements.values()):
+        return
+    tiled = f", tiles of {plan.vae_tile} pixels" if plan.vae_tile else ""
+    least = "" if plan.usable is None else f", {placement.gigabytes(plan.peak)} of {placement.gigabytes(plan.usable)}"
+    terminal.say(f"plan: {plan.strategy}, batches of up to {plan.batch}{tiled}{least}")
+    places = [(name, p.precision, p.place, segments_of(p), p.size) for name, p in plan.placements.items()]
+    say_places(places, plan.reasons)
 
 
-def cell(plan: Plan) -> str:
-    """A plan in a few characters: the peak in GB, the strategy, and the tile."""
-    tiled = f", tile {plan.vae_tile}" if plan.vae_tile else ""
-    return f"{plan.peak / 1e9:.1f} {plan.strategy}{tiled}" if plan.fits else f"does not fit: {plan.peak / 1e9:.1f}"
+def say_places(places: Sequence[tuple[str, str, str, str, int]], reasons: Sequence[str]) -> None:
+    """Where each network is, and why: its name, precision, place, segments and bytes."""
+    rows = [(*words, placement.gigabytes(size)) for *words, size in places]
+    terminal.table(("component", "precision", "place", "segments", "takes"), rows)
+    for reason in reasons:
+        terminal.say(f"- {reason}")
 
 
-def phases(side: int, plan: Plan) -> tuple[str, ...]:
-    """A row of a GPU's table: the size, the strategy, the tile, each phase's peak, and what there is."""
-    strategy = plan.strategy if plan.fits else f"does not fit: needs {placement.gigabytes(plan.peak)}"
-    peaks = (placement.gigabytes(plan.peaks[phase]) for phase in placement.PHASES)
-    return (f"{side} x {side}", strategy, str(plan.vae_tile or "-"), *peaks, placement.gigabytes(plan.usable or 0))
-
-
-def placed(plan: Plan) -> list[tuple[str, ...]]:
-    """A row for each network: what it is in, where it is, in how many segments, and the bytes that it takes there."""
-    return [
-        (name, plan.precisions[name], p.residency, segments_of(p), placement.gigabytes(plan.sizes[name]))
-        for name, p in plan.placements.items()
-    ]
-
-
-def segments_of(placement: Placement) -> str:
+def segments_of(place: Place | Placement) -> str:
     """How many segments a network is in, and how many of them are loaded in turn, where the others stay."""
-    partly = 0 < placement.on_demand < placement.segments
-    return f"{placement.segments}, {placement.on_demand} in turn" if partly else str(placement.segments)
-
-
-def read_subject(source: CheckpointSource, precision: str | None, size: int | None) -> Subject:
-    """Look at the checkpoint, or at the export in its place. Raises UserError if it is neither."""
-    if (source.path / manifest.FILE_NAME).is_file():
-        if source.text_encoders != "all":
-            problem = f"{source.path} is exported already, with text encoders or without"
-            raise UserError(problem, "leave out --text-encoders")
-        return exported(source.path, precision, size)
-    from ditforge.export.checkpoint.source import opened
-
-    source = downloaded(source, weights=False)
-    with opened(source) as checkpoint:
-        return measured(checkpoint, precision, size)
-
-
-def check_size(model: Model, size: int | None) -> None:
-    """Raise UserError if the model makes no pictures of that many pixels."""
-    if size is not None and not model.size_multiple <= size <= model.max_size:
-        problem = f"{model.name} makes pictures of {model.size_multiple} to {model.max_size} pixels, got {size}"
-        raise UserError(problem, f"--size {model.default_size}")
-
-
-def exported(folder: Path, precision: str | None, size: int | None) -> Subject:
-    """What `export` wrote. Raises UserError if another precision is asked for, or if nobody measured it."""
-    found = manifest.read(folder, "onnx")
-    if precision is not None:
-        raise UserError(f"{folder} is exported already, in a precision of its own", "leave out --precision")
-    parts = placement.parts_of(found.components)
-    if parts is None:
-        raise UserError(f"{folder} does not say what its networks take of memory", "ditforge export   it again")
-    check_size(found.model, size)
-    return Subject(found.model, {}, parts)
-
-
-def measured(checkpoint: Checkpoint, precision: str | None, size: int | None = None) -> Subject:
-    """The footprints of a checkpoint's networks, in all precisions that may be asked for."""
-    from ditforge.export.families import read_networks
-    from ditforge.export.graph.measure_footprint import measure, runs
-    from ditforge.export.quantisation.precision import EIGHT_BIT, Precision
-
-    footprints: dict[str, dict[str, Footprint]] = {}
-    model, _, networks = read_networks(checkpoint, Precision("fp32" if precision == "fp32" else "bf16"))  # or fp16
-    check_size(model, size)
-    with terminal.progress("plan") as report:
-        total, done = sum(len(runs(network, model)) for network in networks), 0
-        for network in networks:
-
-            def step(name: str = network.name) -> None:
-                nonlocal done
-                done += 1
-                report(name, done, total)
-
-            found = measure(network, model, step)
-            eight_bit = {scheme: found.footprint(scheme) for scheme in EIGHT_BIT if network.linears}
-            footprints[network.name] = {"plain": found.footprint(), **eight_bit}
-    return Subject(model, footprints)
+    partly = 0 < place.on_demand < place.segments
+    return f"{place.segments}, {place.on_demand} in turn" if partly else str(place.segments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 import tempfile
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from ditforge.errors import UserError
 
@@ -29,6 +31,20 @@ def read_bytes(path: str | PathLike[str], largest: int = LARGEST) -> bytes:
         content = file.read(largest + 1)
     if len(content) > largest:
         raise OSError(errno.EFBIG, f"it has more than {largest:,} bytes", str(path))
+    return content
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError where it is missing, or something else."""
+    fix = f"copy {path.name} again from where it came from"
+    try:
+        content = json.loads(read_bytes(path))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}", fix) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}", fix) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a JSON object", fix)
     return content
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from ditforge.cache import default_cache
 from ditforge.engines.compilers import Arrays, Shape
 from ditforge.engines.compilers.tensorrt_common import NO_DRIVER, make_log
-from ditforge.engines.gpus import local_target
+from ditforge.engines.gpus import why_not_here
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 
 _lock = threading.Lock()  # the engines of a process take turns, and so
@@ -34,9 +34,8 @@ def check_here(plan: Path, compiler: str, target: str, built_with: str, version:
     rebuild = f"ditforge build ONNX_DIR --gpu local --compiler {compiler} --out DIR   and then ditforge repo"
     if built_with and built_with != version:
         raise UserError(f"{plan} was compiled by {compiler} {built_with}, and {version} is installed", rebuild)
-    here = local_target()
-    if here.capabilities[0] not in target.split(","):
-        raise UserError(f"{plan} is for {target}, and this machine's GPU ({here.name}) is {here}", rebuild)
+    if why := why_not_here([target]):
+        raise UserError(f"engines like {plan} do not run here: {why}", f"a machine with {target}; or {rebuild}")
 
 
 def load_plan(trt: Any, plan: Path, compiler: str, target: str) -> Execution:

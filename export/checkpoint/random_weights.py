@@ -21,7 +21,7 @@ from ditforge.errors import UserError
 from ditforge.export.checkpoint import hub
 from ditforge.export.checkpoint.diffusers_folder import INDEX, Checkpoint, open_checkpoint
 from ditforge.export.checkpoint.weights import Weights
-from ditforge.export.families import published_models
+from ditforge.export.families import find_published, published_models
 from ditforge.export.graph.tracing import dry_run
 from ditforge.export.network import Network
 
@@ -42,10 +42,10 @@ def random_checkpoint(folder: Path, seed: int = SEED) -> Iterator[Checkpoint]:
     Only its configurations are read, and its tokenizers; one that is missing is made (see save_tokenizer). Raises
     UserError if there is neither such a folder nor such a name.
     """
-    known = published_models()
-    if not folder.is_dir() and str(folder) not in known:
-        raise UserError(f"{folder} is not a folder", f"give one in diffusers' layout, or a name: {', '.join(known)}")
-    source = folder if folder.is_dir() else known[str(folder)]
+    source = folder if folder.is_dir() else find_published(str(folder))
+    if source is None:
+        names = ", ".join(published_models())
+        raise UserError(f"{folder} is not a folder", f"give one in diffusers' layout, or a name: {names}")
     open_checkpoint(source)
     with TemporaryDirectory(prefix="ditforge-") as temporary:
         copy = Path(temporary) / (hub.title(source) or source.resolve().name)

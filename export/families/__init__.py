@@ -83,6 +83,14 @@ def published_models() -> dict[str, Path]:
     return {name: folder for family in families() for name, folder in family.published.items()}
 
 
+def find_published(name: str) -> Path | None:
+    """The configurations of the published model of that name, in any case, or of its repository; None if none has it.
+
+    `FLUX.1-dev`, `flux.1-dev` and `black-forest-labs/FLUX.1-dev` are the same.
+    """
+    return published_models().get(name.rpartition("/")[2].lower().replace("stable-diffusion-", "sd"))
+
+
 def read_networks(checkpoint: Checkpoint, precision: Precision) -> tuple[Model, list[Tokenizer], list[Network]]:
     """What a client must know of the checkpoint, its tokenizers and its networks.
 

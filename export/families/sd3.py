@@ -29,7 +29,7 @@ from ditforge.export.text_encoders import clip, t5
 from ditforge.export.text_encoders.tokenizers import Tokenizer, read_tokenizer
 from ditforge.model import Model, SkipLayers
 
-PUBLISHED = ("sd3.5-large", "sd3.5-medium")
+PUBLISHED = ("sd3.5-large", "sd3.5-large-turbo", "sd3.5-medium")
 T5_TOKENS = 256  # diffusers' default max_sequence_length; with zeros in T5's place, there are as many
 MAX_SIZE_RATIO = 4  # to the size it was trained at, as far as the table of positions goes
 # The linears of the blocks, but for the modulation (norm…), whose errors reach every token.

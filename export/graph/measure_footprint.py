@@ -9,14 +9,18 @@ from __future__ import annotations
 import math
 import re
 import weakref
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
 
 from ditforge.export.graph.tracing import PREFIX, fake, quiet
 from ditforge.export.network import BATCH, Dim, Network, Port
@@ -30,11 +34,14 @@ BLOCK = re.compile(r"(.*?\.\d+)\.")  # what the names of a block's weights begin
 
 @dataclass(frozen=True)
 class Measured:
-    """Shapes of the parameters that a network reads, by name, and bytes of activations by the picture's side."""
+    """Shapes of the parameters that a network reads, by name; by the picture's side bytes of activations, and floating
+    point operations of products, convolutions and attention, a multiplication with its addition counting as two.
+    """
 
     network: Network
     parameters: dict[str, tuple[int, ...]]
     activations: dict[int, int]
+    flops: dict[int, int]
 
     def footprint(self, scheme: str | None = None) -> Footprint:
         """What it takes with those linears that bear it in the 8-bit format `scheme`; None: all as the network's dtype.
@@ -55,6 +62,7 @@ class Measured:
             weights=sum(blocks.values()),
             largest_block=max(blocks.values(), default=0),
             activations={side: size + widened for side, size in self.activations.items()},
+            flops=self.flops,
         )
 
 
@@ -73,25 +81,80 @@ def runs(network: Network, model: Model) -> list[int]:
 
 
 def measure(network: Network, model: Model, step: Callable[[], None] | None = None) -> Measured:
-    """Run the network on one sample of each size, without values. `step` is called after each."""
-    activations: dict[int, int] = {}
+    """Run the network on one sample of each size, without values. `step` is called after each.
+
+    All of it is run at the first size. At the others, of equal blocks that follow each other only the first two are,
+    where that makes no difference to the memory at the first size; operations are then counted for all of them.
+    """
+    first, *others = runs(network, model)
+    report = step or (lambda: None)
     with fake(network), quiet():
         module = network.build().eval()
         names = {parameter.untyped_storage()._cdata: name for name, parameter in module.named_parameters()}
         shapes = {name.removeprefix(PREFIX): tuple(p.shape) for name, p in module.named_parameters()}
-        read: set[int] = set()
-        for side in runs(network, model):
+        given = (*module.parameters(), *module.buffers())
+
+        def run(side: int) -> Live:
             sample = {name: _sample(port, side, model) for name, port in network.inputs.items()}
-            live = Live((*module.parameters(), *module.buffers(), *sample.values()))
+            live = Live((*given, *sample.values()))
             with live:
                 module(**sample)
-            inputs = sum(tensor.untyped_storage().nbytes() for tensor in sample.values())
-            activations[side] = live.peak + inputs
-            read |= live.read
-            if step:
-                step()
-    used = [names[storage].removeprefix(PREFIX) for storage in names if storage in read]
-    return Measured(network, {name: shapes[name] for name in used}, activations)
+            live.peak += sum(tensor.untyped_storage().nbytes() for tensor in sample.values())
+            return live
+
+        whole = short = run(first)
+        report()
+        activations, flops = {first: whole.peak}, {first: sum(whole.flops.values())}
+        with shortened(module) if others else nullcontext() as lists:
+            if lists:
+                short = run(first)
+                if short.peak != whole.peak:
+                    restore(lists)
+                    short = whole
+            for side in others:
+                live = run(side)
+                activations[side] = live.peak
+                flops[side] = round(
+                    sum(count * whole.flops[kind] / short.flops[kind] for kind, count in live.flops.items())
+                )
+                report()
+    used = [names[storage].removeprefix(PREFIX) for storage in names if storage in whole.read]
+    return Measured(network, {name: shapes[name] for name in used}, activations, flops)
+
+
+Lists = list[tuple[nn.Module, str, nn.ModuleList]]
+
+
+@contextmanager
+def shortened(module: nn.Module) -> Iterator[Lists]:
+    """Inside, lists of modules hold the first two of those in a row that are built alike; gives the lists as they were.
+
+    The lists are whole again at the end.
+    """
+    lists: Lists = []
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.ModuleList):
+                rows = (list(row) for _, row in groupby(child, built))
+                kept = [one for row in rows for one in row[:2]]
+                if len(kept) < len(child):
+                    lists.append((parent, name, child))
+                    setattr(parent, name, nn.ModuleList(kept))
+    try:
+        yield lists
+    finally:
+        restore(lists)
+
+
+def restore(lists: Lists) -> None:
+    """Put the lists of modules back that shortened() took away."""
+    for parent, name, whole in lists:
+        setattr(parent, name, whole)
+
+
+def built(module: nn.Module) -> tuple[object, ...]:
+    """How a module is built: equal for those of one class whose parameters have the same names and shapes."""
+    return type(module), tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
 
 
 def _sample(port: Port, side: int, model: Model) -> Tensor:
@@ -106,7 +169,8 @@ def _sample(port: Port, side: int, model: Model) -> Tensor:
 class Live(TorchDispatchMode):
     """Inside, `peak` is the most bytes of tensors that were there at a time, and `read` the storages of what was read.
 
-    Tensors count by their storage, so that a view costs nothing; those in `given` do not count.
+    `flops` are floating point operations, by the operator that does them. Tensors count by their storage, so that a
+    view costs nothing; those in `given` do not count.
     """
 
     def __init__(self, given: Iterable[Tensor]) -> None:
@@ -114,6 +178,7 @@ class Live(TorchDispatchMode):
         self.live = self.peak = 0
         self.known = {tensor.untyped_storage()._cdata for tensor in given}
         self.read: set[int] = set()
+        self.flops: Counter[str] = Counter()
 
     def __torch_dispatch__(
         self, function: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -127,7 +192,12 @@ class Live(TorchDispatchMode):
                 self.known.add(key)
                 self.live += size
                 weakref.finalize(storage, self.freed, key, size)
-        scratch = unfused_scores(args) if "scaled_dot_product" in str(function) else 0
+        attention = "scaled_dot_product" in str(function)
+        if attention:
+            self.flops["attention"] += attention_flops(args)
+        elif count := flop_registry.get(function._overloadpacket):
+            self.flops[str(function._overloadpacket)] += count(*args, **(kwargs or {}), out_val=result)
+        scratch = unfused_scores(args) if attention else 0
         self.peak = max(self.peak, self.live + scratch)
         return result
 
@@ -140,6 +210,14 @@ class Live(TorchDispatchMode):
 def tensors(tree: object) -> list[Tensor]:
     """The tensors among an operator's arguments or results."""
     return [leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor)]
+
+
+def attention_flops(args: tuple[Any, ...]) -> int:
+    """Floating point operations of attention: of the scores, and of the values that they weigh."""
+    query, key, value = args[:3]
+    rows: int = math.prod(query.shape[:-1])
+    operations: int = 2 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+    return operations
 
 
 def unfused_scores(args: tuple[Any, ...]) -> int:

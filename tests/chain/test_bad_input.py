@@ -364,7 +364,9 @@ def test_inspect_what_is_not_ours(refused, random_schnell: Path, tmp_path: Path)
     refused("inspect", "text.png", mentions=("text.png", "not a picture"))
     refused("inspect", "foreign.png", mentions=("foreign.png", "no parameters"))
     refused("inspect", "nowhere", mentions=("nowhere", "does not exist"))
-    refused("inspect", random_schnell, mentions=(random_schnell, "manifest.json"))
+    refused("inspect", tmp_path, mentions=(f"{tmp_path} has no manifest.json", "no checkpoint"))
+    (tmp_path / "broken.safetensors").write_bytes(b"12345678901")
+    refused("inspect", "broken.safetensors", mentions=("broken.safetensors is truncated or damaged",))
 
 
 # export
@@ -496,7 +498,11 @@ def test_sharded_checkpoint_without_a_shard(export_refused, tmp_path_factory: py
 
 def test_export_of_what_is_no_checkpoint(refused, schnell) -> None:
     refused("export", "nowhere", "--out", "onnx", mentions=("nowhere", "not a folder"))
-    refused("export", schnell.onnx, "--out", "onnx", mentions=(schnell.onnx, "model_index.json"))
+    held = f"{schnell.onnx} holds ONNX graphs, and not a checkpoint"
+    refused("export", schnell.onnx, "--out", "onnx", mentions=(held, f"fix:   ditforge build {schnell.onnx}"))
+    readme = Path(__file__).parents[2] / "README.md"
+    for command in (("export", readme, "--out", "onnx"), ("up", readme), ("plan", readme)):
+        refused(*command, mentions=(f"{readme} is not a checkpoint", "fix:   give one of these; ditforge inspect "))
 
 
 def test_unknown_precision(refused, random_schnell: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -59,16 +60,21 @@ def test_names_are_found_by_what_the_shop_calls_them() -> None:
         assert find_target(gpu.name) == find_target(f"NVIDIA {gpu.product}") == find_target(gpu.name.upper())
 
 
-def driver(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], name: str, memory: int) -> None:
-    """A driver that describes one GPU."""
+GpuOfDriver = tuple[tuple[int, int], str, int]
+
+
+def driver(monkeypatch: pytest.MonkeyPatch, *found: GpuOfDriver) -> None:
+    """A driver that describes GPUs: the compute capability, name and bytes of memory of each."""
     nvml = ModuleType("pynvml")
     calls = {
         "nvmlInit": lambda: None,
         "nvmlShutdown": lambda: None,
-        "nvmlDeviceGetHandleByIndex": lambda index: index,
-        "nvmlDeviceGetCudaComputeCapability": lambda device: capability,
-        "nvmlDeviceGetMemoryInfo": lambda device: SimpleNamespace(total=memory),
-        "nvmlDeviceGetName": lambda device: name,
+        "nvmlSystemGetDriverVersion": lambda: "580.95.05",
+        "nvmlDeviceGetCount": lambda: len(found),
+        "nvmlDeviceGetHandleByIndex": lambda index: found[index],
+        "nvmlDeviceGetCudaComputeCapability": lambda device: device[0],
+        "nvmlDeviceGetMemoryInfo": lambda device: SimpleNamespace(total=device[2], free=device[2] - 2**30),
+        "nvmlDeviceGetName": lambda device: device[1],
         "NVMLError": RuntimeError,
     }
     for key, value in calls.items():
@@ -77,8 +83,9 @@ def driver(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], name: s
 
 
 def test_the_local_gpu_is_the_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
-    driver(monkeypatch, (12, 0), "NVIDIA RTX of Next Year", 34_190_000_000)
+    driver(monkeypatch, ((12, 0), "NVIDIA RTX of Next Year", 34_190_000_000), ((8, 9), "another one", 2**34))
     assert find_target("local") == Target("NVIDIA RTX of Next Year", ("sm_120",), 32)  # GiB, as data sheets count
+    assert gpus.local_gpus()[1] == gpus.LocalGpu("another one", "sm_89", 2**34, 15 * 2**30, "580.95.05")
 
 
 def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,6 +98,9 @@ def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"no NVIDIA GPU.*Not Found") as error:
         find_target("local")
     assert "--gpu rtx4090" in error.value.fix
+    driver(monkeypatch)
+    with pytest.raises(UserError, match="finds none"):
+        find_target("local")
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with pytest.raises(UserError, match="nvidia-ml-py is not installed"):
         find_target("local")
@@ -162,10 +172,27 @@ def test_the_command_prints_the_table(tmp_path) -> None:
     result = ditforge("gpus", cwd=tmp_path)
     assert result.code == 0
     lines = result.out.splitlines()
-    assert len(lines) >= len(GPUS) + 1
-    row = next(line for line in lines if line.startswith("rtx4090 "))
-    for cell in ("GeForce RTX 4090", "sm_89", "24 GB", "yes", "tensorrt-rtx", "fp8-weights"):
-        assert cell in row
+    assert max(map(len, lines)) < 80
+    block = next(i for i, line in enumerate(lines) if line.startswith("sm_89 "))
+    assert "fp8" in lines[block] and "tensorrt-rtx (the default) or tensorrt" in lines[block + 1]
+    row = next(line for line in lines[block:] if line.startswith("  rtx4090 "))
+    assert row.split() == ["rtx4090", "GeForce", "RTX", "4090", "24", "GB", "fp8-weights"]
+    assert {line.split()[0] for line in lines if line.startswith("  ")} >= {gpu.name for gpu in GPUS}
+
+
+def test_the_table_as_json(tmp_path) -> None:
+    found = json.loads(ditforge("gpus", "--json", cwd=tmp_path).out)["gpus"]
+    assert [gpu["name"] for gpu in found] == [gpu.name for gpu in GPUS]
+    assert next(gpu for gpu in found if gpu["name"] == "h100") == {
+        "name": "h100",
+        "product": "H100",
+        "capability": "sm_90",
+        "memory_gb": 80,
+        "precisions": ["fp32", "fp16", "int8-weights", "bf16", "fp8", "fp8-weights"],
+        "default_precision": "fp8-weights",
+        "compilers": ["tensorrt"],
+        "default_compiler": "tensorrt",
+    }
 
 
 @pytest.mark.parametrize(

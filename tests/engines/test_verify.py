@@ -84,8 +84,8 @@ def test_a_repository_is_not_compared(schnell) -> None:
 
 
 def test_what_is_no_reference(schnell, tiny, tmp_path: Path) -> None:
-    """schnell has no guidance in its DiT, and flux-tiny has."""
-    with pytest.raises(UserError, match=r"two models .*: the dit of random-schnell in .*, and flux-tiny in "):
+    """schnell and flux-tiny read prompts of different lengths."""
+    with pytest.raises(UserError, match=r"two models .*: the tokenizer of random-schnell in .*, and flux-tiny in "):
         verify.compare(schnell.engines, tiny.onnx)
     other = shutil.copytree(schnell.onnx, tmp_path / "bf16")
     found = manifest.read(other, "onnx")

@@ -32,9 +32,8 @@ from python_models import ADD_ONE, write_models
 from ditforge import __version__
 from ditforge.client import Client
 from ditforge.client.picture_file import read_parameters
-from ditforge.commands import doctor, up
-from ditforge.engines import build as building, gpus
-from ditforge.errors import UserError
+from ditforge.commands import up
+from ditforge.engines import build as building
 from ditforge.export import onnx_export
 from ditforge.export.checkpoint.source import CheckpointSource
 from ditforge.triton_repo.server import Server
@@ -124,43 +123,6 @@ def test_missing_extra(module: str, extra: str, arguments: list[str], schnell, t
     assert os.listdir(tmp_path) == []
 
 
-def test_doctor(tmp_path: Path) -> None:
-    result = ditforge("doctor", cwd=tmp_path)
-    assert result.code == 0
-    assert all(word in result.out for word in ("python", "tritonserver", "[client]", "torch"))
-
-
-@pytest.mark.parametrize("columns", [60, 80, 132])
-def test_doctor_fits_the_terminal(columns: int) -> None:
-    rows = doctor.findings()
-    shown = list(doctor.lines(rows, columns))
-    assert max(map(len, shown)) < columns
-    words = " ".join(" ".join(shown).split())
-    for row in rows:
-        assert all(" ".join(text.split()) in words for text in row)
-
-
-@pytest.mark.parametrize(("free", "short"), [(64 << 20, True), (1 << 30, False)])
-def test_doctor_says_what_serving_needs_of_shared_memory(
-    monkeypatch: pytest.MonkeyPatch, free: int, short: bool
-) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(free, 0, free))
-    (row,) = [row for row in doctor.findings() if row[0] == "/dev/shm"]
-    assert f"{free >> 20} MiB free; serve takes up to 72 MiB from the start" in row[1]
-    assert ("--shm-size" in row[2]) == short
-
-
-def test_doctor_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nothing() -> gpus.Target:
-        raise UserError("this machine has no NVIDIA GPU", "")
-
-    monkeypatch.setattr(gpus, "local_target", nothing)
-    (row,) = [row for row in doctor.findings() if row[0] == "GPU"]
-    assert "engines run on the CPU here" in row[1] and row[2] == ""
-    monkeypatch.setattr(gpus, "local_target", lambda: gpus.Target("H100", ("sm_90",), 80))
-    assert ("GPU", "H100, sm_90, 80 GB", "") in doctor.findings()
-
-
 def test_generate_and_inspect(schnell_server: Server, tmp_path: Path) -> None:
     options = ("--url", schnell_server.url, "--seed", "5", "--steps", "2", "--height", "32")
     result = ditforge("generate", "a red circle", *options, cwd=tmp_path)
@@ -182,14 +144,6 @@ def test_generate_several(schnell_server: Server, tmp_path: Path) -> None:
     one, same, other = (Image.open(tmp_path / name) for name in ("x-1.png", "picture-8.png", "x-0.png"))
     with one, same, other:
         assert largest_difference(one, same) <= LAST_BIT < largest_difference(one, other)
-
-
-def test_inspect_a_folder(schnell, tmp_path: Path) -> None:
-    for folder, kind in ((schnell.onnx, "onnx"), (schnell.engines, "engines"), (schnell.repository, "repository")):
-        result = ditforge("inspect", folder, cwd=tmp_path)
-        assert result.code == 0
-        assert f"{kind} of random-schnell" in result.out
-        assert all(name in result.out for name in ("tokenizer", "clip", "t5", "dit", "vae_decoder", "velocity"))
 
 
 def test_ctrl_c_ends_generate(schnell_server: Server, tmp_path: Path) -> None:

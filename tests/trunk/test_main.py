@@ -24,7 +24,7 @@ AS_NATIVE_CODE_DOES = INTERRUPT.replace(
     """            try:
                 signal.raise_signal(signal.SIGINT)
             except KeyboardInterrupt:
-                raise ImportError("it failed to import") from None""",
+                raise {error}("it failed to import") from None""",
 )
 
 
@@ -33,7 +33,8 @@ AS_NATIVE_CODE_DOES = INTERRUPT.replace(
     [
         (INTERRUPT, "ditforge.cli"),
         (INTERRUPT, "ditforge.engines.gpus"),
-        (AS_NATIVE_CODE_DOES, "ditforge.engines.gpus"),
+        (AS_NATIVE_CODE_DOES.replace("{error}", "ImportError"), "ditforge.engines.gpus"),
+        (AS_NATIVE_CODE_DOES.replace("{error}", "SystemError"), "ditforge.engines.gpus"),
     ],
 )
 def test_ctrl_c_while_modules_are_imported(program: str, module: str) -> None:

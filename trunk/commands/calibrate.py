@@ -23,6 +23,10 @@ def calibrate(
 
     Example: ditforge calibrate models/flux-tiny --out out/ranges.json
     """
+    from ditforge import folders
+
+    folders.check_checkpoint(checkpoint)
+
     from ditforge.export.quantisation import calibration
 
     texts = calibration.read_prompts(prompts)

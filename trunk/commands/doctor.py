@@ -8,11 +8,18 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ditforge import terminal
 from ditforge.errors import UserError
+from ditforge.machine_memory import Memory, read_memory
+from ditforge.reports import Json, show
+
+if TYPE_CHECKING:
+    from ditforge.engines.gpus import LocalGpu
 
 # The packages that each command imports, by the extra that installs them.
 EXTRAS = {
@@ -42,12 +49,37 @@ NAMES, WIDE = 22, 10_000  # columns: of what a row is about, and of a row that i
 WHY_NEWER = f"to deploy, NVIDIA's container {SAFE_TRITON} or later: older ones have known crashes (docs/security.md)"
 
 
-def doctor() -> None:
+@dataclass(frozen=True)
+class Finding:
+    """What was found of a thing, and what to do about it; `fix` is empty where nothing is missing."""
+
+    name: str
+    found: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was found on this machine, in words, and the numbers in it: bytes, None where the system does not say."""
+
+    findings: tuple[Finding, ...]
+    memory: Memory | None
+    disk_free: int | None
+    shm_free: int | None
+    gpus: tuple[LocalGpu, ...]
+
+
+def doctor(as_json: Json = False) -> None:
     """What this machine can do, and what to install for the rest.
 
     Example: ditforge doctor
     """
-    for line in lines(findings(), shutil.get_terminal_size().columns if sys.stdout.isatty() else None):
+    show(examine(), say, as_json)
+
+
+def say(machine: Machine) -> None:
+    """Print a row for each finding."""
+    for line in lines(machine.findings, shutil.get_terminal_size().columns if sys.stdout.isatty() else None):
         terminal.say(line)
 
 
@@ -56,60 +88,91 @@ def extra_for(module: str) -> str | None:
     return next((extra for extra, modules in EXTRAS.items() if module in modules), None)
 
 
-def lines(rows: Iterable[tuple[str, str, str]], columns: int | None) -> Iterator[str]:
-    """Rows of findings() for a terminal of so many columns (None: no terminal); what to do has lines of its own."""
+def lines(findings: Iterable[Finding], columns: int | None) -> Iterator[str]:
+    """Findings for a terminal of so many columns (None: no terminal); what to do has lines of its own."""
     wrapper = textwrap.TextWrapper(max(columns or WIDE, 2 * NAMES) - 1, break_long_words=False, break_on_hyphens=False)
-    for what, here, fix in rows:
-        wrapper.initial_indent, wrapper.subsequent_indent = what.ljust(NAMES), " " * NAMES
-        yield from wrapper.wrap(here)
+    for finding in findings:
+        wrapper.initial_indent, wrapper.subsequent_indent = finding.name.ljust(NAMES), " " * NAMES
+        yield from wrapper.wrap(finding.found)
         wrapper.initial_indent, wrapper.subsequent_indent = "  fix: ", " " * 7
-        yield from wrapper.wrap(fix)
+        yield from wrapper.wrap(finding.fix)
 
 
-def findings() -> list[tuple[str, str, str]]:
-    """Rows of (what, what was found here, what to do; empty where nothing is missing)."""
-    return [
-        (
-            "python",
-            platform.python_version(),
-            "" if (3, 10) <= sys.version_info < (3, 14) else "use Python 3.10 to 3.13",
-        ),
-        ("cores", str(os.cpu_count()), ""),
-        ("memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.0f} GB", ""),
-        ("free disk", f"{shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB", ""),
-        shm_row(),
-        gpu_row(),
-        *(extra_row(extra) for extra in EXTRAS),
-        triton_row(),
+def examine() -> Machine:
+    """Look at this machine."""
+    memory, (gpus, gpu_findings) = read_memory(), find_gpus()
+    disk, shm = (free_space(path) for path in (Path.cwd(), SHM))
+    supported = (3, 10) <= sys.version_info < (3, 14)
+    findings = [
+        Finding("python", platform.python_version(), "" if supported else "use Python 3.10 to 3.13"),
+        Finding("cores", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())),
+        memory_finding(memory),
+        Finding("free disk", "unknown" if disk is None else f"{disk / 1e9:.0f} GB in {Path.cwd()}"),
+        shm_finding(),
+        *gpu_findings,
+        *(extra_finding(extra) for extra in EXTRAS),
+        triton_finding(),
     ]
+    return Machine(tuple(findings), memory, disk, shm, tuple(gpus))
 
 
-def shm_row() -> tuple[str, str, str]:
+def free_space(folder: Path) -> int | None:
+    """Bytes that are free on a file system; None where it is not there."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
+
+
+def memory_finding(memory: Memory | None) -> Finding:
+    """How much memory there is, and what the control group leaves of it."""
+    if memory is None:
+        return Finding("memory", "unknown: the system does not say")
+    limit = (
+        "" if memory.limit is None else f", of which this process's control group may have {gigabytes(memory.limit)}"
+    )
+    return Finding("memory", f"{gigabytes(memory.total)}{limit}; {gigabytes(memory.available)} available")
+
+
+def gigabytes(size: int) -> str:
+    """Bytes in words."""
+    return f"{size / 1e9:.1f} GB"
+
+
+def shm_finding() -> Finding:
     """How much shared memory there is, which `ditforge serve` takes some of."""
     needs = f"serve takes up to {SHM_START >> 20} MiB from the start (8 MiB a model), and more for large pictures"
     try:
         found = shutil.disk_usage(SHM)
     except OSError as error:
-        return str(SHM), f"{error.strerror}; {needs}", f"mount a tmpfs at {SHM}"
+        return Finding(str(SHM), f"{error.strerror}; {needs}", f"mount a tmpfs at {SHM}")
     few = found.free < SHM_ENOUGH
     fix = "free some of it (ls -l /dev/shm); a container gets more with docker run --shm-size 1g" if few else ""
-    return str(SHM), f"{found.total >> 20} MiB, {found.free >> 20} MiB free; {needs}", fix
+    return Finding(str(SHM), f"{found.total >> 20} MiB, {found.free >> 20} MiB free; {needs}", fix)
 
 
-def gpu_row() -> tuple[str, str, str]:
-    """The GPU, if there is one: nothing is missing where there is none."""
-    from ditforge.engines.gpus import local_target
+def find_gpus() -> tuple[list[LocalGpu], list[Finding]]:
+    """The GPUs and what is said of each: nothing is missing where there is none."""
+    from ditforge.engines.gpus import local_gpus
 
     try:
-        gpu = local_target()
+        gpus = local_gpus()
     except UserError as error:
         if "not installed" in error.problem:
-            return "GPU", f"unknown: {error.problem}", error.fix
-        return "GPU", "none that a driver finds: engines run on the CPU here, and are compiled for GPUs elsewhere", ""
-    return "GPU", f"{gpu.name}, {', '.join(gpu.capabilities)}, {gpu.memory_gb} GB", ""
+            return [], [Finding("GPU", f"unknown: {error.problem}", error.fix)]
+        none = "none that a driver finds: engines run on the CPU here, and are compiled for GPUs elsewhere"
+        return [], [Finding("GPU", none)]
+    return gpus, [
+        Finding(
+            "GPU" if len(gpus) == 1 else f"GPU {index}",
+            f"{gpu.product}, {gpu.capability}, {gpu.memory / 2**30:.0f} GiB, {gpu.memory_free / 2**30:.0f} GiB free; "
+            f"driver {gpu.driver}",
+        )
+        for index, gpu in enumerate(gpus)
+    ]
 
 
-def extra_row(extra: str) -> tuple[str, str, str]:
+def extra_finding(extra: str) -> Finding:
     """Which packages of an extra are installed, and the command that installs the missing ones."""
     wanted = [line.split(";")[0] for line in requires("ditforge") or [] if f'extra == "{extra}"' in line]
     found, missing = [], []
@@ -124,21 +187,18 @@ def extra_row(extra: str) -> tuple[str, str, str]:
     shown = ", ".join(found + [f"no {name}" for name in missing])
     if extra in ON_GPU and missing:
         shown += f" ({ON_GPU[extra]})"
-    return f"[{extra}]", shown, f"pip install 'ditforge[{extra}]'" if missing else ""
+    return Finding(f"[{extra}]", shown, f"pip install 'ditforge[{extra}]'" if missing else "")
 
 
-def triton_row() -> tuple[str, str, str]:
+def triton_finding() -> Finding:
     """Which tritonserver `ditforge serve` would take."""
-    on_path = shutil.which("tritonserver")
+    name, on_path = "tritonserver", shutil.which("tritonserver")
     if on_path:
         release = os.environ.get("NVIDIA_TRITON_SERVER_VERSION", "")  # which NVIDIA's container sets, e.g. 26.07
         newer = "" if not release or release >= SAFE_TRITON else f"{WHY_NEWER}; this is {release}"
-        return "tritonserver", f"{on_path} {release}".strip(), newer
+        return Finding(name, f"{on_path} {release}".strip(), newer)
     try:
-        return (
-            "tritonserver",
-            f"2.51, from nvidia-pytriton {version('nvidia-pytriton')}",
-            f"{WHY_NEWER}; fine on loopback",
-        )
+        found = f"2.51, from nvidia-pytriton {version('nvidia-pytriton')}"
     except PackageNotFoundError:
-        return "tritonserver", "none", "pip install 'ditforge[serve]', or run in NVIDIA's Triton container"
+        return Finding(name, "none", "pip install 'ditforge[serve]', or run in NVIDIA's Triton container")
+    return Finding(name, found, f"{WHY_NEWER}; fine on loopback")

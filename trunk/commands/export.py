@@ -30,6 +30,10 @@ def export(
 
     Example: ditforge export models/flux-tiny --out out/onnx --precision fp8-weights
     """
+    from ditforge import folders
+
+    folders.check_checkpoint(checkpoint)
+
     from ditforge.export.onnx_export import ExportOptions, export_checkpoint
     from ditforge.manifest import check_replaceable
 

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+from typing import TYPE_CHECKING
+
 from ditforge import terminal
+from ditforge.reports import Json, show
+
+if TYPE_CHECKING:
+    from ditforge.engines.gpu_table import GpuTable
 
 
-def gpus() -> None:
+def gpus(as_json: Json = False) -> None:
     """The GPUs by name: what they can do, and what is chosen for them.
 
     Example: ditforge gpus
     """
-    headings = ("--gpu", "product", "capability", "memory", "FP8", "compilers", "default precision")
-    terminal.table(headings, rows())
+    from ditforge.engines.gpu_table import table
+
+    show(table(), say, as_json)
 
 
-def rows() -> list[tuple[str, ...]]:
-    """Name, product, capability, memory, FP8, compilers, default precision of each GPU."""
-    from ditforge.engines.compilers.choice import able
-    from ditforge.engines.gpus import GPUS, Target, default_precision, precisions
-
-    found: list[tuple[str, ...]] = []
-    for gpu in GPUS:
-        precision, _ = default_precision(Target(gpu.name, (gpu.capability,), gpu.memory_gb))
-        fp8 = "yes" if "fp8" in precisions(gpu.capability) else "no"
-        compilers = ", ".join(able(gpu.capability))
-        found.append((gpu.name, gpu.product, gpu.capability, f"{gpu.memory_gb} GB", fp8, compilers, precision))
-    return found
+def say(report: GpuTable) -> None:
+    """Print a block for each compute capability, narrow enough for 80 columns."""
+    names, products = (max(len(getattr(gpu, field)) for gpu in report.gpus) for field in ("name", "product"))
+    for capability, group in groupby(report.gpus, lambda gpu: gpu.capability):
+        first, *others = group
+        default = f"{first.default_compiler} (the default)" if len(first.compilers) > 1 else first.default_compiler
+        compilers = " or ".join([default, *(name for name in first.compilers if name != first.default_compiler)])
+        terminal.say(f"{capability} computes in {', '.join(first.precisions)}")
+        terminal.say(f"  {'compiled by ' + compilers:{names + products + 13}}default precision")
+        for gpu in (first, *others):
+            row = f"  {gpu.name:{names}}  {gpu.product:{products}}  {gpu.memory_gb:3} GB   {gpu.default_precision}"
+            terminal.say(row)

@@ -1,62 +1,126 @@
-"""`ditforge inspect`: what a folder holds, or what made a picture."""
+"""`ditforge inspect`: what a file or folder is."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ditforge import terminal
-from ditforge.errors import UserError
+from ditforge.reports import Json, show
 
 if TYPE_CHECKING:
-    from ditforge.manifest import Engine
+    from ditforge.contents import CheckpointFolder, Contents, Part, Pictures, StageFolder, TensorFile
 
 
-def inspect(path: Annotated[Path, typer.Argument(help="A folder that a stage wrote, or a picture.")]) -> None:
-    """What a folder holds, or what made a picture.
+def inspect(
+    path: Annotated[
+        Path, typer.Argument(help="A folder that a stage wrote, a checkpoint, a .safetensors file, or a picture.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """What a folder or file is: what a stage wrote, a checkpoint, a file of tensors, or a picture and what made it.
 
     Example: ditforge inspect picture.png
     """
-    if path.is_dir():
-        show_folder(path)
-    elif path.is_file():
-        from ditforge.client.picture_file import read_parameters
+    from ditforge.contents import look_into
 
-        terminal.table(("parameter", "value"), [(key, str(value)) for key, value in read_parameters(path).items()])
+    show(look_into(path), say, as_json)
+
+
+def say(found: Contents) -> None:
+    """Print what it is."""
+    from ditforge import contents
+
+    if isinstance(found, contents.Picture):
+        terminal.table(("parameter", "value"), [(key, str(value)) for key, value in found.parameters.items()])
+    elif isinstance(found, contents.StageFolder):
+        say_stage(found)
+    elif isinstance(found, contents.CheckpointFolder):
+        say_checkpoint(found)
     else:
-        raise UserError(f"{path} does not exist", "give a folder that a stage wrote, or a picture that ditforge made")
+        say_tensors(found)
 
 
-def show_folder(folder: Path) -> None:
+def say_stage(found: StageFolder) -> None:
     """Print what is in a folder that `export`, `build` or `repo` wrote."""
-    from ditforge import manifest
-
-    found = manifest.read_any(folder)
-    terminal.say(f"{folder}: {found.kind} of {found.model.name}, written by ditforge {found.ditforge}")
-    rows, ports = [], []
-    for name, component in found.components.items():
-        engine = found.engines.get(name)
-        made = describe(engine) if engine else ""
-        size = sum(file.size for file in component.files.values())
-        rows.append((name, component.precision, component.reason, f"{size / 1e6:.1f} MB", made))
-        for direction, tensors in (("in", component.inputs), ("out", component.outputs)):
-            ports += [(name, direction, key, t.dtype, str(list(t.shape))) for key, t in tensors.items()]
-    headings = ("component", "precision", "why", "size", *(("engine",) if found.engines else ()))
-    terminal.table(headings, [row[: len(headings)] for row in rows])
+    terminal.say(f"{found.path}: {found.kind} of {found.model}, written by ditforge {found.ditforge}")
+    facts = [
+        ("size", f"{amount(found.size)}, sha256 {found.sha256[:16]}…"),
+        ("pictures", sizes(found.pictures)),
+        ("batch", "any" if found.max_batch is None else f"up to {found.max_batch}"),
+    ]
+    facts += [(key.replace("_", " "), shortened(value)) for key, value in found.origin.items()]
+    say_facts(facts)
+    built = any(part.target for part in found.parts)
+    headings = ("component", "precision", "size", *(("where", "segments", "engine") if built else ("why",)))
+    terminal.say("")
+    terminal.table(headings, [part_row(part, built) for part in found.parts])
+    ports = [
+        (part.name, direction, port.name, port.dtype, f"[{', '.join(map(str, port.shape))}]")
+        for part in found.parts
+        for direction, side in (("in", part.inputs), ("out", part.outputs))
+        for port in side
+    ]
     terminal.say("")
     terminal.table(("component", "", "tensor", "dtype", "shape"), ports)
-    layers = [(name, layer, p) for name, component in found.components.items() for layer, p in component.layers.items()]
-    if layers:
+    if layers := [(p.name, f"{one.count} x {one.name}", one.precision) for p in found.parts for one in p.layers]:
         terminal.say("")
-        terminal.table(("component", "layer", "precision"), layers)
+        terminal.table(("component", "layers", "precision"), layers)
 
 
-def describe(engine: Engine) -> str:
-    """What made an engine, in how many segments if it is not whole, and how it is loaded if not for good."""
-    made = f"{engine.compiler} {engine.compiler_version} for {engine.target}"
-    segments = f", {engine.placement.segments} segments" if engine.placement.segments > 1 else ""
-    parts, on_demand = engine.placement.segments, engine.placement.on_demand
-    some = f", {on_demand} on demand" if on_demand < parts else ", on demand"
-    return made + segments + (some if on_demand else "")
+def part_row(part: Part, built: bool) -> tuple[str, ...]:
+    """A component, with its engine where there are engines."""
+    known = part.name, part.precision, amount(part.size)
+    if not built:
+        return *known, part.reason
+    engine = f"{part.compiler} {part.compiler_version} for {part.target}" if part.target else ""
+    return *known, part.residency, str(part.segments) if part.target else "", engine
+
+
+def sizes(pictures: Pictures) -> str:
+    """Which pictures are made, in words."""
+    tiles = f"; the autoencoder takes tiles of {pictures.vae_tile}" if pictures.vae_tile else ""
+    if pictures.sizes:
+        named = ", ".join(f"{width}x{height}" for height, width in pictures.sizes)
+        return f"only {named} pixels (width x height){tiles}"
+    steps = f"in steps of {pictures.step}, by default {pictures.default}"
+    return f"{pictures.least} to {pictures.most} pixels {steps}{tiles}"
+
+
+def say_checkpoint(found: CheckpointFolder) -> None:
+    """Print what is in a checkpoint."""
+    terminal.say(f"{found.path}: a checkpoint in diffusers' layout, {found.pipeline or 'of no named class'}")
+    say_facts([("weights", amount(found.weights))])
+    terminal.say("")
+    rows = [(part.name, part.class_name, amount(part.weights) if part.weights else "") for part in found.parts]
+    terminal.table(("component", "class", "weights"), rows)
+
+
+def say_tensors(found: TensorFile) -> None:
+    """Print what is in a file of tensors."""
+    what = {"lora": "a LoRA", "checkpoint file": f"a checkpoint in one file, {found.pipeline or 'without a DiT'}"}
+    terminal.say(f"{found.path}: {what.get(found.kind, 'tensors that ditforge does not export')}")
+    facts = [("size", amount(found.size)), ("tensors", f"{found.tensors}, {found.parameters:,} parameters")]
+    facts += [("dtypes", ", ".join(f"{name} {amount(size)}" for name, size in found.dtypes.items()))]
+    facts += [("components", ", ".join(found.holds))] if found.holds else []
+    facts += [("note", found.problem)] if found.problem else []
+    say_facts(facts + [(key, shortened(value)) for key, value in found.metadata.items()])
+
+
+def say_facts(facts: Iterable[tuple[str, str]]) -> None:
+    """Print names and values, one a line."""
+    for name, value in facts:
+        terminal.say(f"  {name:12} {value}")
+
+
+def shortened(value: str) -> str:
+    """A value that is not too long for a line."""
+    return value if len(value) <= 100 else f"{value[:100]}…"
+
+
+def amount(size: int) -> str:
+    """Bytes in words."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -21,10 +21,10 @@ from exports import export_dits, replace_dit
 from onnx import TensorProto, helper
 
 from ditforge import manifest
-from ditforge.engines import build as building
+from ditforge.engines import build as building, gpus
 from ditforge.engines.build import TOKENIZER, BuildOptions, build
 from ditforge.engines.compilers import Job, tensorrt_common, tensorrt_rtx
-from ditforge.engines.gpus import Target, find_target
+from ditforge.engines.gpus import LocalGpu, find_target
 from ditforge.engines.runtime.loading import load_engine
 from ditforge.engines.verify import verify_files
 from ditforge.errors import DitforgeError, UserError
@@ -309,9 +309,8 @@ def test_another_versions_engine_is_refused(engines: Path) -> None:
 
 
 def test_another_gpus_engine_is_refused(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = Target("NVIDIA GeForce RTX 3090", ("sm_86",), 24)
-    monkeypatch.setattr("ditforge.engines.runtime.tensorrt.local_target", lambda: here)
-    with pytest.raises(UserError, match=r"is for sm_89, and this machine's GPU \(NVIDIA GeForce RTX 3090\) is sm_86"):
+    monkeypatch.setattr(gpus, "local_gpus", lambda: [LocalGpu("NVIDIA GeForce RTX 3090", "sm_86", 1, 1, "580")])
+    with pytest.raises(UserError, match=r"are for sm_89, and this machine's GPU \(NVIDIA GeForce RTX 3090\) is sm_86"):
         load(engines)
 
 
@@ -333,16 +332,14 @@ def gpu_here() -> bool:
 def test_no_driver(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="no NVIDIA GPU"):
         load(engines)
-    here = Target("NVIDIA GeForce RTX 4090", ("sm_89",), 24)
-    monkeypatch.setattr("ditforge.engines.runtime.tensorrt.local_target", lambda: here)
+    monkeypatch.setattr(gpus, "local_gpus", lambda: [LocalGpu("NVIDIA GeForce RTX 4090", "sm_89", 1, 1, "580")])
     with pytest.raises(DitforgeError, match=r"cannot load .*clip\.plan: .*driver") as error:
         load(engines)
     assert "ditforge build ONNX_DIR --gpu sm_89" in error.value.fix
 
 
 def test_a_plan_that_is_none(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = Target("NVIDIA GeForce RTX 4090", ("sm_89",), 24)
-    monkeypatch.setattr("ditforge.engines.runtime.tensorrt.local_target", lambda: here)
+    monkeypatch.setattr(gpus, "local_gpus", lambda: [LocalGpu("NVIDIA GeForce RTX 4090", "sm_89", 1, 1, "580")])
     (engines / "clip.plan").write_bytes(b"no plan" * 1000)
     with pytest.raises(DitforgeError, match=r"cannot load .*incompatible serialization version"):
         tensorrt_rtx.load([engines / "clip.plan"], "sm_89", VERSION)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from compiled_sizes import compiled_sizes, sample_shapes
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import interpolate, scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from ditforge import manifest
 from ditforge.engines.memory.placement import SPARE
@@ -126,6 +127,43 @@ def test_the_dits_activations_are_linear_in_pixels(measured: tuple[Model, dict[s
     first, second, third = (footprint.activations[side] for side in sides)
     slopes = (second - first) / (sides[1] ** 2 - sides[0] ** 2), (third - second) / (sides[2] ** 2 - sides[1] ** 2)
     assert slopes[0] == pytest.approx(slopes[1], rel=0.05)
+
+
+def test_equal_blocks_that_are_left_out_change_nothing() -> None:
+    """Neither memory nor operations, which PyTorch's own counter counts too; where a row grows, nothing is left out."""
+
+    class Growing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.proj(interpolate(x, scale_factor=2.0))
+
+    def through(x: Tensor, module: nn.Module) -> Tensor:
+        x = x.bfloat16()
+        for block in module["blocks"]:
+            x = block(x)
+        return x
+
+    for block, count in ((lambda: nn.Conv2d(4, 4, 3, padding=1), 9), (Growing, 3)):
+        made = network(through, blocks=lambda block=block, count=count: nn.ModuleList(block() for _ in range(count)))
+        measured = measure(made, MODEL)
+        assert len(measured.parameters) == 2 * count
+        for side, counted in measured.flops.items():
+            module, x = made.build().to(torch.bfloat16), torch.zeros(1, 4, side // 8, side // 8)
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                module(x)
+            assert counter.get_total_flops() == counted
+    grown = 4 * (8 * 512 // 8) ** 2 * 2  # the last picture, before and after its product, and what made it
+    assert measured.activations[512] >= 2 * grown
+
+
+def test_operations_between_what_was_counted() -> None:
+    measured = Footprint(weights=1, largest_block=1, activations={1: 1}, flops={256: 10, 512: 22, 1024: 74, 2048: 415})
+    assert measured.flops_at(1024) == pytest.approx(74)
+    assert 74 < (measured.flops_at(1200) or 0) < 120
+    assert Footprint(weights=1, largest_block=1, activations={1: 1}).flops_at(512) is None
 
 
 def test_between_and_beyond_what_was_measured() -> None:

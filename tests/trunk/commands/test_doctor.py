@@ -1,0 +1,82 @@
+"""What `doctor` finds on a machine, and says about it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from command_line import ditforge
+
+from ditforge.commands import doctor
+from ditforge.commands.doctor import Finding
+from ditforge.engines import gpus
+from ditforge.engines.gpus import LocalGpu
+from ditforge.errors import UserError
+from ditforge.machine_memory import Memory
+
+
+def found(name: str) -> Finding:
+    """The finding of that name."""
+    (finding,) = [finding for finding in doctor.examine().findings if finding.name == name]
+    return finding
+
+
+def test_doctor(tmp_path: Path) -> None:
+    result = ditforge("doctor", cwd=tmp_path)
+    assert result.code == 0
+    assert all(word in result.out for word in ("python", "tritonserver", "[client]", "torch", "GPU", "free disk"))
+
+
+def test_the_same_as_json(tmp_path: Path) -> None:
+    machine = json.loads(ditforge("doctor", "--json", cwd=tmp_path).out)
+    assert list(machine) == ["findings", "memory", "disk_free", "shm_free", "gpus"]
+    assert {tuple(finding) for finding in machine["findings"]} == {("name", "found", "fix")}
+    assert 0 < machine["memory"]["available"] <= machine["memory"]["total"]
+    assert machine["disk_free"] > 0
+
+
+@pytest.mark.parametrize("columns", [60, 80, 132])
+def test_it_fits_the_terminal(columns: int) -> None:
+    findings = doctor.examine().findings
+    shown = list(doctor.lines(findings, columns))
+    assert max(map(len, shown)) < columns
+    words = " ".join(" ".join(shown).split())
+    for finding in findings:
+        for text in (finding.name, finding.found, finding.fix):
+            assert " ".join(text.split()) in words
+
+
+@pytest.mark.parametrize(("free", "short"), [(64 << 20, True), (1 << 30, False)])
+def test_what_serving_needs_of_shared_memory(monkeypatch: pytest.MonkeyPatch, free: int, short: bool) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(free, 0, free))
+    shm = found("/dev/shm")
+    assert f"{free >> 20} MiB free; serve takes up to 72 MiB from the start" in shm.found
+    assert ("--shm-size" in shm.fix) == short
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing() -> list[LocalGpu]:
+        raise UserError("this machine has no NVIDIA GPU", "")
+
+    monkeypatch.setattr(gpus, "local_gpus", nothing)
+    assert "engines run on the CPU here" in found("GPU").found
+    assert doctor.examine().gpus == ()
+
+
+def test_a_gpu_its_memory_and_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = LocalGpu("NVIDIA H100 80GB HBM3", "sm_90", 80 * 2**30, 78 * 2**30, "580.95.05")
+    monkeypatch.setattr(gpus, "local_gpus", lambda: [card])
+    said = "NVIDIA H100 80GB HBM3, sm_90, 80 GiB, 78 GiB free; driver 580.95.05"
+    assert found("GPU") == Finding("GPU", said)
+    monkeypatch.setattr(gpus, "local_gpus", lambda: [card, card])
+    assert found("GPU 0").found == found("GPU 1").found == said
+    assert doctor.examine().gpus == (card, card)
+
+
+def test_memory_is_what_the_control_group_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "read_memory", lambda: Memory(64 * 10**9, 3 * 10**9, 8 * 10**9))
+    assert found("memory").found == "64.0 GB, of which this process's control group may have 8.0 GB; 3.0 GB available"
+    monkeypatch.setattr(doctor, "read_memory", lambda: Memory(64 * 10**9, 3 * 10**9))
+    assert found("memory").found == "64.0 GB; 3.0 GB available"

@@ -1,0 +1,101 @@
+"""What `inspect` says a folder or file is."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command_line import ditforge
+from safetensors.numpy import save_file
+
+from ditforge import manifest
+from ditforge.commands.inspect import say
+from ditforge.contents import look_into
+from ditforge.manifest import Engine, Manifest
+
+
+def inspected(path: Path, tmp_path: Path) -> dict[str, Any]:
+    """The JSON document about it."""
+    result = ditforge("inspect", path, "--json", cwd=tmp_path)
+    assert (result.code, result.err) == (0, "")
+    return json.loads(result.out)
+
+
+def shown(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The text about it."""
+    say(look_into(path))
+    return capsys.readouterr().out
+
+
+def test_folders_of_all_stages(schnell, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder, kind in ((schnell.onnx, "onnx"), (schnell.engines, "engines"), (schnell.repository, "repository")):
+        text = shown(folder, capsys)
+        assert f"{kind} of random-schnell" in text
+        assert all(name in text for name in ("tokenizer", "clip", "t5", "dit", "vae_decoder", "velocity"))
+    assert "resident" in text and re.search(r"batch +up to 8", text)
+    assert re.search(r"pictures +16 to 384 pixels in steps of 16, by default 96", text)
+    assert re.search(r"checkpoint +random-schnell", text)  # from the export on
+
+
+def described(folder: Path, found: Manifest, **changes: Any) -> Path:
+    """A folder with a manifest alone."""
+    folder.mkdir()
+    manifest.write(found.model_copy(update=changes), folder)
+    return folder
+
+
+def test_engines_in_segments(schnell, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = manifest.read(schnell.engines, "engines")
+    model = found.model.model_copy(update={"sizes": ((64, 96), (96, 96)), "vae_tile": 64})
+    made = {"compiler": "tensorrt-rtx", "compiler_version": "1.7", "target": "sm_89", "cache_key": {}, "max_batch": 4}
+    cut = Engine(**made, segments=(("a",), ("b",), ("c",)), on_demand=2)
+    engines = {**found.engines, "dit": cut, "t5": Engine(**made, on_demand=1)}
+    origin = {"checkpoint": "flux.1-dev", "loras": "style.safetensors:0.8"}
+    folder = described(tmp_path / "engines", found, model=model, engines=engines, origin=origin)
+    text = shown(folder, capsys)
+    assert re.search(r"^dit +fp32 +\d+\.\d MB +2 of 3 on-demand +3 +tensorrt-rtx 1\.7 for sm_89", text, re.MULTILINE)
+    assert re.search(r"^t5 +fp32 +\d+\.\d MB +on-demand +1 ", text, re.MULTILINE)
+    assert "only 96x64, 96x96 pixels (width x height); the autoencoder takes tiles of 64" in text
+    assert re.search(r"batch +up to 4", text) and re.search(r"loras +style.safetensors:0.8", text)
+    document = inspected(folder, tmp_path)
+    assert document["pictures"]["sizes"] == [[64, 96], [96, 96]]
+    (dit,) = (part for part in document["parts"] if part["name"] == "dit")
+    assert (dit["segments"], dit["on_demand"], dit["target"]) == (3, 2, "sm_89")
+    assert document["origin"] == origin
+
+
+def test_equal_layers_are_one_row(schnell, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = manifest.read(schnell.onnx, "onnx")
+    layers = {f"blocks.{number}.attn.to_q.weight": "fp8" for number in range(57)}
+    dit = found.components["dit"].model_copy(update={"layers": {**layers, "blocks.57.attn.to_q.weight": "bf16"}})
+    folder = described(tmp_path / "onnx", found, components={**found.components, "dit": dit})
+    text = shown(folder, capsys)
+    assert re.search(r"^dit +57 x blocks\.\*\.attn\.to_q\.weight +fp8 *$", text, re.MULTILINE)
+    assert re.search(r"^dit +1 x blocks\.\*\.attn\.to_q\.weight +bf16 *$", text, re.MULTILINE)
+
+
+def test_equal_folders_have_one_digest(schnell) -> None:
+    onnx, engines = look_into(schnell.onnx), look_into(schnell.engines)
+    assert onnx.sha256 == look_into(schnell.onnx).sha256 != engines.sha256
+
+
+def test_a_checkpoint(random_schnell: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(random_schnell, capsys)
+    assert "a checkpoint in diffusers' layout, FluxPipeline" in text
+    assert re.search(r"^transformer +FluxTransformer2DModel +\d+\.\d MB", text, re.MULTILINE)
+
+
+def test_files_of_tensors(random_schnell: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lora, vae = tmp_path / "style.safetensors", random_schnell / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({"transformer.a.lora_A.weight": np.zeros((4, 8), np.float16)}, lora, {"author": "somebody"})
+    document = inspected(lora, tmp_path)
+    assert (document["kind"], document["tensors"], document["parameters"]) == ("lora", 1, 32)
+    assert (document["dtypes"], document["metadata"]) == ({"F16": 64}, {"author": "somebody"})
+    assert "is a LoRA" not in shown(lora, capsys).splitlines()[1]
+    found = look_into(vae)
+    assert found.kind == "tensors" and found.problem
+    assert found.parameters > 0 and set(found.dtypes) == {"F32"}

@@ -1,0 +1,275 @@
+"""What a file or folder is: what a stage wrote, a checkpoint, a file of tensors, or a picture."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from ditforge import manifest
+from ditforge.errors import UserError
+from ditforge.manifest import Component, Engine, Manifest
+from ditforge.model import Model
+from ditforge.placement import Placement
+from ditforge.small_files import read_json_object
+
+INDEX = "model_index.json"  # of a checkpoint in diffusers' layout
+SAFETENSORS = ".safetensors"
+BLOCK = re.compile(r"\.\d+\.")
+LORA = re.compile(r"\.lora(_[AB]|_down|_up|\.down|\.up)\b")
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Layers of one precision whose names differ in the number of their block alone, which `name` has as *."""
+
+    name: str
+    count: int
+    precision: str
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output: Triton's name of its dtype, and its shape, with names where it varies."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A network, or the tokenizer, in a folder that a stage wrote.
+
+    size: bytes of its files. compiler, compiler_version and target: of its engine, empty where there is none. Of its
+    `segments`, `on_demand` are loaded for each call and then freed; the others are resident.
+    """
+
+    name: str
+    precision: str
+    reason: str
+    size: int
+    compiler: str
+    compiler_version: str
+    target: str
+    segments: int
+    on_demand: int
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    layers: tuple[Layers, ...]
+
+    @property
+    def residency(self) -> str:
+        """When it is in memory, in words."""
+        if not self.target:
+            return ""
+        if self.on_demand == 0:
+            return "resident"
+        return "on-demand" if self.on_demand == self.segments else f"{self.on_demand} of {self.segments} on-demand"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Which pictures are made, in pixels: heights and widths from `least` to `most` in steps of `step`, or `sizes`.
+
+    `sizes` are (height, width). vae_tile: the side of the autoencoder's tiles; None: it takes whole pictures.
+    """
+
+    least: int
+    most: int
+    step: int
+    default: int
+    sizes: tuple[tuple[int, int], ...]
+    vae_tile: int | None
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """What a stage wrote. kind: onnx, engines or repository. max_batch: None where any batch is taken.
+
+    origin: what it was made from, by what. sha256: of all files' digests, so that equal folders have the same one.
+    """
+
+    kind: str
+    path: str
+    model: str
+    ditforge: str
+    size: int
+    sha256: str
+    origin: dict[str, str]
+    pictures: Pictures
+    max_batch: int | None
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class CheckpointPart:
+    """A component of a checkpoint in diffusers' layout: its class, and the bytes of its safetensors files."""
+
+    name: str
+    class_name: str
+    weights: int
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """A checkpoint in diffusers' layout. kind: checkpoint. pipeline: diffusers' class."""
+
+    kind: str
+    path: str
+    pipeline: str
+    weights: int
+    parts: tuple[CheckpointPart, ...]
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A .safetensors file. kind: checkpoint file, lora or tensors.
+
+    pipeline: diffusers' class of the model that it is of, if that is known. holds: the components that are in it, by
+    diffusers' names. parameters: how many numbers there are. dtypes: bytes by safetensors' name of the dtype. problem:
+    why it cannot be exported, if it cannot.
+    """
+
+    kind: str
+    path: str
+    size: int
+    pipeline: str
+    holds: tuple[str, ...]
+    tensors: int
+    parameters: int
+    dtypes: dict[str, int]
+    metadata: dict[str, str]
+    problem: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that ditforge made. kind: picture. parameters: what makes it again."""
+
+    kind: str
+    path: str
+    parameters: dict[str, Any]
+
+
+Contents = StageFolder | CheckpointFolder | TensorFile | Picture
+
+
+def look_into(path: Path) -> Contents:
+    """What the file or folder is. Raises UserError where it is nothing of these."""
+    if (path / manifest.FILE_NAME).is_file():
+        return stage_folder(path, manifest.parse(path / manifest.FILE_NAME))
+    if (path / INDEX).is_file():
+        return checkpoint_folder(path)
+    if path.suffix == SAFETENSORS and path.is_file():
+        return tensor_file(path)
+    if path.is_file():
+        from ditforge.client.picture_file import read_parameters
+
+        return Picture("picture", str(path), read_parameters(path))
+    if path.is_dir():
+        problem = f"{path} has no {manifest.FILE_NAME}, which each stage of ditforge writes, and no {INDEX}"
+        raise UserError(f"{problem}: it is no checkpoint either", "give one of the folders or files inside")
+    raise UserError(f"{path} does not exist", "give a folder that a stage wrote, a checkpoint, or a picture")
+
+
+def stage_folder(path: Path, found: Manifest) -> StageFolder:
+    """What a stage wrote."""
+    batches = [engine.max_batch for engine in found.engines.values() if engine.max_batch]
+    if found.kind == "repository" and found.source.get("max_batch", "").isdecimal():
+        batches.append(int(found.source["max_batch"]))
+    parts = tuple(part(name, one, found.engines.get(name)) for name, one in found.components.items())
+    return StageFolder(
+        kind=found.kind,
+        path=str(path),
+        model=found.model.name,
+        ditforge=found.ditforge,
+        size=sum(one.size for one in parts),
+        sha256=manifest.digest(found.components),
+        origin=found.origin,
+        pictures=pictures(found.model),
+        max_batch=min(batches, default=None),
+        parts=parts,
+    )
+
+
+def pictures(model: Model) -> Pictures:
+    """Which pictures a model, or its engines, make."""
+    step = model.size_multiple
+    least, most = -(-model.min_size // step) * step, model.max_size // step * step
+    return Pictures(least, most, step, model.default_size, model.sizes, model.vae_tile)
+
+
+def part(name: str, component: Component, engine: Engine | None) -> Part:
+    """A network with its engine."""
+    made = (engine.compiler, engine.compiler_version, engine.target) if engine else ("", "", "")
+    placement = engine.placement if engine else Placement()
+    cut = placement.segments, placement.on_demand
+    counts = Counter((BLOCK.sub(".*.", layer), precision) for layer, precision in component.layers.items())
+    layers = tuple(Layers(layer, count, precision) for (layer, precision), count in counts.items())
+    size = sum(file.size for file in component.files.values())
+    inputs, outputs = ports(component.inputs), ports(component.outputs)
+    return Part(name, component.precision, component.reason, size, *made, *cut, inputs, outputs, layers)
+
+
+def ports(tensors: dict[str, manifest.Tensor]) -> tuple[Port, ...]:
+    """Inputs or outputs."""
+    return tuple(Port(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
+
+
+def checkpoint_folder(path: Path) -> CheckpointFolder:
+    """A checkpoint, of which only the index and the sizes of files are read."""
+    index = read_json_object(path / INDEX)
+    parts = []
+    for name, said in index.items():
+        if isinstance(said, list) and said and isinstance(said[-1], str):
+            weights = sum(file.stat().st_size for file in (path / name).glob(f"*{SAFETENSORS}"))
+            parts.append(CheckpointPart(name, said[-1], weights))
+    pipeline, total = str(index.get("_class_name", "")), sum(one.weights for one in parts)
+    return CheckpointFolder("checkpoint", str(path), pipeline, total, tuple(parts))
+
+
+def tensor_file(path: Path) -> TensorFile:
+    """A file of tensors, of which the header is read. Raises UserError where it is damaged."""
+    from math import prod
+
+    from safetensors import SafetensorError, safe_open
+
+    dtypes, parameters = Counter[str](), 0
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata, names = dict(file.metadata() or {}), list(file.keys())
+            for name in names:
+                tensor = file.get_slice(name)
+                count = prod(tensor.get_shape())
+                parameters += count
+                dtypes[tensor.get_dtype()] += count * WIDTHS.get(tensor.get_dtype(), 0)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or damaged: {error}", "copy the file again") from error
+    kind, pipeline, holds, problem = recognise(path, names)
+    size = path.stat().st_size
+    return TensorFile(kind, str(path), size, pipeline, holds, len(names), parameters, dict(dtypes), metadata, problem)
+
+
+WIDTHS = {  # bytes of an element, by safetensors' name of its dtype
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64"), 8),
+}
+
+
+def recognise(path: Path, names: list[str]) -> tuple[str, str, tuple[str, ...], str]:
+    """What a file with tensors of these names is: its kind, pipeline, components, and what keeps it from an export."""
+    if any(LORA.search(name) for name in names):
+        return "lora", "", (), f"a LoRA belongs behind --lora: ditforge export CHECKPOINT --lora {quote(str(path))}:1.0"
+    from ditforge.export.checkpoint.layouts import open_single_file  # which imports torch
+
+    try:
+        single = open_single_file(path)
+    except UserError as error:
+        return "tensors", "", (), error.problem
+    return "checkpoint file", single.pipeline or "", tuple(single.components), ""

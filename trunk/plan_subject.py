@@ -1,0 +1,210 @@
+"""What `ditforge plan` plans: the networks of a checkpoint, measured, or those of an export, which has them written."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ditforge import __version__, folders, manifest, small_files, terminal
+from ditforge.cache import default_cache
+from ditforge.contract import DIT
+from ditforge.downloading import downloaded
+from ditforge.engines import gpus
+from ditforge.engines.gpus import Target
+from ditforge.engines.memory import placement
+from ditforge.engines.memory.placement import Part
+from ditforge.errors import UserError
+from ditforge.footprint import Footprint
+from ditforge.model import Model
+
+if TYPE_CHECKING:
+    from ditforge.export.checkpoint.diffusers_folder import Checkpoint
+    from ditforge.export.checkpoint.source import CheckpointSource
+
+T5, SMALLER_T5 = "t5", "int8-weights"  # less exact than bf16 by 0.9 % of a linear's output, fp8-weights by 2.6 %
+log = logging.getLogger(__name__)
+
+
+class Measurement(BaseModel):
+    """A model and its footprints, as they are kept in the cache."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Model
+    footprints: dict[str, dict[str, Footprint]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is planned: a model, and the networks of a checkpoint, or those of an export, which has its precision.
+
+    `footprints` has, for each network, "plain" and each 8-bit precision that it can have; `exported` an export's parts.
+    """
+
+    model: Model
+    footprints: dict[str, dict[str, Footprint]]
+    exported: Sequence[Part] = ()
+
+    def parts(self, target: Target, precision: str | None) -> tuple[str, Sequence[Part]]:
+        """The precision that the GPU gets, and what the networks take in it. Raises UserError if it cannot have it."""
+        if self.exported:
+            return "as exported", self.exported
+        chosen, around = choose_precision(target, precision)
+        return chosen, [part(name, found, chosen, around) for name, found in self.footprints.items()]
+
+
+def choose_precision(target: Target, precision: str | None) -> tuple[str, str]:
+    """The precision that the GPU gets, and the dtype around. Raises UserError if it cannot have it."""
+    from ditforge.export.quantisation.precision import EIGHT_BIT, PRECISIONS
+
+    chosen = precision or gpus.default_precision(target)[0]
+    if chosen not in PRECISIONS:
+        raise UserError(f"unknown precision {chosen!r}", f"use one of: {', '.join(PRECISIONS)}")
+    around = gpus.default_activations(target) if chosen in EIGHT_BIT else chosen
+    gpus.check_precision(DIT, chosen, around, target)
+    return chosen, around
+
+
+def part(name: str, found: dict[str, Footprint], precision: str, around: str) -> Part:
+    """A network in the precision of the whole, where it has that, or in the dtype around; T5 with 8-bit weights too."""
+    plain = found["plain"]
+    if name != T5:
+        return Part(name, {precision: found[precision]} if precision in found else {around: plain})
+    in_fp32 = plain.weights * (1 if around == "fp32" else 2)
+    return Part(name, {around: plain, SMALLER_T5: found[SMALLER_T5]}, cpu=in_fp32)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which checkpoint or export is planned, and as what: see `ditforge plan --help`."""
+
+    source: CheckpointSource
+    precision: str | None = None
+    size: int | None = None
+
+
+def read_subject(wanted: Wanted) -> Subject:
+    """Look at the checkpoint, or the export. A published model's name does for its sizes. Raises UserError."""
+    path = wanted.source.path
+    if (path / manifest.FILE_NAME).is_file() and folders.stage_of(path) == "onnx":
+        if wanted.source.text_encoders != "all":
+            raise UserError(f"{path} is exported already, with text encoders or without", "leave out --text-encoders")
+        return exported(path, wanted)
+    folders.check_checkpoint(path)
+    source = wanted.source
+    if not path.exists() and not source.random_weights:
+        from ditforge.export.families import find_published
+
+        if find_published(str(path)):
+            source = replace(source, random_weights=True)
+        else:
+            source = downloaded(source, weights=False)
+    wanted = replace(wanted, source=source)
+    file = kept_at(wanted)
+    found = read_kept(file)
+    if found is None:
+        from ditforge.export.checkpoint.source import opened
+
+        with opened(source) as checkpoint:
+            found = measured(checkpoint, wanted)
+        keep(found, file)
+    check_size(found.model, wanted.size)
+    return Subject(found.model, found.footprints)
+
+
+def kept_at(wanted: Wanted) -> Path:
+    """The file in the cache for what is measured: its name is a digest of all that the measurement depends on."""
+    import ditforge.export
+
+    source = Path(ditforge.export.__path__[0])
+    code = sorted((str(file.relative_to(source)), file.stat().st_mtime_ns) for file in source.rglob("*.py"))
+    libraries = [version(name) for name in ("torch", "diffusers", "transformers")]
+    as_fp32 = wanted.precision == "fp32"
+    asked = wanted.source
+    configurations = [*described(asked.path), *(described(asked.base) if asked.base else ())]
+    key = (__version__, libraries, code, configurations, asked.random_weights, asked.text_encoders, as_fp32)
+    return default_cache() / "footprints" / f"{sha256(repr(key).encode()).hexdigest()}.json"
+
+
+def described(path: Path) -> list[tuple[object, ...]]:
+    """What tells one checkpoint from another: its name and the contents of its configurations; or a file's time."""
+    if path.is_file():
+        return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)]
+    if not path.exists():
+        from ditforge.export.families import find_published
+
+        path = find_published(str(path)) or path
+    texts = sorted(file for file in path.rglob("*") if file.suffix in (".json", ".txt", ".model") and file.is_file())
+    sizes = sorted(file for file in path.rglob("*.safetensors") if file.is_file())
+    digests = [(str(file.relative_to(path)), sha256(file.read_bytes()).hexdigest()) for file in texts]
+    return [(path.resolve().name,), *digests, *((str(file.relative_to(path)), file.stat().st_size) for file in sizes)]
+
+
+def read_kept(file: Path) -> Measurement | None:
+    """What was measured the last time; None if nothing was, or what is there cannot be read."""
+    try:
+        return Measurement.model_validate_json(small_files.read_bytes(file))
+    except (OSError, ValidationError):
+        return None
+
+
+def keep(found: Measurement, file: Path) -> None:
+    """Keep it for the next time; where that cannot be, it is measured again."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with small_files.written_whole(file) as temporary:
+            temporary.write_text(found.model_dump_json())
+    except (OSError, UserError) as error:
+        log.info("the measurement is not kept: %s", error)
+
+
+def check_size(model: Model, size: int | None) -> None:
+    """Raise UserError if the model makes no pictures of that many pixels."""
+    if size is not None and not model.size_multiple <= size <= model.max_size:
+        problem = f"{model.name} makes pictures of {model.size_multiple} to {model.max_size} pixels, got {size}"
+        raise UserError(problem, f"--size {model.default_size}")
+
+
+def exported(folder: Path, wanted: Wanted) -> Subject:
+    """What `export` wrote. Raises UserError if another precision is asked for, or if nobody measured it."""
+    found = manifest.read(folder, "onnx")
+    if wanted.precision is not None:
+        raise UserError(f"{folder} is exported already, in a precision of its own", "leave out --precision")
+    parts = placement.parts_of(found.components)
+    if parts is None:
+        fix = "ditforge export CHECKPOINT --out DIR   again, with this version"
+        raise UserError(f"{folder} does not say what its networks take of memory", fix)
+    check_size(found.model, wanted.size)
+    return Subject(found.model, {}, parts)
+
+
+def measured(checkpoint: Checkpoint, wanted: Wanted) -> Measurement:
+    """The footprints of a checkpoint's networks, in all precisions that may be asked for."""
+    from ditforge.export.families import read_networks
+    from ditforge.export.graph.measure_footprint import measure, runs
+    from ditforge.export.quantisation.precision import EIGHT_BIT, Precision
+
+    footprints: dict[str, dict[str, Footprint]] = {}
+    precision = Precision("fp32" if wanted.precision == "fp32" else "bf16")  # which is as large as fp16
+    model, _, networks = read_networks(checkpoint, precision)
+    check_size(model, wanted.size)
+    with terminal.progress("plan") as report:
+        total, done = sum(len(runs(network, model)) for network in networks), 0
+        for network in networks:
+
+            def step(name: str = network.name) -> None:
+                nonlocal done
+                done += 1
+                report(name, done, total)
+
+            found = measure(network, model, step)
+            eight_bit = {scheme: found.footprint(scheme) for scheme in EIGHT_BIT if network.linears}
+            footprints[network.name] = {"plain": found.footprint(), **eight_bit}
+    return Measurement(model=model, footprints=footprints)

@@ -165,8 +165,8 @@ def export_opened(
                 components[network.name] = component
                 done += sizes[network.name]
             report("done", total, total)
-            origin = origin_of(checkpoint, source)
-            result = Manifest(kind="onnx", model=model, components=components, source=source, origin=origin)
+            made_from = origin_of(checkpoint, source)
+            result = Manifest(kind="onnx", model=model, components=components, source=source, origin=made_from)
             manifest.write(result, folder)
     except BaseException:
         if kept := unfinished.kept():

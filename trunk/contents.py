@@ -272,4 +272,4 @@ def recognise(path: Path, names: list[str]) -> tuple[str, str, tuple[str, ...], 
         single = open_single_file(path)
     except UserError as error:
         return "tensors", "", (), error.problem
-    return "checkpoint file", single.pipeline or "", tuple(single.components), ""
+    return "checkpoint file", single.family.pipeline if single.family else "", tuple(single.components), ""

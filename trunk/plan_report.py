@@ -172,7 +172,10 @@ def say_plan(plan: Plan) -> None:
     tiled = f", tiles of {plan.vae_tile} pixels" if plan.vae_tile else ""
     least = "" if plan.usable is None else f", {placement.gigabytes(plan.peak)} of {placement.gigabytes(plan.usable)}"
     terminal.say(f"plan: {plan.strategy}, batches of up to {plan.batch}{tiled}{least}")
-    places = [(name, p.precision, p.place, segments_of(p), p.size) for name, p in plan.placements.items()]
+    places = [
+        (name, plan.precisions[name], p.residency, segments_of(p), plan.sizes[name])
+        for name, p in plan.placements.items()
+    ]
     say_places(places, plan.reasons)
 
 

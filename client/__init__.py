@@ -12,15 +12,44 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ditforge.client.aio import AsyncClient as AsyncClient
     from ditforge.client.client import Client as Client
+    from ditforge.client.options import GenerateOptions as GenerateOptions
+    from ditforge.client.samplers import SAMPLERS as SAMPLERS, Sampler as Sampler, Step as Step
+    from ditforge.client.schedules import SCHEDULES as SCHEDULES, Spacing as Spacing
     from ditforge.client.settings import ConnectionSettings as ConnectionSettings
     from ditforge.client.tls import TLS as TLS
 
-MODULES = {"AsyncClient": "aio", "Client": "client", "ConnectionSettings": "settings", "TLS": "tls"}
-__all__ = ["TLS", "AsyncClient", "Client", "ConnectionSettings"]
+# Each name, and the module that is loaded when it is first asked for: samplers alone need NumPy only, not gRPC.
+_PUBLIC = {
+    "SAMPLERS": "samplers",
+    "SCHEDULES": "schedules",
+    "TLS": "tls",
+    "AsyncClient": "aio",
+    "Client": "client",
+    "ConnectionSettings": "settings",
+    "GenerateOptions": "options",
+    "Sampler": "samplers",
+    "Spacing": "schedules",
+    "Step": "samplers",
+}
+__all__ = [
+    "SAMPLERS",
+    "SCHEDULES",
+    "TLS",
+    "AsyncClient",
+    "Client",
+    "ConnectionSettings",
+    "GenerateOptions",
+    "Sampler",
+    "Spacing",
+    "Step",
+]
 
 
 def __getattr__(name: str) -> object:
-    """Load gRPC when a client is first asked for: ditforge.client.sampling alone needs NumPy only."""
-    if name in MODULES:
-        return getattr(import_module(f"ditforge.client.{MODULES[name]}"), name)
+    if name in _PUBLIC:
+        return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -10,10 +10,11 @@ from PIL import Image
 from typing_extensions import Self, Unpack
 
 from ditforge.client.address import DEFAULT_URL
-from ditforge.client.client import Client, Options
+from ditforge.client.client import Client
 from ditforge.client.connection import Connection
 from ditforge.client.event_loop import EventLoop
 from ditforge.client.greenlets import in_greenlet
+from ditforge.client.options import GenerateOptions, Options
 from ditforge.client.settings import ConnectionSettings, Settings, make_settings
 from ditforge.client.told import CALLER, Line, caller
 from ditforge.errors import DitforgeError, UserError
@@ -57,15 +58,19 @@ class AsyncClient:
         return self._connect(caller())
 
     @overload
-    def generate(self, prompt: str, **options: Unpack[Options]) -> Coroutine[Any, Any, Image.Image]: ...
+    def generate(
+        self, prompt: str, options: GenerateOptions | None = None, **keywords: Unpack[Options]
+    ) -> Coroutine[Any, Any, Image.Image]: ...
     @overload
-    def generate(self, prompt: list[str], **options: Unpack[Options]) -> Coroutine[Any, Any, list[Image.Image]]: ...
+    def generate(
+        self, prompt: list[str], options: GenerateOptions | None = None, **keywords: Unpack[Options]
+    ) -> Coroutine[Any, Any, list[Image.Image]]: ...
 
     def generate(
-        self, prompt: str | list[str], **options: Unpack[Options]
+        self, prompt: str | list[str], options: GenerateOptions | None = None, **keywords: Unpack[Options]
     ) -> Coroutine[Any, Any, Image.Image | list[Image.Image]]:
         """A coroutine of what Client.generate returns. Warnings name the line that called this."""
-        return self._generate(prompt, options, caller())
+        return self._generate(prompt, options, keywords, caller())
 
     async def close(self) -> None:
         """Close the connection, for good. Pictures that are not finished fail."""
@@ -106,12 +111,14 @@ class AsyncClient:
             CALLER.reset(token)
         return self
 
-    async def _generate(self, prompt: str | list[str], options: Options, line: Line) -> Image.Image | list[Image.Image]:
+    async def _generate(
+        self, prompt: str | list[str], options: GenerateOptions | None, keywords: Options, line: Line
+    ) -> Image.Image | list[Image.Image]:
         client = (await self._connect(line))._client
         assert client is not None
         token = CALLER.set(line)
         try:
-            return await in_greenlet(lambda: client.generate(prompt, **options))
+            return await in_greenlet(lambda: client.generate(prompt, options, **keywords))
         finally:
             CALLER.reset(token)
 

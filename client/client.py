@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from types import TracebackType
-from typing import TypedDict, overload
+from typing import Any, overload
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from typing_extensions import Self, Unpack
 
@@ -18,44 +18,16 @@ from ditforge.client.calls import Calls
 from ditforge.client.connection import Connection
 from ditforge.client.decoding import Pixels, decode
 from ditforge.client.guidance import guided
-from ditforge.client.noise import noise
+from ditforge.client.noise import BatchNoise
+from ditforge.client.options import GenerateOptions, Options, make_options
 from ditforge.client.picture_file import METADATA_KEY
-from ditforge.client.request import T5, Request, make_request
-from ditforge.client.sampling import Array, Callback, find_sampler, flow_sigmas
+from ditforge.client.request import Request, make_request
+from ditforge.client.samplers import Array, Callback, Denoise, Noise, find_sampler, sampler_name
 from ditforge.client.settings import ConnectionSettings, Settings, make_settings
 from ditforge.client.told import warn
 from ditforge.contract import DIT, TEXT_ENCODERS, TEXT_ENCODERS_CLIP, VAE_DECODER
 from ditforge.errors import DitforgeError, UserError
 from ditforge.model import Model
-
-DEFAULT_SAMPLER = "euler"
-
-
-class Options(TypedDict, total=False):
-    """What `generate` takes beside the prompt; Client.generate says what each means."""
-
-    seed: int | None
-    steps: int | None
-    height: int | None
-    width: int | None
-    guidance: float | None
-    sampler: str | None
-    negative_prompt: str | None
-    true_cfg: float | None
-    skip_layer_guidance: float | None
-    t5: T5 | None
-    vae_tile: int | None
-    callback: Callback | None
-
-
-def check_names(options: Options) -> None:
-    """Raise UserError, with the nearest name, if there is an option that nobody knows."""
-    known = list(Options.__annotations__)
-    for name in options:
-        if name not in known:
-            close = get_close_matches(name, known, n=1)
-            fix = f"{close[0]}=…" if close else f"leave it out; there are {', '.join(known)}"
-            raise UserError(f"there is no option {name!r}", fix)
 
 
 class Client:
@@ -102,54 +74,35 @@ class Client:
         return self._connection.model
 
     @overload
-    def generate(self, prompt: str, **options: Unpack[Options]) -> Image.Image: ...
+    def generate(
+        self, prompt: str, options: GenerateOptions | None = None, **keywords: Unpack[Options]
+    ) -> Image.Image: ...
     @overload
-    def generate(self, prompt: list[str], **options: Unpack[Options]) -> list[Image.Image]: ...
+    def generate(
+        self, prompt: list[str], options: GenerateOptions | None = None, **keywords: Unpack[Options]
+    ) -> list[Image.Image]: ...
 
-    def generate(self, prompt: str | list[str], **options: Unpack[Options]) -> Image.Image | list[Image.Image]:
+    def generate(
+        self, prompt: str | list[str], options: GenerateOptions | None = None, **keywords: Unpack[Options]
+    ) -> Image.Image | list[Image.Image]:
         """A picture for a prompt, or a list of pictures for a list of prompts, made as one batch.
 
-        The prompt number i gets the seed `seed` + i: each picture is the one that it would be alone. Each carries its
-        parameters in `info`. Options, by name; without them, or with None, the model's defaults:
+        Prompt number i gets the seed `seed` + i, or the one that it is given: each picture is the one that it would be
+        alone. Each carries its parameters in `info`. Options are a GenerateOptions, or its fields as keywords, or both,
+        where keywords win; GenerateOptions says what each means. One more keyword:
 
-        seed: an integer from 0 to 2^64 - 1; by default random.
-        steps: an integer from 1 to 1000.
-        height, width: in pixels.
-        guidance: how strictly the prompt is followed, for models that take it.
-        sampler: "euler" (the default), "heun" or "dpmpp_2m".
-        negative_prompt: what the picture should not be; it needs classifier-free guidance above 1, which is `guidance`
-            in Stable Diffusion 3.5, and `true_cfg` in FLUX.1.
-        true_cfg: the scale of classifier-free guidance in models that have another one built in; by default 1, off.
-        skip_layer_guidance: its scale, for models that have it; by default 0, off.
-        t5: "always", "never", or "auto" (not for short and plain prompts), for models that can do without T5.
-        vae_tile: decode in tiles of that many pixels, which saves the server memory; by default, only as it has to.
-        callback: called once a step with a ditforge.client.sampling.Step, for a progress bar or a preview.
+        callback: called once a step with a ditforge.client.Step, for a progress bar or a preview.
 
         Raises UserError for an option that the model cannot take; DitforgeError if servers fail for longer than calls
         are repeated or answer something else than they were asked, or the picture is not done within its time.
         """
-        images = self._generate([prompt] if isinstance(prompt, str) else prompt, options)
+        images = self._generate([prompt] if isinstance(prompt, str) else prompt, options, keywords)
         return images[0] if isinstance(prompt, str) else images
 
-    def _generate(self, prompts: list[str], options: Options) -> list[Image.Image]:
-        check_names(options)
+    def _generate(self, prompts: list[str], options: GenerateOptions | None, keywords: Options) -> list[Image.Image]:
+        made, callback = make_options(options, keywords)
         calls = self._connection.begin()
-        request = make_request(
-            calls.model,
-            prompts,
-            seed=options.get("seed"),
-            steps=options.get("steps"),
-            height=options.get("height"),
-            width=options.get("width"),
-            guidance=options.get("guidance"),
-            sampler=options.get("sampler") or DEFAULT_SAMPLER,
-            negative_prompt=options.get("negative_prompt"),
-            true_cfg=options.get("true_cfg"),
-            skip_layer_guidance=options.get("skip_layer_guidance"),
-            t5=options.get("t5"),
-            vae_tile=options.get("vae_tile"),
-        )
-        return run(calls, request, options.get("callback"))
+        return run(calls, make_request(calls.model, prompts, made), callback)
 
     def close(self) -> None:
         """Close the connection."""
@@ -172,12 +125,10 @@ def run(calls: Calls, request: Request, callback: Callback | None = None) -> lis
     """
     model = calls.model
     text, negative = encode(calls, request)
-    height, width = request.height // model.vae_factor, request.width // model.vae_factor
-    shape = (1, model.latent_channels, height, width)
-    latents = np.concatenate([noise(shape, seed) for seed in request.seeds])
-    sigmas = flow_sigmas(request.steps, model.schedule, height, width)
+    shape = model.latent_channels, request.height // model.vae_factor, request.width // model.vae_factor
+    sigmas = np.array(request.sigmas, np.float32)
 
-    def evaluate(inputs: Mapping[str, np.ndarray]) -> Array:
+    def evaluate(inputs: Mapping[str, NDArray[Any]]) -> Array:
         # Heun's method evaluates a step's end too, which is where the next one begins, and is called so here.
         begun = int((sigmas[:-1] > inputs["timestep"][0]).sum()) + 1
         step = f"step {begun} of {request.steps}"
@@ -189,7 +140,7 @@ def run(calls: Calls, request: Request, callback: Callback | None = None) -> lis
         return calls.infer(VAE_DECODER, {"latents": latents})["image"]
 
     denoise = guided(evaluate, model, request, sigmas, text, negative)
-    latents = find_sampler(request.sampler)(denoise, latents, sigmas, callback)
+    latents = sample(request, denoise, BatchNoise(request.seeds, shape), callback)
     pixels = decode(decoder, latents, model.vae_factor, request.vae_tile)
     images = [Image.fromarray(image) for image in pixels]
     for index, image in enumerate(images):
@@ -203,7 +154,23 @@ def run(calls: Calls, request: Request, callback: Callback | None = None) -> lis
     return images
 
 
-def check_finite(array: np.ndarray, tensor: str, where: str) -> None:
+def sample(request: Request, denoise: Denoise, noise: Noise, callback: Callback | None) -> Array:
+    """Latents float32 [B, C, h, w] of a request's pictures, from noise.
+
+    Raises UserError where a user's own sampler returns something else.
+    """
+    latents = noise()
+    sigmas = np.array(request.sigmas, np.float32)
+    made = find_sampler(request.sampler)(denoise, latents, sigmas, noise, callback, **request.sampler_options)
+    if not isinstance(made, np.ndarray) or made.shape != latents.shape or made.dtype.kind != "f":
+        what = f"{made.dtype} {list(made.shape)}" if isinstance(made, np.ndarray) else type(made).__name__
+        problem = f"the sampler {sampler_name(request.sampler)} returned {what}"
+        raise UserError(problem, f"return latents, float32 {list(latents.shape)}")
+    check_finite(made, "latents", f"the sampler {sampler_name(request.sampler)}")
+    return made.astype(np.float32, copy=False)
+
+
+def check_finite(array: Array, tensor: str, where: str) -> None:
     """Raise DitforgeError if there is a NaN or an infinity in what a network made."""
     broken = np.count_nonzero(~np.isfinite(array))
     if broken:

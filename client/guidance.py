@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ditforge.client.request import Request
-from ditforge.client.sampling import Array, Denoise
+from ditforge.client.samplers import Array, Denoise
 from ditforge.model import Model, SkipLayers
 
-Arrays = Mapping[str, np.ndarray]
+Arrays = Mapping[str, npt.NDArray[Any]]
 Evaluate = Callable[[Arrays], Array]  # the DiT: its inputs, batch first → velocity [B, C, h, w]
 
 
@@ -50,7 +51,7 @@ def guided(
     return denoise
 
 
-def joined(parts: list[Arrays], model: Model, request: Request, skipped: bool) -> dict[str, np.ndarray]:
+def joined(parts: list[Arrays], model: Model, request: Request, skipped: bool) -> dict[str, npt.NDArray[Any]]:
     """The DiT's inputs that do not change from step to step; `skipped`: the last part runs without some blocks."""
     inputs = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     batch = len(inputs["prompt_embeds"])

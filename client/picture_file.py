@@ -25,7 +25,8 @@ def check_writable(path: Path) -> None:
 
 def read_info(image: Image.Image) -> dict[str, Any]:
     """The parameters of a picture that Client.generate made."""
-    return json.loads(image.info[METADATA_KEY])
+    parameters: dict[str, Any] = json.loads(image.info[METADATA_KEY])
+    return parameters
 
 
 def save_picture(image: Image.Image, path: Path) -> None:

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ from front import Call, Front, Refusal, front
 from PIL import Image
 from replicas import lasting_port
 
-from ditforge.client import AsyncClient, Client, ConnectionSettings
-from ditforge.client.sampling import SAMPLERS, Step
+from ditforge.client import AsyncClient, Client, ConnectionSettings, Step
+from ditforge.client.samplers import find_sampler
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 from ditforge.triton_repo.server import Server
 
@@ -185,16 +186,14 @@ def test_event_loop_goes_on_meanwhile(between: Front) -> None:
 # plain functions
 
 
-def test_samplers_and_callbacks_are_plain_functions(between: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samplers_and_callbacks_are_plain_functions(between: Front) -> None:
     """They run in the task: its context is theirs, and what they raise ends the picture."""
     variable = ContextVar("variable", default=0)
     seen: list[int] = []
 
-    def own(denoise: object, latents: object, sigmas: object, *others: object) -> object:
+    def own(*arguments: Any) -> Any:
         seen.append(variable.get())
-        return SAMPLERS["euler"](denoise, latents, sigmas, *others)  # type: ignore[operator, arg-type]
-
-    monkeypatch.setitem(SAMPLERS, "own", own)
+        return find_sampler("euler")(*arguments)
 
     def note(step: Step) -> None:
         seen.append(variable.get())
@@ -205,7 +204,7 @@ def test_samplers_and_callbacks_are_plain_functions(between: Front, monkeypatch:
 
     async def picture(client: AsyncClient, number: int) -> Image.Image:
         variable.set(number)
-        return await client.generate("a", sampler="own", callback=note, **SMALL)
+        return await client.generate("a", sampler=own, callback=note, **SMALL)
 
     async def main() -> None:
         async with AsyncClient(between.url) as client:

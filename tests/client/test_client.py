@@ -13,9 +13,8 @@ from command_line import FEW, calls, eventually, settled_calls
 from pictures import LAST_BIT, largest_difference
 from PIL import Image
 
-from ditforge.client import AsyncClient, Client
+from ditforge.client import SAMPLERS, AsyncClient, Client, GenerateOptions, Spacing, Step
 from ditforge.client.picture_file import read_info, read_parameters, save_picture
-from ditforge.client.sampling import SAMPLERS, Step
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 from ditforge.triton_repo.server import Server
 
@@ -62,13 +61,71 @@ def test_batch_is_what_its_pictures_are_alone(client: Client, sampler: str) -> N
 
 def test_an_option_that_nobody_knows(client: Client) -> None:
     with pytest.raises(UserError, match=r"there is no option 'stepz'\nfix: +steps="):
-        client.generate("a", stepz=3)  # type: ignore[call-arg]
+        client.generate("a", stepz=3)  # type: ignore[call-overload]
+
+
+def test_options_in_a_record_or_by_name(client: Client) -> None:
+    options = GenerateOptions(seed=4, steps=2, **SMALL)
+    image = client.generate("a", options)
+    assert_same(client.generate("a", seed=4, steps=2, **SMALL), image)
+    assert_same(client.generate("a", options, seed=5), client.generate("a", seed=5, steps=2, **SMALL))
+    assert read_info(client.generate("a", options, steps=3))["steps"] == 3
+    with pytest.raises(UserError, match="options are a dict"):
+        client.generate("a", {"steps": 3})  # type: ignore[call-overload]
+
+
+def test_a_seed_for_each_prompt(client: Client) -> None:
+    images = client.generate(PROMPTS[:2], seed=[9, 2], steps=2, **SMALL)
+    assert [read_info(image)["seed"] for image in images] == [9, 2]
+    assert_same(client.generate(PROMPTS[1], seed=2, steps=2, **SMALL), images[1])
+    with pytest.raises(UserError, match="2 prompts and 3 seeds"):
+        client.generate(PROMPTS[:2], seed=[1, 2, 3])
+
+
+def test_a_users_own_sampler_and_schedule(client: Client) -> None:
+    """They see what ours see, and the picture says what they are called."""
+
+    def backwards_looking(denoise, latents, sigmas, noise, callback=None):  # type: ignore[no-untyped-def]
+        assert noise().shape == latents.shape
+        for i in range(len(sigmas) - 1):
+            latents = latents + (sigmas[i + 1] - sigmas[i]) * denoise(latents, sigmas[i])
+        return latents
+
+    image = client.generate("a", seed=1, steps=3, sampler=backwards_looking, **SMALL)
+    assert read_info(image)["sampler"] == "backwards_looking"
+    assert_same(client.generate("a", seed=1, steps=3, **SMALL), image)
+
+    def halving(steps: int, spacing: Spacing) -> list[float]:
+        return [*(0.5**i for i in range(steps)), 0]
+
+    image = client.generate("a", seed=1, steps=3, schedule=halving, **SMALL)
+    assert read_info(image)["schedule"] == "halving"
+    given = client.generate("a", seed=1, sigmas=[1, 0.5, 0.25, 0], **SMALL)
+    assert (read_info(given)["sigmas"], read_info(given)["steps"]) == ([1, 0.5, 0.25, 0], 3)
+    assert_same(given, image)
+    assert_different(given, client.generate("a", seed=1, steps=3, **SMALL))
+
+
+@pytest.mark.parametrize("made", [None, np.zeros((1, 2)), np.full((1, 16, 4, 6), "a"), np.full((1, 16, 4, 6), np.nan)])
+def test_a_sampler_that_returns_something_else(client: Client, made: object) -> None:
+    with pytest.raises(DitforgeError, match=r"the sampler broken|latents is not finite"):
+        client.generate("a", sampler=broken(made), **SMALL)
+
+
+def broken(made: object):  # type: ignore[no-untyped-def]
+    def broken(denoise, latents, sigmas, noise, callback=None):  # type: ignore[no-untyped-def]
+        return made
+
+    return broken
 
 
 def test_samplers_differ(client: Client) -> None:
-    euler, heun, dpmpp = (client.generate("a", seed=0, sampler=name, **SMALL) for name in ("euler", "heun", "dpmpp_2m"))
-    assert_different(euler, heun)
-    assert_different(euler, dpmpp)
+    names = [name for name in SAMPLERS if name != "ddim"]  # which is euler, without eta
+    pictures = [client.generate("a", seed=0, sampler=name, **SMALL) for name in names]
+    pictures.append(client.generate("a", seed=0, sampler="ddim", eta=1, **SMALL))
+    for i, a in enumerate(pictures):
+        for b in pictures[:i]:
+            assert_different(a, b)
 
 
 def test_batch_larger_than_the_server_takes(client: Client, schnell_server: Server) -> None:

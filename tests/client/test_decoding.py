@@ -20,6 +20,7 @@ from pictures import LAST_BIT, largest_difference
 from ditforge.client import AsyncClient, Client
 from ditforge.client.calls import Calls
 from ditforge.client.decoding import Decoder, decode, starts, weights
+from ditforge.client.options import GenerateOptions
 from ditforge.client.picture_file import read_info
 from ditforge.client.request import make_request
 from ditforge.engines.build import build
@@ -51,8 +52,7 @@ MODEL = Model(
 
 def ask(model: Model, tile: Any = None, height: int | None = 512, width: int | None = 512) -> int | None:
     """The tile of a request."""
-    rest = {"seed": 0, "steps": 1, "guidance": None, "sampler": "euler", "height": height, "width": width}
-    return make_request(model, ["a"], **rest, vae_tile=tile).vae_tile
+    return make_request(model, ["a"], GenerateOptions(height=height, width=width, vae_tile=tile)).vae_tile
 
 
 def enlarge(latents: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from ditforge.client.noise import noise
+from ditforge.client.noise import BatchNoise, Generator, noise
 from ditforge.errors import UserError
 
 # torch's SIMD kernel computes in float32, its portable one rounds the angle only once, from float64.
@@ -62,6 +62,26 @@ def test_equals_torch_in_latent_shapes(shape):
 def test_small_sizes_are_equal_to_the_last_bit_or_so(size):
     for seed in range(200):
         np.testing.assert_array_max_ulp(noise((size,), seed), torch_noise((size,), seed), maxulp=1)
+
+
+@given(st.lists(st.integers(0, 40), max_size=6), seeds)
+@settings(max_examples=200, deadline=None)
+def test_a_generator_goes_on_as_torchs_does(sizes, seed):
+    """Below 16 numbers, torch draws them in pairs and keeps the second of one for later."""
+    ours, theirs = Generator(seed), torch.Generator("cpu").manual_seed(seed)
+    for size in sizes:
+        np.testing.assert_allclose(ours.randn((size,)), torch.randn(size, generator=theirs).numpy(), **TOLERANCE)
+
+
+def test_pictures_of_a_batch_have_generators_of_their_own():
+    batch = BatchNoise([5, 6], (4, 3, 2))
+    first, second = batch(), batch()
+    assert first.shape == second.shape == (2, 4, 3, 2)
+    for i, seed in enumerate((5, 6)):
+        alone = BatchNoise([seed], (4, 3, 2))
+        np.testing.assert_array_equal(alone()[0], first[i])
+        np.testing.assert_array_equal(alone()[0], second[i])
+        np.testing.assert_array_equal(noise((1, 4, 3, 2), seed)[0], first[i])
 
 
 @pytest.mark.parametrize("size", [5, 16, 33])

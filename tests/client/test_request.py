@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given, strategies as st
 from published import MODEL
 
-from ditforge.client.request import MAX_GUIDANCE, Request, make_request
+from ditforge.client.options import MAX_GUIDANCE, GenerateOptions
+from ditforge.client.request import Request, make_request
+from ditforge.client.schedules import flow_sigmas
 from ditforge.errors import DitforgeWarning, UserError
 from ditforge.model import Model, SkipLayers
 
@@ -34,14 +36,17 @@ CLIP_ONLY = SD3.model_copy(update={"name": "clip-only", "t5": "absent", "skip_la
 
 
 def ask(model: Model = DEV, prompts: Any = ("a circle",), **options: Any) -> Request:
-    defaults = dict.fromkeys(("seed", "steps", "height", "width", "guidance")) | {"sampler": "euler"}
-    return make_request(model, prompts, **(defaults | options))
+    return make_request(model, prompts, GenerateOptions(**options))
+
+
+def sigmas(steps: int, model: Model = DEV, height: int = 512, width: int = 512) -> tuple[float, ...]:
+    return tuple(map(float, flow_sigmas(steps, model.schedule, height // 8, width // 8)))
 
 
 def test_defaults_are_the_models() -> None:
     asked = ask(seed=7)
-    assert asked == Request(("a circle",), (7,), 28, 512, 512, 3.5, "euler", **WITH_T5)
-    assert ask(SCHNELL, seed=7) == Request(("a circle",), (7,), 4, 512, 512, 0.0, "euler", **WITH_T5)
+    assert asked == Request(("a circle",), (7,), 512, 512, 3.5, sigmas(28), "euler", **WITH_T5)
+    assert ask(SCHNELL, seed=7) == Request(("a circle",), (7,), 512, 512, 0.0, sigmas(4), "euler", **WITH_T5)
 
 
 def test_default_seed_is_random() -> None:
@@ -134,7 +139,7 @@ def test_guidance_that_is_no_number(guidance: object) -> None:
 
 def test_numbers_of_numpy() -> None:
     asked = ask(seed=np.uint64(7), steps=np.int64(4), height=np.int32(64), guidance=np.float32(2.5))
-    assert asked == Request(("a circle",), (7,), 4, 64, 512, 2.5, "euler", **WITH_T5)
+    assert asked == Request(("a circle",), (7,), 64, 512, 2.5, sigmas(4, height=64), "euler", **WITH_T5)
     json.dumps(asked.parameters(0, DEV))
 
 
@@ -152,7 +157,7 @@ def test_guidance_of_a_model_without() -> None:
 def test_sampler(name: str, close: str) -> None:
     with pytest.raises(
         UserError,
-        match=rf"(?s)unknown sampler '.*euler, heun, dpmpp_2m\nfix: +--sampler {close} ",
+        match=rf"(?s)unknown sampler '.*ddim, dpmpp_2m, .*\nfix: +--sampler {close} ",
     ):
         ask(sampler=name)
 

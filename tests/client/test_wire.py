@@ -19,8 +19,7 @@ from command_line import ditforge
 from front import Call, Front, Refusal, front
 
 from ditforge import manifest
-from ditforge.client import AsyncClient, Client, ConnectionSettings, retry
-from ditforge.client.sampling import Step
+from ditforge.client import AsyncClient, Client, ConnectionSettings, Step, retry
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 from ditforge.triton_repo.repository import engines_digest
 from ditforge.triton_repo.server import Server

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 from published import MODEL
 
+from ditforge.client.options import GenerateOptions
 from ditforge.client.request import make_request
 from ditforge.engines.profile import announced, default_range, make_profiles, tiled
 from ditforge.errors import UserError
@@ -80,8 +81,7 @@ def test_sizes_that_cannot_be(options: dict, problem: str, fix: str) -> None:
 
 
 def ask(model: Model, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-    rest = {"seed": 0, "steps": 4, "guidance": None, "sampler": "euler"}
-    request = make_request(model, ["a"], height=height, width=width, **rest)
+    request = make_request(model, ["a"], GenerateOptions(height=height, width=width))
     return request.height, request.width
 
 

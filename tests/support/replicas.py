@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from ditforge.client.sampling import Step
+from ditforge.client import Step
 from ditforge.triton_repo.server import start
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from ditforge.client.decoding import decode
+from ditforge.client.options import GenerateOptions
 from ditforge.client.request import make_request
 from ditforge.errors import UserError
 from ditforge.manifest import Component, Tensor
@@ -17,7 +18,6 @@ from ditforge.triton_repo.pictures import IDLE, MOST, REMEMBERED, Pictures
 CHANNELS = 4
 LATENTS = Tensor(dtype="FP32", shape=("batch", CHANNELS, "latent_height", "latent_width"))
 IMAGE = Tensor(dtype="UINT8", shape=("batch", "height", "width", 3))
-OPTIONS = dict.fromkeys(("seed", "steps", "guidance"))
 
 
 def component(**inputs: Tensor) -> Component:
@@ -66,7 +66,7 @@ def test_what_the_client_asks_for_is_taken(served: Model, data: st.DataObject) -
     size = data.draw(st.sampled_from(served.sizes)) if served.sizes else (data.draw(side), data.draw(side))
     tile = data.draw(st.none() | st.integers(1, 50).map(lambda n: n * served.vae_factor))
     try:
-        request = make_request(served, ["a"], height=size[0], width=size[1], sampler="euler", vae_tile=tile, **OPTIONS)
+        request = make_request(served, ["a"], GenerateOptions(height=size[0], width=size[1], vae_tile=tile))
     except UserError:
         return
     shape = (1, CHANNELS, request.height // served.vae_factor, request.width // served.vae_factor)

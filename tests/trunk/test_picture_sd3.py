@@ -19,7 +19,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from ditforge import manifest
 from ditforge.client import AsyncClient, Client
 from ditforge.client.picture_file import read_info, read_parameters
-from ditforge.client.sampling import SAMPLERS
+from ditforge.client.samplers import SAMPLERS
 from ditforge.errors import DitforgeWarning, UserError
 from ditforge.triton_repo.config import tensorrt_model
 

@@ -15,7 +15,7 @@ from ditforge.errors import UserError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from ditforge.client.sampling import Step
+    from ditforge.client import Step
     from ditforge.client.settings import ConnectionSettings
 
 MAX_COUNT = 1000  # all of them are in memory at once
@@ -33,7 +33,7 @@ class PictureFlags:
     height: Annotated[int | None, typer.Option(help="In pixels; by default the model's.")] = None
     width: Annotated[int | None, typer.Option(help="In pixels; by default the model's.")] = None
     guidance: Annotated[float | None, typer.Option(help="How strictly the prompt is followed.")] = None
-    sampler: Annotated[str, typer.Option(metavar="NAME", help="euler, heun or dpmpp_2m.")] = "euler"
+    sampler: Annotated[str | None, typer.Option(metavar="NAME", help="euler, heun, dpmpp_2m, …")] = None
     negative_prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What the picture should not be; needs guidance above 1.")
     ] = None
@@ -133,15 +133,17 @@ def make_pictures(
     """
     from ditforge.client.client import run
     from ditforge.client.connection import Connection
+    from ditforge.client.options import GenerateOptions
     from ditforge.client.picture_file import check_writable, read_info, save_picture
     from ditforge.client.request import make_request
 
     if not 1 <= count <= MAX_COUNT:
         raise UserError(f"the number of pictures must be from 1 to {MAX_COUNT}, got {count}", "--count 1")
+    options = GenerateOptions(**asdict(asked))
     check_writable(out or Path("picture.png"))
     with closing(Connection(settings)) as connection:
         calls = connection.begin()
-        request = make_request(calls.model, [prompt] * count, **asdict(asked))
+        request = make_request(calls.model, [prompt] * count, options)
         with bar() as progress:
             task = progress.add_task(calls.model.name, total=request.steps, each="")
             last = progress.get_time()

@@ -23,7 +23,7 @@ from onnx import TensorProto
 from safetensors.torch import save_file
 
 from ditforge import manifest
-from ditforge.client.sampling import flow_sigmas
+from ditforge.client.schedules import flow_sigmas
 from ditforge.engines.verify import compare
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.consistency import check_weights

@@ -1,0 +1,228 @@
+"""`GenerateOptions`: what a picture is made with, in one record for the command line, the clients and HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from numbers import Real
+from typing import Any, Literal, TypedDict, get_args
+
+from ditforge.client.noise import check_seed
+from ditforge.client.samplers import DEFAULT, SAMPLERS, Callback, Sampler, sampler_name, sampler_options
+from ditforge.client.schedules import ScheduleFunction, check_sigmas, check_steps, find_schedule
+from ditforge.client.sizes import parse_size
+from ditforge.errors import UserError
+from ditforge.option import option
+
+MAX_GUIDANCE = 100.0
+MAX_NOISE = 10.0
+T5 = Literal["auto", "always", "never"]
+T5_NAMES: tuple[str, ...] = get_args(T5)
+
+# What other tools call an option; where there is no such option, what to do instead.
+ELSEWHERE = {
+    "num_inference_steps": "steps",
+    "sampling_steps": "steps",
+    "guidance_scale": "guidance",
+    "cfg_scale": "guidance",
+    "cfg": "guidance",
+    "true_cfg_scale": "true_cfg",
+    "neg_prompt": "negative_prompt",
+    "negative": "negative_prompt",
+    "generator": "seed",
+    "sampler_name": "sampler",
+    "scheduler": "schedule",
+    "schedule_type": "schedule",
+    "timesteps": "sigmas",
+    "aspect_ratio": "size",
+    "image_size": "size",
+    "resolution": "size",
+    "slg_scale": "skip_layer_guidance",
+    "callback_on_step_end": "callback",
+}
+INSTEAD = dict.fromkeys(
+    ("num_images_per_prompt", "num_images", "batch_size", "batch_count", "n_iter", "count", "n"),
+    "give a list with the prompt as often as wanted: generate([prompt] * 4, seed=0)",
+) | {"prompt": "give the prompt, or a list of prompts, first: generate(prompt, …)"}
+
+
+class Options(TypedDict, total=False):
+    """The fields of GenerateOptions, and `callback`, as keywords of `generate`."""
+
+    seed: int | Sequence[int] | None
+    steps: int | None
+    height: int | None
+    width: int | None
+    size: str | None
+    guidance: float | None
+    negative_prompt: str | None
+    true_cfg: float | None
+    skip_layer_guidance: float | None
+    t5: T5 | None
+    vae_tile: int | None
+    sampler: str | Sampler | None
+    schedule: str | ScheduleFunction | None
+    sigmas: Sequence[float] | None
+    eta: float | None
+    s_noise: float | None
+    callback: Callback | None
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """What pictures are made with, beside their prompts. Without a field, or with None, the model's default holds.
+
+    seed: an integer from 0 to 2^64 - 1, by default random; prompt number i gets seed + i. Or a seed for each prompt.
+    steps: an integer from 1 to 1000.
+    height, width: in pixels.
+    size: both at once, instead of them: "WIDTHxHEIGHT", or a shape of about as many pixels as the model's default size:
+        "square", "portrait" (3:4), "landscape" (4:3), or a ratio such as "16:9".
+    guidance: how strictly the prompt is followed, for models that take it.
+    negative_prompt: what the picture should not be; it needs classifier-free guidance above 1, which is `guidance` in
+        Stable Diffusion 3.5, and `true_cfg` in FLUX.1.
+    true_cfg: the scale of classifier-free guidance in models that have another one built in; by default 1, off.
+    skip_layer_guidance: its scale, for models that have it; by default 0, off.
+    t5: "always", "never", or "auto" (not for short and plain prompts), for models that can do without T5.
+    vae_tile: decode in tiles of that many pixels, which saves the server memory; by default, only as it has to.
+    sampler: a name in ditforge.client.SAMPLERS, by default "euler"; or a function with the signature of
+        ditforge.client.Sampler.
+    schedule: how noise levels are spaced: a name in ditforge.client.SCHEDULES, by default the model's own; or a
+        function of (steps, ditforge.client.Spacing) that returns steps + 1 levels, from 1 down to 0.
+    sigmas: the noise levels themselves, from 1 down to 0, instead of a schedule.
+    eta: how much noise a stochastic sampler adds, from 0 to 1.
+    s_noise: a factor of the noise that a stochastic sampler adds, from 0 to 10; by default 1.
+
+    Raises UserError for values that no model takes, and for options that the sampler does not have.
+    """
+
+    seed: int | Sequence[int] | None = None
+    steps: int | None = None
+    height: int | None = None
+    width: int | None = None
+    size: str | None = None
+    guidance: float | None = None
+    negative_prompt: str | None = None
+    true_cfg: float | None = None
+    skip_layer_guidance: float | None = None
+    t5: T5 | None = None
+    vae_tile: int | None = None
+    sampler: str | Sampler | None = None
+    schedule: str | ScheduleFunction | None = None
+    sigmas: Sequence[float] | None = None
+    eta: float | None = None
+    s_noise: float | None = None
+
+    def __post_init__(self) -> None:
+        for seed in listed(self.seed):
+            check_seed(seed)
+        if self.negative_prompt is not None:
+            check_text("negative prompt", self.negative_prompt)
+        check_scale("guidance", self.guidance, MAX_GUIDANCE, 3.5)
+        check_scale("true_cfg", self.true_cfg, MAX_GUIDANCE, 4.0)
+        check_scale("skip_layer_guidance", self.skip_layer_guidance, MAX_GUIDANCE, 2.8)
+        if self.t5 is not None and self.t5 not in T5_NAMES:
+            raise UserError(
+                f"t5 must be one of {', '.join(T5_NAMES)}, got {self.t5!r}", option('t5="auto"', "--t5 auto")
+            )
+        if self.size is not None:
+            parse_size(self.size)
+            if self.height is not None or self.width is not None:
+                raise UserError(f"size={self.size!r} is both the height and the width", "leave out height and width")
+        self._check_levels()
+        self._check_sampler()
+
+    def _check_levels(self) -> None:
+        if self.steps is not None:
+            check_steps(self.steps)
+        if self.schedule is not None:
+            find_schedule(self.schedule)
+        if self.sigmas is None:
+            return
+        steps = len(check_sigmas(self.sigmas, "sigmas")) - 1
+        if self.schedule is not None:
+            raise UserError("sigmas are the noise levels that a schedule would make", "leave out schedule, or sigmas")
+        if self.steps not in (None, steps):
+            raise UserError(
+                f"{len(self.sigmas)} sigmas are {steps} steps, and steps is {self.steps}", "leave out steps"
+            )
+
+    def _check_sampler(self) -> None:
+        sampler = self.used_sampler
+        taken = sampler_options(sampler)
+        for name in SAMPLER_OPTIONS:
+            if getattr(self, name) is None:
+                continue
+            if name not in taken:
+                takers = [
+                    option(f'sampler="{each}"', f"--sampler {each}")
+                    for each in SAMPLERS
+                    if name in sampler_options(each)
+                ]
+                problem = f"the sampler {sampler_name(sampler)} takes no {name}"
+                raise UserError(problem, f"leave it out, or take one of {', '.join(takers)}")
+        check_scale("eta", self.eta, 1.0, 1.0)
+        check_scale("s_noise", self.s_noise, MAX_NOISE, 1.0)
+
+    @property
+    def used_sampler(self) -> str | Sampler:
+        """The sampler, which no model has a default for."""
+        return DEFAULT if self.sampler is None else self.sampler
+
+    def sampler_options(self) -> dict[str, float]:
+        """The options of the sampler that it has a value for: the given one, or else its default."""
+        taken = sampler_options(self.used_sampler)
+        given = {name: getattr(self, name) for name in SAMPLER_OPTIONS if name in taken}
+        return {name: float(taken[name] if value is None else value) for name, value in given.items()}
+
+
+NAMES = tuple(field.name for field in fields(GenerateOptions))
+SAMPLER_OPTIONS = ("eta", "s_noise")
+
+
+def make_options(options: GenerateOptions | None, keywords: Options) -> tuple[GenerateOptions, Callback | None]:
+    """`options` with what `keywords` have instead, and the callback. Raises UserError for a name that nobody knows."""
+    check_names(keywords)
+    if options is not None and not isinstance(options, GenerateOptions):
+        problem = f"options are a {type(options).__name__}, not GenerateOptions"
+        raise UserError(problem, "generate(prompt, GenerateOptions(steps=20)), or generate(prompt, steps=20)")
+    given: dict[str, Any] = {name: value for name, value in keywords.items() if value is not None}
+    callback: Callback | None = given.pop("callback", None)
+    return replace(options or GenerateOptions(), **given), callback
+
+
+def check_names(keywords: Mapping[str, object]) -> None:
+    """Raise UserError, with the nearest name, if there is an option that nobody knows."""
+    known = [*NAMES, "callback"]
+    for name in keywords:
+        if name in known:
+            continue
+        if name in INSTEAD:
+            raise UserError(f"there is no option {name!r}", INSTEAD[name])
+        close = [ELSEWHERE[name]] if name in ELSEWHERE else get_close_matches(name, known, n=1)
+        fix = f"{close[0]}=…" if close else f"leave it out; there are {', '.join(known)}"
+        raise UserError(f"there is no option {name!r}", fix)
+
+
+def listed(seed: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The seeds that are given: none, one, or several."""
+    if isinstance(seed, Sequence):
+        return tuple(seed)
+    return () if seed is None else (seed,)
+
+
+def check_text(what: str, text: str) -> None:
+    """Raise UserError unless `text` is a string that UTF-8 can hold."""
+    if not isinstance(text, str):
+        raise UserError(f"a {what} is a {type(text).__name__}, not a string", "give a string, or a list of strings")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the {what} {text!r} is not text: {error.reason}", "give it in UTF-8") from error
+
+
+def check_scale(name: str, value: float | None, largest: float, suggestion: float) -> None:
+    """Raise UserError unless `value` is None or a number from 0 to `largest`."""
+    if value is not None and (not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= largest):
+        problem = f"{name} must be a number from 0 to {largest:g}, got {value!r}"
+        raise UserError(problem, option(f"{name}={suggestion}"))

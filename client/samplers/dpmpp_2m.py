@@ -1,0 +1,33 @@
+"""DPM-Solver++(2M)."""
+
+from itertools import pairwise
+
+import numpy as np
+
+from ditforge.client.samplers import Array, Callback, Denoise, Noise, Step
+
+
+def sample_dpmpp_2m(
+    denoise: Denoise, latents: Array, sigmas: Array, noise: Noise, callback: Callback | None = None
+) -> Array:
+    """DPM-Solver++(2M) with alpha = 1 - sigma (Lu et al. 2022, arXiv:2211.01095, algorithm 2).
+
+    Arguments and result as `Sampler`. Calls denoise once a step, and adds no noise. The first step and a step to 0 are
+    first-order.
+    """
+    with np.errstate(divide="ignore"):
+        lambdas = np.log(1 - sigmas) - np.log(sigmas)  # -inf at sigma 1, inf at 0
+    previous = latents
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = latents - sigma * denoise(latents, sigma)
+        if callback:
+            callback(Step(i, len(sigmas) - 1, sigma, denoised))
+        target = denoised
+        if i > 0 and sigma_next > 0:
+            h_last, h = lambdas[i] - lambdas[i - 1], lambdas[i + 1] - lambdas[i]
+            target = denoised + h / (2 * h_last) * (denoised - previous)
+        # The paper's alpha_next * (exp(-h) - 1) is sigma_next / sigma - 1 here, which has no infinity at either end.
+        ratio = sigma_next / sigma
+        latents = ratio * latents + (1 - ratio) * target
+        previous = denoised
+    return latents

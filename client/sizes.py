@@ -1,0 +1,110 @@
+"""Sizes: which pictures, and which tiles of them, a model can make."""
+
+from __future__ import annotations
+
+import math
+import re
+from numbers import Integral
+
+from ditforge.errors import UserError
+from ditforge.model import LEAST_TILE, Model
+from ditforge.option import option
+
+SHAPES = {"square": (1, 1), "portrait": (3, 4), "landscape": (4, 3)}  # width to height
+LARGEST_RATIO = 8
+PIXELS = re.compile(r"(\d{1,6})x(\d{1,6})")
+RATIO = re.compile(r"(\d{1,4}):(\d{1,4})")
+SIZES = "WIDTHxHEIGHT, square, portrait, landscape, or a ratio such as 16:9"
+
+
+def parse_size(size: str) -> tuple[int, int] | float:
+    """(width, height) in pixels, or the ratio of width to height. Raises UserError for anything else."""
+    text = size.strip().lower() if isinstance(size, str) else ""
+    if pixels := PIXELS.fullmatch(text):
+        return int(pixels[1]), int(pixels[2])
+    ratio = RATIO.fullmatch(text)
+    width, height = (int(ratio[1]), int(ratio[2])) if ratio else SHAPES.get(text, (0, 0))
+    if not 0 < width <= LARGEST_RATIO * height or height > LARGEST_RATIO * width:
+        raise UserError(f"size must be {SIZES}, up to {LARGEST_RATIO}:1; got {size!r}", option('size="16:9"'))
+    return width / height
+
+
+def choose_size(height: int | None, width: int | None, size: str | None, model: Model) -> tuple[int, int]:
+    """Height and width in pixels, by default the model's, if the model can make a picture of that size."""
+    if size is not None:
+        parsed = parse_size(size)
+        if isinstance(parsed, float):
+            return shaped(size, parsed, model)
+        width, height = parsed
+    if not model.sizes:
+        height = check_size("height", model.default_size if height is None else height, model)
+        return height, check_size("width", model.default_size if width is None else width, model)
+    for made in model.sizes:
+        if height in (None, made[0]) and width in (None, made[1]):
+            return made
+    asked = f"{'any' if height is None else height} x {'any' if width is None else width}"
+    problem = f"the engines were built for fixed sizes, and {asked} (height x width) is none of them"
+    raise UserError(problem, fixed_sizes(model))
+
+
+def fixed_sizes(model: Model) -> str:
+    """The sizes of a model that has only some, as options."""
+    return " or ".join(option(f"height={h}, width={w}", f"--height {h} --width {w}") for h, w in model.sizes)
+
+
+def shaped(size: str, ratio: float, model: Model) -> tuple[int, int]:
+    """Height and width of about that ratio of width to height, and about as many pixels as the default size.
+
+    Each side is rounded to what the model can make. Of fixed sizes, it is the one whose ratio is within 10 % of it.
+    """
+    if model.sizes:
+        height, width = min(model.sizes, key=lambda made: abs(math.log(made[1] / made[0] / ratio)))
+        if abs(math.log(width / height / ratio)) > 0.1:
+            problem = f"the engines were built for fixed sizes, and none of them is {size}"
+            raise UserError(problem, fixed_sizes(model))
+        return height, width
+    multiple = model.size_multiple
+    least, most = -(-max(model.min_size, multiple) // multiple), model.max_size // multiple
+    short = max(least, round(model.default_size / math.sqrt(max(ratio, 1 / ratio)) / multiple))
+    long = round(short * max(ratio, 1 / ratio))
+    if long > most:
+        long, short = most, max(least, round(most / max(ratio, 1 / ratio)))
+    sides = short * multiple, long * multiple
+    return sides if ratio >= 1 else (sides[1], sides[0])
+
+
+def check_size(name: str, value: int, model: Model) -> int:
+    """`value` in pixels, if the model can make a picture of that height or width."""
+    multiple = model.size_multiple
+    smallest = max(multiple, model.min_size)
+    if not isinstance(value, Integral) or isinstance(value, bool) or not smallest <= value <= model.max_size:
+        raise UserError(
+            f"{name} must be from {smallest} to {model.max_size} pixels, got {value!r}",
+            option(f"{name}={model.default_size}"),
+        )
+    if value % multiple:
+        near = min(max(round(value / multiple), 1) * multiple, model.max_size // multiple * multiple)
+        raise UserError(f"{name} must be divisible by {multiple}, got {value}", option(f"{name}={near}"))
+    return int(value)
+
+
+def choose_vae_tile(vae_tile: int | None, height: int, width: int, model: Model) -> int | None:
+    """The side of the tiles to decode in, by default the largest that the engines take; None: the picture is one."""
+    tile = model.vae_tile if vae_tile is None else check_vae_tile(vae_tile, model)
+    return None if tile is None or max(height, width) <= tile else tile
+
+
+def check_vae_tile(vae_tile: int, model: Model) -> int:
+    """`vae_tile` in pixels, if the model's decoder takes tiles of that size."""
+    multiple, largest = model.vae_factor, model.max_size if model.vae_tile is None else model.vae_tile
+    if model.sizes and vae_tile != model.vae_tile:  # fixed shapes: those of the sizes, or of the tile
+        fix = "leave it out" if model.vae_tile is None else option(f"vae_tile={model.vae_tile}")
+        raise UserError(f"the engines were built for fixed sizes, and decode no tiles of {vae_tile!r}", fix)
+    least = min(max(multiple * LEAST_TILE, model.min_size), largest // multiple * multiple)
+    if not isinstance(vae_tile, Integral) or isinstance(vae_tile, bool) or not least <= vae_tile <= largest:
+        problem = f"vae_tile must be from {least} to {largest} pixels, got {vae_tile!r}"
+        raise UserError(problem, option(f"vae_tile={least}"))
+    if vae_tile % multiple:
+        near = vae_tile // multiple * multiple
+        raise UserError(f"vae_tile must be divisible by {multiple}, got {vae_tile}", option(f"vae_tile={near}"))
+    return int(vae_tile)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from numbers import Real
 from typing import Any, Literal, TypedDict, get_args
@@ -182,19 +182,42 @@ SAMPLER_OPTIONS = ("eta", "s_noise")
 
 def make_options(options: GenerateOptions | None, keywords: Options) -> tuple[GenerateOptions, Callback | None]:
     """`options` with what `keywords` have instead, and the callback. Raises UserError for a name that nobody knows."""
-    check_names(keywords)
+    check_names(keywords, [*NAMES, "callback"])
     if options is not None and not isinstance(options, GenerateOptions):
         problem = f"options are a {type(options).__name__}, not GenerateOptions"
         raise UserError(problem, "generate(prompt, GenerateOptions(steps=20)), or generate(prompt, steps=20)")
     given: dict[str, Any] = {name: value for name, value in keywords.items() if value is not None}
     callback: Callback | None = given.pop("callback", None)
-    return replace(options or GenerateOptions(), **given), callback
+    older = {name: getattr(options, name) for name in NAMES} if options else {}
+    return GenerateOptions(**combined(older, given)), callback
 
 
-def check_names(keywords: Mapping[str, object]) -> None:
-    """Raise UserError, with the nearest name, if there is an option that nobody knows."""
-    known = [*NAMES, "callback"]
-    for name in keywords:
+# An option, and those that say the same in another way: where it is given anew, they no longer hold.
+REPLACES = {
+    "size": ("height", "width"),
+    "height": ("size",),
+    "width": ("size",),
+    "steps": ("sigmas",),
+    "schedule": ("sigmas",),
+    "sigmas": ("steps", "schedule"),
+}
+
+
+def combined(older: Mapping[str, Any], newer: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by name: the newer ones, and of the older ones those that they do not replace.
+
+    A newer sampler is not given options of the older one that it does not take.
+    """
+    gone = {name for each in newer for name in REPLACES.get(each, ())}
+    if "sampler" in newer:
+        taken = sampler_options(newer["sampler"])
+        gone |= {name for name in SAMPLER_OPTIONS if name not in taken}
+    return {**{name: value for name, value in older.items() if name not in gone}, **newer}
+
+
+def check_names(names: Iterable[str], known: Sequence[str]) -> None:
+    """Raise UserError, with the nearest name, if one of the names is none of the known ones."""
+    for name in names:
         if name in known:
             continue
         if name in INSTEAD:

@@ -1,4 +1,4 @@
-"""Pictures on disk: PNG with everything in it that makes the picture again."""
+"""Pictures on disk: PNG, JPEG or WebP, with everything in them that makes them again."""
 
 from __future__ import annotations
 
@@ -14,13 +14,30 @@ from ditforge.errors import UserError
 
 METADATA_KEY = "ditforge"  # JSON: prompt, seed, steps, …
 COMMON_KEY = "parameters"  # the same as one text, where the gallery programs of this field look for it
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+LONGEST_SIDE = {"PNG": 2**31 - 1, "JPEG": 65_535, "WEBP": 16_383}  # pixels
+QUALITY = 95  # of JPEG and WebP, of 100
+# Tags of Exif 2.32. The description is the JSON; gallery programs find the common text in the comment.
+DESCRIPTION, EXIF, COMMENT = 0x010E, 0x8769, 0x9286
+LARGEST_EXIF = 65_000  # bytes: a JPEG segment has 65,535
+OURS = "give a picture that ditforge made"
 
 
 def check_writable(path: Path) -> None:
     """Raise UserError if no picture can be written to `path`: found out before one is made, not after."""
-    if path.suffix.lower() != ".png" and not path.is_dir():
-        raise UserError(f"{path} is not a .png file", f"--out {path.with_suffix('.png')}")
+    if path.suffix.lower() not in FORMATS and not path.is_dir():
+        raise UserError(f"{path} is not a .png, .jpg or .webp file", f"--out {path.with_suffix('.png')}")
     small_files.check_writable(path, "picture.png")
+
+
+def check_fits(path: Path, size: tuple[int, int], parameters: dict[str, Any]) -> None:
+    """Raise UserError if the format that `path` names cannot hold a picture of that size, or so long a prompt."""
+    kind = FORMATS[path.suffix.lower()]
+    fix = f"--out {path.with_suffix('.png')}"
+    if max(size) > LONGEST_SIDE[kind]:
+        raise UserError(f"a {kind} file cannot be {size[0]} x {size[1]} pixels large", fix)
+    if kind == "JPEG" and len(exif(parameters, comment=False)) > LARGEST_EXIF:
+        raise UserError(f"the parameters of the picture, with its prompt, are too long for the JPEG file {path}", fix)
 
 
 def read_info(image: Image.Image) -> dict[str, Any]:
@@ -30,31 +47,54 @@ def read_info(image: Image.Image) -> dict[str, Any]:
 
 
 def save_picture(image: Image.Image, path: Path) -> None:
-    """Write the picture and its parameters to `path`, whole or not at all. Raises UserError if that is impossible."""
-    info = PngInfo()
-    info.add_itxt(METADATA_KEY, image.info[METADATA_KEY])
-    info.add_itxt(COMMON_KEY, common_text(read_info(image)))
+    """Write the picture and its parameters to `path`, whole or not at all, in the format that its suffix names.
+
+    A file that is there is replaced. Raises UserError where it cannot be written.
+    """
+    kind = FORMATS[path.suffix.lower()]
+    parameters = read_info(image)
     with small_files.written_whole(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
+        if kind == "PNG":
+            info = PngInfo()
+            info.add_itxt(METADATA_KEY, image.info[METADATA_KEY])
+            info.add_itxt(COMMON_KEY, common_text(parameters))
+            image.save(temporary, format=kind, pnginfo=info)
+            return
+        described = exif(parameters)
+        if kind == "JPEG" and len(described) > LARGEST_EXIF:
+            described = exif(parameters, comment=False)
+        more: dict[str, Any] = {"subsampling": 0} if kind == "JPEG" else {}  # colours as sharp as brightness
+        image.save(temporary, format=kind, quality=QUALITY, exif=described, **more)
+
+
+def exif(parameters: dict[str, Any], comment: bool = True) -> bytes:
+    """The parameters as Exif: as JSON in ImageDescription, and as common text in UserComment."""
+    data = Image.Exif()
+    data[DESCRIPTION] = json.dumps({METADATA_KEY: parameters})
+    if comment:
+        data[EXIF] = {COMMENT: b"UNICODE\0" + common_text(parameters).encode("utf-16-be")}
+    return data.tobytes()
 
 
 def read_parameters(path: Path) -> dict[str, Any]:
     """The parameters of a picture that ditforge made. Raises UserError for any other file."""
     try:
         with Image.open(path) as image:
-            text = image.info.get(METADATA_KEY)
-        parameters = json.loads(text or "null")
+            text, described = image.info.get(METADATA_KEY), image.getexif().get(DESCRIPTION)
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not a picture: {error}", "give a PNG file that ditforge made") from error
+        raise UserError(f"{path} is not a picture: {error}", OURS) from error
+    try:
+        parameters = json.loads(text) if text else json.loads(described or "null")[METADATA_KEY]
+    except (TypeError, ValueError, KeyError, RecursionError):
+        parameters = None
     if not isinstance(parameters, dict):
-        raise UserError(
-            f"{path} has no parameters in it: ditforge did not make it", "give a PNG file that ditforge made"
-        )
+        raise UserError(f"{path} has no parameters in it: ditforge did not make it", OURS)
     return parameters
 
 
 def common_text(parameters: dict[str, Any]) -> str:
-    """The parameters in the form that AUTOMATIC1111's web UI introduced."""
+    """The parameters in the form that AUTOMATIC1111's web UI introduced; of a grid, those of its first picture."""
+    parameters = {**parameters, **parameters.get("pictures", [{}])[0]}
     rest = f"Steps: {parameters['steps']}, Sampler: {parameters['sampler']}, CFG scale: {parameters['guidance']}, "
     rest += (
         f"Seed: {parameters['seed']}, Size: {parameters['width']}x{parameters['height']}, Model: {parameters['model']}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Generator, Iterable
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,45 +13,23 @@ import typer
 
 from ditforge import terminal
 from ditforge.errors import UserError
+from ditforge.picture_flags import OutputFlags, PictureFlags, PromptFlags
 
 if TYPE_CHECKING:
+    from PIL import Image
     from rich.progress import Progress
 
     from ditforge.client import Step
+    from ditforge.client.calls import Calls
+    from ditforge.client.connection import Connection
+    from ditforge.client.request import Request
     from ditforge.client.settings import ConnectionSettings
+    from ditforge.model import Model
 
-MAX_COUNT = 1000  # all of them are in memory at once
+
 URL_HELP = "A server's gRPC port, by default localhost:8001; again for others that serve the same engines."
 HEADER_HELP = "gRPC metadata to send with every call, e.g. for a proxy; again for more. NAME-bin takes base64."
 TLS_HELP = "Encrypt the connection, and trust the public authorities; not needed beside the next three."
-
-
-@dataclass(frozen=True)
-class PictureFlags:
-    """What is asked of a picture; None is the model's own. See `ditforge.client.Client.generate`."""
-
-    seed: Annotated[int | None, typer.Option(help="The same seed, the same picture; by default random.")] = None
-    steps: Annotated[int | None, typer.Option(help="Sampler steps; by default the model's.")] = None
-    height: Annotated[int | None, typer.Option(help="In pixels; by default the model's.")] = None
-    width: Annotated[int | None, typer.Option(help="In pixels; by default the model's.")] = None
-    guidance: Annotated[float | None, typer.Option(help="How strictly the prompt is followed.")] = None
-    sampler: Annotated[str | None, typer.Option(metavar="NAME", help="euler, heun, dpmpp_2m, …")] = None
-    negative_prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What the picture should not be; needs guidance above 1.")
-    ] = None
-    true_cfg: Annotated[
-        float | None,
-        typer.Option(help="The negative prompt's scale in models that have guidance built in; by default 1, off."),
-    ] = None
-    skip_layer_guidance: Annotated[
-        float | None, typer.Option(help="Its scale, for models that have it; 2.8 is usual, by default 0, off.")
-    ] = None
-    t5: Annotated[
-        str | None, typer.Option(metavar="WHEN", help="always, never, or auto: not for short and plain prompts.")
-    ] = None
-    vae_tile: Annotated[
-        int | None, typer.Option(help="Decode in tiles of this many pixels, to save memory; by default as need be.")
-    ] = None
 
 
 @dataclass(frozen=True)
@@ -111,64 +91,106 @@ class ConnectionFlags:
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
     picture: PictureFlags,
+    output: OutputFlags,
+    source: PromptFlags,
     connection: ConnectionFlags,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="A .png file; by default picture-SEED.png.")] = None,
-    count: Annotated[int, typer.Option(help="How many pictures, of the seeds SEED, SEED + 1, …")] = 1,
+    prompt: Annotated[str | None, typer.Argument(help="What the picture shows.")] = None,
 ) -> None:
     """A picture for a prompt, from a running server, or from several: where one fails, it goes on at another.
 
-    Example: ditforge generate "a large red circle" --seed 0 --out circle.png
+    The paths and the seeds of the pictures are printed. What made a picture is kept in it; ditforge inspect shows it.
+
+    Example: ditforge generate "a large red circle" --seed 0 --size 16:9 -o circle.png
     """
-    make_pictures(prompt, connection.settings(), out, count, picture)
-
-
-def make_pictures(
-    prompt: str, settings: ConnectionSettings, out: Path | None, count: int, asked: PictureFlags
-) -> list[Path]:
-    """Make `count` pictures and write them to `out`, numbered if there are several; prints their paths.
-
-    Everything that can be wrong with the paths is found out before the first step.
-    """
-    from ditforge.client.client import run
     from ditforge.client.connection import Connection
-    from ditforge.client.options import GenerateOptions
-    from ditforge.client.picture_file import check_writable, read_info, save_picture
-    from ditforge.client.request import make_request
+    from ditforge.client.prompts import make_requests
 
-    if not 1 <= count <= MAX_COUNT:
-        raise UserError(f"the number of pictures must be from 1 to {MAX_COUNT}, got {count}", "--count 1")
-    options = GenerateOptions(**asdict(asked))
-    check_writable(out or Path("picture.png"))
-    with closing(Connection(settings)) as connection:
-        calls = connection.begin()
-        request = make_request(calls.model, [prompt] * count, options)
-        with bar() as progress:
-            task = progress.add_task(calls.model.name, total=request.steps, each="")
-            last = progress.get_time()
+    prompts, repeated = source.read(prompt, picture.values())
+    output.check(len(prompts))
+    with closing(Connection(connection.settings())) as servers:
+        calls = servers.begin()
+        if repeated not in (None, calls.model.name):
+            print(f"warning: that picture is of {repeated}, and the server has {calls.model.name}", file=sys.stderr)
+        requests = make_requests(calls.model, prompts, output.count, picture.seed)
+        paths = check_paths(output, requests, calls.model, len(prompts))
+        with closing(run_all(servers, calls, requests)) as made:
+            save_all(made, paths, output.grid)
 
-            def show(step: Step) -> None:
-                nonlocal last
-                now = progress.get_time()
-                each = f"{(now - last) * 1000:.0f} ms a step" if step.index else ""
-                last = now
-                progress.update(task, completed=step.index, each=each)
 
-            images = run(calls, request, show)
-            progress.update(task, completed=request.steps)
-    paths = list[Path]()
+def save_all(made: Iterable[tuple[Request, list[Image.Image]]], paths: list[Path], grid: Path | None) -> None:
+    """Write the pictures of each request as soon as they are made, and the grid; print where they are."""
+    from ditforge.client.grid import make_grid
+    from ditforge.client.picture_file import save_picture
+
+    written: list[tuple[Path, int]] = []
+    images: list[Image.Image] = []
     try:
-        for index, image in enumerate(images):
-            path = out or Path(f"picture-{read_info(image)['seed']}.png")
-            if out and count > 1:
-                path = out.with_stem(f"{out.stem}-{index}")
-            save_picture(image, path)
-            paths.append(path)
+        for request, pictures in made:
+            for image, seed in zip(pictures, request.seeds, strict=True):
+                path = paths[len(written)]
+                save_picture(image, path)
+                written.append((path, seed))
+            images += pictures if grid else []
+        if grid:
+            save_picture(make_grid(images), grid)
     finally:  # once all are kept: that a line cannot be printed costs no picture
-        for path in paths:
-            terminal.say(str(path))
+        tell_paths(written)
+    if grid:
+        terminal.say(str(grid))
+
+
+def check_paths(output: OutputFlags, requests: list[Request], model: Model, prompts: int) -> list[Path]:
+    """Where the pictures go. Raises UserError where one of them, or the grid, cannot be written, or cannot hold it."""
+    from ditforge.client.grid import grid_size
+    from ditforge.client.picture_file import check_fits, check_writable
+
+    paths = output.paths([seed for request in requests for seed in request.seeds], prompts)
+    pictures = [(request, index) for request in requests for index in range(len(request.prompts))]
+    for path, (request, index) in zip(paths, pictures, strict=True):
+        check_writable(path)
+        check_fits(path, (request.width, request.height), request.parameters(index, model))
+    if output.grid:
+        if output.grid in paths:
+            raise UserError(f"{output.grid} is both the grid and a picture", "--grid grid.png")
+        columns, width, height = grid_size([(request.width, request.height) for request, _ in pictures])
+        parameters = [request.parameters(index, model) for request, index in pictures]
+        check_fits(output.grid, (width, height), {"columns": columns, "pictures": parameters})
     return paths
+
+
+def run_all(
+    connection: Connection, calls: Calls, requests: list[Request]
+) -> Generator[tuple[Request, list[Image.Image]], None, None]:
+    """Each request and its pictures, once they are made, with a bar over the steps of all. The first has `calls`."""
+    from ditforge.client.client import run
+
+    with bar() as progress:
+        task = progress.add_task(calls.model.name, total=sum(request.steps for request in requests), each="")
+        finished, last = 0, progress.get_time()
+
+        def show(step: Step) -> None:
+            nonlocal last
+            now = progress.get_time()
+            each = f"{(now - last) * 1000:.0f} ms a step" if step.index else ""
+            last = now
+            progress.update(task, completed=finished + step.index, each=each)
+
+        for number, request in enumerate(requests):
+            images = run(connection.begin() if number else calls, request, show)
+            finished += request.steps
+            progress.update(task, completed=finished)
+            yield request, images
+
+
+def tell_paths(written: list[tuple[Path, int]]) -> None:
+    """Print where pictures are, and their seeds: to standard output only paths, where that is no terminal."""
+    for path, seed in written:
+        if sys.stdout.isatty():
+            terminal.say(f"{path}  seed {seed}")
+        else:
+            print(f"{path}: seed {seed}", file=sys.stderr)
+            terminal.say(str(path))
 
 
 def bar() -> Progress:

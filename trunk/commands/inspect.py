@@ -26,7 +26,7 @@ def inspect(path: Annotated[Path, typer.Argument(help="A folder that a stage wro
 
         terminal.table(("parameter", "value"), [(key, str(value)) for key, value in read_parameters(path).items()])
     else:
-        raise UserError(f"{path} does not exist", "give a folder that a stage wrote, or a PNG file that ditforge made")
+        raise UserError(f"{path} does not exist", "give a folder that a stage wrote, or a picture that ditforge made")
 
 
 def show_folder(folder: Path) -> None:

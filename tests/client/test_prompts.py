@@ -1,0 +1,137 @@
+"""Prompts from a file, and from a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from published import MODEL
+
+from ditforge.client import GenerateOptions
+from ditforge.client.picture_file import METADATA_KEY, save_picture
+from ditforge.client.prompts import Prompt, make_requests, read_picture, read_prompts
+from ditforge.errors import UserError
+
+FILE = """
+a red circle
+  a blue square \t7
+
+{"prompt": "a green star", "seed": 3, "steps": 5, "sampler": "ddim", "eta": 0.5}
+{"prompt": "wide", "size": "16:9"}
+12: the movie
+"""
+
+
+def test_a_file(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text(FILE)
+    given = {"steps": 2, "height": 64}
+    assert read_prompts(tmp_path / "prompts.txt", given) == [
+        Prompt("a red circle", None, GenerateOptions(**given)),
+        Prompt("a blue square", 7, GenerateOptions(**given)),
+        Prompt("a green star", 3, GenerateOptions(steps=5, height=64, sampler="ddim", eta=0.5)),
+        Prompt("wide", None, GenerateOptions(steps=2, size="16:9")),
+        Prompt("12: the movie", None, GenerateOptions(**given)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("a\tb", r"line 2: behind the tab is 'b', not a seed"),
+        ("a\t", "behind the tab is ''"),
+        ("a\t18446744073709551616", "line 2: seed must be"),
+        ("{a|b} cats", "line 2: this is not JSON"),
+        ('{"seed": 3}', 'line 2: there is no "prompt"'),
+        ('{"prompt": 3}', "line 2: a prompt is a int"),
+        (
+            '{"prompt": "a", "cfg_scale": 3}',
+            r"(?s)line 2: there is no option 'cfg_scale'\n.*guidance=…",
+        ),
+        ('{"prompt": "a", "callback": 3}', "line 2: there is no option 'callback'"),
+        ('{"prompt": "a", "steps": "3"}', "line 2: steps must be"),
+        ('{"prompt": "a", "seed": [1, 2]}', "line 2: a prompt has one seed"),
+        ('{"prompt": "a", "eta": 1}', "line 2: the sampler euler takes no eta"),
+    ],
+)
+def test_a_line_that_is_wrong(line: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text(f"fine\n{line}\n")
+    with pytest.raises(UserError, match=words) as error:
+        read_prompts(tmp_path / "prompts.txt", {})
+    assert str(tmp_path / "prompts.txt") in error.value.problem
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", "no prompt"), (b"\n \n", "no prompt"), (b"\xff\xfe", "not UTF-8"), (None, "cannot read")],
+)
+def test_a_file_without_prompts(content: bytes | None, words: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "prompts.txt").write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        read_prompts(tmp_path / "prompts.txt", {})
+
+
+def test_neighbours_that_differ_in_nothing_else_are_one_request() -> None:
+    small, large = GenerateOptions(height=64), GenerateOptions(height=128)
+    prompts = [Prompt("a", None, small), Prompt("b", 7, small), Prompt("c", None, large), Prompt("d", None, small)]
+    first, second, third = make_requests(MODEL, prompts, 2, seed=100)
+    assert (first.prompts, first.seeds) == (("a", "a", "b", "b"), (100, 101, 7, 8))
+    assert (second.prompts, second.seeds, second.height) == (("c", "c"), (104, 105), 128)
+    assert (third.prompts, third.seeds, third.height) == (("d", "d"), (106, 107), 64)
+    random = [make_requests(MODEL, prompts)[0].seeds[0] for _ in range(8)]
+    assert len(set(random)) > 1
+
+
+PARAMETERS: dict[str, Any] = {
+    "prompt": "a red circle",
+    "seed": 5,
+    "steps": 3,
+    "height": 32,
+    "width": 48,
+    "guidance": 3.5,
+    "sampler": "ddim",
+    "eta": 0.5,
+    "sigmas": [1, 0.5, 0.25, 0],
+    "model": "dev",
+    "of_next_year": True,
+}
+
+
+def saved(folder: Path, parameters: dict[str, Any] = PARAMETERS) -> Path:
+    image = Image.new("RGB", (48, 32))
+    image.info[METADATA_KEY] = json.dumps(parameters)
+    save_picture(image, folder / "a.webp")
+    return folder / "a.webp"
+
+
+@pytest.mark.parametrize(
+    ("given", "changed"),
+    [
+        ({}, {}),
+        ({"guidance": 2.0}, {"guidance": 2.0}),
+        ({"sampler": "heun"}, {"sampler": "heun", "eta": None}),
+        ({"sampler": "euler_ancestral"}, {"sampler": "euler_ancestral"}),
+        ({"steps": 9}, {"steps": 9, "sigmas": None}),
+        ({"schedule": "karras"}, {"schedule": "karras", "sigmas": None}),
+        ({"sigmas": [1, 0]}, {"sigmas": [1, 0], "steps": None}),
+        ({"size": "16:9"}, {"size": "16:9", "height": None, "width": None}),
+    ],
+)
+def test_a_picture_again(given: dict[str, Any], changed: dict[str, Any], tmp_path: Path) -> None:
+    prompt, model = read_picture(saved(tmp_path), given)
+    names = ("steps", "height", "width", "guidance", "sampler", "eta", "sigmas")
+    options = {**{name: PARAMETERS[name] for name in names}, **changed}
+    assert (prompt, model) == (Prompt("a red circle", 5, GenerateOptions(**options)), "dev")
+    assert read_picture(saved(tmp_path), {**given, "seed": 8})[0].seed == 8
+
+
+def test_a_picture_that_cannot_be_made_again(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no prompt in it"):
+        read_picture(saved(tmp_path, {"columns": 1, "pictures": [PARAMETERS]}), {})
+    own = saved(tmp_path, {**PARAMETERS, "sampler": "mine"})
+    with pytest.raises(UserError, match="unknown sampler 'mine'"):
+        read_picture(own, {})
+    assert read_picture(own, {"sampler": "euler"})[0].options.sampler == "euler"

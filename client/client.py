@@ -99,12 +99,7 @@ class Client:
         images = self._generate([prompt] if isinstance(prompt, str) else prompt, options, keywords)
         return images[0] if isinstance(prompt, str) else images
 
-    def _generate(
-        self,
-        prompts: list[str],
-        options: GenerateOptions | None,
-        keywords: Options,
-    ) -> list[Image.Image]:
+    def _generate(self, prompts: list[str], options: GenerateOptions | None, keywords: Options) -> list[Image.Image]:
         made, callback = make_options(options, keywords)
         calls = self._connection.begin()
         return run(calls, make_request(calls.model, prompts, made), callback)

@@ -157,7 +157,7 @@ def choose_guidance(guidance: float | None, model: Model) -> float:
     """The guidance to use: the model's default for None. A model without guidance says so once, and uses none."""
     if guidance is None:
         return model.default_guidance
-    if model.guidance == "none":
+    if guidance and model.guidance == "none":
         warn(f"{model.name} takes no guidance: {guidance:g} is ignored")
         return 0.0
     return float(guidance)

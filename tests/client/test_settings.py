@@ -16,8 +16,8 @@ from command_line import assert_error, run_here
 from proxy import make_certificates
 
 from ditforge.client import TLS, AsyncClient, Client
-from ditforge.client.client import Options
 from ditforge.client.option import TOKEN
+from ditforge.client.options import GenerateOptions, Options
 from ditforge.client.settings import ConnectionSettings, Settings, make_settings
 from ditforge.credentials import read_token
 from ditforge.errors import UserError
@@ -296,7 +296,8 @@ def test_command_line(
 
 
 def test_help_says_what_each_setting_and_option_means() -> None:
-    for documented, known in ((Client, Settings), (Client.generate, Options)):
-        lines = [line.strip() for line in (documented.__doc__ or "").splitlines()]
+    options = f"{GenerateOptions.__doc__}\n{Client.generate.__doc__}"
+    for documented, known in ((Client.__doc__ or "", Settings), (options, Options)):
+        lines = [line.strip() for line in documented.splitlines()]
         explained = {name for line in lines for name in re.match(r"([\w, ]*)", line.partition(" (")[0])[0].split(", ")}
         assert set(known.__annotations__) <= explained

@@ -80,7 +80,7 @@ def report(name: str, count: int, rows: list[list[str]], differences: list[Diffe
             "",
             *markdown(("precision", "captions right, %", "PSNR", "worst", "SSIM", "worst"), rows),
             "",
-            f"fp8 loses {loss:.1f} points of the judge's score; target at most {LARGEST_LOSS}: {verdict}",
+            f"fp8 {change(loss)} of the judge's score; a loss of at most {LARGEST_LOSS} is the target: {verdict}",
             "",
             "One call of the DiT, against fp32:",
             "",
@@ -91,6 +91,13 @@ def report(name: str, count: int, rows: list[list[str]], differences: list[Diffe
             "",
         ]
     )
+
+
+def change(loss: float) -> str:
+    """What becomes of the judge's score, in points."""
+    if round(loss, 1) == 0:
+        return "changes nothing"
+    return f"{'loses' if loss > 0 else 'gains'} {abs(loss):.1f} points"
 
 
 def measure(checkpoint: Path, captions: list[str]) -> str:

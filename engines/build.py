@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 CUTTING = 1  # how segments.cut does it; another number where the same graph and count would give other segments
 PLAN = ".plan"
+NEW = "there was none before"
 
 
 @dataclass(frozen=True)
@@ -333,7 +334,7 @@ def is_same(before: Manifest, out: Path, design: Design) -> bool:
 def rebuild_reason(before: Manifest | None, out: Path, name: str, key: dict[str, str]) -> str:
     """Why the component `name` has to be compiled; empty if the engine in `out` is the one that `key` describes."""
     if before is None or name not in before.engines:
-        return "there is no engine yet"
+        return NEW
     if changed := manifest.first_difference(before.engines[name].cache_key, key):
         return changed
     for file, expected in before.components[name].files.items():

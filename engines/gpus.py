@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from types import ModuleType
 
+from ditforge import local_gpu
 from ditforge.errors import UserError
 
 CPU = "cpu"
 LOCAL = "local"
 BF16_MEMORY_GB = 40  # of a DiT of 12 billion parameters, 16-bit weights and the text encoders fit
 NAMES = "ditforge gpus   lists the names; --gpu also takes sm_89, several (sm_86,sm_89), local, and cpu"
-
-NO_GPU = "name the GPU to compile for: --gpu rtx4090 (ditforge gpus lists names); or install NVIDIA's driver"
 
 # name, product, memory in GB
 PRODUCTS = {
@@ -150,65 +147,8 @@ def _find_one(name: str) -> Target:
 
 def local_target() -> Target:
     """The first GPU of this machine, as its driver describes it. Raises UserError if there is none."""
-    gpu = local_gpus()[0]
+    gpu = local_gpu.local_gpus()[0]
     return Target(gpu.product, (gpu.capability,), round(gpu.memory / 2**30))
-
-
-@dataclass(frozen=True)
-class LocalGpu:
-    """A GPU of this machine as NVML describes it: bytes of its memory, how many are free, and the driver's version."""
-
-    product: str
-    capability: str
-    memory: int
-    memory_free: int
-    driver: str
-
-
-def local_gpus() -> list[LocalGpu]:
-    """The GPUs of this machine, of which there is one at least. Raises UserError if there is none."""
-    try:
-        import pynvml
-    except ModuleNotFoundError as error:
-        raise UserError(
-            "the driver cannot be asked for its GPU: nvidia-ml-py is not installed", "pip install nvidia-ml-py"
-        ) from error
-    try:
-        pynvml.nvmlInit()
-        try:
-            devices = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-            found = [_described(pynvml, device) for device in devices]
-        finally:
-            pynvml.nvmlShutdown()
-    except pynvml.NVMLError as error:
-        raise UserError(f"this machine has no NVIDIA GPU that its driver can find: {error}", NO_GPU) from error
-    if not found:
-        raise UserError("this machine has no NVIDIA GPU: its driver finds none", NO_GPU)
-    return found
-
-
-def _described(pynvml: ModuleType, device: object) -> LocalGpu:
-    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(device)
-    memory = pynvml.nvmlDeviceGetMemoryInfo(device)
-    product, driver = pynvml.nvmlDeviceGetName(device), pynvml.nvmlSystemGetDriverVersion()
-    return LocalGpu(str(product), f"sm_{major}{minor}", int(memory.total), int(memory.free), str(driver))
-
-
-def why_not_here(targets: Iterable[str]) -> str:
-    """Why engines for these targets (each as Target writes itself) do not run on this machine; empty if they do.
-
-    Raises UserError where the driver cannot be asked.
-    """
-    for target in sorted({target for target in targets if target != CPU}):
-        try:
-            here = local_gpus()[0]
-        except UserError as error:
-            if error.fix != NO_GPU:
-                raise
-            return f"they are for {target}, and {error.problem}"
-        if here.capability not in target.split(","):
-            return f"they are for {target}, and this machine's GPU ({here.product}) is {here.capability}"
-    return ""
 
 
 def precisions(capability: str) -> list[str]:

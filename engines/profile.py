@@ -15,8 +15,6 @@ from ditforge.manifest import Tensor
 from ditforge.model import LEAST_TILE, MAX_BATCH, Model
 
 DEFAULT_BATCH = 4
-RANGES = "--resolutions 512-1536, or with the best one --resolutions 512-1024-1536, in pixels"
-STATICS = "--static 1024x1024, or several: --static 1024x1024,1344x768 (width x height, in pixels)"
 
 Size = tuple[int, int]
 
@@ -79,11 +77,12 @@ def default_range(model: Model) -> tuple[int, int, int]:
 
 def _parse_range(text: str, model: Model) -> tuple[int, int, int]:
     if not re.fullmatch(r"\d+-\d+(-\d+)?", text):
-        raise UserError(f"--resolutions {text} is not a range", RANGES)
+        raise UserError(f"--resolutions {text} is not a range", ranges_of(model))
     numbers = [int(number) for number in text.split("-")]
+    if problem := next(filter(None, (_problem(number, model) for number in numbers)), ""):
+        fix = f"--resolutions {'-'.join(map(str, sorted(_nearest(number, model) for number in numbers)))}"
+        raise UserError(f"--resolutions: {problem}", fix)
     smallest, largest = numbers[0], numbers[-1]
-    for number in numbers:
-        _check_size("--resolutions", number, model)
     if smallest > largest:
         raise UserError(
             f"--resolutions {text}: the smallest, {smallest}, is above the largest, {largest}",
@@ -91,25 +90,41 @@ def _parse_range(text: str, model: Model) -> tuple[int, int, int]:
         )
     best = numbers[1] if len(numbers) == 3 else min(max(model.default_size, smallest), largest)
     if not smallest <= best <= largest:
-        raise UserError(f"--resolutions {text}: the best, {best}, is not from {smallest} to {largest}", RANGES)
+        problem = f"--resolutions {text}: the best, {best}, is not from {smallest} to {largest}"
+        raise UserError(problem, f"--resolutions {smallest}-{largest}")
     return smallest, best, largest
+
+
+def ranges_of(model: Model) -> str:
+    """What `--resolutions` may be for a model, as examples."""
+    smallest, best, largest = default_range(model)
+    return (
+        f"--resolutions {smallest}-{largest}, or with the best one --resolutions {smallest}-{best}-{largest}, in pixels"
+    )
 
 
 def _parse_static(text: str, model: Model) -> Size:
     if not re.fullmatch(r"\d+x\d+", text.strip().lower()):
-        raise UserError(f"--static {text} is not a size", STATICS)
-    width, height = (_check_size("--static", int(number), model) for number in text.lower().split("x"))
+        side = model.default_size
+        raise UserError(f"--static {text} is not a size", f"--static {side}x{side} (width x height, in pixels)")
+    width, height = (int(number) for number in text.lower().split("x"))
+    if problem := _problem(width, model) or _problem(height, model):
+        raise UserError(f"--static: {problem}", f"--static {_nearest(width, model)}x{_nearest(height, model)}")
     return height, width
 
 
-def _check_size(option: str, size: int, model: Model) -> int:
+def _problem(size: int, model: Model) -> str:
+    """Why a model makes no pictures of that many pixels; empty if it does."""
     multiple, largest = model.size_multiple, model.max_size // model.size_multiple * model.size_multiple
     if not multiple <= size <= largest:
-        raise UserError(f"{option}: {model.name} makes {multiple} to {largest} pixels, got {size}", RANGES)
-    if size % multiple:
-        near = min(max(round(size / multiple), 1) * multiple, largest)
-        raise UserError(f"{option}: sizes must be divisible by {multiple}, got {size}", f"{near} is the nearest")
-    return size
+        return f"{model.name} makes {multiple} to {largest} pixels, got {size}"
+    return f"sizes must be divisible by {multiple}, got {size}" if size % multiple else ""
+
+
+def _nearest(size: int, model: Model) -> int:
+    """The nearest size that a model makes."""
+    multiple = model.size_multiple
+    return min(max(round(size / multiple), 1), model.max_size // multiple) * multiple
 
 
 def tiled(model: Model, vae_tile: int | None) -> Model:

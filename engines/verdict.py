@@ -9,8 +9,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Literal
 
-from ditforge import manifest
-from ditforge.engines import gpus
+from ditforge import local_gpu, manifest
 from ditforge.engines.verify import Difference, check_comparable, compare
 from ditforge.errors import UserError
 from ditforge.manifest import Kind, Manifest
@@ -126,8 +125,8 @@ def damage(folder: Path, name: str, file: manifest.File, fix: str) -> str:
 def check_executable(folder: Path, found: Manifest, against: Path) -> None:
     """Raise UserError, with what can be done instead, if engines in `folder` are for another machine's GPU."""
     targets = {engine.target for engine in found.engines.values()}
-    if why := gpus.why_not_here(targets):
-        capabilities = " or ".join(sorted(targets - {gpus.CPU}))
+    if why := local_gpu.why_not_here(targets):
+        capabilities = " or ".join(sorted(targets - {local_gpu.CPU}))
         fix = (
             f"ditforge verify ONNX_DIR --against {quote(str(against))}   executes the graphs that they were built from"
         )

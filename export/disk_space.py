@@ -28,6 +28,8 @@ def check_space(out: Path, size: int) -> None:
     parent = Path(os.path.realpath(out)).parent
     while not parent.is_dir() and parent != parent.parent:
         parent = parent.parent
+    if os.statvfs(parent).f_flag & os.ST_RDONLY:
+        raise UserError(f"cannot write {out}: {parent} is on a file system that is read-only", "choose another --out")
     free = shutil.disk_usage(parent).free
     if free < size + GRAPHS:
         wanted = f"this export takes {(size + GRAPHS) / 1e9:.2f} GB, and {parent} has {free / 1e9:.2f} GB free"

@@ -34,6 +34,7 @@ ENSEMBLES = (TEXT_ENCODERS, TEXT_ENCODERS_CLIP)
 NOT_TEXT = (DIT, VAE_DECODER, VAE_ENCODER)
 DEFAULT_MAX_BATCH = 8
 TENSORRT_BACKEND = "tensorrt"  # of Triton's own, where NVIDIA's container has it
+NEW = "there was none before"
 BUILD_AGAIN = "ditforge build ONNX_DIR --gpu GPU --out DIR   again"
 
 
@@ -168,7 +169,7 @@ def cache_key(source: Manifest, models: dict[str, Triton], max_batch: int) -> di
 def rewrite_reason(before: Manifest | None, out: Path, wanted: Manifest, models: dict[str, Triton]) -> str:
     """Why the repository has to be written; empty if the one in `out` is the one that is wanted."""
     if before is None:
-        return "there is no repository yet"
+        return NEW
     if changed := manifest.first_difference(before.source, wanted.source):
         return changed
     if before.components != wanted.components or before.model != wanted.model or before.engines != wanted.engines:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,11 +21,12 @@ from collections.abc import Callable
 from concurrent.futures import Future, TimeoutError as StillRunning
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, BinaryIO
 
 from typing_extensions import Self, TypedDict, Unpack
 
-from ditforge import folders
+from ditforge import folders, local_gpu, manifest
 from ditforge.errors import DitforgeError, UserError
 from ditforge.option import option
 from ditforge.triton_repo.installation import INSTALL, find_tritonserver
@@ -111,7 +113,7 @@ class Server:
                 log.exception("on_event failed")
         code = self._process.wait()
         if not self._ready.done():
-            end = f"the server ended with exit code {code} before it was ready"
+            end = f"the server {how_it_ended(code)} before it was ready"
             self._ready.set_exception(self._failure or DitforgeError(end, f"look at the log, {self.log}"))
         from ditforge.triton_repo import tritonserver
 
@@ -206,6 +208,7 @@ def start(repo: Path, on_event: Callable[[str], object] | None = None, **options
     made = make_options(repo, dict(options))
     if not any(made.repo.glob(f"*/{folders.CONFIG}")):
         raise folders.no_repository(made.repo)
+    check_gpu(made.repo)
     for module in ("grpc", "tritonclient.grpc", "psutil", "prometheus_client"):
         try:
             __import__(module)
@@ -224,6 +227,36 @@ def start(repo: Path, on_event: Callable[[str], object] | None = None, **options
         server.stop(grace=0)
         raise
     return server
+
+
+def how_it_ended(code: int) -> str:
+    """How a process with this exit code ended, in words: -N is that of one that signal N killed."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"was killed ({name}{', perhaps for want of memory' if -code == signal.SIGKILL else ''})"
+
+
+def check_gpu(repository: Path) -> None:
+    """Raise UserError where engines of the repository are for a GPU that is not here, before Triton tries them.
+
+    Where the driver cannot be asked, Triton finds out.
+    """
+    found = manifest.earlier(repository, "repository")
+    targets = {engine.target for engine in found.engines.values()} if found else set()
+    try:
+        why = local_gpu.why_not_here(targets)
+    except UserError:
+        return
+    if why:
+        here = quote(str(repository))
+        wanted = " or ".join(sorted(targets - {local_gpu.CPU}))
+        rebuilt = "for this one: ditforge build ONNX_DIR --gpu cpu --out DIR   and then ditforge repo"
+        fix = f"ditforge serve {here}   on a machine with {wanted}; {rebuilt}"
+        raise UserError(f"the engines in {repository} do not run here: {why}", fix)
 
 
 def environment() -> dict[str, str]:

@@ -53,6 +53,8 @@ def check_checkpoint(path: Path) -> None:
     if kind := stage_of(path):
         held, command = NEXT[kind]
         raise UserError(f"{path} holds {held}, and not a checkpoint", command.format(quote(str(path))))
+    if not path.exists() and path.suffix.lower() in WEIGHTS:
+        raise UserError(f"{path} does not exist", f"ls {quote(str(path.parent))}   says what there is")
     if path.is_file() and path.suffix.lower() not in WEIGHTS and not has_header(path):
         problem = f"{path} is not a checkpoint, which is a folder in diffusers' layout or a .safetensors file"
         raise UserError(problem, f"give one of these; ditforge inspect {quote(str(path.parent))}   says what is there")

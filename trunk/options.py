@@ -6,10 +6,11 @@ A command takes a record as one parameter; `grouped` makes an option of each of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -143,6 +144,23 @@ class SizeFlags:
     gpu_memory: GpuMemory = None
 
 
+def named_path(text: str | Path) -> Path:
+    """A path that a user gave. Raises typer.BadParameter for an empty one, which would mean the current folder."""
+    if text == "":
+        raise typer.BadParameter("the path is empty; . is the current folder")
+    return Path(text)
+
+
+def not_empty(annotation: Any) -> Any:
+    """An option's or argument's type, so that paths must not be empty."""
+    kind, *rest = get_args(annotation) or (annotation,)
+    if kind not in (Path, Path | None) or not rest:
+        return annotation
+    info = copy(rest[0])
+    info.parser, info.metavar = named_path, info.metavar or "PATH"
+    return Annotated[kind, info]
+
+
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """The command as typer wants it: each field of a parameter that is a record of options is an option of its own."""
     types, parameters, records = get_type_hints(command, include_extras=True), list[Parameter](), dict[str, type]()
@@ -152,11 +170,13 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
             records[name] = record
             inner = get_type_hints(record, include_extras=True)
             parameters += [
-                Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=inner[field.name])
+                Parameter(
+                    field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=not_empty(inner[field.name])
+                )
                 for field in fields(record)
             ]
         else:
-            parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=types[name]))
+            parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=not_empty(types[name])))
 
     def run(**values: Any) -> None:
         made = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -88,7 +89,8 @@ def written() -> Iterator[None]:
         raise
     except OSError as error:
         problem = f"cannot write to standard output: {error.strerror}"
-        raise UserError(problem, "free some space, or send the output elsewhere") from None
+        full = "free some space, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise UserError(problem, f"{full}send the output elsewhere") from None
 
 
 def say(line: str) -> None:

@@ -21,8 +21,8 @@ import numpy as np
 from ditforge.cache import default_cache
 from ditforge.engines.compilers import Arrays, Shape
 from ditforge.engines.compilers.tensorrt_common import NO_DRIVER, make_log
-from ditforge.engines.gpus import why_not_here
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
+from ditforge.local_gpu import why_not_here
 
 _lock = threading.Lock()  # the engines of a process take turns, and so
 _scratch: Any = None  # share the memory of their activations,

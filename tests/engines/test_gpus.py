@@ -13,6 +13,7 @@ from ditforge.engines import gpus
 from ditforge.engines.compilers.choice import check_compiler, default_compiler
 from ditforge.engines.gpus import GPUS, Target, find_target
 from ditforge.errors import UserError
+from ditforge.local_gpu import LocalGpu, local_gpus
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def driver(monkeypatch: pytest.MonkeyPatch, *found: GpuOfDriver) -> None:
 def test_the_local_gpu_is_the_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
     driver(monkeypatch, ((12, 0), "NVIDIA RTX of Next Year", 34_190_000_000), ((8, 9), "another one", 2**34))
     assert find_target("local") == Target("NVIDIA RTX of Next Year", ("sm_120",), 32)  # GiB, as data sheets count
-    assert gpus.local_gpus()[1] == gpus.LocalGpu("another one", "sm_89", 2**34, 15 * 2**30, "580.95.05")
+    assert local_gpus()[1] == LocalGpu("another one", "sm_89", 2**34, 15 * 2**30, "580.95.05")
 
 
 def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given, strategies as st
 from published import MODEL
 
 from ditforge.client.options import GenerateOptions
 from ditforge.client.request import make_request
-from ditforge.engines.profile import announced, default_range, make_profiles, tiled
+from ditforge.engines.profile import Profile, announced, default_range, make_profiles, tiled
 from ditforge.errors import UserError
 from ditforge.manifest import Tensor
 from ditforge.model import Model
@@ -133,3 +135,18 @@ def test_tiles_that_cannot_be(tile: int, near: int) -> None:
         tiled(MODEL, tile)
     assert error.value.fix == f"--vae-tile {near}"
     assert tiled(MODEL, near).vae_tile == near
+
+
+@pytest.mark.parametrize("option", ["--static", "--resolutions"])
+@pytest.mark.parametrize("size", ["1024x1024", "100x96", "8x8", "96", "9999x1"])
+def test_the_fix_does_not_fail_like_what_it_is_for(option: str, size: str) -> None:
+    small = MODEL.model_copy(update={"size_multiple": 16, "default_size": 128, "max_size": 512})
+
+    def made(text: str) -> list[Profile]:
+        resolutions, static = (None, text) if option == "--static" else (text.replace("x", "-"), None)
+        return make_profiles(small, resolutions, static, None)
+
+    with pytest.raises(UserError) as error:
+        made(size)
+    fix = re.match(rf"{option} ([\dx-]+)", error.value.fix)
+    assert fix and made(fix[1])

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from command_line import assert_error, ditforge
 
-from ditforge import manifest
+from ditforge import local_gpu, manifest
 from ditforge.commands.verify import row
-from ditforge.engines import gpus, verdict
-from ditforge.engines.gpus import LocalGpu
+from ditforge.engines import verdict
 from ditforge.engines.verdict import excess, verify
 from ditforge.engines.verify import Difference, difference
 from ditforge.errors import DitforgeError, UserError
+from ditforge.local_gpu import LocalGpu
 
 
 @pytest.fixture
@@ -164,14 +164,14 @@ def test_engines_for_a_gpu_that_is_not_here(engines: Path, schnell, monkeypatch:
     describe(engines, "dit", lambda engine: engine.update(target="sm_89"), part="engines")
 
     def nothing() -> list[LocalGpu]:
-        raise UserError("this machine has no NVIDIA GPU", gpus.NO_GPU)
+        raise UserError("this machine has no NVIDIA GPU", local_gpu.NO_GPU)
 
-    monkeypatch.setattr(gpus, "local_gpus", nothing)
+    monkeypatch.setattr(local_gpu, "local_gpus", nothing)
     with pytest.raises(UserError, match="they are for sm_89, and this machine has no NVIDIA GPU") as error:
         verify(engines, schnell.onnx)
     assert error.value.fix.startswith(f"ditforge verify ONNX_DIR --against {schnell.onnx} ")
     assert "--gpu" not in error.value.fix
     assert verify(engines).verdict == "whole"  # files can be checked anywhere
-    monkeypatch.setattr(gpus, "local_gpus", lambda: [LocalGpu("NVIDIA H100", "sm_90", 1, 1, "580")])
+    monkeypatch.setattr(local_gpu, "local_gpus", lambda: [LocalGpu("NVIDIA H100", "sm_90", 1, 1, "580")])
     with pytest.raises(UserError, match=r"this machine's GPU \(NVIDIA H100\) is sm_90"):
         verify(engines, schnell.onnx)

@@ -193,7 +193,7 @@ def test_python_runs_segments_and_what_is_loaded_on_demand(
     schnell, tmp_path: Path, tritonserver: Path, change: Placement
 ) -> None:
     engines = compiled(schnell.engines, tmp_path / "engines", "tensorrt", {})
-    assert write_repository(engines, tmp_path / "repo") == "there is no repository yet"
+    assert write_repository(engines, tmp_path / "repo") == "there was none before"
     assert read_config(tmp_path / "repo", "dit").platform == "tensorrt_plan"
     source = manifest.read(engines, "engines")
     changed = {**source.engines, "dit": source.engines["dit"].model_copy(update={"placement": change})}
@@ -246,7 +246,7 @@ def replace_plan(engines: Path, name: str, content: bytes) -> None:
 
 def test_the_same_repository_is_not_written_again(schnell, tmp_path: Path) -> None:
     out = tmp_path / "repo"
-    assert write_repository(schnell.engines, out) == "there is no repository yet"
+    assert write_repository(schnell.engines, out) == "there was none before"
     before, inode = tree(out), out.stat().st_ino
     assert write_repository(schnell.engines, out, max_batch=8) == ""  # which is the default
     assert (tree(out), out.stat().st_ino) == (before, inode)
@@ -262,7 +262,7 @@ def test_what_differs_is_the_reason(schnell, tmp_path: Path, monkeypatch: pytest
         assert (out / "dit" / "1" / "dit.plan").read_bytes() == (engines / "dit.plan").read_bytes()
         return first
 
-    assert reason() == "there is no repository yet"
+    assert reason() == "there was none before"
     assert reason(max_batch=3) == "max_batch was 4, is 3"
     assert reason() == "max_batch was 3, is 4"
     replace_plan(engines, "dit", b"another engine")
@@ -285,7 +285,7 @@ def test_what_differs_is_the_reason(schnell, tmp_path: Path, monkeypatch: pytest
         ("dit/1/model.py", "dit/1/model.py is missing or changed"),
         ("t5/1/t5.onnx.data", "a file of t5 is missing or truncated"),
         ("text_encoders/1", "text_encoders/1 is missing"),
-        ("manifest.json", "there is no repository yet"),
+        ("manifest.json", "there was none before"),
     ],
 )
 def test_what_is_lost_is_written_again(schnell, tmp_path: Path, path: str, reason: str) -> None:

@@ -318,9 +318,12 @@ def test_up_keeps_what_is_there(
     with monkeypatch.context() as first:
         first.setattr(onnx_export, "export_checkpoint", lambda _, out, *__, **___: shutil.copytree(schnell.onnx, out))
         repository = up.prepare(up.Wanted(source, precision="fp32", max_batch=4), cache)
-    assert capsys.readouterr().out == f"wrote {repository}: there is no repository yet\n"
+    assert capsys.readouterr().out == f"wrote {repository}\n"
     assert up.prepare(up.Wanted(source, precision="fp32", max_batch=8), cache) == repository
-    assert capsys.readouterr().out == f"wrote {repository}: max_batch was 4, is 8\n"
+    assert (
+        capsys.readouterr().out
+        == f"wrote {repository}: max_batch was 4, is 8; a server that runs on it has to be started again\n"
+    )
     before = tree(cache)
     running = popen("up", schnell.checkpoint, "--cache", cache, "--port", "0", "--log", "log", cwd=tmp_path)
     try:
@@ -349,6 +352,7 @@ def test_build_says_why(schnell, tmp_path: Path) -> None:
 
 def test_repo_says_why(schnell, tmp_path: Path) -> None:
     shutil.copytree(schnell.repository, tmp_path / "repo")
-    for options, said in (((), "repo is up to date"), (("--max-batch", "2"), "wrote repo: max_batch was 8, is 2")):
+    written = "wrote repo: max_batch was 8, is 2; a server that runs on it has to be started again"
+    for options, said in (((), "repo is up to date"), (("--max-batch", "2"), written)):
         result = ditforge("repo", schnell.engines, "--out", "repo", *options, cwd=tmp_path)
         assert (result.code, result.out) == (0, f"{said}\n")

@@ -12,10 +12,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
+from ditforge.commands.build import BuildReport
 from ditforge.commands.doctor import Machine
 from ditforge.contents import CheckpointFolder, Picture, StageFolder, TensorFile
 from ditforge.engines.gpu_table import GpuTable
-from ditforge.engines.gpus import LocalGpu
 from ditforge.engines.verdict import Verification
 from ditforge.plan_report import PlanReport
 from ditforge.reports import as_document
@@ -24,20 +24,20 @@ REPORTS = {
     "gpus": GpuTable,
     "doctor": Machine,
     "plan": PlanReport,
+    "build": BuildReport,
     "verify": Verification,
     "inspect FOLDER": StageFolder,
     "inspect CHECKPOINT": CheckpointFolder,
     "inspect FILE.safetensors": TensorFile,
     "inspect PICTURE": Picture,
 }
-NAMES = {"LocalGpu": LocalGpu}  # which the modules of reports import only for their types
 DOCUMENT = Path(__file__).parents[2] / "docs" / "json.md"
 
 
 def keys(kind: Any, path: str = "") -> Iterator[str]:
     """The keys of a dataclass's document, as docs/json.md writes them."""
     if dataclasses.is_dataclass(kind):
-        for name, inner in get_type_hints(kind, localns=NAMES).items():
+        for name, inner in get_type_hints(kind).items():
             yield from keys(inner, f"{path}.{name}" if path else name)
     elif get_origin(kind) in (Union, types.UnionType):
         yield from keys(next(one for one in get_args(kind) if one is not type(None)), path)

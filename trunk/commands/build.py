@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ditforge import terminal
 from ditforge.options import Batch, Gpu, Out, Residency, Segments, SizeFlags, VaeTile
+from ditforge.reports import Json, show
+
+if TYPE_CHECKING:
+    from ditforge.engines.build import Built
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """An engine, and whether it was there already. reason: why it was compiled. size: bytes of its files."""
+
+    name: str
+    precision: str
+    compiler: str
+    target: str
+    segments: int
+    size: int
+    kept: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build wrote into a folder, in how many seconds."""
+
+    folder: str
+    model: str
+    seconds: float
+    engines: tuple[BuiltEngine, ...]
 
 
 def build(
@@ -21,6 +50,7 @@ def build(
     vae_tile: VaeTile = None,
     segments: Segments = "auto",
     residency: Residency = None,
+    as_json: Json = False,
 ) -> None:
     """ONNX to engines for one device; engines that are there already are kept.
 
@@ -30,12 +60,33 @@ def build(
     from ditforge.engines import build as building
     from ditforge.engines.memory.fitting import parse_segments
 
+    began = perf_counter()
     options = building.BuildOptions(
         gpu, **asdict(sizes), batch=batch, vae_tile=vae_tile, segments=parse_segments(segments), residency=residency
     )
     with terminal.progress("build") as report:
-        built = building.build(onnx, out, options, report, plan_report.say_plan)
-    for name, reason in built.rebuilt.items():
-        terminal.say(f"built {name}: {reason}")
-    if not built.rebuilt:
-        terminal.say(f"{out} is up to date: nothing to build")
+        built = building.build(onnx, out, options, report, None if as_json else plan_report.say_plan)
+    show(make_report(built, out, perf_counter() - began), say, as_json)
+
+
+def make_report(built: Built, out: Path, seconds: float) -> BuildReport:
+    """What a build did."""
+    engines = []
+    for name, engine in built.manifest.engines.items():
+        component = built.manifest.components[name]
+        size = sum(file.size for file in component.files.values())
+        made = component.precision, engine.compiler, engine.target, engine.placement.segments, size
+        engines.append(BuiltEngine(name, *made, kept=name not in built.rebuilt, reason=built.rebuilt.get(name, "")))
+    return BuildReport(str(out), built.manifest.model.name, round(seconds, 3), tuple(engines))
+
+
+def say(report: BuildReport) -> None:
+    """Print what was compiled, and why where there was an engine before."""
+    from ditforge.engines.build import NEW
+
+    compiled = [engine for engine in report.engines if not engine.kept]
+    for engine in compiled:
+        why = "" if engine.reason == NEW else f": {engine.reason}"
+        terminal.say(f"built {engine.name}{why}")
+    if not compiled:
+        terminal.say(f"{report.folder} is up to date: nothing to build")

@@ -34,5 +34,11 @@ def calibrate(
     with terminal.progress("calibrate") as report:
         ranges = calibration.calibrate(origin, out, texts, steps, report)
     terminal.say(
-        f"{out}: ranges of {len(ranges.amax)} linears over {ranges.prompts} prompts, {ranges.steps} steps each"
+        f"{out}: ranges of {len(ranges.amax)} linears over {counted(ranges.prompts, 'prompt')}, "
+        f"{counted(ranges.steps, 'step')} each"
     )
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things, in the singular or plural."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -11,15 +11,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ditforge import terminal
+from ditforge import local_gpu, terminal
 from ditforge.errors import UserError
+from ditforge.local_gpu import LocalGpu
 from ditforge.machine_memory import Memory, read_memory
 from ditforge.reports import Json, show
-
-if TYPE_CHECKING:
-    from ditforge.engines.gpus import LocalGpu
 
 # The packages that each command imports, by the extra that installs them.
 EXTRAS = {
@@ -153,10 +150,8 @@ def shm_finding() -> Finding:
 
 def find_gpus() -> tuple[list[LocalGpu], list[Finding]]:
     """The GPUs and what is said of each: nothing is missing where there is none."""
-    from ditforge.engines.gpus import local_gpus
-
     try:
-        gpus = local_gpus()
+        gpus = local_gpu.local_gpus()
     except UserError as error:
         if "not installed" in error.problem:
             return [], [Finding("GPU", f"unknown: {error.problem}", error.fix)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -47,7 +48,8 @@ def export(
     if exported.fresh:
         terminal.say(f"{out} is up to date")
         return
-    for name, component in exported.manifest.components.items():
+    components = exported.manifest.components
+    for name, component in components.items():
         if component.layers or component.precision not in ("none", precision):
             terminal.say(f"{name} is {component.precision}: {component.reason}")
     if exported.choice:
@@ -55,3 +57,6 @@ def export(
         rows = [(name, f"{error:.4f}", asked.base if name in keep else asked.name) for name, error in errors.items()]
         terminal.table(("linear", "error in 8 bits", "becomes"), rows)
         terminal.say(f"relative error of the velocity: {exported.choice.velocity:.4f}")
+    size = sum(file.size for component in components.values() for file in component.files.values())
+    terminal.say(f"wrote {out}: {len(components)} components, {size / 1e9:.2f} GB")
+    terminal.say(f"next: ditforge build {quote(str(out))} --gpu GPU --out DIR")

@@ -27,4 +27,11 @@ def repo(
 
 def say_written(repository: Path, reason: str) -> None:
     """Say why a repository was written, or, where there is no reason, that it was not."""
-    terminal.say(f"wrote {repository}: {reason}" if reason else f"{repository} is up to date")
+    from ditforge.triton_repo.repository import NEW
+
+    if not reason:
+        terminal.say(f"{repository} is up to date")
+    elif reason == NEW:
+        terminal.say(f"wrote {repository}")
+    else:
+        terminal.say(f"wrote {repository}: {reason}; a server that runs on it has to be started again")

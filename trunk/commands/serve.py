@@ -34,7 +34,7 @@ def serve_in_foreground(repository: Path, options: Options) -> None:
     Raises DitforgeError where the server ends by itself, and where pictures were cut off. Until the server is ready,
     the signals end this like any other command.
     """
-    from ditforge.triton_repo.server import start
+    from ditforge.triton_repo.server import how_it_ended, start
 
     with start(repository, terminal.tell, **options) as server:
         signal.signal(signal.SIGTERM, interrupt)
@@ -45,11 +45,13 @@ def serve_in_foreground(repository: Path, options: Options) -> None:
         except KeyboardInterrupt:
             in_time = end(server)
         else:
-            raise DitforgeError(f"the server ended by itself with exit code {code}", f"look at its log, {server.log}")
+            raise DitforgeError(
+                f"the server {how_it_ended(code)}, and nobody had told it to stop", f"look at its log, {server.log}"
+            )
     if server.unfinished:
         raise cut_off(server, in_time)
     if in_time and (code := server.wait()) != 0:
-        problem = f"the server ended with exit code {code} while it was stopping: pictures may have been cut off"
+        problem = f"the server {how_it_ended(code)} while it was stopping: pictures may have been cut off"
         raise DitforgeError(problem, f"look at its log, {server.log}")
     kept = options.get("log") is None and server.log.exists()
     terminal.tell(f"stopped; the log is {server.log}" if kept else "stopped")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -15,6 +16,7 @@ from ditforge.commands.repo import say_written
 from ditforge.commands.serve import serve_in_foreground
 from ditforge.contract import DIT
 from ditforge.downloading import downloaded
+from ditforge.errors import UserError
 from ditforge.options import (
     PRECISION_HELP,
     Gpu,
@@ -56,6 +58,7 @@ def up(
     """
     options = server.options()
     check(options)
+    check_cache(cache)
     origin = source.of(checkpoint, t5_precision, random_weights)
     repository = prepare(Wanted(origin, gpu, precision, calibration, sizes, max_batch), cache)
     serve_in_foreground(repository, options)
@@ -67,6 +70,16 @@ def check(options: Options) -> None:
     from ditforge.triton_repo.server import claim_ports
 
     claim_ports(make_options(Path(), dict(options)))
+
+
+def check_cache(cache: Path | None) -> None:
+    """Raise UserError where folders cannot be kept in `cache`, which need not exist; nothing is made."""
+    folder = cache or default_cache()
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if there.is_dir() and os.access(there, os.W_OK):
+        return
+    problem = f"nothing can be kept in --cache {folder}: {there} is {'read-only' if there.is_dir() else 'no folder'}"
+    raise UserError(problem, "--cache FOLDER, with another one")
 
 
 @dataclass(frozen=True)

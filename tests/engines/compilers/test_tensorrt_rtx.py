@@ -20,14 +20,15 @@ import tensorrt_rtx as trt
 from exports import export_dits, replace_dit
 from onnx import TensorProto, helper
 
-from ditforge import manifest
-from ditforge.engines import build as building, gpus
+from ditforge import local_gpu, manifest
+from ditforge.engines import build as building
 from ditforge.engines.build import TOKENIZER, BuildOptions, build
 from ditforge.engines.compilers import Job, tensorrt_common, tensorrt_rtx
-from ditforge.engines.gpus import LocalGpu, find_target
+from ditforge.engines.gpus import find_target
 from ditforge.engines.runtime.loading import load_engine
 from ditforge.engines.verify import verify_files
 from ditforge.errors import DitforgeError, UserError
+from ditforge.local_gpu import LocalGpu
 from ditforge.manifest import Component, Tensor
 
 NETWORKS = ("clip", "t5", "dit", "vae_decoder", "vae_encoder")
@@ -205,7 +206,7 @@ def test_the_dits_profiles(schnell, tmp_path: Path) -> None:
 
 def test_the_same_key_is_not_built_again(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "engines"
-    assert build(clip, out, BuildOptions("rtx4090")).rebuilt == {"clip": "there is no engine yet"}
+    assert build(clip, out, BuildOptions("rtx4090")).rebuilt == {"clip": "there was none before"}
     plan = out / "clip.plan"
     before = plan.stat().st_mtime_ns
     assert build(clip, out, BuildOptions("l40s")).rebuilt == {}  # the same compute capability
@@ -309,7 +310,7 @@ def test_another_versions_engine_is_refused(engines: Path) -> None:
 
 
 def test_another_gpus_engine_is_refused(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpus, "local_gpus", lambda: [LocalGpu("NVIDIA GeForce RTX 3090", "sm_86", 1, 1, "580")])
+    monkeypatch.setattr(local_gpu, "local_gpus", lambda: [LocalGpu("NVIDIA GeForce RTX 3090", "sm_86", 1, 1, "580")])
     with pytest.raises(UserError, match=r"are for sm_89, and this machine's GPU \(NVIDIA GeForce RTX 3090\) is sm_86"):
         load(engines)
 
@@ -332,14 +333,14 @@ def gpu_here() -> bool:
 def test_no_driver(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="no NVIDIA GPU"):
         load(engines)
-    monkeypatch.setattr(gpus, "local_gpus", lambda: [LocalGpu("NVIDIA GeForce RTX 4090", "sm_89", 1, 1, "580")])
+    monkeypatch.setattr(local_gpu, "local_gpus", lambda: [LocalGpu("NVIDIA GeForce RTX 4090", "sm_89", 1, 1, "580")])
     with pytest.raises(DitforgeError, match=r"cannot load .*clip\.plan: .*driver") as error:
         load(engines)
     assert "ditforge build ONNX_DIR --gpu sm_89" in error.value.fix
 
 
 def test_a_plan_that_is_none(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpus, "local_gpus", lambda: [LocalGpu("NVIDIA GeForce RTX 4090", "sm_89", 1, 1, "580")])
+    monkeypatch.setattr(local_gpu, "local_gpus", lambda: [LocalGpu("NVIDIA GeForce RTX 4090", "sm_89", 1, 1, "580")])
     (engines / "clip.plan").write_bytes(b"no plan" * 1000)
     with pytest.raises(DitforgeError, match=r"cannot load .*incompatible serialization version"):
         tensorrt_rtx.load([engines / "clip.plan"], "sm_89", VERSION)

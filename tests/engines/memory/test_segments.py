@@ -244,7 +244,7 @@ def test_unknown_residency(dit: Path, tmp_path: Path) -> None:
 
 def test_the_same_segments_are_not_built_again(dit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "engines"
-    assert build(dit, out, BuildOptions("cpu", segments=2)).rebuilt == {"dit": "there is no engine yet"}
+    assert build(dit, out, BuildOptions("cpu", segments=2)).rebuilt == {"dit": "there was none before"}
     inode = out.stat().st_ino
     assert build(dit, out, BuildOptions("cpu", segments=2)).rebuilt == {}
     assert out.stat().st_ino == inode

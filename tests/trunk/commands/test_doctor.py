@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from command_line import ditforge
 
+from ditforge import local_gpu
 from ditforge.commands import doctor
 from ditforge.commands.doctor import Finding
-from ditforge.engines import gpus
-from ditforge.engines.gpus import LocalGpu
 from ditforge.errors import UserError
+from ditforge.local_gpu import LocalGpu
 from ditforge.machine_memory import Memory
 
 
@@ -60,17 +60,17 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing() -> list[LocalGpu]:
         raise UserError("this machine has no NVIDIA GPU", "")
 
-    monkeypatch.setattr(gpus, "local_gpus", nothing)
+    monkeypatch.setattr(local_gpu, "local_gpus", nothing)
     assert "engines run on the CPU here" in found("GPU").found
     assert doctor.examine().gpus == ()
 
 
 def test_a_gpu_its_memory_and_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     card = LocalGpu("NVIDIA H100 80GB HBM3", "sm_90", 80 * 2**30, 78 * 2**30, "580.95.05")
-    monkeypatch.setattr(gpus, "local_gpus", lambda: [card])
+    monkeypatch.setattr(local_gpu, "local_gpus", lambda: [card])
     said = "NVIDIA H100 80GB HBM3, sm_90, 80 GiB, 78 GiB free; driver 580.95.05"
     assert found("GPU") == Finding("GPU", said)
-    monkeypatch.setattr(gpus, "local_gpus", lambda: [card, card])
+    monkeypatch.setattr(local_gpu, "local_gpus", lambda: [card, card])
     assert found("GPU 0").found == found("GPU 1").found == said
     assert doctor.examine().gpus == (card, card)
 

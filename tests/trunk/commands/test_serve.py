@@ -73,7 +73,10 @@ def served(tmp_path: Path) -> Iterator[Served]:
             lambda served: served.child("triton_python").kill(),
             "the model slow has died: it was ended by SIGKILL",
         ),
-        (lambda served: served.service.kill(), "exit code -9 while it was stopping: pictures may have been cut off"),
+        (
+            lambda served: served.service.kill(),
+            "was killed (SIGKILL, perhaps for want of memory) while it was stopping",
+        ),
     ],
 )
 def test_why_a_picture_was_not_finished(served: Served, then: Callable[[Served], None], problem: str) -> None:

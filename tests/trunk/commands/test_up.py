@@ -64,7 +64,7 @@ def test_up_of_a_file_with_a_base_and_a_lora(
         manifest.read(served[0], "repository").components.keys()
         == manifest.read(schnell.onnx, "onnx").components.keys()
     )
-    assert capsys.readouterr().out == f"wrote {served[0]}: there is no repository yet\n"
+    assert capsys.readouterr().out == f"wrote {served[0]}\n"
     before = tree(cache / folder.name / "fp32" / "cpu")
     cli.app(["up", str(schnell.checkpoint), "--cache", str(cache)], standalone_mode=False)
     assert len(list(cache.iterdir())) == 2

@@ -1,0 +1,69 @@
+"""The GPUs of this machine as their driver describes them, by NVML (nvidia-ml-py), and which engines run on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import ModuleType
+
+from ditforge.errors import UserError
+
+CPU = "cpu"  # the target of engines that need no GPU
+NO_GPU = "name the GPU to compile for: --gpu rtx4090 (ditforge gpus lists names); or install NVIDIA's driver"
+
+
+@dataclass(frozen=True)
+class LocalGpu:
+    """A GPU of this machine: its compute capability (sm_89), bytes of its memory, how many are free, the driver."""
+
+    product: str
+    capability: str
+    memory: int
+    memory_free: int
+    driver: str
+
+
+def local_gpus() -> list[LocalGpu]:
+    """The GPUs of this machine, of which there is one at least. Raises UserError if there is none."""
+    try:
+        import pynvml
+    except ModuleNotFoundError as error:
+        problem = "the driver cannot be asked for its GPU: nvidia-ml-py is not installed"
+        raise UserError(problem, "pip install nvidia-ml-py") from error
+    try:
+        pynvml.nvmlInit()
+        try:
+            devices = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+            found = [_described(pynvml, device) for device in devices]
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError as error:
+        raise UserError(f"this machine has no NVIDIA GPU that its driver can find: {error}", NO_GPU) from error
+    if not found:
+        raise UserError("this machine has no NVIDIA GPU: its driver finds none", NO_GPU)
+    return found
+
+
+def _described(pynvml: ModuleType, device: object) -> LocalGpu:
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(device)
+    memory = pynvml.nvmlDeviceGetMemoryInfo(device)
+    product, driver = pynvml.nvmlDeviceGetName(device), pynvml.nvmlSystemGetDriverVersion()
+    return LocalGpu(str(product), f"sm_{major}{minor}", int(memory.total), int(memory.free), str(driver))
+
+
+def why_not_here(targets: Iterable[str]) -> str:
+    """Why engines for these targets do not run on this machine; empty if they do.
+
+    A target is `cpu`, or compute capabilities with commas (`sm_86,sm_89`). Raises UserError where the driver cannot be
+    asked.
+    """
+    for target in sorted({target for target in targets if target != CPU}):
+        try:
+            here = local_gpus()[0]
+        except UserError as error:
+            if error.fix != NO_GPU:
+                raise
+            return f"they are for {target}, and {error.problem}"
+        if here.capability not in target.split(","):
+            return f"they are for {target}, and this machine's GPU ({here.product}) is {here.capability}"
+    return ""

@@ -3,7 +3,8 @@
 A comment above a block says what is special about it:
 <!-- test: starts a server --> the reader then waits for the line that says that it serves;
 <!-- test: gpu --> it needs a GPU; here it is parsed, and built as far as that needs none;
-<!-- test: installs --> it installs ditforge, which CI does by itself (.ci/run), and tests do not do again.
+<!-- test: installs --> it installs ditforge, which CI does by itself (.ci/run), and tests do not do again;
+<!-- test: shown FILE --> it is code of the repository.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from pathlib import Path
 
 import pytest
 from command_line import PATIENCE
-from documents import DOCUMENTS, README, ROOT, Block, blocks, commands, parse, spans
+from documents import CONTRIBUTING, DOCUMENTS, README, ROOT, Block, blocks, commands, parse, spans
 from PIL import Image
 from replicas import lasting_port
 
 PASTED = [README, ROOT / "docs" / "client.md", ROOT / "docs" / "serving.md"]  # in one shell, in this order
-INSTALLS, GPU, STARTS = "installs", "gpu", "starts a server"
+INSTALLS, GPU, STARTS, SHOWN = "installs", "gpu", "starts a server", "shown "
 # A reader's machine has these ports free, and its server is where clients look by default.
 WRAPPER = """#!/bin/bash
 case "$*" in
@@ -149,7 +150,19 @@ def test_blocks_that_install_name_what_there_is() -> None:
 
 def test_marks_are_known() -> None:
     marks = {block.mark for document in DOCUMENTS for block in blocks(document)}
-    assert marks <= {"", INSTALLS, GPU, STARTS, "shown"}
+    assert {mark for mark in marks if not mark.startswith(SHOWN)} <= {"", INSTALLS, GPU, STARTS}
+
+
+@pytest.mark.parametrize("block", [block for block in blocks(CONTRIBUTING) if block.mark.startswith(SHOWN)], ids=str)
+def test_code_that_is_shown_is_what_is_there(block: Block) -> None:
+    file = block.mark.removeprefix(SHOWN)
+    assert block.text in (ROOT / file).read_text(), f"copy it again from {file}"
+
+
+def test_every_kind_of_part_is_shown() -> None:
+    shown = {block.mark.removeprefix(SHOWN) for block in blocks(CONTRIBUTING)}
+    families, compilers = "tests/toy/toy_family.py", "tests/toy/toy_compiler.py"
+    assert shown >= {families, compilers, "client/samplers/euler.py", "client/schedules.py", "trunk/commands/gpus.py"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

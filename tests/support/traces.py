@@ -146,16 +146,14 @@ def share(module: ModuleType) -> None:
 
         def make() -> bytes:
             measured = measures(network, model)
-            return json.dumps([measured.parameters, measured.activations]).encode()
+            return json.dumps([measured.parameters, measured.activations, measured.flops]).encode()
 
-        parameters, activations = json.loads(shared(Path(folder), key, make))
-        shapes = {name: tuple(shape) for name, shape in parameters.items()}
-        return made(network, shapes, {int(side): size for side, size in activations.items()})
-
-    def made(network: Network, parameters: dict[str, tuple[int, ...]], activations: dict[int, int]) -> Measured:
         from ditforge.export.graph.measure_footprint import Measured
 
-        return Measured(network, parameters, activations)
+        parameters, *by_side = json.loads(shared(Path(folder), key, make))
+        shapes = {name: tuple(shape) for name, shape in parameters.items()}
+        activations, flops = ({int(side): number for side, number in found.items()} for found in by_side)
+        return Measured(network, shapes, activations, flops)
 
     module.trace, module.measure = trace, measure  # type: ignore[attr-defined]
 

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper
 
 from ditforge import manifest
 from ditforge.client import Client
-from ditforge.commands.inspect import show_folder
+from ditforge.contents import look_into
 from ditforge.engines.build import build, cut_graph, ranges
 from ditforge.engines.compilers import Arrays, Engine, onnxruntime as ort_compiler
 from ditforge.engines.memory.segments import Segment, cut
@@ -237,7 +237,7 @@ def test_unknown_residency(dit: Path, tmp_path: Path) -> None:
 # Builds
 
 
-def test_the_same_segments_are_not_built_again(dit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_segments_are_not_built_again(dit: Path, tmp_path: Path) -> None:
     out = tmp_path / "engines"
     assert build(dit, out, "cpu", segments=2).rebuilt == {"dit": "there was none before"}
     inode = out.stat().st_ino
@@ -247,8 +247,8 @@ def test_the_same_segments_are_not_built_again(dit: Path, tmp_path: Path, capsys
     assert build(dit, out, "cpu", segments=2, residency="on-demand").rebuilt == {}  # another manifest, the same engines
     assert {path.name: path.stat().st_ino for path in out.glob("dit-*")} == parts
     assert manifest.read(out, "engines").engines["dit"].on_demand == 2
-    show_folder(out)
-    assert ", 2 segments, on demand" in capsys.readouterr().out
+    (described,) = (part for part in look_into(out).parts if part.name == "dit")
+    assert (described.segments, described.residency) == (2, "on-demand")
     assert build(dit, out, "cpu", segments=3).rebuilt == {"dit": "segments was 2 (cutting 1), is 3 (cutting 1)"}
     assert build(dit, out, "cpu").rebuilt == {"dit": "segments was 3 (cutting 1), is 1"}
     assert verify_files(out) == 4

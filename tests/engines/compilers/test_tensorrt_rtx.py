@@ -31,8 +31,8 @@ from ditforge.manifest import Component, Tensor
 
 NETWORKS = ("clip", "t5", "dit", "vae_decoder", "vae_encoder")
 VERSION = version("tensorrt-rtx-cu13")
-# What is compiled for each GPU: the DiT in every precision that the GPU has, (precision, what is around it). Engines for
-# several GPUs are compiled for each of them, so that these need no engine of their own as well.
+# What is compiled for each GPU: the DiT in every precision that the GPU has, (precision, what is around it).
+# Engines for several GPUs are compiled for each of them, so these need no engine of their own as well.
 FP32 = [("fp32", "fp32")]
 FP16, BF16 = [("fp16", "fp16"), ("int8-weights", "fp16")], [("bf16", "bf16"), ("int8-weights", "bf16")]
 FP8 = [("fp8-weights", "bf16"), ("fp8", "bf16")]

@@ -23,9 +23,9 @@ from ditforge.triton_repo.server import Server, start
 MODELS = Path(__file__).parent.parent / "models"
 STARTUP = Path(traces.__file__).parent / "startup"
 OTHER = {"fp32": "fp16", "fp16": "bf16", "bf16": "fp16"}  # which exports to make while those are being made
-# The same examples each time, so that a submission is not refused for what an earlier one brought. For others:
-# pytest --hypothesis-profile default
-settings.register_profile("same", derandomize=True)
+# The same examples each time, however long one takes on a busy machine, so that a submission is not refused for what an
+# earlier one brought. For others: pytest --hypothesis-profile default
+settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile("same")
 # What `make test-quick` leaves out: tests that need one of these fixtures, and these files or folders, which trace,
 # compile, train or serve by themselves.

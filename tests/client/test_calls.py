@@ -82,6 +82,7 @@ def test_every_call_says_which_picture_it_is_of(make: Any, between: Front, schne
 def test_without_a_token_none_is_sent(between: Front) -> None:
     with Client(between.url) as client:
         client.generate("a", steps=1, **SMALL)
+    assert [call.model for call in between.calls] == ["text_encoders", "dit", "vae_decoder"]
     assert not any("authorization" in call.headers for call in between.calls)
 
 

@@ -275,7 +275,7 @@ def test_pictures_that_were_cut_off(serve_until_signal, tmp_path: Path) -> None:
     assert result.code == 1
     problem, fix = result.err.splitlines()
     assert problem == f"error: 2 pictures were not finished within --grace 45 seconds, and cut off (log: {log})"
-    assert fix.startswith("fix:   --grace 90 (in Python: grace=90); ")
+    assert fix.startswith("fix:   --grace 90; ")
     assert "stopped" not in result.out
 
 

@@ -146,16 +146,16 @@ def share(module: ModuleType) -> None:
 
         def make() -> bytes:
             measured = measures(network, model)
-            return json.dumps([measured.parameters, measured.activations]).encode()
+            return json.dumps([measured.parameters, measured.activations, measured.flops]).encode()
 
-        parameters, activations = json.loads(shared(Path(folder), key, make))
+        parameters, *by_side = json.loads(shared(Path(folder), key, make))
         shapes = {name: tuple(shape) for name, shape in parameters.items()}
-        return made(network, shapes, {int(side): size for side, size in activations.items()})
+        return made(network, shapes, *({int(side): count for side, count in counts.items()} for counts in by_side))
 
-    def made(network: Network, parameters: dict[str, tuple[int, ...]], activations: dict[int, int]) -> Measured:
+    def made(network: Network, parameters: dict[str, tuple[int, ...]], *by_side: dict[int, int]) -> Measured:
         from ditforge.export.graph.measure_footprint import Measured
 
-        return Measured(network, parameters, activations)
+        return Measured(network, parameters, *by_side)
 
     module.trace, module.measure = trace, measure  # type: ignore[attr-defined]
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from ditforge.contract import DIT, TOKENIZER
 from ditforge.engines.compilers import Compiler, Job, Progress, Ranges, compilers, find_compiler
 from ditforge.engines.compilers.child_process import compile_apart
 from ditforge.engines.compilers.choice import check_component, default_compiler, made_by
-from ditforge.engines.gpus import Target, find_target, limited
+from ditforge.engines.gpus import Target, default_precision, find_target, limited
 from ditforge.engines.memory.fitting import (
     cut_before,
     decide,
@@ -147,6 +148,7 @@ def build(
 def make_order(source: Manifest, options: BuildOptions) -> tuple[Order, Plan | None]:
     """What is to be made of an export, and the plan for the GPU's memory. Raises UserError for what cannot be made."""
     target = limited(find_target(options.gpu), options.gpu_memory)
+    check_wished(source, target, options.gpu)
     if options.gpu_memory is not None and options.placed_by_hand:
         raise UserError("--gpu-memory is for a plan, which --segments and --residency replace", "leave one of them out")
     compiler = find_compiler(options.compiler or default_compiler(target))
@@ -167,6 +169,17 @@ def make_order(source: Manifest, options: BuildOptions) -> tuple[Order, Plan | N
         warn_of_compiling(networks, placements, memory)
     makers = {name: made_by(placements[name], compiler, target) for name in networks}
     return Order(networks, source.model, model, profiles, makers, placements), plan
+
+
+def check_wished(source: Manifest, target: Target, gpu: str) -> None:
+    """Raise UserError for a GPU's engine of an fp32 export that is fp32 only because nobody named a precision."""
+    if not target.capabilities or source.origin.get(manifest.PRECISION_CHOICE) != manifest.BY_DEFAULT:
+        return
+    precision = default_precision(target)[0]
+    raise UserError(
+        f"this export of {source.model.name} is in fp32, which suits the CPU, and {gpu} is for {precision}",
+        f"ditforge export CHECKPOINT --gpu {quote(gpu)} --out DIR   (or --precision fp32, if that is what you want)",
+    )
 
 
 def make_design(order: Order, before: Manifest | None, as_before: Collection[str], out: Path) -> Design:

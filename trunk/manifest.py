@@ -33,6 +33,9 @@ READABLE = (1, 2)
 
 Kind = Literal["onnx", "engines", "repository"]
 OTHER_OUT = "choose another --out, or remove it first"
+# In the origin: whether somebody asked for the export's precision, or for the GPU that it suits.
+PRECISION_CHOICE = "precision_choice"
+ASKED, BY_DEFAULT = "asked for", "by default"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NEXT_COMMAND = {
     "onnx": "ditforge export CHECKPOINT --out DIR",
@@ -188,7 +191,12 @@ def parse(path: Path) -> Manifest:
 
 def write(manifest: Manifest, folder: Path) -> None:
     """Write `manifest` into `folder` (last of all its files: a folder with a manifest is whole)."""
-    (folder / FILE_NAME).write_text(manifest.model_dump_json(indent=2) + "\n")
+    (folder / FILE_NAME).write_text(as_text(manifest))
+
+
+def as_text(manifest: Manifest) -> str:
+    """What is in the file."""
+    return manifest.model_dump_json(indent=2) + "\n"
 
 
 def describe(path: Path) -> File:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ditforge import terminal
+from ditforge.contract import DIT
 from ditforge.options import Batch, Gpu, Out, Residency, Segments, SizeFlags, VaeTile
 from ditforge.reports import Json, show
 
@@ -33,10 +34,11 @@ class BuiltEngine:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build wrote into a folder, in how many seconds."""
+    """What a build wrote into a folder for a GPU, as the user called it, in how many seconds."""
 
     folder: str
     model: str
+    gpu: str
     seconds: float
     engines: tuple[BuiltEngine, ...]
 
@@ -66,10 +68,10 @@ def build(
     )
     with terminal.progress("build") as report:
         built = building.build(onnx, out, options, report, None if as_json else plan_report.say_plan)
-    show(make_report(built, out, perf_counter() - began), say, as_json)
+    show(make_report(built, out, gpu, perf_counter() - began), say, as_json)
 
 
-def make_report(built: Built, out: Path, seconds: float) -> BuildReport:
+def make_report(built: Built, out: Path, gpu: str, seconds: float) -> BuildReport:
     """What a build did."""
     engines = []
     for name, engine in built.manifest.engines.items():
@@ -77,11 +79,11 @@ def make_report(built: Built, out: Path, seconds: float) -> BuildReport:
         size = sum(file.size for file in component.files.values())
         made = component.precision, engine.compiler, engine.target, engine.placement.segments, size
         engines.append(BuiltEngine(name, *made, kept=name not in built.rebuilt, reason=built.rebuilt.get(name, "")))
-    return BuildReport(str(out), built.manifest.model.name, round(seconds, 3), tuple(engines))
+    return BuildReport(str(out), built.manifest.model.name, gpu, round(seconds, 3), tuple(engines))
 
 
 def say(report: BuildReport) -> None:
-    """Print what was compiled, and why where there was an engine before."""
+    """Print what was compiled, why where there was an engine before, and in which precision the DiT is for the GPU."""
     from ditforge.engines.build import NEW
 
     compiled = [engine for engine in report.engines if not engine.kept]
@@ -90,3 +92,7 @@ def say(report: BuildReport) -> None:
         terminal.say(f"built {engine.name}{why}")
     if not compiled:
         terminal.say(f"{report.folder} is up to date: nothing to build")
+    for engine in report.engines:
+        if engine.name == DIT:
+            target = report.gpu if report.gpu == engine.target else f"{report.gpu} ({engine.target})"
+            terminal.say(f"{engine.name} is {engine.precision}, for {target}")

@@ -14,13 +14,12 @@ from ditforge import terminal
 from ditforge.cache import default_cache
 from ditforge.commands.repo import say_written
 from ditforge.commands.serve import serve_in_foreground
-from ditforge.contract import DIT
 from ditforge.downloading import downloaded
 from ditforge.errors import UserError
 from ditforge.options import (
-    PRECISION_HELP,
     Gpu,
     MaxBatch,
+    Precision,
     RandomWeights,
     Ranges,
     ServeFlags,
@@ -45,7 +44,7 @@ def up(
     sizes: SizeFlags,
     server: ServeFlags,
     gpu: Gpu = "cpu",
-    precision: Annotated[str | None, typer.Option(help=f"{PRECISION_HELP} By default the GPU's.")] = None,
+    precision: Precision = None,
     calibration: Ranges = None,
     random_weights: RandomWeights = False,
     t5_precision: T5Precision = None,
@@ -137,24 +136,16 @@ def prepare(wanted: Wanted, cache: Path | None) -> Path:
 
 def choose_options(wanted: Wanted, target: Target) -> ExportOptions:
     """How to export for the target. Raises UserError for a precision, or a compiler, that is not for it."""
-    from ditforge.engines import gpus
     from ditforge.engines.compilers.choice import check_compiler, default_compiler
     from ditforge.export.onnx_export import ExportOptions
-    from ditforge.export.quantisation.precision import EIGHT_BIT
+    from ditforge.suited import suited
 
-    precision = wanted.precision
-    if precision is None and wanted.calibration:
-        precision = "fp8"
-        terminal.say(f"precision {precision}: a calibration is given")
-    elif precision is None:
-        precision, reason = gpus.default_precision(target)
-        if target.capabilities:
-            terminal.say(f"precision {precision}: {reason}")
-    activations = gpus.default_activations(target)
     if target.capabilities:
         check_compiler(wanted.sizes.compiler or default_compiler(target), target)
-        gpus.check_precision(DIT, precision, activations if precision in EIGHT_BIT else precision, target)
-    return ExportOptions(precision, activations, wanted.calibration)
+    options, reason = suited(ExportOptions(wanted.precision, calibration=wanted.calibration), target)
+    if wanted.precision is None and (target.capabilities or wanted.calibration):
+        terminal.say(f"precision {options.precision}: {reason}")
+    return options
 
 
 def folder_name(source: CheckpointSource) -> str:
@@ -170,7 +161,7 @@ def options_name(source: CheckpointSource, options: ExportOptions) -> str:
     """What an export of a checkpoint is called in the cache: precisions, and the calibration."""
     from ditforge.export.quantisation.precision import EIGHT_BIT
 
-    name = options.precision
+    name = options.asked(source).name
     name += f"-{options.activations}" if options.precision in EIGHT_BIT else ""
     name += "" if source.text_encoders == "all" else f"-{source.text_encoders}"
     name += f"-t5-{source.t5_precision}" if source.t5_precision else ""

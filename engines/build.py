@@ -11,7 +11,7 @@ from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from ditforge import manifest
+from ditforge import manifest, stage_folder
 from ditforge.contract import DIT, TOKENIZER
 from ditforge.engines.compilers import Compiler, Job, Progress, Ranges, compilers, find_compiler
 from ditforge.engines.compilers.child_process import compile_apart
@@ -59,6 +59,7 @@ class BuildOptions:
     segments: into how many engines the DiT is cut, which are compiled one after the other.
     residency: "resident", or "on-demand": every engine is loaded for each call, and then freed.
     gpu_memory: how many GB of memory the GPU has for the engines.
+    force: replaces another model's engines in the folder, too.
 
     Where neither `segments` nor `residency` is given, a plan for the memory of the GPU decides about them, and about
     the batch and the tiles (see ditforge.engines.memory.fitting.decide).
@@ -73,6 +74,7 @@ class BuildOptions:
     segments: int | None = None
     residency: str | None = None
     gpu_memory: float | None = None
+    force: bool = False
 
     @property
     def placed_by_hand(self) -> bool:
@@ -142,6 +144,8 @@ def build(
     design = make_design(order, before, as_before, out)
     if before and not design.reasons and is_same(before, out, design):
         return Built(before, {})
+    called = "" if options.force else stage_folder.called(source.model.name, source.origin)
+    stage_folder.check_replaceable(out, "engines", kept_files(), called)
     return Built(write_engines(source, onnx, out, design, before, progress), design.reasons)
 
 
@@ -226,8 +230,8 @@ def write_engines(
     }
     report = progress or (lambda component, done, total: None)
     kept = {name: before.components[name] for name in networks if name not in design.reasons} if before else {}
-    own = sorted({file for compiler in compilers() for file in compiler.keeps})
-    with manifest.written_whole(out, "engines", own) as folder:
+    own = kept_files()
+    with stage_folder.written_whole(out, "engines", own) as folder:
         for file in own:
             if before and (out / file).is_file():
                 shutil.copyfile(out / file, folder / file)
@@ -261,6 +265,11 @@ def write_engines(
         )
         manifest.write(result, folder)
     return result
+
+
+def kept_files() -> list[str]:
+    """What compilers keep in a folder of engines beside them."""
+    return sorted({file for compiler in compilers() for file in compiler.keeps})
 
 
 def ranges(component: Component, profiles: list[Profile], model: Model) -> list[Ranges]:

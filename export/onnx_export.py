@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from ditforge import __version__, manifest, small_files
+from ditforge import __version__, manifest, small_files, stage_folder
 from ditforge.contract import TOKENIZER
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 from ditforge.export.checkpoint import consistency, random_weights
@@ -66,12 +65,14 @@ class ExportOptions:
     activations: what surrounds 8-bit weights: bf16 (None), fp16 or fp32.
     calibration: a file that `ditforge calibrate` wrote for this checkpoint; fp8 needs one.
     max_error: the linears with the largest 8-bit errors stay 16-bit until the velocity's relative error is no larger.
+    force: replaces another model's export in the folder, too.
     """
 
     precision: str | None = None
     activations: str | None = None
     calibration: Path | None = None
     max_error: float | None = None
+    force: bool = False
 
     def asked(self, source: CheckpointSource) -> Precision:
         """The precision of the networks of `source`. Raises UserError for a name that there is not."""
@@ -143,7 +144,8 @@ def export_opened(
         shapes = consistency.check_weights(network, weights_of(network, checkpoint))
         sizes[network.name] = size_of(network, shapes, scheme_of(network, precision))
     consistency.check_ports(networks)
-    manifest.check_replaceable(Path(os.path.realpath(out)), "onnx", ())
+    made_from = origin_of(checkpoint, source, options)
+    stage_folder.check_replaceable(out, "onnx", (), "" if options.force else stage_folder.called(model.name, made_from))
     unfinished = Unfinished.beside(out, {**source, "ditforge": __version__})
     unfinished.drop_others()
     check_space(out, sum(size for name, size in sizes.items() if name not in unfinished.kept()))
@@ -151,7 +153,7 @@ def export_opened(
     choice = measure_linears(checkpoint, precision, ranges, options.max_error, measuring)
     done, total = 0, max(1, sum(sizes.values()))
     try:
-        with manifest.written_whole(out, "onnx") as folder:
+        with stage_folder.written_whole(out, "onnx") as folder:
             components = {TOKENIZER: export_tokenizers(tokenizers, folder)}
             for network in networks:
                 written = bytes_reported(report, network.name, done, total)
@@ -167,7 +169,6 @@ def export_opened(
                 components[network.name] = component
                 done += sizes[network.name]
             report("done", total, total)
-            made_from = origin_of(checkpoint, source, options)
             result = Manifest(kind="onnx", model=model, components=components, source=source, origin=made_from)
             manifest.write(result, folder)
     except BaseException:

@@ -43,6 +43,7 @@ class ExportKeywords(TypedDict, total=False):
     activations: str | None
     calibration: AnyPath | None
     max_error: float | None
+    force: bool
 
 
 class BuildKeywords(TypedDict, total=False):
@@ -57,6 +58,7 @@ class BuildKeywords(TypedDict, total=False):
     segments: int | None
     residency: str | None
     gpu_memory: float | None
+    force: bool
 
 
 def export_checkpoint(
@@ -79,6 +81,7 @@ def export_checkpoint(
     activations: what surrounds 8-bit weights: bf16, fp16 or fp32; bf16 without `gpu`.
     calibration: a file that `ditforge calibrate` wrote for this checkpoint; fp8 needs one.
     max_error: the linears with the largest 8-bit errors stay 16-bit until the velocity's relative error is no larger.
+    force: replaces another model's export in `out`, too.
 
     Returns what was exported; where `out` held the same export already, nothing was written (`fresh`). Raises UserError
     for a checkpoint that is incomplete or of no known family, and where the disk has too little space, before anything
@@ -118,6 +121,7 @@ def build_engines(
     vae_tile: the autoencoder takes pictures in tiles of that many pixels.
     segments: into how many engines the DiT is cut. residency: "resident" or "on-demand".
     gpu_memory: how many GB of memory the GPU has for the engines.
+    force: replaces another model's engines in `out`, too.
 
     Returns what was built: the manifest, and for each engine that was compiled the reason why. Raises UserError where
     the GPU cannot execute a component or has too little memory; then `out` is as it was before.
@@ -128,16 +132,17 @@ def build_engines(
     return build(Path(onnx), Path(out), made(BuildOptions, options), progress, planned)
 
 
-def write_repository(engines: AnyPath, out: AnyPath, max_batch: int | None = None) -> str:
+def write_repository(engines: AnyPath, out: AnyPath, max_batch: int | None = None, force: bool = False) -> str:
     """Write a Triton model repository of what `build_engines` wrote: the same as `ditforge repo`.
 
     `max_batch` is how many samples Triton puts into one call of a model: by default 8, or what the engines take.
+    `force` replaces another model's repository in `out`, too.
     Returns why it was written; empty where `out` holds the same repository already. Raises UserError if the engines are
     damaged, or do not take such batches; then `out` is as it was before.
     """
     from ditforge.triton_repo.repository import write_repository as write
 
-    return write(Path(engines), Path(out), max_batch)
+    return write(Path(engines), Path(out), max_batch, force)
 
 
 def serve(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ditforge.triton_repo.server import Options
 
 Out = Annotated[Path, typer.Option("--out", help="The folder to write; it appears whole or not at all.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is in --out even if it is of another model.")]
 PRECISION_HELP = "fp32, fp16, bf16; for the DiT's linears also fp8, fp8-weights, int8-weights."
 Precision = Annotated[str | None, typer.Option(help=f"{PRECISION_HELP} By default the GPU's.")]
 GPU_HELP = "What to compile for: a name that ditforge gpus lists, sm_89, several (sm_86,sm_89), local, or cpu."

@@ -11,7 +11,7 @@ import typer
 
 from ditforge import terminal
 from ditforge.contract import DIT
-from ditforge.options import Batch, Gpu, Out, Residency, Segments, SizeFlags, VaeTile
+from ditforge.options import Batch, Force, Gpu, Out, Residency, Segments, SizeFlags, VaeTile
 from ditforge.reports import Json, show
 
 if TYPE_CHECKING:
@@ -52,20 +52,23 @@ def build(
     vae_tile: VaeTile = None,
     segments: Segments = "auto",
     residency: Residency = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """ONNX to engines for one device; engines that are there already are kept.
 
     Example: ditforge build out/onnx --gpu rtx4090 --resolutions 512-1536 --out out/engines
     """
-    from ditforge import plan_report
+    from ditforge import plan_report, stage_folder
+
+    stage_folder.check_early(out, "engines")
+
     from ditforge.engines import build as building
     from ditforge.engines.memory.fitting import parse_segments
 
     began = perf_counter()
-    options = building.BuildOptions(
-        gpu, **asdict(sizes), batch=batch, vae_tile=vae_tile, segments=parse_segments(segments), residency=residency
-    )
+    placed = {"segments": parse_segments(segments), "residency": residency}
+    options = building.BuildOptions(gpu, **asdict(sizes), batch=batch, vae_tile=vae_tile, **placed, force=force)
     with terminal.progress("build") as report:
         built = building.build(onnx, out, options, report, None if as_json else plan_report.say_plan)
     show(make_report(built, out, gpu, perf_counter() - began), say, as_json)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from shlex import quote
 from typing import Annotated
 
@@ -11,7 +9,7 @@ import typer
 
 from ditforge import terminal
 from ditforge.downloading import downloaded
-from ditforge.options import GPU_HELP, Out, Precision, RandomWeights, Ranges, Source, SourceFlags, T5Precision
+from ditforge.options import GPU_HELP, Force, Out, Precision, RandomWeights, Ranges, Source, SourceFlags, T5Precision
 
 
 def export(
@@ -29,6 +27,7 @@ def export(
     ] = None,
     random_weights: RandomWeights = False,
     t5_precision: T5Precision = None,
+    force: Force = False,
 ) -> None:
     """Checkpoint to ONNX.
 
@@ -36,20 +35,19 @@ def export(
 
     Example: ditforge export models/flux-tiny --gpu rtx4090 --out out/onnx
     """
-    from ditforge import folders
+    from ditforge import folders, stage_folder
     from ditforge.engines import gpus
 
     folders.check_checkpoint(checkpoint)
+    stage_folder.check_early(out, "onnx")
     target = gpus.find_target(gpu) if gpu else None
 
     from ditforge.export.onnx_export import ExportOptions, export_checkpoint
-    from ditforge.manifest import check_replaceable
     from ditforge.suited import suited
 
-    options, reason = suited(ExportOptions(precision, activations, calibration, max_error), target)
+    options, reason = suited(ExportOptions(precision, activations, calibration, max_error, force), target)
     origin = source.of(checkpoint, t5_precision, random_weights)
     asked = options.asked(origin)
-    check_replaceable(Path(os.path.realpath(out)), "onnx", ())  # before gigabytes are downloaded for it
     origin = downloaded(origin, weights=not random_weights)
     begins = f"exporting {checkpoint} to ONNX in {asked.name}: {reason}"
     with terminal.progress("export", unit="bytes", begins=begins) as report, terminal.progress("measure") as measured:

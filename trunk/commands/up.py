@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -127,10 +127,10 @@ def prepare(wanted: Wanted, cache: Path | None) -> Path:
     with terminal.progress("export", unit="bytes", begins=f"exporting {name} to ONNX") as report:
         export_checkpoint(source, folder / "onnx", options, report)
     made, batch = folder / str(target), wanted.max_batch if target.capabilities else None
-    built_for = BuildOptions(wanted.gpu, **asdict(sizes), batch=batch)
+    built_for = BuildOptions(wanted.gpu, **asdict(sizes), batch=batch, force=True)
     with terminal.progress("build", begins=f"building engines for {target}") as report:
         build(folder / "onnx", made / "engines", built_for, report, say_plan)
-    say_written(made / "repo", write_repository(made / "engines", made / "repo", wanted.max_batch))
+    say_written(made / "repo", write_repository(made / "engines", made / "repo", wanted.max_batch, force=True))
     return made / "repo"
 
 
@@ -145,7 +145,7 @@ def choose_options(wanted: Wanted, target: Target) -> ExportOptions:
     options, reason = suited(ExportOptions(wanted.precision, calibration=wanted.calibration), target)
     if wanted.precision is None and (target.capabilities or wanted.calibration):
         terminal.say(f"precision {options.precision}: {reason}")
-    return options
+    return replace(options, force=True)  # the folder is this checkpoint's, whatever is in it by now
 
 
 def folder_name(source: CheckpointSource) -> str:

@@ -182,11 +182,13 @@ def run_stages(
 ) -> Stages:
     """Export in fp32, build for the CPU, write the repository; into the shared folder NAME."""
     from ditforge.engines.build import build
-    from ditforge.export.onnx_export import export_checkpoint
+    from ditforge.export.onnx_export import ExportOptions, export_checkpoint
     from ditforge.triton_repo.repository import write_repository
 
     def make(out: Path) -> None:
-        export_checkpoint(CheckpointSource(checkpoint, text_encoders=text_encoders), out / "onnx")
+        export_checkpoint(
+            CheckpointSource(checkpoint, text_encoders=text_encoders), out / "onnx", ExportOptions("fp32")
+        )
         build(out / "onnx", out / "engines")
         write_repository(out / "engines", out / "repo")
 

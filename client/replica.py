@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from tritonclient.grpc import model_config_pb2, service_pb2 as pb
 from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
 
+from ditforge import install_hint
 from ditforge.client.answer import Arrays, Inputs, Output, WrongAnswer, embeddings_of, expected_outputs, read_answer
 from ditforge.client.failures import START_SERVER, connect_error
 from ditforge.client.probe import speaks_tls
@@ -235,7 +236,7 @@ def encode(model: str, inputs: Inputs) -> pb.ModelInferRequest:
 def unreadable_model(url: str, error: Exception) -> UserError:
     """What is wrong with what a server says of its model, and which side is older, where that can be told."""
     problem = f"the server at {url} describes its model in a way this client does not read: "
-    upgrade, again = "pip install --upgrade 'ditforge[client]'", "make the repository again with this version"
+    upgrade, again = install_hint.upgrade("client"), "make the repository again with this version"
     if isinstance(error, ClientTooOld):
         return UserError(f"{problem}{error}", f"{upgrade}   or {again}")
     if not isinstance(error, ValidationError):

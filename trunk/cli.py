@@ -112,6 +112,7 @@ def main() -> None:
             sys.exit(130)
         if not isinstance(error, ModuleNotFoundError):
             raise
+        from ditforge import install_hint
         from ditforge.commands.doctor import extra_for
 
         module = (error.name or "").split(".")[0]
@@ -119,5 +120,5 @@ def main() -> None:
         if extra is None:
             raise
         print(f"error: this command needs {module}, which is not installed", file=sys.stderr)
-        print(f"fix:   pip install 'ditforge[{extra}]'", file=sys.stderr)
+        print(f"fix:   {install_hint.install(extra)}", file=sys.stderr)
         sys.exit(2)

@@ -7,15 +7,16 @@ import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from ditforge import manifest
+from ditforge import manifest, stage_folder
 from ditforge.contract import DIT, TOKENIZER
 from ditforge.engines.compilers import Compiler, Job, Progress, Ranges, compilers, find_compiler
 from ditforge.engines.compilers.child_process import compile_apart
 from ditforge.engines.compilers.choice import check_component, default_compiler, made_by
-from ditforge.engines.gpus import Target, find_target, limited
+from ditforge.engines.gpus import Target, default_precision, find_target, limited
 from ditforge.engines.memory.fitting import (
     cut_before,
     decide,
@@ -58,6 +59,7 @@ class BuildOptions:
     segments: the number of engines into which the DiT is cut. They are compiled one after the other.
     residency: "resident"; or "on-demand", which loads every engine for each call and then frees it.
     gpu_memory: the GB of the GPU's memory that the engines may take.
+    force: whether engines of another model in the folder are replaced.
 
     Where neither `segments` nor `residency` is given, a plan for the memory of the GPU decides about them, and about
     the batch and the tiles (see ditforge.engines.memory.fitting.decide).
@@ -72,6 +74,7 @@ class BuildOptions:
     segments: int | None = None
     residency: str | None = None
     gpu_memory: float | None = None
+    force: bool = False
 
     @property
     def placed_by_hand(self) -> bool:
@@ -141,12 +144,15 @@ def build(
     design = make_design(order, before, as_before, out)
     if before and not design.reasons and is_same(before, out, design):
         return Built(before, {})
+    called = "" if options.force else stage_folder.called(source.model.name, source.origin)
+    stage_folder.check_replaceable(out, "engines", kept_files(), called)
     return Built(write_engines(source, onnx, out, design, before, progress), design.reasons)
 
 
 def make_order(source: Manifest, options: BuildOptions) -> tuple[Order, Plan | None]:
     """The order for an export, and the plan for the GPU's memory. Raises UserError for an order that is impossible."""
     target = limited(find_target(options.gpu), options.gpu_memory)
+    check_wished(source, target, options.gpu)
     if options.gpu_memory is not None and options.placed_by_hand:
         raise UserError("--gpu-memory is for a plan, which --segments and --residency replace", "leave one of them out")
     compiler = find_compiler(options.compiler or default_compiler(target))
@@ -167,6 +173,17 @@ def make_order(source: Manifest, options: BuildOptions) -> tuple[Order, Plan | N
         warn_of_compiling(networks, placements, memory)
     makers = {name: made_by(placements[name], compiler, target) for name in networks}
     return Order(networks, source.model, model, profiles, makers, placements), plan
+
+
+def check_wished(source: Manifest, target: Target, gpu: str) -> None:
+    """Raise UserError for a GPU's engine of an fp32 export that is fp32 only because nobody named a precision."""
+    if not target.capabilities or source.origin.get(manifest.PRECISION_CHOICE) != manifest.BY_DEFAULT:
+        return
+    precision = default_precision(target)[0]
+    raise UserError(
+        f"this export of {source.model.name} is in fp32, which suits the CPU, and {gpu} is for {precision}",
+        f"ditforge export CHECKPOINT --gpu {quote(gpu)} --out DIR   (or --precision fp32, if that is what you want)",
+    )
 
 
 def make_design(order: Order, before: Manifest | None, as_before: Collection[str], out: Path) -> Design:
@@ -213,8 +230,8 @@ def write_engines(
     }
     report = progress or (lambda component, done, total: None)
     kept = {name: before.components[name] for name in networks if name not in design.reasons} if before else {}
-    own = sorted({file for compiler in compilers() for file in compiler.keeps})
-    with manifest.written_whole(out, "engines", own) as folder:
+    own = kept_files()
+    with stage_folder.written_whole(out, "engines", own) as folder:
         for file in own:
             if before and (out / file).is_file():
                 shutil.copyfile(out / file, folder / file)
@@ -248,6 +265,11 @@ def write_engines(
         )
         manifest.write(result, folder)
     return result
+
+
+def kept_files() -> list[str]:
+    """What compilers keep in a folder of engines beside them."""
+    return sorted({file for compiler in compilers() for file in compiler.keeps})
 
 
 def ranges(component: Component, profiles: list[Profile], model: Model) -> list[Ranges]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from ditforge import __version__, manifest
+from ditforge import __version__, manifest, small_files, stage_folder
 from ditforge.contract import TOKENIZER
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 from ditforge.export.checkpoint import consistency, random_weights
@@ -30,7 +29,7 @@ from ditforge.export.quantisation.precision import Precision, dtype_name, parse_
 from ditforge.export.quantisation.qdq import SCHEMES, quantise_linears
 from ditforge.export.quantisation.sensitivity import SAMPLES, Call, Choice, choose_linears, recorded_calls
 from ditforge.export.text_encoders.tokenizers import Tokenizer
-from ditforge.manifest import Component, Manifest, Tensor
+from ditforge.manifest import ASKED, BY_DEFAULT, PRECISION_CHOICE, Component, Manifest, Tensor
 
 TRITON_DTYPES = {
     torch.float32: "FP32",
@@ -61,20 +60,24 @@ class Exported:
 class ExportOptions:
     """How a checkpoint is exported.
 
-    precision: fp32, fp16 or bf16; for the DiT's linears also fp8, fp8-weights or int8-weights.
-    activations: what surrounds 8-bit weights: bf16, fp16 or fp32.
+    precision: fp32, fp16 or bf16; for the DiT's linears also fp8, fp8-weights or int8-weights. None: fp32, by default,
+        of which no engine is built for a GPU.
+    activations: what surrounds 8-bit weights: bf16 (None), fp16 or fp32.
     calibration: a file that `ditforge calibrate` wrote for this checkpoint; fp8 needs one.
     max_error: the linears with the largest 8-bit errors stay 16-bit until the velocity's relative error is no larger.
+    force: replaces another model's export in the folder, too.
     """
 
-    precision: str = "fp32"
-    activations: str = "bf16"
+    precision: str | None = None
+    activations: str | None = None
     calibration: Path | None = None
     max_error: float | None = None
+    force: bool = False
 
     def asked(self, source: CheckpointSource) -> Precision:
         """The precision of the networks of `source`. Raises UserError for a name that there is not."""
-        return with_t5(parse_precision(self.precision, self.activations), source.t5_precision)
+        precision = parse_precision(self.precision or "fp32", self.activations or "bf16")
+        return with_t5(precision, source.t5_precision)
 
 
 def export_checkpoint(
@@ -132,7 +135,7 @@ def export_opened(
         and (before.source, before.ditforge) == (source, __version__)
         and manifest.is_whole(out, before.components)
     ):
-        return Exported(before, fresh=True)
+        return Exported(wished(before, out, options), fresh=True)
     model, tokenizers, networks = read_networks(checkpoint, precision)
     if precision.t5 and T5 not in (network.name for network in networks):
         raise UserError(f"{model.name} is exported without T5", "leave out --t5-precision")
@@ -141,7 +144,8 @@ def export_opened(
         shapes = consistency.check_weights(network, weights_of(network, checkpoint))
         sizes[network.name] = size_of(network, shapes, scheme_of(network, precision))
     consistency.check_ports(networks)
-    manifest.check_replaceable(Path(os.path.realpath(out)), "onnx", ())
+    made_from = origin_of(checkpoint, source, options)
+    stage_folder.check_replaceable(out, "onnx", (), "" if options.force else stage_folder.called(model.name, made_from))
     unfinished = Unfinished.beside(out, {**source, "ditforge": __version__})
     unfinished.drop_others()
     check_space(out, sum(size for name, size in sizes.items() if name not in unfinished.kept()))
@@ -149,7 +153,7 @@ def export_opened(
     choice = measure_linears(checkpoint, precision, ranges, options.max_error, measuring)
     done, total = 0, max(1, sum(sizes.values()))
     try:
-        with manifest.written_whole(out, "onnx") as folder:
+        with stage_folder.written_whole(out, "onnx") as folder:
             components = {TOKENIZER: export_tokenizers(tokenizers, folder)}
             for network in networks:
                 written = bytes_reported(report, network.name, done, total)
@@ -165,7 +169,6 @@ def export_opened(
                 components[network.name] = component
                 done += sizes[network.name]
             report("done", total, total)
-            made_from = origin_of(checkpoint, source)
             result = Manifest(kind="onnx", model=model, components=components, source=source, origin=made_from)
             manifest.write(result, folder)
     except BaseException:
@@ -179,7 +182,17 @@ def export_opened(
     return Exported(result, fresh=False, choice=choice)
 
 
-def origin_of(checkpoint: Checkpoint, source: Mapping[str, str]) -> dict[str, str]:
+def wished(before: Manifest, out: Path, options: ExportOptions) -> Manifest:
+    """The manifest of an export that is there already, now that its precision is asked for, if it was not before."""
+    if options.precision is None or before.origin.get(PRECISION_CHOICE) != BY_DEFAULT:
+        return before
+    result = before.model_copy(update={"origin": {**before.origin, PRECISION_CHOICE: ASKED}})
+    with small_files.written_whole(out / manifest.FILE_NAME) as temporary:
+        temporary.write_text(manifest.as_text(result))
+    return result
+
+
+def origin_of(checkpoint: Checkpoint, source: Mapping[str, str], options: ExportOptions) -> dict[str, str]:
     """What an export was made from, for people and for later stages."""
     weights = "random" if checkpoint.seed is not None else "the checkpoint's"
     loras = {"loras": ", ".join(checkpoint.loras)} if checkpoint.loras else {}
@@ -190,6 +203,7 @@ def origin_of(checkpoint: Checkpoint, source: Mapping[str, str]) -> dict[str, st
         "weights": weights,
         **loras,
         **{key: value for key, value in source.items() if key in told},
+        PRECISION_CHOICE: ASKED if options.precision else BY_DEFAULT,
     }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from ditforge import manifest
+from ditforge import manifest, stage_folder
 from ditforge.contract import (
     DIT,
     ENGINES_PARAMETER,
@@ -27,6 +27,7 @@ from ditforge.errors import UserError
 from ditforge.manifest import Manifest
 from ditforge.model import MAX_BATCH
 from ditforge.placement import Placement
+from ditforge.served_model import write_served_model
 from ditforge.triton_repo import config
 from ditforge.triton_repo.limits import Limits, limits_of
 
@@ -47,14 +48,16 @@ class Triton:
     engine: dict[str, str]
 
 
-def write_repository(engines: Path, out: Path, max_batch: int | None = None) -> str:
+def write_repository(engines: Path, out: Path, max_batch: int | None = None, force: bool = False) -> str:
     """Write a Triton model repository for the build in the folder `engines` into the folder `out`.
 
     `max_batch` is how many samples Triton puts into one call of a model: by default 8, or what the engines take.
+    `force` replaces another model's repository in `out`, too.
     Returns why it was written; empty where `out` holds the same repository of the same engines, and nothing was.
     Raises UserError if the build is damaged, or does not take such batches; then `out` is as it was before.
     """
     source = manifest.read(engines, "engines")
+    known_as = "" if force else stage_folder.called(source.model.name, source.origin)
     max_batch = choose_max_batch(source, max_batch)
     known = vocabularies(engines, source)
     limits = {name: limits_of(name, part, source.model, max_batch, known) for name, part in source.components.items()}
@@ -74,9 +77,10 @@ def write_repository(engines: Path, out: Path, max_batch: int | None = None) -> 
     reason = rewrite_reason(manifest.earlier(out, "repository"), out, result, models)
     if not reason:
         return ""
+    stage_folder.check_replaceable(out, "repository", ENSEMBLES, known_as)
     for component in source.components.values():
         manifest.check_files(engines, component.files, fix=BUILD_AGAIN)
-    with manifest.written_whole(out, "repository", own=ENSEMBLES) as folder:
+    with stage_folder.written_whole(out, "repository", own=ENSEMBLES) as folder:
         for name, model in models.items():
             (folder / name / "1").mkdir(parents=True)  # which Triton wants also where there is nothing to put in
             for path, content in texts(model).items():
@@ -126,7 +130,7 @@ def make_model(source: Manifest, name: str, limits: Limits) -> Triton:
     files = {f"1/{Path(file).name}": file for file in component.files}
     parameters = {config.LIMITS_PARAMETER: limits.model_dump_json(exclude_none=True)}
     if name == DIT:
-        parameters[MODEL_PARAMETER] = source.model.model_dump_json()
+        parameters[MODEL_PARAMETER] = write_served_model(source.model)
         parameters[ENGINES_PARAMETER] = manifest.digest(source.components)
     if name not in (TOKENIZER, *NOT_TEXT):
         parameters[config.MEMBER_PARAMETER] = "true"

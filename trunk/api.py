@@ -31,17 +31,19 @@ T = TypeVar("T")
 
 
 class ExportKeywords(TypedDict, total=False):
-    """The fields of CheckpointSource and ExportOptions."""
+    """The fields of CheckpointSource and ExportOptions, and the GPU that these are chosen for."""
 
     base: AnyPath | None
     loras: Sequence[Lora]
     text_encoders: str
     t5_precision: str | None
     random_weights: bool
-    precision: str
-    activations: str
+    gpu: str | None
+    precision: str | None
+    activations: str | None
     calibration: AnyPath | None
     max_error: float | None
+    force: bool
 
 
 class BuildKeywords(TypedDict, total=False):
@@ -56,6 +58,7 @@ class BuildKeywords(TypedDict, total=False):
     segments: int | None
     residency: str | None
     gpu_memory: float | None
+    force: bool
 
 
 def export_checkpoint(
@@ -71,23 +74,31 @@ def export_checkpoint(
     text_encoders: "all", or "clip" to leave T5 out.
     t5_precision: the precision of T5, where it is to differ from the rest.
     random_weights: takes random numbers in place of the weights; `checkpoint` may be a published model's name then.
-    precision: fp32 (the default), fp16 or bf16; for the DiT's linears also fp8, fp8-weights or int8-weights.
-    activations: what surrounds 8-bit weights: bf16 (the default), fp16 or fp32.
+    gpu: what engines will be compiled for: a product such as "rtx4090", "sm_89", several ("sm_86,sm_89"), "local" or
+        "cpu". The precision and the activations that are not given are what suits it.
+    precision: fp32, fp16 or bf16; for the DiT's linears also fp8, fp8-weights or int8-weights. Without it and `gpu`, it
+        is fp32, of which `build_engines` refuses to make engines for a GPU.
+    activations: what surrounds 8-bit weights: bf16, fp16 or fp32; bf16 without `gpu`.
     calibration: a file that `ditforge calibrate` wrote for this checkpoint; fp8 needs one.
     max_error: the linears with the largest 8-bit errors stay 16-bit until the velocity's relative error is no larger.
+    force: replaces another model's export in `out`, too.
 
     Returns what was exported; where `out` held the same export already, nothing was written (`fresh`). Raises UserError
     for a checkpoint that is incomplete or of no known family, and where the disk has too little space, before anything
     is written.
     """
+    from ditforge.engines.gpus import find_target
     from ditforge.export.checkpoint.source import CheckpointSource
     from ditforge.export.onnx_export import ExportOptions, export_checkpoint as export
+    from ditforge.suited import For, suited
 
-    check_names("export_checkpoint", options, CheckpointSource, ExportOptions)
+    check_names("export_checkpoint", options, CheckpointSource, ExportOptions, For)
     given: dict[str, Any] = {"path": checkpoint, **options}
     if "loras" in given:
         given["loras"] = [lora if isinstance(lora, tuple) else (lora, 1.0) for lora in given["loras"]]
-    return export(made(CheckpointSource, given), Path(out), made(ExportOptions, given), progress)
+    gpu = made(For, given).gpu
+    chosen, _ = suited(made(ExportOptions, given), find_target(gpu) if gpu else None)
+    return export(made(CheckpointSource, given), Path(out), chosen, progress)
 
 
 def build_engines(
@@ -110,6 +121,7 @@ def build_engines(
     vae_tile: the autoencoder takes pictures in tiles of that many pixels.
     segments: into how many engines the DiT is cut. residency: "resident" or "on-demand".
     gpu_memory: how many GB of memory the GPU has for the engines.
+    force: replaces another model's engines in `out`, too.
 
     Returns what was built: the manifest, and for each engine that was compiled the reason why. Raises UserError where
     the GPU cannot execute a component or has too little memory; then `out` is as it was before.
@@ -120,16 +132,17 @@ def build_engines(
     return build(Path(onnx), Path(out), made(BuildOptions, options), progress, planned)
 
 
-def write_repository(engines: AnyPath, out: AnyPath, max_batch: int | None = None) -> str:
+def write_repository(engines: AnyPath, out: AnyPath, max_batch: int | None = None, force: bool = False) -> str:
     """Write a Triton model repository of what `build_engines` wrote: the same as `ditforge repo`.
 
     `max_batch` is how many samples Triton puts into one call of a model: by default 8, or what the engines take.
+    `force` replaces another model's repository in `out`, too.
     Returns why it was written; empty where `out` holds the same repository already. Raises UserError if the engines are
     damaged, or do not take such batches; then `out` is as it was before.
     """
     from ditforge.triton_repo.repository import write_repository as write
 
-    return write(Path(engines), Path(out), max_batch)
+    return write(Path(engines), Path(out), max_batch, force)
 
 
 def serve(

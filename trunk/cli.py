@@ -16,6 +16,7 @@ import typer
 from ditforge import __version__
 from ditforge.commands import commands
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
+from ditforge.option import as_flags
 from ditforge.options import grouped
 
 app = typer.Typer(
@@ -91,7 +92,8 @@ def main() -> None:
     warnings.simplefilter("default", DitforgeWarning)
     warnings.showwarning = lambda message, *args, **kwargs: print(f"warning: {message}", file=sys.stderr)
     try:
-        code = app(standalone_mode=False)
+        with as_flags():
+            code = app(standalone_mode=False)
         flush_output()
         if code == 130:  # which is how typer reports Ctrl-C
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one changes nothing any more

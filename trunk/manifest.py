@@ -6,14 +6,8 @@ every file with its size and SHA-256, so that a stage can tell a whole folder fr
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal
 
@@ -25,15 +19,15 @@ from ditforge.footprint import Footprint
 from ditforge.model import Model
 from ditforge.placement import Placement
 from ditforge.small_files import read_bytes
-from ditforge.unfinished_folder import SUFFIX, partial_folder
 
 FILE_NAME = "manifest.json"
 FORMAT = 2
 READABLE = (1, 2)
 
 Kind = Literal["onnx", "engines", "repository"]
-OTHER_OUT = "choose another --out, or remove it first"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# In the origin: whether somebody asked for the export's precision, or for the GPU that it suits.
+PRECISION_CHOICE = "precision_choice"
+ASKED, BY_DEFAULT = "asked for", "by default"
 NEXT_COMMAND = {
     "onnx": "ditforge export CHECKPOINT --out DIR",
     "engines": "ditforge build ONNX_DIR --gpu GPU --out DIR",
@@ -188,7 +182,12 @@ def parse(path: Path) -> Manifest:
 
 def write(manifest: Manifest, folder: Path) -> None:
     """Write `manifest` into `folder` (last of all its files: a folder with a manifest is whole)."""
-    (folder / FILE_NAME).write_text(manifest.model_dump_json(indent=2) + "\n")
+    (folder / FILE_NAME).write_text(as_text(manifest))
+
+
+def as_text(manifest: Manifest) -> str:
+    """What is in the file."""
+    return manifest.model_dump_json(indent=2) + "\n"
 
 
 def describe(path: Path) -> File:
@@ -237,73 +236,3 @@ def check_files(folder: Path, files: dict[str, File], fix: str) -> None:
             raise UserError(f"{path} has {size} bytes, the manifest says {expected.size}", fix)
         if describe(path).sha256 != expected.sha256:
             raise UserError(f"{path} is damaged: its SHA-256 is not the manifest's", fix)
-
-
-def check_replaceable(target: Path, kind: Kind, own: Iterable[str]) -> None:
-    """Raise UserError if anything would be lost when a folder of `kind` took the place of `target`."""
-    if target.is_file():
-        raise UserError(f"{target} is a file", OTHER_OUT)
-    names = sorted(entry.name for entry in target.iterdir()) if target.exists() else []
-    if os.path.ismount(target):
-        raise UserError(f"{target} is a mount point, which cannot be replaced", f"--out {target / kind}")
-    if not names:
-        return
-    if FILE_NAME not in names:
-        raise UserError(f"{target} holds {names[0]}, and was not made by ditforge", OTHER_OUT)
-    try:
-        before = parse(target / FILE_NAME)
-    except UserError as error:
-        raise UserError(f"{target} cannot be replaced: {error.problem}", OTHER_OUT) from error
-    if before.kind != kind:
-        raise UserError(f"{target} holds {before.kind}, which would be lost", OTHER_OUT)
-    made = {PurePosixPath(name).parts[0] for component in before.components.values() for name in component.files}
-    foreign = [name for name in names if name not in {FILE_NAME, *made, *own}]
-    if foreign:
-        raise UserError(f"{target} holds {foreign[0]}, which ditforge did not write", OTHER_OUT)
-
-
-def put_in_place(folder: Path, target: Path) -> None:
-    """Rename `folder` to `target`, whose earlier content is removed only once that is done. Raises OSError.
-
-    Where other processes do the same at the same time, the last one's stays, whole.
-    """
-    while True:
-        before = folder.with_name(f".{target.name}.{secrets.token_hex(8)}{SUFFIX}")
-        with suppress(FileNotFoundError):
-            target.rename(before)
-        try:
-            folder.rename(target)
-        except BaseException as error:
-            if before.exists():
-                with suppress(OSError):
-                    before.rename(target)
-            if getattr(error, "errno", None) not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        else:
-            return
-        finally:
-            shutil.rmtree(before, ignore_errors=True)
-
-
-@contextmanager
-def written_whole(target: Path, kind: Kind, own: Iterable[str] = ()) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when the block ends, and vanishes if it fails.
-
-    One that an earlier process left behind because it was killed vanishes too (unfinished_folder.py).
-    An existing `target` is replaced only if it is empty, or a folder of the same kind that holds nothing but what its
-    manifest names, and what is called like one of `own`: nobody's other files are deleted.
-    """
-    target = Path(os.path.realpath(target))
-    try:
-        check_replaceable(target, kind, own)
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror}", OTHER_OUT) from error
-    try:
-        with partial_folder(target) as temporary:
-            yield temporary
-            temporary.chmod(0o755)
-            put_in_place(temporary, target)
-    except OSError as error:
-        fix = "free some space, or choose another --out" if error.errno in FULL else "choose another --out"
-        raise UserError(f"cannot write {target}: {error.strerror or error}", fix) from error

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from ditforge.triton_repo.server import Options
 
 Out = Annotated[Path, typer.Option("--out", help="The folder to write; it appears whole or not at all.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is in --out even if it is of another model.")]
 PRECISION_HELP = "fp32, fp16, bf16; for the DiT's linears also fp8, fp8-weights, int8-weights."
-Precision = Annotated[str, typer.Option(help=PRECISION_HELP)]
+Precision = Annotated[str | None, typer.Option(help=f"{PRECISION_HELP} By default the GPU's.")]
 GPU_HELP = "What to compile for: a name that ditforge gpus lists, sm_89, several (sm_86,sm_89), local, or cpu."
 Gpu = Annotated[str, typer.Option("--gpu", help=GPU_HELP)]
 Compiler = Annotated[str | None, typer.Option(help="onnxruntime, tensorrt-rtx or tensorrt; by default the GPU's.")]

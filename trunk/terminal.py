@@ -25,7 +25,7 @@ def progress(title: str, unit: Unit = "steps", begins: str = "") -> Iterator[Rep
     """A bar that is fed with (what is being done, how many are done, how many there are), shown from then on.
 
     It is closed where "done" is what is being done, so that another one can follow it. What is no terminal gets a line
-    when the bar is closed, and the line `begins` when it would be shown first.
+    when the bar is closed. The line `begins` comes before the first bar.
     """
     from rich.console import Console
     from rich.progress import Progress, TaskID
@@ -38,7 +38,7 @@ def progress(title: str, unit: Unit = "steps", begins: str = "") -> Iterator[Rep
         nonlocal bar, task, begun
         if bar is None:
             console = Console(stderr=True)
-            if begins and not begun and not console.is_terminal:
+            if begins and not begun:
                 print(begins, file=sys.stderr, flush=True)
             begun = True
             bar = Progress(*columns(unit), console=console)

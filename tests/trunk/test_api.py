@@ -21,7 +21,7 @@ def test_the_stages_in_python(schnell, tmp_path: Path, capfd: pytest.CaptureFixt
         str(schnell.onnx), str(tmp_path / "engines"), progress=lambda doing, *_: seen.append(doing), gpu="cpu"
     )
     assert set(built.rebuilt) == set(built.manifest.engines) and seen[-1] == "done"
-    assert ditforge.write_repository(tmp_path / "engines", tmp_path / "repo") == "there is no repository yet"
+    assert ditforge.write_repository(tmp_path / "engines", tmp_path / "repo") == "there was none before"
     assert ditforge.write_repository(tmp_path / "engines", tmp_path / "repo") == ""
     with ditforge.serve(str(tmp_path / "repo"), port=0) as server, ditforge.Client(server.url) as client:
         assert client.model.name == manifest.read(schnell.onnx, "onnx").model.name

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ditforge import terminal
-from ditforge.options import Batch, Gpu, Out, Residency, Segments, SizeFlags, VaeTile
+from ditforge.contract import DIT
+from ditforge.options import Batch, Force, Gpu, Out, Residency, Segments, SizeFlags, VaeTile
 from ditforge.reports import Json, show
 
 if TYPE_CHECKING:
@@ -33,10 +34,11 @@ class BuiltEngine:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build wrote into a folder, in how many seconds."""
+    """What a build wrote into a folder for a GPU, as the user called it, in how many seconds."""
 
     folder: str
     model: str
+    gpu: str
     seconds: float
     engines: tuple[BuiltEngine, ...]
 
@@ -50,26 +52,29 @@ def build(
     vae_tile: VaeTile = None,
     segments: Segments = "auto",
     residency: Residency = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """ONNX to engines for one device; engines that are there already are kept.
 
     Example: ditforge build out/onnx --gpu rtx4090 --resolutions 512-1536 --out out/engines
     """
-    from ditforge import plan_report
+    from ditforge import plan_report, stage_folder
+
+    stage_folder.check_early(out, "engines")
+
     from ditforge.engines import build as building
     from ditforge.engines.memory.fitting import parse_segments
 
     began = perf_counter()
-    options = building.BuildOptions(
-        gpu, **asdict(sizes), batch=batch, vae_tile=vae_tile, segments=parse_segments(segments), residency=residency
-    )
+    placed = {"segments": parse_segments(segments), "residency": residency}
+    options = building.BuildOptions(gpu, **asdict(sizes), batch=batch, vae_tile=vae_tile, **placed, force=force)
     with terminal.progress("build") as report:
         built = building.build(onnx, out, options, report, None if as_json else plan_report.say_plan)
-    show(make_report(built, out, perf_counter() - began), say, as_json)
+    show(make_report(built, out, gpu, perf_counter() - began), say, as_json)
 
 
-def make_report(built: Built, out: Path, seconds: float) -> BuildReport:
+def make_report(built: Built, out: Path, gpu: str, seconds: float) -> BuildReport:
     """What a build did."""
     engines = []
     for name, engine in built.manifest.engines.items():
@@ -77,11 +82,11 @@ def make_report(built: Built, out: Path, seconds: float) -> BuildReport:
         size = sum(file.size for file in component.files.values())
         made = component.precision, engine.compiler, engine.target, engine.placement.segments, size
         engines.append(BuiltEngine(name, *made, kept=name not in built.rebuilt, reason=built.rebuilt.get(name, "")))
-    return BuildReport(str(out), built.manifest.model.name, round(seconds, 3), tuple(engines))
+    return BuildReport(str(out), built.manifest.model.name, gpu, round(seconds, 3), tuple(engines))
 
 
 def say(report: BuildReport) -> None:
-    """Print what was compiled, and why where there was an engine before."""
+    """Print what was compiled, why where there was an engine before, and in which precision the DiT is for the GPU."""
     from ditforge.engines.build import NEW
 
     compiled = [engine for engine in report.engines if not engine.kept]
@@ -90,3 +95,7 @@ def say(report: BuildReport) -> None:
         terminal.say(f"built {engine.name}{why}")
     if not compiled:
         terminal.say(f"{report.folder} is up to date: nothing to build")
+    for engine in report.engines:
+        if engine.name == DIT:
+            target = report.gpu if report.gpu == engine.target else f"{report.gpu} ({engine.target})"
+            terminal.say(f"{engine.name} is {engine.precision}, for {target}")

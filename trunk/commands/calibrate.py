@@ -24,8 +24,10 @@ def calibrate(
     Example: ditforge calibrate models/flux-tiny --out out/ranges.json
     """
     from ditforge import folders
+    from ditforge.small_files import check_writable
 
     folders.check_checkpoint(checkpoint)
+    check_writable(out, "ranges.json")
 
     from ditforge.export.quantisation import calibration
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from shlex import quote
 from typing import Annotated
 
@@ -11,46 +9,56 @@ import typer
 
 from ditforge import terminal
 from ditforge.downloading import downloaded
-from ditforge.options import Out, Precision, RandomWeights, Ranges, Source, SourceFlags, T5Precision
+from ditforge.options import GPU_HELP, Force, Out, Precision, RandomWeights, Ranges, Source, SourceFlags, T5Precision
 
 
 def export(
     checkpoint: Source,
     out: Out,
     source: SourceFlags,
-    precision: Precision = "fp32",
-    activations: Annotated[str, typer.Option(help="What surrounds 8-bit weights: bf16, fp16 or fp32.")] = "bf16",
+    gpu: Annotated[str | None, typer.Option("--gpu", help=GPU_HELP)] = None,
+    precision: Precision = None,
+    activations: Annotated[
+        str | None, typer.Option(help="What surrounds 8-bit weights: bf16, fp16 or fp32; by default, what the GPU has.")
+    ] = None,
     calibration: Ranges = None,
     max_error: Annotated[
         float | None, typer.Option(help="Keep the worst linears 16-bit until the velocity errs no more, e.g. 0.02.")
     ] = None,
     random_weights: RandomWeights = False,
     t5_precision: T5Precision = None,
+    force: Force = False,
 ) -> None:
     """Checkpoint to ONNX.
 
-    Example: ditforge export models/flux-tiny --out out/onnx --precision fp8-weights
+    Without --gpu and --precision it is fp32, for the CPU.
+
+    Example: ditforge export models/flux-tiny --gpu rtx4090 --out out/onnx
     """
-    from ditforge import folders
+    from ditforge import folders, stage_folder
+    from ditforge.engines import gpus
 
     folders.check_checkpoint(checkpoint)
+    stage_folder.check_early(out, "onnx")
+    target = gpus.find_target(gpu) if gpu else None
 
     from ditforge.export.onnx_export import ExportOptions, export_checkpoint
-    from ditforge.manifest import check_replaceable
+    from ditforge.suited import suited
 
-    options = ExportOptions(precision, activations, calibration, max_error)
+    options, reason = suited(ExportOptions(precision, activations, calibration, max_error, force), target)
     origin = source.of(checkpoint, t5_precision, random_weights)
     asked = options.asked(origin)
-    check_replaceable(Path(os.path.realpath(out)), "onnx", ())  # before gigabytes are downloaded for it
     origin = downloaded(origin, weights=not random_weights)
-    with terminal.progress("export", unit="bytes") as report, terminal.progress("measure") as measured:
+    begins = f"exporting {checkpoint} to ONNX in {asked.name}: {reason}"
+    with terminal.progress("export", unit="bytes", begins=begins) as report, terminal.progress("measure") as measured:
         exported = export_checkpoint(origin, out, options, report, measured)
     if exported.fresh:
-        terminal.say(f"{out} is up to date")
+        terminal.say(f"{out} is up to date, in {asked.name}: {reason}")
         return
     components = exported.manifest.components
+    terminal.say(f"precision {asked.name}: {reason}")
     for name, component in components.items():
-        if component.layers or component.precision not in ("none", precision):
+        if component.layers or component.precision not in ("none", asked.name):
             terminal.say(f"{name} is {component.precision}: {component.reason}")
     if exported.choice:
         errors, keep = exported.choice.errors, exported.choice.keep
@@ -59,4 +67,5 @@ def export(
         terminal.say(f"relative error of the velocity: {exported.choice.velocity:.4f}")
     size = sum(file.size for component in components.values() for file in component.files.values())
     terminal.say(f"wrote {out}: {len(components)} components, {size / 1e9:.2f} GB")
-    terminal.say(f"next: ditforge build {quote(str(out))} --gpu GPU --out DIR")
+    named = quote(gpu) if gpu else "GPU" if options.precision else "cpu"
+    terminal.say(f"next: ditforge build {quote(str(out))} --gpu {named} --out DIR")

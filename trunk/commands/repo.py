@@ -8,21 +8,26 @@ from typing import Annotated
 import typer
 
 from ditforge import terminal
-from ditforge.options import MaxBatch, Out
+from ditforge.options import Force, MaxBatch, Out
 
 
 def repo(
     engines: Annotated[Path, typer.Argument(metavar="ENGINE_DIR", help="What build wrote.")],
     out: Out,
     max_batch: MaxBatch = None,
+    force: Force = False,
 ) -> None:
     """Engines to a Triton model repository; one that is there already is kept.
 
     Example: ditforge repo out/engines --out out/repo
     """
+    from ditforge import stage_folder
+
+    stage_folder.check_early(out, "repository")
+
     from ditforge.triton_repo.repository import write_repository
 
-    say_written(out, write_repository(engines, out, max_batch))
+    say_written(out, write_repository(engines, out, max_batch, force))
 
 
 def say_written(repository: Path, reason: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,13 +14,12 @@ from ditforge import terminal
 from ditforge.cache import default_cache
 from ditforge.commands.repo import say_written
 from ditforge.commands.serve import serve_in_foreground
-from ditforge.contract import DIT
 from ditforge.downloading import downloaded
 from ditforge.errors import UserError
 from ditforge.options import (
-    PRECISION_HELP,
     Gpu,
     MaxBatch,
+    Precision,
     RandomWeights,
     Ranges,
     ServeFlags,
@@ -45,7 +44,7 @@ def up(
     sizes: SizeFlags,
     server: ServeFlags,
     gpu: Gpu = "cpu",
-    precision: Annotated[str | None, typer.Option(help=f"{PRECISION_HELP} By default the GPU's.")] = None,
+    precision: Precision = None,
     calibration: Ranges = None,
     random_weights: RandomWeights = False,
     t5_precision: T5Precision = None,
@@ -128,33 +127,25 @@ def prepare(wanted: Wanted, cache: Path | None) -> Path:
     with terminal.progress("export", unit="bytes", begins=f"exporting {name} to ONNX") as report:
         export_checkpoint(source, folder / "onnx", options, report)
     made, batch = folder / str(target), wanted.max_batch if target.capabilities else None
-    built_for = BuildOptions(wanted.gpu, **asdict(sizes), batch=batch)
+    built_for = BuildOptions(wanted.gpu, **asdict(sizes), batch=batch, force=True)
     with terminal.progress("build", begins=f"building engines for {target}") as report:
         build(folder / "onnx", made / "engines", built_for, report, say_plan)
-    say_written(made / "repo", write_repository(made / "engines", made / "repo", wanted.max_batch))
+    say_written(made / "repo", write_repository(made / "engines", made / "repo", wanted.max_batch, force=True))
     return made / "repo"
 
 
 def choose_options(wanted: Wanted, target: Target) -> ExportOptions:
     """How to export for the target. Raises UserError for a precision, or a compiler, that is not for it."""
-    from ditforge.engines import gpus
     from ditforge.engines.compilers.choice import check_compiler, default_compiler
     from ditforge.export.onnx_export import ExportOptions
-    from ditforge.export.quantisation.precision import EIGHT_BIT
+    from ditforge.suited import suited
 
-    precision = wanted.precision
-    if precision is None and wanted.calibration:
-        precision = "fp8"
-        terminal.say(f"precision {precision}: a calibration is given")
-    elif precision is None:
-        precision, reason = gpus.default_precision(target)
-        if target.capabilities:
-            terminal.say(f"precision {precision}: {reason}")
-    activations = gpus.default_activations(target)
     if target.capabilities:
         check_compiler(wanted.sizes.compiler or default_compiler(target), target)
-        gpus.check_precision(DIT, precision, activations if precision in EIGHT_BIT else precision, target)
-    return ExportOptions(precision, activations, wanted.calibration)
+    options, reason = suited(ExportOptions(wanted.precision, calibration=wanted.calibration), target)
+    if wanted.precision is None and (target.capabilities or wanted.calibration):
+        terminal.say(f"precision {options.precision}: {reason}")
+    return replace(options, force=True)  # the folder is this checkpoint's, whatever is in it by now
 
 
 def folder_name(source: CheckpointSource) -> str:
@@ -170,7 +161,7 @@ def options_name(source: CheckpointSource, options: ExportOptions) -> str:
     """What an export of a checkpoint is called in the cache: precisions, and the calibration."""
     from ditforge.export.quantisation.precision import EIGHT_BIT
 
-    name = options.precision
+    name = options.asked(source).name
     name += f"-{options.activations}" if options.precision in EIGHT_BIT else ""
     name += "" if source.text_encoders == "all" else f"-{source.text_encoders}"
     name += f"-t5-{source.t5_precision}" if source.t5_precision else ""

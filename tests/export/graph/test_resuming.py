@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from command_line import COMMAND, PATIENCE, Result, assert_error
 
-from ditforge import manifest
+from ditforge import manifest, stage_folder
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.source import CheckpointSource
 from ditforge.export.families import flux
@@ -84,16 +84,16 @@ def test_a_folder_that_is_being_written_is_nobody_elses_to_remove(tmp_path: Path
     """Two processes with one target: the later one leaves the other's folder alone."""
     mine = tmp_path / ".onnx.notes"
     mine.mkdir()
-    with manifest.written_whole(tmp_path / "onnx", "onnx") as first:
+    with stage_folder.written_whole(tmp_path / "onnx", "onnx") as first:
         (first / "a").touch()
-        with manifest.written_whole(tmp_path / "onnx", "onnx") as second:
+        with stage_folder.written_whole(tmp_path / "onnx", "onnx") as second:
             assert second != first
             assert (first / "a").exists()
         (tmp_path / "onnx").rmdir()
     abandoned = tmp_path / ".onnx.abc.partial"
     shutil.copytree(tmp_path / "onnx", abandoned)
     shutil.rmtree(tmp_path / "onnx")
-    with manifest.written_whole(tmp_path / "onnx", "onnx"):
+    with stage_folder.written_whole(tmp_path / "onnx", "onnx"):
         assert not abandoned.exists()
     assert sorted(os.listdir(tmp_path)) == [mine.name, "onnx"]
 
@@ -106,7 +106,7 @@ def test_many_write_the_same_folder_at_once(tmp_path: Path) -> None:
             with partial_folder(tmp_path / "onnx") as folder:
                 (folder / "a").write_text(str(number))
                 (folder / "b").write_text(str(number))
-                manifest.put_in_place(folder, tmp_path / "onnx")
+                stage_folder.put_in_place(folder, tmp_path / "onnx")
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(write, range(4)))
@@ -126,7 +126,7 @@ def test_a_place_where_nothing_can_be_written() -> None:
     """Which no free space would help."""
     with (
         pytest.raises(UserError, match="cannot write /proc/onnx") as caught,
-        manifest.written_whole(Path("/proc/onnx"), "onnx"),
+        stage_folder.written_whole(Path("/proc/onnx"), "onnx"),
     ):
         pass
     assert "space" not in caught.value.fix

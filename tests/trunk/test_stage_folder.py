@@ -1,0 +1,114 @@
+"""Where a stage writes: what it takes the place of, and what is known before it begins."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import Result, assert_error, run_here, tree
+
+from ditforge import manifest, stage_folder
+from ditforge.engines.build import BuildOptions, build
+from ditforge.errors import UserError
+from ditforge.export import onnx_export
+from ditforge.export.checkpoint.source import CheckpointSource
+from ditforge.export.onnx_export import ExportOptions
+from ditforge.triton_repo.repository import write_repository
+
+FOLDERS = {"export": "onnx", "build": "engines", "repo": "repository"}
+
+
+def of_another_model(folder: Path, out: Path, name: str = "other", **origin: str) -> Path:
+    """A copy of a stage's folder in whose manifest the model has another name, or another origin."""
+    shutil.copytree(folder, out)
+    described = json.loads((out / "manifest.json").read_text())
+    described["model"]["name"] = name
+    described["origin"] |= origin
+    (out / "manifest.json").write_text(json.dumps(described))
+    return out
+
+
+@pytest.mark.parametrize("command", ["build", "repo"])
+def test_another_models_folder_is_replaced_only_by_force(
+    schnell, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source, made = (schnell.onnx, schnell.engines) if command == "build" else (schnell.engines, schnell.repository)
+    out = of_another_model(made, tmp_path / "out")
+    before = tree(out)
+    arguments = [command, str(source), "--out", str(out)]
+    refused = run_here(arguments, monkeypatch, capfd)
+    assert_error(refused, f"{out} holds {FOLDERS[command]} of other, and this is random-schnell", "--force")
+    assert tree(out) == before
+    (out / "thesis.txt").touch()
+    assert_error(
+        run_here([*arguments, "--force"], monkeypatch, capfd), "holds thesis.txt, which ditforge did not write"
+    )
+    (out / "thesis.txt").unlink()
+    assert run_here([*arguments, "--force"], monkeypatch, capfd).code == 0
+    assert manifest.read_any(out).model.name == "random-schnell"
+
+
+def test_another_models_export_is_known_before_tracing(
+    schnell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Traced(Exception):
+        pass
+
+    def traced(*args: object) -> None:
+        raise Traced
+
+    monkeypatch.setattr(onnx_export, "export_network", traced)
+    source = CheckpointSource(schnell.checkpoint)
+    other = of_another_model(schnell.onnx, tmp_path / "other")
+    tuned = of_another_model(schnell.onnx, tmp_path / "tuned", "random-schnell", loras="style.safetensors:1")
+    sized = of_another_model(schnell.onnx, tmp_path / "sized", "random-schnell", weights="random")
+    for out, held in ((other, "other"), (tuned, "with style.safetensors:1"), (sized, "of random weights")):
+        with pytest.raises(UserError, match=f"{held}, and this is random-schnell"):
+            onnx_export.export_checkpoint(source, out, ExportOptions("fp16"))
+        with pytest.raises(Traced):
+            onnx_export.export_checkpoint(source, out, ExportOptions("fp16", force=True))
+    same = shutil.copytree(schnell.onnx, tmp_path / "same")
+    with pytest.raises(Traced):
+        onnx_export.export_checkpoint(source, same, ExportOptions("fp16"))
+
+
+def test_the_same_model_for_another_target_is_replaced(schnell, tmp_path: Path) -> None:
+    out = shutil.copytree(schnell.engines, tmp_path / "engines")
+    assert build(schnell.onnx, out, BuildOptions("cpu", segments=2)).rebuilt == {
+        "dit": "segments was 1, is 2 (cutting 1)"
+    }
+    repo = shutil.copytree(schnell.repository, tmp_path / "repo")
+    assert write_repository(out, repo)
+
+
+@pytest.mark.parametrize("command", ["export", "build", "repo", "calibrate"])
+def test_out_is_looked_at_before_anything_else(command: str, tmp_path: Path) -> None:
+    """Before PyTorch is imported, or the input is looked at; nothing is left in the place that was tried."""
+    (tmp_path / "file").touch()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    places = {"file/below": "file", "/proc/none/x": "/proc"}
+    places |= {"mine": "is a folder"} if command == "calibrate" else {"file": "is a file", "mine": "thesis.txt"}
+    given = str(Path(__file__).parents[2] / "models" / "flux-tiny") if command in ("export", "calibrate") else "missing"
+    program = "import sys; sys.modules['torch'] = sys.modules['onnx'] = None\nfrom ditforge.cli import main; main()"
+    before = tree(tmp_path)
+    for out, mention in places.items():
+        arguments = [sys.executable, "-c", program, command, given, "--out", out]
+        done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert_error(Result(done.returncode, done.stdout, done.stderr), mention, "--out")
+    assert tree(tmp_path) == before
+
+
+def test_where_nothing_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Permissions do not keep the superuser, who runs tests in a container, from anything: the failure is put there."""
+
+    def denied(*args: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(stage_folder.tempfile, "TemporaryDirectory", denied)
+    with pytest.raises(UserError, match=f"cannot write {tmp_path}/a/b: {tmp_path}: Permission denied"):
+        stage_folder.check_early(tmp_path / "a" / "b", "onnx")

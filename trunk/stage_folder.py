@@ -1,0 +1,143 @@
+"""A folder that a stage writes: what it may take the place of, and how it does, whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+
+from ditforge.errors import UserError
+from ditforge.manifest import FILE_NAME, Kind, parse
+from ditforge.unfinished_folder import SUFFIX, partial_folder
+
+OTHER_OUT = "choose another --out, or remove it first"
+FORCE = "choose another --out, or add --force, which replaces it"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def called(name: str, origin: Mapping[str, str]) -> str:
+    """A model in words that tell one from another: its name, LoRAs, and random weights."""
+    loras = f" with {origin['loras']}" if origin.get("loras") else ""
+    return f"{name}{loras}{' of random weights' if origin.get('weights') == 'random' else ''}"
+
+
+def check_early(target: Path, kind: Kind) -> None:
+    """Raise UserError where `target` can be no folder of `kind`, before anything is imported, downloaded or made.
+
+    What is not known yet is left to `check_replaceable`: which files besides the manifest's are the stage's own, and
+    whether anything has to be written where there is a folder of `kind`.
+    """
+    target = Path(os.path.realpath(target))
+    if os.path.isfile(target / FILE_NAME):
+        check_kind(target, kind)
+    else:
+        check_replaceable(target, kind, ())
+
+
+def check_replaceable(target: Path, kind: Kind, own: Iterable[str], model: str = "") -> None:
+    """Raise UserError if anything would be lost when a folder of `kind` took the place of `target`, or it cannot be.
+
+    What the manifest there names can be replaced, and what is called like one of `own`, but not another model than
+    `model`, as `called` has it; empty: any.
+    """
+    target = Path(os.path.realpath(target))
+    if target.is_file():
+        raise UserError(f"{target} is a file", OTHER_OUT)
+    try:
+        names = sorted(entry.name for entry in target.iterdir()) if target.exists() else []
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}", OTHER_OUT) from error
+    if os.path.ismount(target):
+        raise UserError(f"{target} is a mount point, which cannot be replaced", f"--out {target / kind}")
+    if names:
+        check_content(target, kind, names, own, model)
+    check_place(target)
+
+
+def check_content(target: Path, kind: Kind, names: list[str], own: Iterable[str], model: str) -> None:
+    """The same of a folder that holds something, `names`."""
+    if FILE_NAME not in names:
+        raise UserError(f"{target} holds {names[0]}, and was not made by ditforge", OTHER_OUT)
+    check_kind(target, kind)
+    before = parse(target / FILE_NAME)
+    made = {PurePosixPath(name).parts[0] for component in before.components.values() for name in component.files}
+    foreign = [name for name in names if name not in {FILE_NAME, *made, *own}]
+    if foreign:
+        raise UserError(f"{target} holds {foreign[0]}, which ditforge did not write", OTHER_OUT)
+    held = called(before.model.name, before.origin)
+    if model and held != model and (before.origin or before.model.name != model):
+        raise UserError(f"{target} holds {kind} of {held}, and this is {model}", FORCE)
+
+
+def check_kind(target: Path, kind: Kind) -> None:
+    """Raise UserError where the manifest in the folder `target` is of another kind, or cannot be read."""
+    try:
+        before = parse(target / FILE_NAME)
+    except UserError as error:
+        raise UserError(f"{target} cannot be replaced: {error.problem}", OTHER_OUT) from error
+    if before.kind != kind:
+        raise UserError(f"{target} holds {before.kind}, which would be lost", OTHER_OUT)
+
+
+def check_place(target: Path) -> None:
+    """Raise UserError where no folder can be made beside `target`, whose parents need not exist."""
+    there = next(path for path in target.parents if path.exists())
+    if not there.is_dir():
+        raise UserError(f"cannot write {target}: {there} is a file", OTHER_OUT)
+    try:
+        with tempfile.TemporaryDirectory(dir=there, prefix=f".{target.name}."):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {there}: {error.strerror}", OTHER_OUT) from error
+
+
+def put_in_place(folder: Path, target: Path) -> None:
+    """Rename `folder` to `target`, whose earlier content is removed only once that is done. Raises OSError.
+
+    Where other processes do the same at the same time, the last one's stays, whole.
+    """
+    while True:
+        before = folder.with_name(f".{target.name}.{secrets.token_hex(8)}{SUFFIX}")
+        with suppress(FileNotFoundError):
+            target.rename(before)
+        try:
+            folder.rename(target)
+        except BaseException as error:
+            if before.exists():
+                with suppress(OSError):
+                    before.rename(target)
+            if getattr(error, "errno", None) not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            return
+        finally:
+            shutil.rmtree(before, ignore_errors=True)
+
+
+@contextmanager
+def written_whole(target: Path, kind: Kind, own: Iterable[str] = ()) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place when the block ends, and vanishes if it fails.
+
+    One that an earlier process left behind because it was killed vanishes too (unfinished_folder.py).
+    An existing `target` is replaced only if it is empty, or a folder of the same kind that holds nothing but what its
+    manifest names, and what is called like one of `own`: nobody's other files are deleted.
+    """
+    target = Path(os.path.realpath(target))
+    try:
+        check_replaceable(target, kind, own)
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}", OTHER_OUT) from error
+    try:
+        with partial_folder(target) as temporary:
+            yield temporary
+            temporary.chmod(0o755)
+            put_in_place(temporary, target)
+    except OSError as error:
+        fix = "free some space, or choose another --out" if error.errno in FULL else "choose another --out"
+        raise UserError(f"cannot write {target}: {error.strerror or error}", fix) from error

@@ -22,6 +22,8 @@ from documents import CONTRIBUTING, DOCUMENTS, README, ROOT, Block, blocks, comm
 from PIL import Image
 from replicas import lasting_port
 
+from ditforge.engines.gpus import default_precision, find_target
+
 PASTED = [README, ROOT / "docs" / "client.md", ROOT / "docs" / "serving.md"]  # in one shell, in this order
 INSTALLS, GPU, STARTS, SHOWN = "installs", "gpu", "starts a server", "shown "
 # A reader's machine has these ports free, and its server is where clients look by default.
@@ -113,7 +115,8 @@ def test_blocks_for_a_gpu_are_built(exports, tmp_path: Path) -> None:
         values = parse(words)
         if words[1] == "export":
             assert str(values["checkpoint"]) == "models/flux-tiny"
-            shutil.copytree(exports(values["precision"], "bf16"), tmp_path / values["out"])
+            precision = values["precision"] or default_precision(find_target(values["gpu"]))[0]
+            shutil.copytree(exports(precision, "bf16"), tmp_path / values["out"])
         elif words[1] != "serve":
             command = [sys.executable, "-m", *words]
             done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)

@@ -172,7 +172,7 @@ def check_names(call: str, options: Mapping[str, object], *records: type) -> Non
 
 
 def made(record: type[T], given: Mapping[str, object]) -> T:
-    """Make the record (a dataclass) from the options that are its fields. Raises UserError for a value of another type."""
+    """Make the dataclass from the options that are its fields. Raises UserError for a value of another type."""
     own = {field.name: given[field.name] for field in fields(record) if field.name in given}  # type: ignore[arg-type]
     try:
         return TypeAdapter(record).validate_python(own)

@@ -115,7 +115,7 @@ def test_blocks_for_a_gpu_are_built(exports, tmp_path: Path) -> None:
         values = parse(words)
         if words[1] == "export":
             assert str(values["checkpoint"]) == "models/flux-tiny"
-            precision = values["precision"] or default_precision(find_target(values["gpu"]))[0]
+            precision = values.get("precision") or default_precision(find_target(values["gpu"]))[0]
             shutil.copytree(exports(precision, "bf16"), tmp_path / values["out"])
         elif words[1] != "serve":
             command = [sys.executable, "-m", *words]

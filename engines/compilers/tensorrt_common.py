@@ -126,7 +126,7 @@ def fixed(tensor: Tensor) -> tuple[int, ...]:
 def make_log(trt: Any) -> Any:
     """A logger that keeps the errors, in `errors`."""
 
-    class Log(trt.ILogger):
+    class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.errors: list[str] = []
@@ -141,7 +141,7 @@ def make_log(trt: Any) -> Any:
 def make_writer(trt: Any, file: BinaryIO) -> Any:
     """A stream that the plan is written to; what goes wrong is in `error` (the compiler itself does not notice)."""
 
-    class Writer(trt.IStreamWriter):
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.error: OSError | None = None
@@ -159,7 +159,7 @@ def make_writer(trt: Any, file: BinaryIO) -> Any:
 def make_monitor(trt: Any, progress: Progress, name: str) -> Any:
     """Reports the compiler's phases; cancels when reporting raises (what is in `error`)."""
 
-    class Monitor(trt.IProgressMonitor):
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.error: BaseException | None = None

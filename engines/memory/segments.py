@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from ditforge.engines.compilers import Ranges, Shape
 from ditforge.engines.memory.shapes import infer_shapes
@@ -190,7 +192,7 @@ def weigh(heavy: Sequence[ir.Node], light: dict[ir.Node, Origin]) -> list[int]:
     return weights
 
 
-def find_cuts(heavy: Sequence[ir.Node], before: np.ndarray, shapes: dict[ir.Value, Shape]) -> list[Cut]:
+def find_cuts(heavy: Sequence[ir.Node], before: NDArray[Any], shapes: dict[ir.Value, Shape]) -> list[Cut]:
     """Where a graph of the nodes `heavy` can be cut: at most once between two nodes with weights.
 
     `before` is the bytes of weights before each position. What is passed on has to be floating-point, and to be no more
@@ -230,7 +232,7 @@ def bytes_of(value: ir.Value, shape: Shape) -> int:
     return math.ceil(math.prod(shape) * value.dtype.itemsize) if value.dtype else 0
 
 
-def choose_cuts(cuts: Sequence[Cut], before: np.ndarray, count: int) -> list[Cut]:
+def choose_cuts(cuts: Sequence[Cut], before: NDArray[Any], count: int) -> list[Cut]:
     """The `count` - 1 cuts that pass on the fewest bytes, among those that leave no segment too large.
 
     Too large is more than BALANCED times the mean, or than the largest segment of the most even cuts.

@@ -222,7 +222,7 @@ class Execution:
             self.cupy.get_default_memory_pool().free_all_blocks()
 
 
-def stored_as(trt: Any, dtype: Any) -> np.dtype:
+def stored_as(trt: Any, dtype: Any) -> np.dtype[Any]:
     """What NumPy stores TensorRT's dtype as: bf16, which it has not, as its two bytes."""
     return np.dtype(np.uint16 if dtype == trt.bfloat16 else trt.nptype(dtype))
 

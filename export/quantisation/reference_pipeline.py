@@ -64,7 +64,8 @@ def filled(
     module.load_state_dict(state, strict=False, assign=True)
     left = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     assert not left, f"{component} has weights that no network has: {left[:3]}"
-    return module.eval()
+    result: torch.nn.Module = module.eval()
+    return result
 
 
 def class_of(checkpoint: Checkpoint, component: str) -> Any:

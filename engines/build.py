@@ -1,4 +1,4 @@
-"""`ditforge build`: every ONNX graph of a folder becomes an engine, unless the same engine is there already."""
+"""`ditforge build`: compile every ONNX graph of a folder into an engine, unless the same engine exists already."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ class Built:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What engines are compiled for. What is None is chosen.
+    """What engines are compiled for. A field that is None is chosen automatically.
 
-    gpu: as `ditforge.engines.gpus.find_target` has it: a product, sm_89, several of them, local, or cpu.
-    compiler: by default the GPU's.
-    resolutions, static, batch: the sizes in pixels and the batches (see ditforge.engines.profile.make_profiles). By
-        default the compiler's: all that the model has, or those around the model's default size.
+    gpu: a product, sm_89, several of these with commas, local, or cpu (see ditforge.engines.gpus.find_target).
+    compiler: the name of a compiler; by default, the one that suits the GPU.
+    resolutions, static, batch: the sizes in pixels and the batches (see ditforge.engines.profile.make_profiles). The
+        default depends on the compiler: all sizes of the model, or those around the model's default size.
     vae_tile: the autoencoder takes pictures in tiles of that many pixels. By default it takes them whole.
-    segments: into how many engines the DiT is cut, which are compiled one after the other.
-    residency: "resident", or "on-demand": every engine is loaded for each call, and then freed.
-    gpu_memory: how many GB of memory the GPU has for the engines.
-    force: replaces another model's engines in the folder, too.
+    segments: the number of engines into which the DiT is cut. They are compiled one after the other.
+    residency: "resident"; or "on-demand", which loads every engine for each call and then frees it.
+    gpu_memory: the GB of the GPU's memory that the engines may take.
+    force: whether engines of another model in the folder are replaced.
 
     Where neither `segments` nor `residency` is given, a plan for the memory of the GPU decides about them, and about
     the batch and the tiles (see ditforge.engines.memory.fitting.decide).
@@ -89,10 +89,10 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be made of an export: its networks and model, and the model that the engines announce.
+    """What a build makes of an export: its networks, its model, and the model that the engines announce to clients.
 
-    `profiles` are the sizes for which engines are made (none: all). By network, `makers` are by which compiler an
-    engine is made, and for what, and `placements` where it is to be.
+    `profiles` are the sizes for which engines are made; without any, engines take all sizes. By the name of the
+    network, `makers` has the compiler and the target, and `placements` has where the engine will be in memory.
     """
 
     networks: dict[str, Component]
@@ -105,10 +105,10 @@ class Order:
 
 @dataclass(frozen=True)
 class Design:
-    """How an order is carried out; all but its largest batch (None: any) by network.
+    """How an order is carried out. All fields but the largest batch (None: any) are by the name of the network.
 
-    That is where its engine is placed, the profiles of its sizes, the shapes of its inputs in these, its cache key,
-    and, if it has to be compiled, the reason why.
+    They say where the engine is placed, the profiles of its sizes, the shapes of its inputs in these profiles, its
+    cache key, and, if it has to be compiled, the reason.
     """
 
     order: Order
@@ -129,11 +129,11 @@ def build(
 ) -> Built:
     """Compile the graphs in the folder `onnx` into engines in the folder `out`.
 
-    An engine whose cache key is unchanged is kept; if all are, nothing is written. Networks that nobody cut are cut as
-    the memory of this machine asks for. `progress` is called with (what is done, how many steps are done, how many
-    there are), and `planned` with the plan for the GPU's memory, where there is one. Raises UserError if the target
-    cannot execute a component, or has too little memory, if a graph is damaged, or has not that many segments; then
-    `out` is as it was before.
+    An engine whose cache key is unchanged is kept. If all are kept, nothing is written. If the user does not say how
+    networks are cut, the memory of this machine decides. `progress` is called with (what is done, how many steps are
+    done, how many there are), and `planned` with the plan for the GPU's memory, where there is one. Raises UserError if
+    the target cannot execute a component, or has too little memory, if a graph is damaged, or has not that many
+    segments; then `out` is as it was before.
     """
     options = options or BuildOptions()
     source, before = manifest.read(onnx, "onnx"), manifest.earlier(out, "engines")
@@ -150,7 +150,7 @@ def build(
 
 
 def make_order(source: Manifest, options: BuildOptions) -> tuple[Order, Plan | None]:
-    """What is to be made of an export, and the plan for the GPU's memory. Raises UserError for what cannot be made."""
+    """The order for an export, and the plan for the GPU's memory. Raises UserError for an order that is impossible."""
     target = limited(find_target(options.gpu), options.gpu_memory)
     check_wished(source, target, options.gpu)
     if options.gpu_memory is not None and options.placed_by_hand:
@@ -187,10 +187,10 @@ def check_wished(source: Manifest, target: Target, gpu: str) -> None:
 
 
 def make_design(order: Order, before: Manifest | None, as_before: Collection[str], out: Path) -> Design:
-    """How the order is carried out, in `out`, where there may be a build from `before`.
+    """How the order is carried out in the folder `out`, which may hold an earlier build, `before`.
 
-    Networks of `as_before` that are in it may stay in as many segments. Raises UserError for a network that its target
-    cannot execute.
+    Networks of `as_before` may keep the number of segments that they have there. Raises UserError for a network that
+    its target cannot execute.
     """
     own = {name: [profile.of(name, order.model) for profile in order.profiles] for name in order.networks}
     placed, shapes, keys, reasons = {}, {}, {}, {}
@@ -218,7 +218,7 @@ def write_engines(
     before: Manifest | None,
     progress: Progress | None,
 ) -> Manifest:
-    """Compile what has to be, take the others over from the build `before` in `out`, and write it anew."""
+    """Compile the engines that are out of date, take the others over from the build `before`, and write `out` anew."""
     networks, placements = {name: source.components[name] for name in design.keys}, design.placements
     for name in design.reasons:  # all of them are looked at before the first one is compiled
         manifest.check_files(onnx, networks[name].files, fix="ditforge export CHECKPOINT --out DIR   again")
@@ -273,7 +273,7 @@ def kept_files() -> list[str]:
 
 
 def ranges(component: Component, profiles: list[Profile], model: Model) -> list[Ranges]:
-    """For each profile the shapes of the inputs that vary; profiles that do not differ for a component count once."""
+    """The shapes of the inputs that vary, for each profile. Profiles that are the same for a component count once."""
     found: list[Ranges] = []
     for profile in profiles:
         varying = {
@@ -287,7 +287,7 @@ def ranges(component: Component, profiles: list[Profile], model: Model) -> list[
 
 
 def cut_graph(graph: Path, component: Component, model: Model, profiles: list[Profile], count: int) -> list[Segment]:
-    """Cut a graph into `count` segments, or none if it stays whole. Raises UserError if it has not that many."""
+    """Cut a graph into `count` segments; no segments mean that it stays whole. Raises UserError if it has fewer."""
     if count == 1:
         return []
     from ditforge.engines.memory.segments import cut
@@ -299,7 +299,7 @@ def cut_graph(graph: Path, component: Component, model: Model, profiles: list[Pr
 
 
 def compile_parts(compiler: Compiler, job: Job, segments: list[Segment]) -> list[list[Path]]:
-    """Compile a graph, or its segments instead, one after the other; returns the files of each."""
+    """Compile a graph, or each of its segments in turn. Returns the files of each engine."""
     if not segments:
         return [compile_one(compiler, job)]
     files = []
@@ -319,14 +319,14 @@ def compile_parts(compiler: Compiler, job: Job, segments: list[Segment]) -> list
 
 
 def compile_one(compiler: Compiler, job: Job) -> list[Path]:
-    """Compile a graph, in a process of its own if the compiler wants that; returns the files written."""
+    """Compile a graph, in a process of its own if the compiler asks for one. Returns the files that were written."""
     return compile_apart(compiler.name, job) if compiler.own_process else compiler.compile(job)
 
 
 def cache_key(
     component: Component, compiler: Compiler, target: Target, segments: int, shapes: list[Ranges]
 ) -> dict[str, str]:
-    """Everything that changes an engine: the same key, the same engine."""
+    """Everything that changes an engine. Two engines with the same key are the same engine."""
     digests = {f"sha256 of {name}": file.sha256 for name, file in component.files.items()}
     profile = {
         f"shapes of {name}": ", ".join(" ".join("x".join(map(str, shape)) for shape in part[name]) for part in shapes)
@@ -345,7 +345,7 @@ def cache_key(
 
 
 def is_same(before: Manifest, out: Path, design: Design) -> bool:
-    """Whether the build in `out` is all that is wanted."""
+    """Whether the build in `out` is already what the order asks for."""
     engines, placements = before.engines, design.placements
     same = before.model == design.order.model and engines.keys() == placements.keys()
     same = same and all(engine.max_batch == design.max_batch for engine in engines.values())
@@ -376,7 +376,7 @@ def copy_component(component: Component, source: Path, folder: Path) -> Componen
 
 
 def keep_component(component: Component, before: Path, folder: Path) -> Component:
-    """Take a component's files over from an earlier build, checked; where the file system can, none is copied."""
+    """Take a component's files over from an earlier build and check them. They are linked if the file system can."""
     manifest.check_files(before, component.files, fix="remove the folder, and build again")
     for name in component.files:
         try:

@@ -1,7 +1,7 @@
-"""The fp32 twin of a bf16 graph: what ONNX Runtime executes on a CPU, where it has no bf16 kernels.
+"""Turns a bf16 graph into its fp32 twin, because ONNX Runtime has no bf16 kernels for CPUs.
 
-8-bit weights and their Q/DQ pairs stay as they are; only what is computed in 16 bits is computed in 32. So the twin
-shows what quantisation does, and not what bf16 rounding adds.
+8-bit weights and their Q/DQ pairs stay as they are. Only what is computed in 16 bits is computed in 32 bits instead.
+The twin therefore shows the effect of quantisation, but not the rounding of bf16.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ NARROW, WIDE = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 
 
 def write_twin(graph: Path, out: Path) -> Path:
-    """Write the fp32 twin of the ONNX file `graph` into the folder `out`, one tensor at a time; returns its path."""
+    """Write the fp32 twin of the ONNX file `graph` into the folder `out`, one tensor at a time. Returns its path."""
     model = ir.load(graph)
     for initializer in model.graph.initializers.values():
         if initializer.dtype == NARROW:

@@ -1,4 +1,4 @@
-"""What `ditforge gpus` reports: for each product what it can compute with, and what is chosen for it."""
+"""The report of `ditforge gpus`: what each product can compute with, and what ditforge chooses for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ditforge.engines.gpus import GPUS, Gpu, Target, default_precision, precisio
 
 @dataclass(frozen=True)
 class Offer:
-    """What ditforge does with a product, in a report: what it can compute with, and what is chosen for it."""
+    """One product in the report: what it can compute with, and what ditforge chooses for it."""
 
     name: str
     product: str
@@ -24,18 +24,18 @@ class Offer:
 
 @dataclass(frozen=True)
 class GpuTable:
-    """All products, by compute capability."""
+    """All products, in the order of their compute capabilities."""
 
     gpus: tuple[Offer, ...]
 
 
 def table() -> GpuTable:
-    """What `ditforge gpus` reports."""
+    """The report of `ditforge gpus`."""
     return GpuTable(tuple(map(offer, GPUS)))
 
 
 def offer(gpu: Gpu) -> Offer:
-    """What ditforge does with a product."""
+    """The row of one product."""
     target = Target(gpu.name, (gpu.capability,), gpu.memory_gb)
     formats, made_by = tuple(precisions(gpu.capability)), tuple(able(gpu.capability))
     chosen = default_precision(target)[0], made_by, default_compiler(target)

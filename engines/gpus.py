@@ -1,7 +1,7 @@
-"""The GPU table, and what can be compiled for: the value of `--gpu`.
+"""The table of GPUs, and the targets that `--gpu` can name.
 
-Compute capabilities: https://developer.nvidia.com/cuda-gpus. Memory in GB as NVIDIA's data sheets give it:
-an RTX 3060 of 12 GB reports 12 GiB.
+The compute capabilities are from https://developer.nvidia.com/cuda-gpus. The memory is in GB as NVIDIA's data sheets
+give it; an RTX 3060 of 12 GB reports 12 GiB.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ LACKS = {"bf16": "no bf16 arithmetic", "fp8": "no FP8 tensor cores", "fp8-weight
 
 @dataclass(frozen=True)
 class Gpu:
-    """A product: what `--gpu` calls it, its name in the shop, compute capability, and memory in GB."""
+    """A product: its name for `--gpu`, its commercial name, its compute capability, and its memory in GB."""
 
     name: str
     product: str
@@ -86,10 +86,10 @@ GPUS = [
 
 @dataclass(frozen=True)
 class Target:
-    """What to compile for: how the user called it, compute capabilities (none for the CPU), the least memory in GB.
+    """What to compile for: the user's name for it, the compute capabilities (none for the CPU), and the memory in GB.
 
-    The memory is None where it is not known. As text: `cpu`, or the capabilities (`sm_86,sm_89`), which is all of a
-    target that changes an engine.
+    The memory is the smallest of all products that are named, or None if it is not known. As text, a target is `cpu` or
+    the capabilities (`sm_86,sm_89`), because nothing else of a target changes an engine.
     """
 
     name: str
@@ -106,9 +106,9 @@ def number(capability: str) -> int:
 
 
 def find_target(name: str) -> Target:
-    """The target that the user calls `name`: products, compute capabilities, `cpu`, `local`; several with commas.
+    """The target that the user calls `name`: a product, a compute capability, `cpu`, `local`, or several with commas.
 
-    Raises UserError for an unknown one, with the nearest names.
+    Raises UserError for an unknown name, and gives the nearest ones.
     """
     if name.strip().lower() == CPU:
         return Target(CPU)
@@ -120,7 +120,7 @@ def find_target(name: str) -> Target:
 
 
 def limited(target: Target, memory_gb: float | None) -> Target:
-    """The target as if it had `memory_gb` GB of memory; None: as it is. Raises UserError for what can be no GPU's."""
+    """The target with `memory_gb` GB of memory, or as it is for None. Raises UserError if no GPU has that much."""
     if memory_gb is None:
         return target
     if not target.capabilities:
@@ -157,7 +157,7 @@ def precisions(capability: str) -> list[str]:
 
 
 def default_precision(target: Target) -> tuple[str, str]:
-    """The precision to take where the user names none, and the reason."""
+    """The precision that is taken if the user names none, and the reason for it."""
     if not target.capabilities:
         return "fp32", "ONNX Runtime computes 16-bit numbers in 32-bit on a CPU"
     oldest = target.capabilities[0]
@@ -170,14 +170,14 @@ def default_precision(target: Target) -> tuple[str, str]:
 
 
 def default_activations(target: Target) -> str:
-    """The number format to surround 8-bit weights with."""
+    """The number format of activations and other weights beside 8-bit weights."""
     if not target.capabilities:
         return "fp32"
     return "bf16" if all("bf16" in precisions(capability) for capability in target.capabilities) else "fp16"
 
 
 def check_precision(name: str, precision: str, dtype: str, target: Target) -> None:
-    """Raise UserError, with what is possible, if a capability cannot compute `precision` with `dtype` around it."""
+    """Raise UserError, with what is possible, if a GPU cannot compute `precision` with the other layers in `dtype`."""
     for capability in target.capabilities:
         able = precisions(capability)
         lacking = next((wanted for wanted in (precision, dtype) if wanted in SINCE and wanted not in able), None)

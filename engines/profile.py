@@ -1,7 +1,7 @@
 """Which sizes of pictures and batches an engine is compiled for.
 
-A compiler that wants ranges (TensorRT's optimisation profiles) gets the smallest, the best and the largest shape of
-each input; what a server then announces to clients are the sizes of the profile.
+Some compilers need ranges (TensorRT's optimisation profiles): the smallest, the best and the largest shape of each
+input. A server of such engines announces the sizes of the profiles to its clients.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Profile:
-    """Sizes in pixels, height and width: `smallest` to `largest`, fastest at `best`; batches of 1 to `max_batch`."""
+    """A range of sizes in pixels (height, width), fastest at `best`, and batches of 1 to `max_batch`."""
 
     smallest: Size
     best: Size
@@ -29,7 +29,7 @@ class Profile:
     max_batch: int
 
     def of(self, network: str, model: Model) -> Profile:
-        """The profile of one network: the autoencoder's goes up to a tile, where the model has them."""
+        """The profile of one network. That of the autoencoder ends at the size of a tile, if the model has tiles."""
         smallest, best, largest = (model.piece(network, *size) for size in (self.smallest, self.best, self.largest))
         return replace(self, smallest=smallest, best=best, largest=largest)
 
@@ -50,9 +50,9 @@ def _shape(tensor: Tensor, size: Size, batch: int, model: Model) -> Shape:
 
 
 def make_profiles(model: Model, resolutions: str | None, static: str | None, batch: int | None) -> list[Profile]:
-    """The profiles for the options `--resolutions`, `--static` and `--batch`, None being the default.
+    """The profiles for the options `--resolutions`, `--static` and `--batch`. None stands for the default.
 
-    Several static sizes are a profile each. Raises UserError if the model has no such sizes.
+    Each static size becomes one profile. Raises UserError if the model has no such sizes.
     """
     max_batch = DEFAULT_BATCH if batch is None else batch
     if not 1 <= max_batch <= MAX_BATCH:
@@ -68,7 +68,7 @@ def make_profiles(model: Model, resolutions: str | None, static: str | None, bat
 
 
 def default_range(model: Model) -> tuple[int, int, int]:
-    """Half the model's default size, the default size, one and a half times it, as far as the model goes."""
+    """Half the model's default size, this size, and one and a half times it, within the sizes that the model makes."""
     multiple, best = model.size_multiple, model.default_size
     smallest = max(best // 2 // multiple, 1) * multiple
     largest = min(best * 3 // 2, model.max_size) // multiple * multiple
@@ -96,7 +96,7 @@ def _parse_range(text: str, model: Model) -> tuple[int, int, int]:
 
 
 def ranges_of(model: Model) -> str:
-    """What `--resolutions` may be for a model, as examples."""
+    """Examples of `--resolutions` that the model can make."""
     smallest, best, largest = default_range(model)
     return (
         f"--resolutions {smallest}-{largest}, or with the best one --resolutions {smallest}-{best}-{largest}, in pixels"
@@ -128,7 +128,7 @@ def _nearest(size: int, model: Model) -> int:
 
 
 def tiled(model: Model, vae_tile: int | None) -> Model:
-    """The model with tiles of `vae_tile` pixels for the autoencoder. Raises UserError if none are of that size."""
+    """The model with tiles of `vae_tile` pixels for the autoencoder. Raises UserError for an impossible size."""
     if vae_tile is not None:
         multiple, least = model.vae_factor, model.vae_factor * LEAST_TILE
         near = max(round(vae_tile / multiple) * multiple, least)
@@ -139,7 +139,7 @@ def tiled(model: Model, vae_tile: int | None) -> Model:
 
 
 def announced(model: Model, profiles: list[Profile]) -> Model:
-    """The model as a server of these profiles announces it: its sizes are the profiles'."""
+    """The model as a server of these profiles announces it, with the sizes of the profiles."""
     static = all(profile.smallest == profile.largest for profile in profiles)
     first = profiles[0]
     return model.model_copy(

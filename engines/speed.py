@@ -1,9 +1,9 @@
-"""How long a step takes on a GPU: an estimate, from its floating point operations and the GPU's published rate.
+"""Estimates how long a step takes on a GPU, from its floating point operations and the GPU's published rate.
 
-No GPU but one H100 was measured. There, of FLUX.1-dev's step at 1024 x 1024 (74.4 TFLOP), fp16 in ONNX Runtime took
-195.7 ms and bf16 compiled by PyTorch 133.6 ms: 38 and 56 % of the published rate. An estimate is what these two shares
-give of another GPU's rate. fp8 took 96.0 ms where compiled bf16 took 133.6, so that it is reckoned 1.39 times as fast.
-8-bit weights alone are computed with in 16 bits.
+Only an H100 was measured. A step of FLUX.1-dev at 1024 x 1024 (74.4 TFLOP) took 195.7 ms there in fp16 by ONNX Runtime,
+and 133.6 ms in bf16 compiled by PyTorch. These are 38 and 56 % of the published rate, and an estimate applies the two
+shares to another GPU's rate. fp8 took 96.0 ms, so it counts as 1.39 times as fast as compiled bf16. A precision that
+has only its weights in 8 bits computes in 16 bits.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ NO_TENSOR_CORES = ("fp32",)  # nothing was measured that would say how fast it i
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of a step, and of all steps of a picture, from the faster to the slower of the shares that were measured.
+    """The seconds of a step, and of all steps of a picture, each from the faster to the slower estimate.
 
-    Text encoding, decoding, and what has to be loaded in each step come on top.
+    They leave out text encoding, decoding, and the time for loading segments in each step.
     """
 
     step_fast: float
@@ -48,9 +48,9 @@ class Estimate:
 
 
 def estimate(gpu: str, precision: str, flops: float, steps: int) -> Estimate | None:
-    """How long a step of so many floating point operations takes, and so many steps of it.
+    """Estimate how long a step of so many floating point operations takes, and so many of these steps.
 
-    None for a GPU whose rate is not in the table, and for fp32.
+    Returns None for a GPU whose rate is not in the table, and for fp32.
     """
     rate = RATES.get(gpu)
     if rate is None or precision in NO_TENSOR_CORES:

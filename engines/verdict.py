@@ -1,4 +1,4 @@
-"""`ditforge verify` in one word: whole, the same numbers as the reference, damaged, or different."""
+"""The verdict of `ditforge verify`: whole, the same numbers as the reference, damaged, or different."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ LARGEST_LIMIT = max(LIMITS.values())
 class Verification:
     """What `verify` found.
 
-    verdict: "whole" where only files were checked; "same" where the outputs are those of `against` within their limits
-    too; "damaged" where `damaged`, in words, says of some files what is wrong; "different" where an output errs by
-    more. `reason` says why, and `fix` what to do about the latter two.
+    verdict: "whole" if only files were checked; "same" if the outputs also equal those of `against` within their
+    limits;
+        "damaged" if files are damaged, which `damaged` describes; "different" if an output exceeds its limit.
+    reason: why, in words. fix: what to do about damaged files or different outputs.
     """
 
     folder: str
@@ -92,7 +93,7 @@ def verify(
 
 
 def in_words(worst: Difference, limit: float) -> str:
-    """How good the numbers are, of which `worst` is the furthest from the reference."""
+    """Describe how close the outputs are to the reference; `worst` is the one that is furthest from it."""
     if worst.same_graph:
         return (
             "all networks are the reference's own graphs, executed by the same ONNX Runtime: nothing else was compared"
@@ -102,12 +103,12 @@ def in_words(worst: Difference, limit: float) -> str:
 
 
 def limit_of(difference: Difference) -> float:
-    """The largest relative error that its precision explains."""
+    """The largest relative error that the precision of the output explains."""
     return LIMITS.get(difference.precision, LARGEST_LIMIT)
 
 
 def excess(difference: Difference) -> float:
-    """The relative error in units of its limit: above 1, it is too large; what is no number is infinitely too large."""
+    """The relative error divided by its limit: above 1, it is too large. NaN counts as infinitely large."""
     if difference.same_graph:
         return -1.0
     return difference.relative / limit_of(difference) if math.isfinite(difference.relative) else math.inf
@@ -136,7 +137,7 @@ def check_executable(folder: Path, found: Manifest, against: Path) -> None:
 
 
 def read(folder: Path, command: str) -> Manifest:
-    """The manifest of any folder that a stage wrote. Raises UserError, with the `command` that writes one, else."""
+    """The manifest of a folder that a stage wrote. Otherwise raises UserError with the `command` that writes one."""
     if not (folder / manifest.FILE_NAME).is_file():
         state = f"has no {manifest.FILE_NAME}: no stage of ditforge wrote it" if folder.is_dir() else "is not a folder"
         raise UserError(f"{folder} {state}", f"give what this wrote: {command}")
@@ -144,7 +145,7 @@ def read(folder: Path, command: str) -> Manifest:
 
 
 def read_reference(folder: Path, found: Manifest, against: Path) -> Manifest:
-    """The manifest of the export to compare with. Raises UserError where it is something else, or not whole."""
+    """The manifest of the export to compare with. Raises UserError if it is something else, or is not whole."""
     reference = read(against, f"{manifest.NEXT_COMMAND['onnx']} --precision fp32")
     if reference.kind != "onnx":
         problem = f"--against takes an fp32 export, and {against} holds {reference.kind}"

@@ -1,7 +1,7 @@
-"""`ditforge verify`: are a folder's files undamaged, and does what is in it compute what a reference computes?
+"""`ditforge verify`: checks that the files of a folder are undamaged, and compares their outputs with a reference.
 
-The reference is an fp32 export. Engines that this machine cannot execute are verified through the export that they were
-built from: its graphs, quantised ones too, run in ONNX Runtime on the CPU.
+The reference is an fp32 export. If this machine cannot execute some engines, verify the export from which they were
+built: its graphs, also quantised ones, run in ONNX Runtime on the CPU.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ NUMPY_DTYPES = {"FP32": np.float32, "FP16": np.float16, "INT32": np.int32, "UINT
 class Difference:
     """How an output differs from the reference's.
 
-    largest: of the absolute differences. relative: L2 norm of the difference over that of the reference. psnr: in dB,
-    its peak the reference's range. same_graph: whether it is the reference's own graph that was executed in the same
-    ONNX Runtime, to the same numbers: that says nothing of the graph.
+    largest: the largest absolute difference. relative: the L2 norm of the difference divided by that of the reference.
+    psnr: in dB, with the reference's range as the peak. same_graph: whether the same ONNX Runtime executed the
+    reference's own graph with the same result; such a comparison says nothing about the graph.
     """
 
     component: str
@@ -53,7 +53,7 @@ FP32 = "ditforge export CHECKPOINT --precision fp32 --out DIR   makes the refere
 
 
 def verify_files(folder: Path) -> int:
-    """Check every file that a stage wrote into `folder`, and return how many there are. Raises UserError."""
+    """Check every file that a stage wrote into `folder`, and return their number. Raises UserError for damage."""
     found = manifest.read_any(folder)
     for component in found.components.values():
         manifest.check_files(folder, component.files, fix=f"{manifest.NEXT_COMMAND[found.kind]}   again")
@@ -77,15 +77,15 @@ def check_comparable(folder: Path, found: Manifest, onnx: Path, reference: Manif
 
 
 def ports(component: Component) -> tuple[dict[str, tuple[int | str, ...]], ...]:
-    """The names and shapes of a network's inputs and outputs; their dtypes are those of a precision."""
+    """The names and shapes of a network's inputs and outputs, without dtypes, which depend on the precision."""
     return tuple({name: t.shape for name, t in tensors.items()} for tensors in (component.inputs, component.outputs))
 
 
 def compare(folder: Path, onnx: Path, progress: Callable[[str, int, int], None] | None = None) -> list[Difference]:
     """Run what is in `folder` (engines, or an export) and the graphs of the fp32 export `onnx` on the same inputs.
 
-    Prompts go through the reference's own tokenizer and text encoders, so that each network sees real embeddings.
-    Sizes and batches are such as the engines take. Raises UserError for engines that this machine cannot execute.
+    The reference's own tokenizer and text encoders encode prompts, so that each network gets real embeddings. Sizes and
+    batches are chosen so that the engines take them. Raises UserError for engines that this machine cannot execute.
     """
     found, reference = manifest.read_any(folder), manifest.read(onnx, "onnx")
     networks = [name for name in found.components if name != TOKENIZER]
@@ -112,7 +112,7 @@ def compare(folder: Path, onnx: Path, progress: Callable[[str, int, int], None] 
 
 
 def compared_prompts(found: Manifest) -> tuple[str, ...]:
-    """The prompts that engines are run on, as many as fit into a batch."""
+    """The prompts for the comparison, as many as fit into a batch."""
     return PROMPTS[: min([len(PROMPTS), *(engine.max_batch for engine in found.engines.values() if engine.max_batch)])]
 
 
@@ -127,7 +127,7 @@ def compared_sizes(model: Model, network: str, batch: int) -> dict[str, int]:
 
 
 def compared_size(model: Model) -> tuple[int, int]:
-    """Height and width in pixels: SIZE, or the nearest that the model makes; not square, where it makes others."""
+    """Height and width in pixels: the nearest to SIZE that the model makes, and not square if it makes others."""
     if model.sizes:
         return min(model.sizes, key=lambda size: (size[0] == size[1], size[0] * size[1]))
     multiple = model.size_multiple
@@ -148,7 +148,7 @@ def tokenize(onnx: Path, reference: Manifest, prompts: Sequence[str]) -> Arrays:
 
 
 def example(name: str, tensor: Tensor, sizes: dict[str, int], model: Model) -> AnyArray:
-    """A random input of the contract (latents, timestep, guidance, image, embeddings), its dimensions from `sizes`."""
+    """A random value for an input of the contract (latents, timestep, …), with its dimensions taken from `sizes`."""
     shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape)
     random = np.random.default_rng(0)
     if tensor.dtype == "UINT8":
@@ -159,7 +159,7 @@ def example(name: str, tensor: Tensor, sizes: dict[str, int], model: Model) -> A
 
 
 def is_same_graph(found: Manifest, reference: Manifest, name: str) -> bool:
-    """Whether ONNX Runtime executes the reference's own graph in both: as it is, or as an engine made of it."""
+    """Whether both sides execute the reference's own graph in ONNX Runtime, as it is or as an engine made of it."""
     files, engine = reference.components[name].files, found.engines.get(name)
     if engine is None:
         return found.components[name].files == files
@@ -168,7 +168,7 @@ def is_same_graph(found: Manifest, reference: Manifest, name: str) -> bool:
 
 
 def run_component(folder: Path, found: Manifest, name: str, inputs: Arrays) -> Arrays:
-    """Run the engine called `name`; in an export its graph, a bf16 one as its fp32 twin."""
+    """Run the engine called `name`, or the graph of that name in an export. A bf16 graph runs as its fp32 twin."""
     component = found.components[name]
     if found.kind == "engines":
         engine = found.engines[name]
@@ -185,7 +185,7 @@ def run_component(folder: Path, found: Manifest, name: str, inputs: Arrays) -> A
 
 
 def run_graph(graph: Path, component: Component, inputs: Arrays) -> Arrays:
-    """Run an exported graph as it is in ONNX Runtime. Raises DitforgeError where it cannot be."""
+    """Run an exported graph as it is in ONNX Runtime. Raises DitforgeError if ONNX Runtime cannot execute it."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -202,12 +202,12 @@ def run_graph(graph: Path, component: Component, inputs: Arrays) -> Arrays:
 
 
 def as_declared(inputs: Arrays, component: Component) -> Arrays:
-    """The inputs in the dtypes that the component takes: an fp16 export wants fp16 embeddings."""
+    """The inputs in the dtypes that the component takes; for example, an fp16 export takes fp16 embeddings."""
     return {key: inputs[key].astype(NUMPY_DTYPES[tensor.dtype]) for key, tensor in component.inputs.items()}
 
 
 def difference(component: str, precision: str, output: str, actual: AnyArray, expected: AnyArray) -> Difference:
-    """Compare two outputs. What is not finite is infinitely far from the reference."""
+    """Compare two outputs. A value that is not finite counts as infinitely far from the reference."""
     a, b = actual.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
     if not np.isfinite(a).all():
         return Difference(component, precision, output, np.inf, np.inf, 0.0, -np.inf)

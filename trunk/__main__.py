@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line, which Ctrl-C ends in words even while it is being imported."""
+    """Run the command line. Ctrl-C ends it without a traceback, even while it is being imported."""
     try:
         from ditforge import cli
     except KeyboardInterrupt:

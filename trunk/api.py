@@ -1,7 +1,7 @@
-"""The calls that the README's shell lines make, in Python: `import ditforge` has them, and `ditforge.Client`.
+"""The stages as calls in Python. `import ditforge` has them, and `ditforge.Client`.
 
-Each imports what it needs when it is called, prints nothing, and raises UserError for what was wrong with its input and
-DitforgeError for what failed. An option that nobody knows is refused with the nearest name.
+Each call imports what it needs when it is called, and prints nothing. It raises UserError for a wrong input, and
+DitforgeError if something else fails. It refuses an unknown option, and gives the nearest name.
 """
 
 from __future__ import annotations
@@ -70,22 +70,22 @@ def export_checkpoint(
     of weights written, bytes in all). Options, by name:
 
     base: a folder in diffusers' layout that has what a single file lacks.
-    loras: files to be added to the weights, or pairs of a file and its strength.
+    loras: files to add to the weights, or pairs of a file and its strength.
     text_encoders: "all", or "clip" to leave T5 out.
-    t5_precision: the precision of T5, where it is to differ from the rest.
-    random_weights: takes random numbers in place of the weights; `checkpoint` may be a published model's name then.
+    t5_precision: the precision of T5, if it differs from the rest.
+    random_weights: uses random numbers in place of the weights; `checkpoint` may then be a published model's name.
     gpu: what engines will be compiled for: a product such as "rtx4090", "sm_89", several ("sm_86,sm_89"), "local" or
-        "cpu". The precision and the activations that are not given are what suits it.
-    precision: fp32, fp16 or bf16; for the DiT's linears also fp8, fp8-weights or int8-weights. Without it and `gpu`, it
-        is fp32, of which `build_engines` refuses to make engines for a GPU.
-    activations: what surrounds 8-bit weights: bf16, fp16 or fp32; bf16 without `gpu`.
+        "cpu". It decides the precision and the activations that are not given.
+    precision: fp32, fp16 or bf16; for the DiT's linears also fp8, fp8-weights or int8-weights. Without it and
+        without `gpu`, it is fp32, and `build_engines` then refuses to make engines for a GPU.
+    activations: the number format beside 8-bit weights: bf16, fp16 or fp32. It is bf16 without `gpu`.
     calibration: a file that `ditforge calibrate` wrote for this checkpoint; fp8 needs one.
     max_error: the linears with the largest 8-bit errors stay 16-bit until the velocity's relative error is no larger.
-    force: replaces another model's export in `out`, too.
+    force: also replaces another model's export in `out`.
 
-    Returns what was exported; where `out` held the same export already, nothing was written (`fresh`). Raises UserError
-    for a checkpoint that is incomplete or of no known family, and where the disk has too little space, before anything
-    is written.
+    Returns what was exported. If `out` holds the same export already, nothing is written, and `fresh` is true. Raises
+    UserError, before anything is written, if the checkpoint is incomplete or of no known family, or if the disk has too
+    little space.
     """
     from ditforge.engines.gpus import find_target
     from ditforge.export.checkpoint.source import CheckpointSource
@@ -110,21 +110,21 @@ def build_engines(
 ) -> Built:
     """Compile what `export_checkpoint` wrote into engines in the folder `out`: the same as `ditforge build`.
 
-    `progress` is called with (what is done, how many steps are done, how many there are), and `planned` with the plan
-    for the GPU's memory, where there is one. Options, by name:
+    `progress` is called with (what is being done, steps done, steps in all), and `planned` with the plan for the GPU's
+    memory, if there is one. Options, by name:
 
     gpu: what to compile for: a product such as "rtx4090", "sm_89", several ("sm_86,sm_89"), "local", or "cpu" (the
         default).
-    compiler: by default the GPU's.
+    compiler: the name of a compiler; by default, the one that suits the GPU.
     resolutions: heights and widths in pixels, "512-1536" or "512-1024-1536". static: only these sizes, "1024x1024".
     batch: the largest batch.
     vae_tile: the autoencoder takes pictures in tiles of that many pixels.
-    segments: into how many engines the DiT is cut. residency: "resident" or "on-demand".
-    gpu_memory: how many GB of memory the GPU has for the engines.
-    force: replaces another model's engines in `out`, too.
+    segments: the number of engines into which the DiT is cut. residency: "resident" or "on-demand".
+    gpu_memory: the GB of the GPU's memory that the engines may take.
+    force: also replaces another model's engines in `out`.
 
-    Returns what was built: the manifest, and for each engine that was compiled the reason why. Raises UserError where
-    the GPU cannot execute a component or has too little memory; then `out` is as it was before.
+    Returns the manifest, and the reason for each engine that was compiled. Raises UserError if the GPU cannot execute a
+    component or has too little memory; `out` is then left as it was.
     """
     from ditforge.engines.build import BuildOptions, build
 
@@ -136,9 +136,9 @@ def write_repository(engines: AnyPath, out: AnyPath, max_batch: int | None = Non
     """Write a Triton model repository of what `build_engines` wrote: the same as `ditforge repo`.
 
     `max_batch` is how many samples Triton puts into one call of a model: by default 8, or what the engines take.
-    `force` replaces another model's repository in `out`, too.
-    Returns why it was written; empty where `out` holds the same repository already. Raises UserError if the engines are
-    damaged, or do not take such batches; then `out` is as it was before.
+    `force` also replaces another model's repository in `out`. Returns the reason for writing it, or an empty string if
+    `out` holds the same repository already. Raises UserError if the engines are damaged, or do not take such batches;
+    `out` is then left as it was.
     """
     from ditforge.triton_repo.repository import write_repository as write
 
@@ -151,10 +151,10 @@ def serve(
     """Run Triton on a model repository: the same as `ditforge serve`, but in the background.
 
     Returns once every model is ready. The server is a context manager that stops it, and `server.url` is where clients
-    reach it. `on_event` is called, in a thread, with a line for people whenever something happens to the server. The
+    reach it. `on_event` is called from a thread, with a line of text whenever something happens to the server. The
     options are those of ditforge.triton_repo.serve_options.ServeOptions: port, host, log, timeout, grace, tls_cert, ….
-    Raises UserError where the repository, an address, a file or the installation is at fault, and DitforgeError where
-    the server does not get ready; nothing is left running then.
+    Raises UserError if the repository, an address, a file or the installation is at fault, and DitforgeError if the
+    server does not get ready. Nothing is left running then.
     """
     from ditforge.triton_repo.server import start
 
@@ -172,7 +172,7 @@ def check_names(call: str, options: Mapping[str, object], *records: type) -> Non
 
 
 def made(record: type[T], given: Mapping[str, object]) -> T:
-    """The record (a dataclass) of those options that it has. Raises UserError for a value of another type."""
+    """Make the dataclass from the options that are its fields. Raises UserError for a value of another type."""
     own = {field.name: given[field.name] for field in fields(record) if field.name in given}  # type: ignore[arg-type]
     try:
         return TypeAdapter(record).validate_python(own)

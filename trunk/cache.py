@@ -1,4 +1,4 @@
-"""Where ditforge keeps what it can make again: the folders of `up`, and kernels compiled for this machine's GPU."""
+"""The folder of files that ditforge can make again: what `up` made, and kernels for this machine's GPU."""
 
 import os
 from pathlib import Path

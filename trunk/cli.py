@@ -1,4 +1,4 @@
-"""The command line: the commands, how they end, and what a mistake in their arguments is answered with."""
+"""The command line: it runs the commands, answers mistakes in their arguments, and sets the exit code."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ for command in commands():
 
 
 def usage_problem(error: typer.BadParameter) -> str:
-    """What is wrong with the arguments. Typer 0.29 does not say which value it could not convert; its cause does."""
+    """Say what is wrong with the arguments. Typer 0.29 leaves out a value that it cannot convert; its cause has it."""
     causes: list[dict[str, object]] = getattr(error.__cause__, "errors", list)()
     return error.format_message() + "".join(f", got {cause['input']!r}" for cause in causes)
 
 
 def flush_output() -> None:
-    """What is printed is there once a command has ended. Raises UserError where it cannot be."""
+    """Flush standard output when a command has ended. Raises UserError if it cannot be written."""
     from ditforge import terminal
 
     if sys.stdout is None:
@@ -73,7 +73,7 @@ def flush_output() -> None:
 
 
 def main() -> None:
-    """Run the command line. Exit code 0, 2 for the user's mistakes, 1 for ours, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Run the command line. Exit codes: 0, 2 for a wrong input, 1 for other failures, 130 (Ctrl-C), 143 (SIGTERM)."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that temporary files are removed
     interrupted = threading.Event()
 

@@ -1,4 +1,4 @@
-"""What a file or folder is: what a stage wrote, a checkpoint, a file of tensors, or a picture."""
+"""Finds out what a file or folder is: the output of a stage, a checkpoint, a file of tensors, or a picture."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LORA = re.compile(r"\.lora(_[AB]|_down|_up|\.down|\.up)\b")
 
 @dataclass(frozen=True)
 class Layers:
-    """Layers of one precision whose names differ in the number of their block alone, which `name` has as *."""
+    """Layers of one precision whose names differ only in the number of the block, for which `name` has a *."""
 
     name: str
     count: int
@@ -33,7 +33,7 @@ class Layers:
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output: Triton's name of its dtype, and its shape, with names where it varies."""
+    """An input or output: Triton's name of its dtype, and its shape, with a name for each dimension that varies."""
 
     name: str
     dtype: str
@@ -44,8 +44,8 @@ class Port:
 class Part:
     """A network, or the tokenizer, in a folder that a stage wrote.
 
-    size: bytes of its files. compiler, compiler_version and target: of its engine, empty where there is none. Of its
-    `segments`, `on_demand` are loaded for each call and then freed; the others are resident.
+    size: the bytes of its files. compiler, compiler_version and target: those of its engine; empty without an engine.
+    Of its `segments`, `on_demand` are loaded for each call and then freed. The others are resident.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Part:
 
     @property
     def residency(self) -> str:
-        """When it is in memory, in words."""
+        """Say in words when the engine is in memory."""
         if not self.target:
             return ""
         if self.on_demand == 0:
@@ -75,7 +75,7 @@ class Part:
 class Pictures:
     """Which pictures are made, in pixels: heights and widths from `least` to `most` in steps of `step`, or `sizes`.
 
-    `sizes` are (height, width). vae_tile: the side of the autoencoder's tiles; None: it takes whole pictures.
+    `sizes` are (height, width). vae_tile: the side of the autoencoder's tiles, or None if it takes whole pictures.
     """
 
     least: int
@@ -88,9 +88,9 @@ class Pictures:
 
 @dataclass(frozen=True)
 class StageFolder:
-    """What a stage wrote. kind: onnx, engines or repository. max_batch: None where any batch is taken.
+    """The output of a stage. kind: onnx, engines or repository. max_batch: None if every batch is taken.
 
-    origin: what it was made from, by what. sha256: of all files' digests, so that equal folders have the same one.
+    origin: what it was made from, by name. sha256: a digest of all files' digests, the same for equal folders.
     """
 
     kind: str
@@ -129,9 +129,9 @@ class CheckpointFolder:
 class TensorFile:
     """A .safetensors file. kind: checkpoint file, lora or tensors.
 
-    pipeline: diffusers' class of the model that it is of, if that is known. holds: the components that are in it, by
-    diffusers' names. parameters: how many numbers there are. dtypes: bytes by safetensors' name of the dtype. problem:
-    why it cannot be exported, if it cannot.
+    pipeline: diffusers' class of its model, if that is known. holds: its components by diffusers' names. parameters:
+    the number of weights. dtypes: the bytes of each dtype, by safetensors' names. problem: why it cannot be exported,
+    or empty if it can.
     """
 
     kind: str
@@ -148,7 +148,7 @@ class TensorFile:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that ditforge made. kind: picture. parameters: what makes it again."""
+    """A picture that ditforge made. kind: picture. parameters: the options that make it again."""
 
     kind: str
     path: str
@@ -159,7 +159,7 @@ Contents = StageFolder | CheckpointFolder | TensorFile | Picture
 
 
 def look_into(path: Path) -> Contents:
-    """What the file or folder is. Raises UserError where it is nothing of these."""
+    """Find out what the file or folder is. Raises UserError if it is none of these."""
     if (path / manifest.FILE_NAME).is_file():
         return stage_folder(path, manifest.parse(path / manifest.FILE_NAME))
     if (path / INDEX).is_file():
@@ -177,7 +177,7 @@ def look_into(path: Path) -> Contents:
 
 
 def stage_folder(path: Path, found: Manifest) -> StageFolder:
-    """What a stage wrote."""
+    """The output of a stage."""
     batches = [engine.max_batch for engine in found.engines.values() if engine.max_batch]
     if found.kind == "repository" and found.source.get("max_batch", "").isdecimal():
         batches.append(int(found.source["max_batch"]))
@@ -197,14 +197,14 @@ def stage_folder(path: Path, found: Manifest) -> StageFolder:
 
 
 def pictures(model: Model) -> Pictures:
-    """Which pictures a model, or its engines, make."""
+    """The sizes of pictures that a model, or its engines, can make."""
     step = model.size_multiple
     least, most = -(-model.min_size // step) * step, model.max_size // step * step
     return Pictures(least, most, step, model.default_size, model.sizes, model.vae_tile)
 
 
 def part(name: str, component: Component, engine: Engine | None) -> Part:
-    """A network with its engine."""
+    """A network, with its engine if there is one."""
     made = (engine.compiler, engine.compiler_version, engine.target) if engine else ("", "", "")
     placement = engine.placement if engine else Placement()
     cut = placement.segments, placement.on_demand
@@ -221,7 +221,7 @@ def ports(tensors: dict[str, manifest.Tensor]) -> tuple[Port, ...]:
 
 
 def checkpoint_folder(path: Path) -> CheckpointFolder:
-    """A checkpoint, of which only the index and the sizes of files are read."""
+    """Look into a checkpoint. Only its index and the sizes of its files are read."""
     index = read_json_object(path / INDEX)
     parts = []
     for name, said in index.items():
@@ -233,7 +233,7 @@ def checkpoint_folder(path: Path) -> CheckpointFolder:
 
 
 def tensor_file(path: Path) -> TensorFile:
-    """A file of tensors, of which the header is read. Raises UserError where it is damaged."""
+    """Look into a file of tensors. Only its header is read. Raises UserError if it is damaged."""
     from math import prod
 
     from safetensors import SafetensorError, safe_open
@@ -263,7 +263,7 @@ WIDTHS = {  # bytes of an element, by safetensors' name of its dtype
 
 
 def recognise(path: Path, names: list[str]) -> tuple[str, str, tuple[str, ...], str]:
-    """What a file with tensors of these names is: its kind, pipeline, components, and what keeps it from an export."""
+    """Tell from the names of its tensors what a file is: kind, pipeline, components, and why it cannot be exported."""
     if any(LORA.search(name) for name in names):
         return "lora", "", (), f"a LoRA belongs behind --lora: ditforge export CHECKPOINT --lora {quote(str(path))}:1.0"
     from ditforge.export.checkpoint.layouts import open_single_file  # which imports torch

@@ -1,6 +1,6 @@
-"""What proves who somebody is: certificates, keys and tokens, checked before they are used.
+"""Checks certificates, keys and tokens before they are used.
 
-gRPC says nothing of what is wrong with them; these errors name the file, and how to give another one.
+gRPC does not say what is wrong with them. The errors here name the file, and the option that gives another one.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ File = str | PathLike[str]
 
 @dataclass(frozen=True)
 class Options:
-    """How each file is given, on the command line and in Python, for what an error advises. `pair` writes how two are
-    given together: the paths of a certificate and of its key.
+    """The options by which each file is given, on the command line and in Python, for the advice in errors.
+
+    `pair` takes the paths of a certificate and of its key, and writes the options that give both.
     """
 
     ca: str
@@ -35,7 +36,7 @@ class Options:
 
 
 def read_file(what: str, path: File, fix: str) -> bytes:
-    """The bytes of a file, without white space around them. Raises UserError where it cannot be read, or is empty."""
+    """The bytes of a file, without white space around them. Raises UserError if it cannot be read, or is empty."""
     try:
         content = read_bytes(path, LARGEST).strip()
     except (OSError, ValueError, TypeError) as error:  # ValueError: a null byte; TypeError: no path at all
@@ -48,24 +49,24 @@ def read_file(what: str, path: File, fix: str) -> bytes:
 
 
 def check_token(token: str, what: str, fix: str) -> str:
-    """A token as it is. Raises UserError, which does not show it, for what cannot be sent in a header."""
+    """Return the token unchanged. Raises UserError, which does not show the token, if a header cannot carry it."""
     if not isinstance(token, str) or not token or not all("!" <= character <= "~" for character in token):
         raise UserError(f"{what} is not one word of visible ASCII characters, and cannot be sent", fix)
     return token
 
 
 def read_token(path: Path, fix: str) -> str:
-    """The token in a file, without the white space around it. Raises UserError where there is none."""
+    """The token in a file, without the white space around it. Raises UserError if there is none."""
     return check_token(read_file("the token in", path, fix).decode("latin-1"), f"the token in {path}", fix)
 
 
 def check_authorities(path: File, options: Options) -> None:
-    """Raise UserError unless the file holds the certificates, in PEM, of those who sign others."""
+    """Raise UserError unless the file holds certificates of authorities, in PEM."""
     check_certificates("the TLS ca", path, options.ca)
 
 
 def check_pair(certificate: File | None, key: File | None, options: Options) -> None:
-    """Raise UserError unless the files are a certificate and its key, which is not encrypted, both in PEM; or none."""
+    """Raise UserError unless both files are None, or are a certificate and its unencrypted key, in PEM."""
     if certificate is None and key is None:
         return
     if certificate is None:
@@ -96,7 +97,7 @@ def check_pair(certificate: File | None, key: File | None, options: Options) -> 
 
 
 def check_dates(certificate: File, key: File, options: Options) -> None:
-    """Raise UserError where the certificate is over, or not yet to be used: a handshake in memory tells."""
+    """Raise UserError if the certificate has expired or is not yet valid, which a handshake in memory shows."""
     ours, theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     ours.load_cert_chain(certificate, key)
     theirs.load_verify_locations(certificate)
@@ -128,7 +129,7 @@ def check_certificates(what: str, path: File, fix: str) -> None:
 
 
 def held(content: bytes) -> str:
-    """In words, what a file in PEM holds."""
+    """Say in words what a file in PEM holds."""
     certificate = b"-----BEGIN CERTIFICATE-----" in content or b"-----BEGIN TRUSTED CERTIFICATE-----" in content
     key = b"PRIVATE KEY-----" in content
     if certificate and key:
@@ -137,5 +138,5 @@ def held(content: bytes) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """What OpenSSL says, in words as far as it has any."""
+    """OpenSSL's reason for an error, in words if it has any."""
     return (getattr(error, "reason", None) or str(error)).replace("_", " ").lower()

@@ -1,4 +1,4 @@
-"""Checkpoints that commands are given as repositories of the Hub: downloaded, with progress, before anything else."""
+"""Downloads checkpoints that are given as repositories of the Hub, before a command does anything else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def downloaded(source: CheckpointSource, weights: bool = True) -> CheckpointSource:
-    """The same checkpoint, all of it on this machine. `weights` False: configurations and tokenizers are enough."""
+    """The same checkpoint on this machine. Without `weights`, only configurations and tokenizers are downloaded."""
     from ditforge.export.checkpoint.source import localised
 
     with terminal.progress("download", unit="bytes", begins="downloading from the Hugging Face Hub") as report:

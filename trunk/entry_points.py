@@ -1,7 +1,7 @@
-"""What installed packages bring to ditforge: objects that they name under an entry point of one of its groups.
+"""Finds the objects that installed packages offer to ditforge under the entry points of its groups.
 
-ditforge's own families and compilers are found in this way too. A package of somebody else's declares its own in its
-pyproject.toml, for example:
+ditforge's own families and compilers are found in the same way. Another package declares its own in its pyproject.toml,
+for example:
 
     [project.entry-points."ditforge.compilers"]
     mine = "my_package.my_compiler:COMPILER"
@@ -21,7 +21,7 @@ FAMILIES, COMPILERS = "ditforge.families", "ditforge.compilers"
 
 @cache
 def installed(group: str) -> dict[str, EntryPoint]:
-    """The entry points of the group by name. Raises UserError where two packages give the same name."""
+    """The entry points of the group by name. Raises UserError if two packages use the same name."""
     found: dict[str, EntryPoint] = {}
     for point in entry_points(group=group):
         other = found.setdefault(point.name, point)
@@ -34,7 +34,7 @@ def installed(group: str) -> dict[str, EntryPoint]:
 
 
 def load(group: str, name: str) -> object:
-    """The object called `name`. Raises UserError where its module cannot be imported, or lacks it."""
+    """Load the object called `name`. Raises UserError if its module cannot be imported, or lacks the object."""
     point = installed(group)[name]
     try:
         return point.load()

@@ -1,10 +1,10 @@
-"""The errors a user sees: what was wrong, where, and what to do about it."""
+"""The errors that a user sees. Each says what was wrong, where, and what to do about it."""
 
 
 class DitforgeError(Exception):
-    """Something failed on our side or on a server's; the command line exits with code 1.
+    """Something failed in ditforge or on a server. The command line then exits with code 1.
 
-    `problem` says what was wrong with the value seen and the values allowed, `fix` what to do.
+    `problem` says what was wrong, with the value that was seen and the values that are allowed. `fix` says what to do.
     """
 
     exit_code = 1
@@ -19,10 +19,10 @@ class DitforgeError(Exception):
 
 
 class UserError(DitforgeError):
-    """The input was wrong (an option, a file, a folder, an address); exit code 2."""
+    """The input was wrong: an option, a file, a folder or an address. The command line then exits with code 2."""
 
     exit_code = 2
 
 
 class DitforgeWarning(UserWarning):
-    """Something that the user should know, said once; the work goes on."""
+    """A warning that the user should see, once. The work goes on."""

@@ -1,4 +1,4 @@
-"""What a path holds that was given where something else is wanted, and which command takes it."""
+"""Says what a path holds if a user gave it in place of something else, and which command takes it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAKE_REPOSITORY = "ditforge repo ENGINE_DIR --out REPO_DIR   makes one of what d
 
 
 def stage_of(path: Path) -> manifest.Kind | None:
-    """Which stage of ditforge wrote the folder; None where none did, or its manifest cannot be read."""
+    """The stage of ditforge that wrote the folder, or None if none did or its manifest cannot be read."""
     try:
         return manifest.read_any(path).kind
     except UserError:
@@ -29,7 +29,7 @@ def stage_of(path: Path) -> manifest.Kind | None:
 
 
 def no_repository(path: Path) -> UserError:
-    """Why a path is not a model repository: what it is, and the next command for it."""
+    """The error for a path that is not a model repository: what it is instead, and the command that takes it."""
     here = quote(str(path))
     if kind := stage_of(path):
         held, command = NEXT[kind]
@@ -49,7 +49,7 @@ def no_repository(path: Path) -> UserError:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Raise UserError where a path that should be a checkpoint is what a stage of ditforge wrote, or another file."""
+    """Raise UserError if a path is not a checkpoint but the output of a stage of ditforge, or another file."""
     if kind := stage_of(path):
         held, command = NEXT[kind]
         raise UserError(f"{path} holds {held}, and not a checkpoint", command.format(quote(str(path))))
@@ -61,7 +61,7 @@ def check_checkpoint(path: Path) -> None:
 
 
 def has_header(file: Path) -> bool:
-    """Whether a file begins as safetensors' do: with the length of a JSON object, and that object."""
+    """Whether a file begins like a safetensors file: with the length of a JSON object, and that object."""
     with file.open("rb") as opened:
         start = opened.read(9)
     return len(start) == 9 and int.from_bytes(start[:8], "little") <= file.stat().st_size and start[8:] == b"{"

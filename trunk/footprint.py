@@ -1,4 +1,4 @@
-"""What a network takes of a device's memory: measured by `export`, from which `plan` and `build` reckon."""
+"""What a network takes of a device's memory. `export` measures it, and `plan` and `build` compute with it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 class Footprint(BaseModel):
     """Bytes of a network: of its `weights`, and of its `activations` for one sample, by the picture's side in pixels.
 
-    `largest_block` is the weights of that block which is the largest: no cut between blocks makes it smaller.
-    Activations are those that live at the same time, at worst. `flops` are the floating point operations for one
-    sample, by the same sides; empty where nobody counted them.
+    `largest_block` is the bytes of weights of the largest block, which no cut between blocks makes smaller. Activations
+    are the largest number of bytes that are alive at the same time. `flops` are the floating point operations for one
+    sample, by the same sides, and empty if they were not counted.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -25,8 +25,9 @@ class Footprint(BaseModel):
     def activations_at(self, side: float) -> int:
         """Bytes of activations for one picture of side x side pixels (or as many).
 
-        They grow with the pixels, or faster (attention without a fused kernel: with their square), so that straight
-        lines between what was measured are never too low; beyond it, a parabola through the last three goes on.
+        Activations grow with the number of pixels, or faster: attention without a fused kernel grows with its square.
+        Straight lines between the measured sizes are therefore never too low. Beyond the largest of them, a parabola
+        through the last three sizes is used.
         """
         points = [(size**2, self.activations[size]) for size in sorted(self.activations)]
         pixels = side**2
@@ -38,9 +39,10 @@ class Footprint(BaseModel):
         return max(round(through(points[-3:], pixels)), points[-1][1])
 
     def flops_at(self, side: float) -> float | None:
-        """Floating point operations for one picture of side x side pixels (or as many); None where nobody counted them.
+        """Floating point operations for one picture of side x side pixels (or as many), or None if not counted.
 
-        They grow with the pixels, and those of attention with their square: a parabola through the nearest three.
+        They grow with the number of pixels, and those of attention with its square, so a parabola through the nearest
+        three sizes is used.
         """
         points = sorted((size**2, count) for size, count in self.flops.items())
         if not points:
@@ -49,11 +51,11 @@ class Footprint(BaseModel):
         return through(sorted(nearest), side**2)
 
     def first(self, kept: int, count: int) -> int:
-        """Bytes of weights of the first `kept` of `count` consecutive segments, at most."""
+        """An upper bound of the bytes of weights in the first `kept` of `count` consecutive segments."""
         return min(self.weights, self.weights * kept // count + self.largest_block)
 
     def segment(self, count: int) -> int:
-        """Bytes of weights of the largest of `count` consecutive segments, at most."""
+        """An upper bound of the bytes of weights in the largest of `count` consecutive segments."""
         return self.weights if count == 1 else min(self.weights, self.weights // count + self.largest_block)
 
 

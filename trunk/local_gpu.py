@@ -1,4 +1,4 @@
-"""The GPUs of this machine as their driver describes them, by NVML (nvidia-ml-py), and which engines run on them."""
+"""The GPUs of this machine as the driver describes them through NVML (nvidia-ml-py), and which engines run on them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NO_GPU = "name the GPU to compile for: --gpu rtx4090 (ditforge gpus lists names)
 
 @dataclass(frozen=True)
 class LocalGpu:
-    """A GPU of this machine: its compute capability (sm_89), bytes of its memory, how many are free, the driver."""
+    """A GPU of this machine: its compute capability (sm_89), the bytes of its memory, the free ones, and its driver."""
 
     product: str
     capability: str
@@ -24,7 +24,7 @@ class LocalGpu:
 
 
 def local_gpus() -> list[LocalGpu]:
-    """The GPUs of this machine, of which there is one at least. Raises UserError if there is none."""
+    """The GPUs of this machine, at least one. Raises UserError if there is none."""
     try:
         import pynvml
     except ModuleNotFoundError as error:
@@ -52,9 +52,9 @@ def _described(pynvml: ModuleType, device: object) -> LocalGpu:
 
 
 def why_not_here(targets: Iterable[str]) -> str:
-    """Why engines for these targets do not run on this machine; empty if they do.
+    """The reason why engines for these targets do not run on this machine, or an empty string if they do.
 
-    A target is `cpu`, or compute capabilities with commas (`sm_86,sm_89`). Raises UserError where the driver cannot be
+    A target is `cpu`, or compute capabilities with commas (`sm_86,sm_89`). Raises UserError if the driver cannot be
     asked.
     """
     for target in sorted({target for target in targets if target != CPU}):

@@ -1,4 +1,4 @@
-"""How much memory this process may have: the machine's, or what the control groups that it is in leave of it.
+"""How much memory this process may have: that of the machine, or less if its control groups limit it.
 
 Sources: proc_meminfo(5), cgroups(7), and the kernel's "Control Group v2" and "Memory Resource Controller" (v1).
 """
@@ -18,9 +18,10 @@ V1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the machine's memory, and how many of them another process could have.
+    """The bytes of the machine's memory, and how many of them another process could have.
 
-    `limit` is that of the control group, its parents' included (None: no limit below the machine's memory).
+    `limit` is the lowest limit of the control group and its parents, or None if there is none below the machine's
+    memory.
     """
 
     total: int
@@ -29,7 +30,7 @@ class Memory:
 
 
 def read_memory() -> Memory | None:
-    """The memory that this process may have; None where the system does not say."""
+    """The memory that this process may have, or None if the system does not say."""
     try:
         fields = dict(line.split(":", 1) for line in (PROC / "meminfo").read_text().splitlines())
         total, available = (int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
@@ -52,7 +53,8 @@ def read_memory() -> Memory | None:
 def groups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
     """The folders of this process's memory groups, and of all their parents, with the names of their files.
 
-    In a container without a cgroup namespace of its own, the paths are the host's: then only the topmost is found.
+    In a container without a cgroup namespace of its own, the paths are those of the host, and only the topmost is
+    found.
     """
     try:
         lines = (PROC / "self" / "cgroup").read_text().splitlines()

@@ -49,7 +49,7 @@ class File(_Record):
 class Tensor(_Record):
     """An input or output: Triton's data type name (FP32, INT32, BYTES, …) and its shape, batch first.
 
-    A dimension is a number, or a name where it varies.
+    A dimension is a number, or a name if it varies.
     """
 
     dtype: str
@@ -59,9 +59,9 @@ class Tensor(_Record):
 class Component(_Record):
     """One network (or the tokenizer): its files by path relative to the manifest, precision, inputs and outputs.
 
-    `precision` is the name that users know; `dtype` what is computed in where nothing is 8-bit (fp32, fp16 or bf16).
-    `layers` gives the precision of each layer that a quantisation looked at. `footprint` is what it takes of a GPU's
-    memory (None: nobody measured it).
+    `precision` is the name that users know. `dtype` is the number format of whatever is not 8-bit: fp32, fp16 or bf16.
+    `layers` gives the precision of each layer that a quantisation considered. `footprint` is what the network takes of
+    a GPU's memory, or None if it was not measured.
     """
 
     files: dict[str, File]
@@ -83,11 +83,11 @@ class Component(_Record):
 
 
 class Engine(_Record):
-    """How a component's engine was made: the compiler, for what device, and the key under which it is cached.
+    """How a component's engine was made: its compiler, its device, and the key under which it is cached.
 
     `triton_backend` is Triton's own backend that can execute it, if there is one; otherwise ditforge's code does.
-    `max_batch` is the largest batch that it takes (None: any), and `placement` where it is in memory, and when. If it
-    is cut into segments, `segment_files` are the files of each, in the order in which they run; otherwise it is empty.
+    `max_batch` is the largest batch that it takes (None: any). `placement` says where it is in memory, and when. If it
+    is cut into segments, `segment_files` are the files of each, in the order in which they run. Otherwise it is empty.
     """
 
     compiler: str
@@ -113,7 +113,7 @@ class Engine(_Record):
 
 
 class Manifest(_Record):
-    """What a folder holds. `components` are in the order in which data flows; `engines` only after `build`.
+    """What a folder holds. `components` are in the order in which data flows. `engines` is empty before `build`.
 
     `source` tells what an export or a repository was made from, so that the same one is not made twice. `origin` says
     the same of the checkpoint in words, and goes with it from stage to stage.

@@ -1,4 +1,4 @@
-"""The options of `ditforge generate` that are about pictures: what is asked for, and where it goes."""
+"""The options of `ditforge generate` that concern pictures: how they are made, and where they are written."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FROM_HELP = "Repeat a picture that ditforge made; other options, and a prompt, a
 
 @dataclass(frozen=True)
 class PictureFlags:
-    """The fields of `ditforge.client.GenerateOptions`, which says what each means; None is the model's own."""
+    """The fields of `ditforge.client.GenerateOptions`, which describes them. None stands for the model's default."""
 
     seed: Annotated[int | None, typer.Option(help="The same seed, the same picture; by default random.")] = None
     steps: Annotated[int | None, typer.Option(help="Sampler steps; by default the model's.")] = None
@@ -62,7 +62,7 @@ class PictureFlags:
     ] = None
 
     def values(self) -> dict[str, Any]:
-        """The options that were given, by their names in Python. Raises UserError for sigmas that are no numbers."""
+        """The options that were given, by their names in Python. Raises UserError if sigmas are not numbers."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         values = {name: value for name, value in given.items() if value is not None}
         if self.sigmas is not None:
@@ -75,14 +75,14 @@ class PictureFlags:
 
 @dataclass(frozen=True)
 class OutputFlags:
-    """Where pictures go, and how many there are."""
+    """How many pictures are made, and where they are written."""
 
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help=OUT_HELP)] = None
     count: Annotated[int, typer.Option(help=COUNT_HELP)] = 1
     grid: Annotated[Path | None, typer.Option(metavar="FILE", help=GRID_HELP)] = None
 
     def check(self, prompts: int) -> None:
-        """Raise UserError for what can be known to be wrong before a server is asked."""
+        """Raise UserError for mistakes that can be found without a server."""
         from ditforge.client.picture_file import check_writable
 
         if not 1 <= self.count <= MAX_COUNT:
@@ -94,7 +94,7 @@ class OutputFlags:
             check_writable(path)
 
     def paths(self, seeds: Sequence[int | None], prompts: int) -> list[Path]:
-        """Where the pictures go, of those seeds: numbered if there are several, or called by their seeds."""
+        """The paths of the pictures with these seeds. Several pictures are numbered, or named by their seeds."""
         if self.out is None:
             several = prompts > 1
             return [
@@ -107,13 +107,13 @@ class OutputFlags:
 
 @dataclass(frozen=True)
 class PromptFlags:
-    """Where prompts come from, instead of the command line."""
+    """The files that prompts come from, if not from the command line."""
 
     prompts: Annotated[Path | None, typer.Option(metavar="FILE", help=PROMPTS_HELP)] = None
     from_: Annotated[Path | None, typer.Option("--from", metavar="PICTURE", help=FROM_HELP)] = None
 
     def read(self, prompt: str | None, values: dict[str, Any]) -> tuple[list[Prompt], str | None]:
-        """The prompts and their options, and the name of the model that is repeated. Raises UserError for none."""
+        """The prompts with their options, and the model of a repeated picture. Raises UserError without a prompt."""
         from ditforge.client.prompts import Prompt, read_picture, read_prompts
 
         if self.prompts and (self.from_ or prompt is not None):

@@ -1,4 +1,4 @@
-"""Where an engine is in memory, and when: made by the memory plan, kept in the manifest, obeyed when it is loaded."""
+"""Where an engine is in memory, and when. The memory plan decides it, the manifest keeps it, and loading follows it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ RESIDENT, ON_DEMAND, CPU = "resident", "on-demand", "cpu"
 
 
 class Placement(BaseModel):
-    """Where one network's engine is, and when.
+    """Where the engine of one network is, and when.
 
-    device: whose memory it takes, and who computes it: "gpu", which stands for what the engines are built for, or
-        "cpu" beside a GPU.
-    segments: into how many engines the network is cut, which run one after the other.
-    on_demand: how many of these, the last ones, are loaded for each call and then freed. The others are resident.
-    weight_budget: the bytes of weights that an engine keeps in the GPU's memory, where its compiler can stream the
-        others from the machine's memory in each call. None: all of them.
+    device: the device that computes it and has its memory: "gpu", which stands for whatever the engines are built for,
+        or "cpu" beside a GPU.
+    segments: the number of engines into which the network is cut. They run one after the other.
+    on_demand: how many of these, counted from the end, are loaded for each call and then freed. Others are resident.
+    weight_budget: the bytes of weights that an engine keeps in the GPU's memory, if its compiler can stream the others
+        from the machine's memory in each call. None stands for all of them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -36,5 +36,5 @@ class Placement(BaseModel):
 
     @property
     def residency(self) -> str:
-        """In one word: resident, on-demand (part of it, at least), or cpu."""
+        """The placement in one word: resident, on-demand (if any segment is), or cpu."""
         return CPU if self.device == "cpu" else ON_DEMAND if self.on_demand else RESIDENT

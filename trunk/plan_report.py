@@ -1,4 +1,4 @@
-"""`ditforge plan`: what of a checkpoint, or of an export, is where on a GPU, when, and how long a step takes."""
+"""The report of `ditforge plan`: which network is where and when on a GPU, and how long a step takes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZES = (512, 768, 1024, 1536, 2048)
 
 @dataclass(frozen=True)
 class Place:
-    """Where a network is: `place` is resident, on-demand or cpu; `size` the bytes that it takes there.
+    """Where a network is. `place` is resident, on-demand or cpu, and `size` is the bytes that it takes there.
 
     Of its `segments`, `on_demand` are loaded for each call and then freed.
     """
@@ -40,8 +40,8 @@ class Place:
 class Fit:
     """Pictures of up to `size` x `size` pixels on a GPU.
 
-    peaks: bytes of the GPU's memory by phase; peak: the largest of them; usable: how many there are. vae_tile: None
-    where the autoencoder takes whole pictures. estimate: None where nothing says how fast the GPU is.
+    peaks: the bytes of the GPU's memory in each phase; peak: the largest of these; usable: the bytes that engines can
+    have. vae_tile: None if the autoencoder takes whole pictures. estimate: None if the GPU's speed is not known.
     """
 
     size: int
@@ -58,7 +58,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class GpuPlan:
-    """A model on one GPU, for each size. precision: empty where the GPU cannot have the one that is asked for."""
+    """A model on one GPU, for each size. precision: empty if the GPU lacks the precision that is asked for."""
 
     gpu: str
     memory_gb: float
@@ -70,8 +70,8 @@ class GpuPlan:
 class PlanReport:
     """A model on the GPU that was named, or on all that there are.
 
-    shown: of the sizes, the one that is the model's own, or the nearest. fits: whether the GPU that was named has room
-    for that; None where none was named. steps: of a picture.
+    shown: the model's own size, or the nearest one that was planned. fits: whether the GPU that was named has room for
+    that size, or None if no GPU was named. steps: the number of steps of a picture.
     """
 
     model: str
@@ -82,7 +82,7 @@ class PlanReport:
 
 
 def make_report(wanted: Wanted, gpu: str | None = None, gpu_memory: float | None = None) -> PlanReport:
-    """The plan of a GPU, or of each GPU there is. Raises UserError for what cannot be planned."""
+    """Plan for one GPU, or for every GPU of the table. Raises UserError for something that cannot be planned."""
     if gpu_memory is not None and gpu is None:
         raise UserError("--gpu-memory is that of one GPU", "name it as well: --gpu rtx3060, or --gpu sm_86")
     target = find_card(gpu, gpu_memory) if gpu else None
@@ -98,7 +98,7 @@ def make_report(wanted: Wanted, gpu: str | None = None, gpu_memory: float | None
 
 
 def plan_for(target: Target, subject: Subject, precision: str | None, sizes: Sequence[int]) -> GpuPlan:
-    """A model on one GPU; without sizes, where the GPU lacks the precision."""
+    """Plan a model on one GPU. The result has no sizes if the GPU lacks the precision."""
     memory = float(target.memory_gb or 0)
     if precision is not None and any(precision not in gpus.precisions(one) for one in target.capabilities):
         return GpuPlan(target.name, memory, "", ())
@@ -108,7 +108,7 @@ def plan_for(target: Target, subject: Subject, precision: str | None, sizes: Seq
 
 
 def fit_of(target: Target, model: Model, parts: Sequence[Part], precision: str, side: int) -> Fit:
-    """Pictures of one size on a GPU."""
+    """Plan pictures of one size on a GPU."""
     batch = least_batch(model)
     plan = placement.make_plan(parts, model, target, side, batch)
     places = (
@@ -135,7 +135,7 @@ def fit_of(target: Target, model: Model, parts: Sequence[Part], precision: str, 
 
 
 def product_of(target: Target) -> str:
-    """What the table calls a GPU: `local` bears the driver's name, which has the product's in it."""
+    """The table's name of a GPU. `local` has the driver's name for it, which contains the product's name."""
     named = [
         gpu.name
         for gpu in gpus.GPUS
@@ -145,7 +145,7 @@ def product_of(target: Target) -> str:
 
 
 def find_card(gpu: str, memory_gb: float | None = None) -> Target:
-    """The target with a memory that is known, or given. Raises UserError for another one."""
+    """The target with a memory that is known or given. Raises UserError if it is neither."""
     target = gpus.limited(gpus.find_target(gpu), memory_gb)
     if not target.capabilities:
         fix = "leave out --gpu, which plans for all GPUs; or name one: --gpu rtx3060   (ditforge gpus lists them)"
@@ -160,13 +160,13 @@ def find_card(gpu: str, memory_gb: float | None = None) -> Target:
 
 
 def sizes_of(model: Model) -> list[int]:
-    """Sides of the pictures to plan for, in pixels; a small model's own, if it makes none of the usual ones."""
+    """The sides of pictures to plan for, in pixels: the usual ones, or the model's own if it makes none of these."""
     usual = [size for size in SIZES if model.size_multiple <= size <= model.max_size]
     return usual if model.default_size >= SIZES[0] else sorted({model.default_size, model.max_size})
 
 
 def say_plan(plan: Plan) -> None:
-    """Print what `build` has decided, where there is anything to decide."""
+    """Print what `build` has decided, unless there was nothing to decide."""
     if plan.rank == 0 and all(placement.segments == 1 for placement in plan.placements.values()):
         return
     tiled = f", tiles of {plan.vae_tile} pixels" if plan.vae_tile else ""
@@ -180,7 +180,7 @@ def say_plan(plan: Plan) -> None:
 
 
 def say_places(places: Sequence[tuple[str, str, str, str, int]], reasons: Sequence[str]) -> None:
-    """Where each network is, and why: its name, precision, place, segments and bytes."""
+    """Print where each network is, and why: its name, precision, place, segments and bytes."""
     rows = [(*words, placement.gigabytes(size)) for *words, size in places]
     terminal.table(("component", "precision", "place", "segments", "takes"), rows)
     for reason in reasons:
@@ -188,6 +188,6 @@ def say_places(places: Sequence[tuple[str, str, str, str, int]], reasons: Sequen
 
 
 def segments_of(place: Place | Placement) -> str:
-    """How many segments a network is in, and how many of them are loaded in turn, where the others stay."""
+    """The number of segments of a network, and how many of them are loaded in turn if the others stay."""
     partly = 0 < place.on_demand < place.segments
     return f"{place.segments}, {place.on_demand} in turn" if partly else str(place.segments)

@@ -1,4 +1,4 @@
-"""What `ditforge plan` plans: the networks of a checkpoint, measured, or those of an export, which has them written."""
+"""What `ditforge plan` plans: the networks of a checkpoint, which it measures, or those of an export."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class Measurement(BaseModel):
-    """A model and its footprints, as they are kept in the cache."""
+    """A model and the footprints of its networks, as the cache keeps them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -43,9 +43,9 @@ class Measurement(BaseModel):
 
 @dataclass(frozen=True)
 class Subject:
-    """What is planned: a model, and the networks of a checkpoint, or those of an export, which has its precision.
+    """What is planned: a model with the networks of a checkpoint, or of an export, whose precision is fixed.
 
-    `footprints` has, for each network, "plain" and each 8-bit precision that it can have; `exported` an export's parts.
+    `footprints` has "plain" and each possible 8-bit precision for each network. `exported` has the parts of an export.
     """
 
     model: Model
@@ -53,7 +53,7 @@ class Subject:
     exported: Sequence[Part] = ()
 
     def parts(self, target: Target, precision: str | None) -> tuple[str, Sequence[Part]]:
-        """The precision that the GPU gets, and what the networks take in it. Raises UserError if it cannot have it."""
+        """The precision for the GPU, and what the networks take in it. Raises UserError if the GPU lacks it."""
         if self.exported:
             return "as exported", self.exported
         chosen, around = choose_precision(target, precision)
@@ -61,7 +61,7 @@ class Subject:
 
 
 def choose_precision(target: Target, precision: str | None) -> tuple[str, str]:
-    """The precision that the GPU gets, and the dtype around. Raises UserError if it cannot have it."""
+    """The precision for the GPU, and the dtype of the other layers. Raises UserError if the GPU lacks them."""
     from ditforge.export.quantisation.precision import EIGHT_BIT, PRECISIONS
 
     chosen = precision or gpus.default_precision(target)[0]
@@ -73,7 +73,7 @@ def choose_precision(target: Target, precision: str | None) -> tuple[str, str]:
 
 
 def part(name: str, found: dict[str, Footprint], precision: str, around: str) -> Part:
-    """A network in the precision of the whole, where it has that, or in the dtype around; T5 with 8-bit weights too."""
+    """A network in the chosen precision if it has that, or else in the other dtype; for T5, also with 8-bit weights."""
     plain = found["plain"]
     if name != T5:
         return Part(name, {precision: found[precision]} if precision in found else {around: plain})
@@ -83,7 +83,7 @@ def part(name: str, found: dict[str, Footprint], precision: str, around: str) ->
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which checkpoint or export is planned, and as what: see `ditforge plan --help`."""
+    """What the user asks to be planned: see `ditforge plan --help`."""
 
     source: CheckpointSource
     precision: str | None = None
@@ -91,7 +91,7 @@ class Wanted:
 
 
 def read_subject(wanted: Wanted) -> Subject:
-    """Look at the checkpoint, or the export. A published model's name does for its sizes. Raises UserError."""
+    """Look at the checkpoint, the export, or the published model of that name. Raises UserError for anything else."""
     path = wanted.source.path
     if (path / manifest.FILE_NAME).is_file() and folders.stage_of(path) == "onnx":
         if wanted.source.text_encoders != "all":
@@ -120,7 +120,7 @@ def read_subject(wanted: Wanted) -> Subject:
 
 
 def kept_at(wanted: Wanted) -> Path:
-    """The file in the cache for what is measured: its name is a digest of all that the measurement depends on."""
+    """The file in the cache for a measurement. Its name is a digest of everything that the measurement depends on."""
     import ditforge.export
 
     source = Path(ditforge.export.__path__[0])
@@ -134,7 +134,7 @@ def kept_at(wanted: Wanted) -> Path:
 
 
 def described(path: Path) -> list[tuple[object, ...]]:
-    """What tells one checkpoint from another: its name and the contents of its configurations; or a file's time."""
+    """What distinguishes a checkpoint from others: its name and its configurations, or the time of its file."""
     if path.is_file():
         return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)]
     if not path.exists():
@@ -148,7 +148,7 @@ def described(path: Path) -> list[tuple[object, ...]]:
 
 
 def read_kept(file: Path) -> Measurement | None:
-    """What was measured the last time; None if nothing was, or what is there cannot be read."""
+    """The measurement of an earlier run, or None if there is none that can be read."""
     try:
         return Measurement.model_validate_json(small_files.read_bytes(file))
     except (OSError, ValidationError):
@@ -156,7 +156,7 @@ def read_kept(file: Path) -> Measurement | None:
 
 
 def keep(found: Measurement, file: Path) -> None:
-    """Keep it for the next time; where that cannot be, it is measured again."""
+    """Keep the measurement for the next run. If that fails, the next run measures again."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with small_files.written_whole(file) as temporary:
@@ -166,14 +166,14 @@ def keep(found: Measurement, file: Path) -> None:
 
 
 def check_size(model: Model, size: int | None) -> None:
-    """Raise UserError if the model makes no pictures of that many pixels."""
+    """Raise UserError if the model cannot make pictures of that many pixels."""
     if size is not None and not model.size_multiple <= size <= model.max_size:
         problem = f"{model.name} makes pictures of {model.size_multiple} to {model.max_size} pixels, got {size}"
         raise UserError(problem, f"--size {model.default_size}")
 
 
 def exported(folder: Path, wanted: Wanted) -> Subject:
-    """What `export` wrote. Raises UserError if another precision is asked for, or if nobody measured it."""
+    """The networks of an export. Raises UserError if another precision is asked for, or if it has no measurements."""
     found = manifest.read(folder, "onnx")
     if wanted.precision is not None:
         raise UserError(f"{folder} is exported already, in a precision of its own", "leave out --precision")

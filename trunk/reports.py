@@ -1,4 +1,4 @@
-"""What a command reports: a frozen dataclass, printed as text for people or, with --json, as one JSON document.
+"""Prints what a command reports, a frozen dataclass: as text for people or, with --json, as one JSON document.
 
 The keys of the document are the fields of the dataclass; docs/json.md lists them.
 """
@@ -30,7 +30,7 @@ def show(report: R, say: Callable[[R], None], as_json: bool) -> None:
 
 
 def as_document(report: Any) -> str:
-    """A dataclass as an indented JSON object; what is not finite, for which JSON has no number, becomes null."""
+    """A dataclass as an indented JSON object. Numbers that are not finite, which JSON lacks, become null."""
     return json.dumps(_finite(dataclasses.asdict(report)), indent=2, allow_nan=False, ensure_ascii=False)
 
 

@@ -1,4 +1,4 @@
-"""Files that users name, weights aside: read up to a bound, and known to be writable before anything is made."""
+"""Reads and writes the small files that users name: reading has a bound, and writing is tried before other work."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ OTHER_FILE = "choose another --out"
 
 
 def read_bytes(path: str | PathLike[str], largest: int = LARGEST) -> bytes:
-    """The content of a file. Raises OSError where it cannot be read, is no regular file (a device or a pipe can be
-    without end, or keep a reader waiting for ever), or has more than `largest` bytes.
+    """The content of a file.
+
+    Raises OSError if it cannot be read, has more than `largest` bytes, or is not a regular file: a device or a pipe may
+    have no end, or let a reader wait for ever.
     """
     path = Path(path)
     mode = path.stat().st_mode
@@ -35,7 +37,7 @@ def read_bytes(path: str | PathLike[str], largest: int = LARGEST) -> bytes:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError where it is missing, or something else."""
+    """The JSON object in a file. Raises UserError if the file is missing, or holds something else."""
     fix = f"copy {path.name} again from where it came from"
     try:
         content = json.loads(read_bytes(path))
@@ -50,9 +52,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends, and vanishes if it fails.
+    """A temporary file beside `path`, which takes its place when the block ends, or is removed if the block fails.
 
-    Raises UserError where it cannot be written.
+    Raises UserError if it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -65,9 +67,9 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def check_writable(path: Path, example: str) -> None:
-    """Make the folder for a file that is to be written, and find out whether it can be; `example` is a name for it.
+    """Make the folder for a file that will be written, and check that it can be. `example` is a name for the file.
 
-    Raises UserError where it cannot, or where `path` is something else than a file: nothing is put in its place.
+    Raises UserError if it cannot be written, or if `path` is not a regular file, which is then left as it is.
     """
     try:
         if path.is_dir():

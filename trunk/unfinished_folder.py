@@ -1,4 +1,4 @@
-"""A folder while it is written: locked, so that the next run knows what a killed one left behind, and removes it."""
+"""Locks a folder while it is written, so that the next run can recognise and remove what a killed run has left."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ SUFFIX = ".partial"
 
 @contextmanager
 def partial_folder(target: Path) -> Iterator[Path]:
-    """An empty folder `.NAME.….partial` beside `target`, to be renamed; what is left of it vanishes in the end.
+    """An empty folder `.NAME.….partial` beside `target`, to be renamed. If it is not renamed, it is removed.
 
-    Those of processes that were killed are removed first. Raises OSError if it cannot be made.
+    Folders of processes that were killed are removed first. Raises OSError if it cannot be made.
     """
     remove_abandoned(target)
     # Both names are known before they are made: whenever an interrupt comes, what was made by then is removed.
@@ -36,7 +36,7 @@ def partial_folder(target: Path) -> Iterator[Path]:
 
 
 def remove_abandoned(target: Path) -> None:
-    """Remove the partial folders beside `target` that no process holds any more."""
+    """Remove the partial folders beside `target` whose process has ended."""
     for folder in target.parent.iterdir():
         if not (folder.name.startswith(f".{target.name}.") and folder.name.endswith(SUFFIX) and folder.is_dir()):
             continue
@@ -47,10 +47,10 @@ def remove_abandoned(target: Path) -> None:
 
 
 def locked(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock until it is closed or the process ends; None if it cannot be had.
+    """A descriptor that holds the folder's lock until it is closed or the process ends, or None if it is not available.
 
-    flock(2): the kernel lets go of it however a process ends. Not all network file systems have it; there, nothing is
-    known to be abandoned.
+    The kernel releases such a lock (flock(2)) however a process ends. Some network file systems have no locks; there,
+    no folder counts as abandoned.
     """
     import fcntl  # what only a client needs is read on other systems too
 

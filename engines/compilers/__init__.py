@@ -1,4 +1,4 @@
-"""What a compiler is to the rest of ditforge, and which compilers there are.
+"""The interface between compilers and the rest of ditforge, and the compilers that are installed.
 
 A compiler is one file here, or in a package of somebody else's, that ends with an object of the class Compiler. An
 entry point of the group `ditforge.compilers` names it.
@@ -29,7 +29,7 @@ Progress = Callable[[str, int, int], None]
 class Job:
     """One network to compile: the ONNX file `graph` into the file `engine` (a path without suffix), for `target`.
 
-    `shapes` has, for each profile, the smallest, best and largest shape of every input that varies. `progress` is
+    `shapes` gives, for each profile, the smallest, best and largest shape of every input that varies. `progress` is
     called with (what is being done, how many steps are done, how many there are). `weights` is the folder in which the
     graph's file of weights is, by default its own.
     """
@@ -45,7 +45,7 @@ class Job:
 
     @property
     def origin(self) -> Path:
-        """A file beside the weights, whether or not there is one of that name."""
+        """The path of the graph's file as if it lay beside the weights; a parser finds the weights by it."""
         return (self.weights or self.graph.parent) / self.graph.name
 
 
@@ -59,19 +59,19 @@ class LoadedEngine(Protocol):
     outputs: list[str]
 
     def run(self, inputs: Arrays) -> Arrays:
-        """Outputs by name for inputs by name, each with the batch dimension first."""
+        """Run the network: takes inputs by name, and returns outputs by name, each with the batch dimension first."""
         ...
 
     def run_batch(self, parts: list[Arrays]) -> Arrays:
-        """The outputs of several requests of equal shapes as one batch. On a GPU, arrays may be of its memory."""
+        """Run requests of equal shapes, and return their outputs as one batch. Arrays may be in a GPU's memory."""
         ...
 
     def warm_up(self) -> None:
-        """Do what would make the first request slow."""
+        """Do in advance what would make the first request slow."""
         ...
 
     def close(self) -> None:
-        """Give all memory back. It cannot be run any more; what it returned stays."""
+        """Give all memory back. The engine cannot be run afterwards, but arrays that it returned stay valid."""
         ...
 
 
@@ -79,14 +79,14 @@ Check = Callable[[str, Component, Target], None]
 
 
 def no_check(name: str, component: Component, target: Target) -> None:
-    """The check of a compiler whose declaration says all that it cannot do."""
+    """The check of a compiler that needs none, because its declaration says everything that it cannot do."""
 
 
 @dataclass(frozen=True)
 class Compiler:
-    """What makes an engine of one ONNX graph, and loads what it made.
+    """A compiler: it makes an engine of one ONNX graph, and loads the engines that it made.
 
-    name: as `--compiler` has it.
+    name: its name for `--compiler`.
     executes: for each device on which its engines run ("cpu", or a compute capability such as "sm_89") the number
         formats that they compute with there: fp32, fp16, bf16, fp8, fp8-weights, int8-weights.
     version: gives the compiler's version, for the cache key, without importing anything heavy. It raises UserError
@@ -94,7 +94,7 @@ class Compiler:
     compile: makes an engine, and returns the files written.
     load: takes these files, the device for which they were made, and the version that made them. It raises UserError
         where the engine cannot run on this machine.
-    settings: what else changes an engine, for the cache key.
+    settings: returns whatever else changes an engine, for the cache key.
     check: raises UserError, with what would be possible, if a component cannot be compiled for a target. What
         `executes` says has been checked before.
     shapes: "any" where engines take all shapes of a graph, "ranges" where they are made for ranges of them.
@@ -103,7 +103,7 @@ class Compiler:
     own_process: whether it is run in a process of its own, since it does not give all its memory back.
     triton_backend: the name of Triton's own backend that executes its engines, if there is one.
     keeps: names of files beside the engines that it reads and writes anew in each build, such as a timing cache.
-    rank: which compiler is taken by default where several can be: the one with the lowest rank.
+    rank: if several compilers can make an engine, the one with the lowest rank is the default.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """Compiling in a process of its own, so that all the memory a compiler took is given back, and Ctrl-C ends it at once.
 
-`python -m ditforge.engines.compilers.child_process` is the child: a job comes in on its standard input, progress and
-the outcome go out on its standard output. It ends when its input does, which is when the parent is no more.
+`python -m ditforge.engines.compilers.child_process` is the child. It reads a job from its standard input, and writes
+progress and the outcome to its standard output. It ends when its input is closed, and so when its parent dies.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MORE_SEGMENTS = "--segments with a larger number   (ditforge build --help), or f
 def compile_apart(compiler_name: str, job: Job) -> list[Path]:
     """Compile a graph as the compiler's own `compile` does, with the same progress and the same errors.
 
-    Raises DitforgeError if the process is killed, as the system does when memory runs out.
+    Raises DitforgeError if the process is killed, for example by the system when memory runs out.
     """
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # what lies in the user's folder is not to be imported
     command = [sys.executable, "-m", __name__]
@@ -53,7 +53,7 @@ def compile_apart(compiler_name: str, job: Job) -> list[Path]:
 
 
 def serve(source: BinaryIO, sink: BinaryIO) -> None:
-    """The child: compile the job that `source` has, and tell `sink` how it goes and what came out."""
+    """The child's work: read a job from `source`, compile it, and write progress and the outcome to `sink`."""
     compiler_name, job = pickle.load(source)
     threading.Thread(target=end_with, args=(source,), daemon=True).start()
 
@@ -69,13 +69,13 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
 
 
 def end_with(source: BinaryIO) -> None:
-    """End this process when `source` ends."""
+    """End this process when `source` is closed."""
     source.read()
     os._exit(1)
 
 
 def main() -> None:
-    """Keep standard output to ourselves: what a compiler's libraries print goes to standard error."""
+    """Run the child. Whatever the compiler's libraries print goes to standard error, not to the parent."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     sink = os.fdopen(os.dup(1), "wb")

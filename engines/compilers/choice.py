@@ -1,4 +1,4 @@
-"""Which compiler is for which target, by what each of them declares."""
+"""Chooses the compiler for a target, from what each compiler declares."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ditforge.placement import Placement
 
 
 def devices(target: Target) -> tuple[str, ...]:
-    """The target as compilers declare it: its compute capabilities, or "cpu"."""
+    """The devices of a target, in the words of compilers' declarations: compute capabilities, or "cpu"."""
     return target.capabilities or (CPU,)
 
 
@@ -29,7 +29,7 @@ def default_compiler(target: Target) -> str:
 
 
 def made_by(placement: Placement, compiler: Compiler, target: Target) -> tuple[Compiler, Target]:
-    """By which compiler an engine is made, and for what: those of the build, but for what is left to the CPU."""
+    """The compiler and the target of one engine: those of the build, or the CPU's for a network that is left to it."""
     if placement.device == CPU and target.capabilities:
         cpu = Target(CPU)
         return find_compiler(default_compiler(cpu)), cpu
@@ -59,7 +59,7 @@ def check_compiler(name: str, target: Target) -> None:
 def check_component(compiler: Compiler, name: str, component: Component, target: Target) -> None:
     """Raise UserError, with what is possible, if the component cannot be compiled for the target, or cannot run there.
 
-    The GPU may lack a number format, or the compiler may.
+    Either the GPU or the compiler may lack the number format.
     """
     check_compiler(compiler.name, target)
     gpus.check_precision(name, component.precision, component.dtype, target)
@@ -76,7 +76,7 @@ def check_component(compiler: Compiler, name: str, component: Component, target:
 
 
 def instead(component: Component, formats: object) -> str:
-    """The options of an export in formats that a compiler executes, as near to the component's as may be."""
+    """The options of an export in the nearest number formats that the compiler executes."""
     known = [precision for precision in gpus.SINCE if precision in formats]  # type: ignore[operator]
     plain = [precision for precision in known if precision in ("fp32", "fp16", "bf16")]
     if component.precision in known and component.precision not in plain:

@@ -1,4 +1,4 @@
-"""ONNX Runtime: the graph is optimised once, offline, and executed on the CPU."""
+"""ONNX Runtime as a compiler: it optimises the graph once, offline, and executes it on the CPU."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def version() -> str:
 
 
 def settings() -> dict[str, str]:
-    """The optimisation level: fusions are done offline, layouts that suit one CPU only are left to loading."""
+    """The optimisation level. Fusions are done offline. Layouts that suit only one CPU are chosen at loading."""
     return {"optimization": "extended", "quantisation": "computed as floats"}
 
 
@@ -70,7 +70,7 @@ def load(files: list[Path], target: str, version: str) -> Session:
 
 
 def session_options() -> onnxruntime.SessionOptions:
-    """Options for all sessions: only errors are logged; idle threads do not spin, since Triton needs the cores."""
+    """Options for all sessions. Only errors are logged. Idle threads do not spin, because Triton needs the cores."""
     import onnxruntime as ort
 
     settings = ort.SessionOptions()

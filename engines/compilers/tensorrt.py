@@ -1,4 +1,4 @@
-"""TensorRT: compiles on the GPU that will execute, by measuring kernels there.
+"""TensorRT as a compiler. It measures kernels, and so compiles on the GPU that will execute the engine.
 
 Source: https://docs.nvidia.com/deeplearning/tensorrt/latest/
 """
@@ -31,7 +31,7 @@ def version() -> str:
 
 
 def settings() -> dict[str, str]:
-    """The builder's optimisation level, and the GPU's model, since kernels were measured on it."""
+    """The builder's optimisation level, and the GPU's model, on which the kernels were measured."""
     return {
         "build_flags": f"strongly typed, optimization level {OPTIMIZATION_LEVEL}",
         "gpu": gpus.local_target().name,
@@ -39,7 +39,7 @@ def settings() -> dict[str, str]:
 
 
 def check(name: str, component: Component, target: Target) -> None:
-    """Refuse GPUs that are not this machine's."""
+    """Raise UserError if the target is not the GPU of this machine."""
     version()
     here = gpus.local_target()
     if here.capabilities != target.capabilities:

@@ -1,4 +1,4 @@
-"""What TensorRT and TensorRT-RTX share: their APIs for compiling are the same, up to the module's name (`trt` here).
+"""What TensorRT and TensorRT-RTX share. Their APIs are the same but for the name of the module, here `trt`.
 
 Source: the Python API references at docs.nvidia.com/deeplearning/tensorrt and .../tensorrt-rtx.
 """
@@ -31,7 +31,7 @@ def installed(name: str, packages: tuple[str, ...], extra: str, instead: str) ->
 
 
 class Build:
-    """A network that is read from its ONNX file, and becomes a plan: set `config`, then `write`."""
+    """The compilation of one ONNX file into a plan: set `config`, and then call `write`."""
 
     def __init__(self, trt: Any, job: Job) -> None:
         """Parse the graph, and check that it is what the manifest says. Raises DitforgeError if it cannot be parsed."""
@@ -119,12 +119,12 @@ def check_ports(trt: Any, network: Any, job: Job) -> None:
 
 
 def fixed(tensor: Tensor) -> tuple[int, ...]:
-    """A shape as TensorRT has it: -1 for a dimension that varies."""
+    """A shape in TensorRT's notation, with -1 for a dimension that varies."""
     return tuple(dim if isinstance(dim, int) else -1 for dim in tensor.shape)
 
 
 def make_log(trt: Any) -> Any:
-    """A logger that keeps the errors, in `errors`."""
+    """A logger that keeps all errors in its attribute `errors`."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -139,7 +139,7 @@ def make_log(trt: Any) -> Any:
 
 
 def make_writer(trt: Any, file: BinaryIO) -> Any:
-    """A stream that the plan is written to; what goes wrong is in `error` (the compiler itself does not notice)."""
+    """A stream to write the plan to. It keeps a failure in `error`, because the compiler does not notice one."""
 
     class Writer(trt.IStreamWriter):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -157,7 +157,7 @@ def make_writer(trt: Any, file: BinaryIO) -> Any:
 
 
 def make_monitor(trt: Any, progress: Progress, name: str) -> Any:
-    """Reports the compiler's phases; cancels when reporting raises (what is in `error`)."""
+    """A monitor that reports the compiler's phases. If reporting raises, it cancels, and keeps the error in `error`."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""TensorRT for RTX: compiles on any machine, with no GPU, for one or several compute capabilities.
+"""TensorRT for RTX as a compiler. It compiles without a GPU, for one or several compute capabilities.
 
-The engine holds what does not depend on the GPU's model; the rest is compiled where it is loaded, and kept in a cache.
-Source: https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/
+An engine holds what does not depend on the model of the GPU. The rest is compiled when it is loaded, and kept in a
+cache. Source: https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def version() -> str:
 
 
 def settings() -> dict[str, str]:
-    """Strongly typed, nothing else set."""
+    """The settings of the builder: networks are strongly typed, and everything else is the default."""
     return {"build_flags": "strongly typed"}
 
 
@@ -46,7 +46,7 @@ def compile(job: Job) -> list[Path]:
 
 
 def load(files: list[Path], target: str, built_with: str) -> Execution:
-    """Load the plan, with what was compiled for this GPU the last time, if it is there."""
+    """Load the plan, together with the kernels that were compiled for this GPU earlier, if they are kept."""
     from ditforge.engines.runtime.tensorrt import check_here, load_plan
 
     check_here(files[0], NAME, target, built_with, version())
@@ -56,7 +56,7 @@ def load(files: list[Path], target: str, built_with: str) -> Execution:
 
 
 def formats(device: str) -> tuple[str, ...]:
-    """What engines compute with on a device: all that it has, but for fp32 on sm_75, for which there are no kernels."""
+    """The number formats of engines on a device: all that it has, but not fp32 on sm_75, which has no kernels."""
     return tuple(name for name in precisions(device) if (device, name) != ("sm_75", "fp32"))
 
 

@@ -1,4 +1,4 @@
-"""`ditforge build --segments auto`: how engines are to fit into the GPU's memory, and be compiled in this machine's."""
+"""Decides how engines fit into the GPU's memory, and how this machine's memory is enough to compile them."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def decide(
     batch: int | None,
     memory: int | None = None,
 ) -> Plan | None:
-    """The plan for an export's networks, and pictures of these profiles.
+    """Plan the memory for an export's networks, for pictures of these profiles.
 
-    Without a `batch`, it is for the default one, or the largest below that does not ask for a worse plan than a single
-    picture does. `memory` is the bytes that compiling may take. None where the export does not say what its networks
-    take, or where it is not for a GPU. Raises UserError where no plan fits.
+    Without a `batch`, the plan is for the default one, or for the largest batch below that needs no worse plan than a
+    single picture does. `memory` is the number of bytes that compiling may take. Returns None if the export does not
+    say what its networks take, or if the target is not a GPU. Raises UserError if no plan fits.
     """
     parts = parts_of(components)
     if parts is None or not target.capabilities:
@@ -69,14 +69,14 @@ def decide(
 
 
 def least_batch(model: Model) -> int:
-    """How many samples the networks take at a time for one picture: classifier-free guidance asks for two."""
+    """The number of samples that one picture needs at a time: two with classifier-free guidance."""
     return 2 if model.guidance == "classifier-free" else 1
 
 
 def warn_of_compiling(
     networks: Mapping[str, Component], placements: Mapping[str, Placement], memory: int | None
 ) -> None:
-    """Say it where the largest engine, or segment of one, is likely to take more memory to compile than there is."""
+    """Warn if compiling the largest engine or segment is likely to take more memory than there is."""
     peaks = {
         name: build_peak(component.footprint.segment(placements[name].segments))
         for name, component in networks.items()
@@ -97,10 +97,10 @@ def memory_to_compile() -> int | None:
 def place_engines(
     networks: Iterable[str], plan: Plan | None = None, segments: int | None = None, residency: str | None = None
 ) -> dict[str, Placement]:
-    """Where each engine is: as planned, or whole and resident, but as the user says about it.
+    """Where each engine is: as the user says, or else as planned, or else whole and resident.
 
-    That is the DiT's `segments`, and the `residency` of all; if there is one of these, all that is planned is resident.
-    Raises UserError for an unknown residency.
+    The user may give the DiT's `segments` and the `residency` of all engines. If either is given, all
+    engines of the plan are resident. Raises UserError for an unknown residency.
     """
     if residency not in (None, *RESIDENCIES):
         raise UserError(f"unknown residency {residency!r}", f"--residency {' or '.join(RESIDENCIES)}")
@@ -116,10 +116,10 @@ def place_engines(
 
 
 def cut_before(before: Manifest | None, name: str, placement: Placement) -> Placement:
-    """The same, cut into as many segments as in an earlier build, if these are enough.
+    """The same placement, but with as many segments as in an earlier build, if these are enough.
 
-    How much memory was free to compile in is no reason to compile again. Of smaller segments, more are loaded on
-    demand, so that no more is resident.
+    A different amount of free memory for compiling is no reason to compile again. If the segments are smaller, more of
+    them are loaded on demand, so that no more bytes are resident.
     """
     engine = before.engines.get(name) if before else None
     if engine is None or bool(engine.placement.on_demand) != bool(placement.on_demand):

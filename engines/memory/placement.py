@@ -1,9 +1,9 @@
-"""What of a model is where, and when, on a GPU of a given memory: the first of a list of ways that fits.
+"""Decides which network is where and when, on a GPU of a given memory: the first of a list of ways that fits.
 
-Arithmetic only: docs/memory.md says what it rests on. Each network's engine lives in a process of its own (Triton's
-Python backend), and keeps its weights and the memory for its activations as long as it is loaded. So what is resident
-adds up, whatever phase a picture is in; what is loaded on demand takes memory in its own phase. No picture from a text
-needs the phase "image encoding", but the server tries every engine when it starts.
+This is arithmetic only; docs/memory.md explains the numbers. Each network's engine lives in a process of its own
+(Triton's Python backend), and keeps its weights and the memory for its activations as long as it is loaded. Resident
+engines therefore count in every phase of a picture, and engines that are loaded on demand count only in their own
+phase. A picture from text does not need the phase "image encoding", but the server tries every engine when it starts.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ TILES = (1, 3 / 4, 1 / 2)  # sides of tiles, as parts of the model's default siz
 
 @dataclass(frozen=True)
 class Part:
-    """A network of a model: what it takes in each precision that it can have, the best one first.
+    """A network of a model, with what it takes in each of its possible precisions, the best one first.
 
-    `cpu` is the bytes that it takes of the machine's memory where the CPU computes it; None where it cannot.
+    `cpu` is the number of bytes of the machine's memory that it takes on the CPU, or None if the CPU cannot compute it.
     """
 
     name: str
@@ -47,23 +47,23 @@ class Part:
 
     @property
     def phase(self) -> str:
-        """When it works."""
+        """The phase of a picture in which the network works."""
         return {DIT: DENOISING, VAE_DECODER: DECODING, VAE_ENCODER: ENCODING}.get(self.name, TEXT)
 
     @property
     def weights(self) -> int:
-        """Bytes of weights in its best precision."""
+        """The bytes of its weights in its best precision."""
         return next(iter(self.footprints.values())).weights
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where each network is, and the bytes of the GPU's memory that are taken in each phase of a picture.
+    """Where each network is, and how many bytes of the GPU's memory are taken in each phase of a picture.
 
-    `precisions` and `sizes` say of each network in what precision it is, and how many bytes it takes, of the memory of
-    the device where it is placed, while it works.
-    `usable` is how many there are (None: nobody knows), and `rank` how far down the list of ways this one is. Where
-    none fits, it is the last one. `batch` is how many samples the networks take at a time.
+    `precisions` and `sizes` give the precision of each network, and the bytes that it takes on its device while it
+    works. `usable` is the number of bytes that the GPU has for engines, or None if that is not known. `rank` is the
+    place of this way in the list of ways; if none fits, it is the last one. `batch` is how many samples the networks
+    take at a time.
     """
 
     strategy: str
@@ -79,20 +79,20 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """The most bytes that are taken at a time."""
+        """The largest number of bytes that are taken at a time."""
         return max(self.peaks.values())
 
     @property
     def fits(self) -> bool:
-        """Whether the GPU has them."""
+        """Whether the GPU has enough memory for the plan."""
         return self.usable is None or self.peak <= self.usable
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to do it: which networks are not resident, which take their second precision, and how things are cut.
+    """One way to save memory: which networks are not resident, which have their second precision, and what is cut.
 
-    `kept` is how many segments of an on-demand network are resident all the same; by default, none.
+    `kept` is how many segments of an on-demand network stay resident nevertheless; by default, none.
     """
 
     strategy: str
@@ -112,10 +112,10 @@ def make_plan(
     build_memory: int | None = None,
     vae_tile: int | None = None,
 ) -> Plan:
-    """The plan for the model's pictures of up to side x side pixels, `batch` at a time, on `target`.
+    """Plan the memory of `target` for the model's pictures of up to side x side pixels, `batch` at a time.
 
-    `build_memory` is the bytes of memory that compiling may take (None: any), which may ask for more segments than the
-    GPU does. `vae_tile` is the side of the autoencoder's tiles where that is not to be chosen.
+    `build_memory` is the number of bytes that compiling may take (None: any). It may require more segments than the GPU
+    does. `vae_tile` fixes the side of the autoencoder's tiles in pixels.
     """
     usable = usable_memory(target)
     tried: dict[str, int] = {}
@@ -132,9 +132,9 @@ def make_plan(
 
 
 def parts_of(components: Mapping[str, Component]) -> list[Part] | None:
-    """The networks of an export, each in the precision that it has; None if nobody measured them.
+    """The networks of an export, each in its precision, or None if the export has no measurements.
 
-    A network in fp32 may be left to the CPU, which has no bf16, and for which 8-bit weights are widened.
+    Only a network in fp32 can be left to the CPU, which has no bf16, and would widen 8-bit weights.
     """
     parts = []
     for name, component in components.items():
@@ -148,39 +148,39 @@ def parts_of(components: Mapping[str, Component]) -> list[Part] | None:
 
 
 def usable_memory(target: Target) -> int | None:
-    """Bytes of the GPU's memory that engines can have; None where only its compute capability is known."""
+    """The bytes of the GPU's memory that engines can have, or None if only its compute capability is known."""
     return None if target.memory_gb is None else int(target.memory_gb * GIB * USABLE)
 
 
 def build_segments(footprint: Footprint, memory: int | None) -> int:
-    """Into how many segments a network must be cut to be compiled in so many bytes of memory."""
+    """The number of segments into which a network must be cut to be compiled in so many bytes of memory."""
     counts = range(1, most_segments(footprint) + 1)
     fitting = (k for k in counts if memory is None or build_peak(footprint.segment(k)) <= memory)
     return next(fitting, counts[-1])
 
 
 def build_peak(weights: int) -> int:
-    """Bytes of memory that it takes to compile so many bytes of weights."""
+    """The bytes of memory that compiling so many bytes of weights takes."""
     return math.ceil(BUILD_RATIO * weights) + BUILD_SPARE
 
 
 def most_segments(footprint: Footprint) -> int:
-    """How many segments make sense: as many as there would be blocks, were all of them as large as the largest."""
+    """The largest sensible number of segments: the number of blocks, if all were as large as the largest one."""
     return max(1, footprint.weights // max(footprint.largest_block, 1))
 
 
 def tiles(model: Model, side: int) -> list[int]:
-    """Sides of the tiles that the autoencoder may take of pictures of that side, in pixels, the largest first."""
+    """The sides in pixels of the tiles that the autoencoder may use for pictures of that side, the largest first."""
     least = model.vae_factor * LEAST_TILE
     sizes = [round(model.default_size * part / model.vae_factor) * model.vae_factor for part in TILES]
     return sorted({max(size, least) for size in sizes if max(size, least) < side}, reverse=True)
 
 
 def ways(parts: Sequence[Part], tiles: Sequence[int | None], memory: int | None) -> Iterator[Way]:
-    """All ways, each one slower or less exact than those before it; the DiT in segments that `memory` can compile.
+    """All ways, each slower or less exact than those before it. The DiT's segments can be compiled in `memory`.
 
-    What is freed between uses has to be loaded again for each picture, and of the DiT for each step; so that comes
-    last, as little of it as possible first.
+    An engine that is freed after use has to be loaded again for each picture, and a segment of the DiT for each step.
+    Such ways come last, and those that load the least come first among them.
     """
     texts = [part for part in parts if part.phase == TEXT and part.weights]
     largest = max(texts, key=lambda part: part.weights, default=None)
@@ -194,7 +194,7 @@ def ways(parts: Sequence[Part], tiles: Sequence[int | None], memory: int | None)
     text_segments = [count for count in TEXT_SEGMENTS if count <= most]
 
     def decoded(way: Way) -> Iterator[Way]:
-        """Where the autoencoder's activations do not fit, its encoder waits until it is asked, and it takes tiles."""
+        """The way with less and less memory for the autoencoder: its encoder on demand, and then smaller tiles."""
         yield replace(way, tile=tiles[0])
         waiting = replace(way, places={**way.places, VAE_ENCODER: ON_DEMAND})
         yield from (replace(waiting, tile=tile) for tile in tiles)
@@ -221,9 +221,10 @@ def ways(parts: Sequence[Part], tiles: Sequence[int | None], memory: int | None)
 
 
 def offloads(least: int, most: int) -> list[tuple[int, int]]:
-    """How many of how many segments of the DiT may be loaded in turn, the smallest parts of it first.
+    """How many of how many segments of the DiT are loaded in turn, the smallest part of the DiT first.
 
-    Not one alone: where it finds room, it may as well stay. All of them, where nothing else helps, in any number.
+    It is never one segment alone, which might as well stay where it finds room. Ways in which all segments are loaded
+    in turn come last, with any number of segments.
     """
     some = {(n, count) for count in DIT_SEGMENTS if least <= count <= most for n in range(2, count)}
     fewest = {n / count: (n, count) for n, count in sorted(some, key=lambda pair: -pair[1])}  # 2 of 4, not 4 of 8
@@ -232,7 +233,7 @@ def offloads(least: int, most: int) -> list[tuple[int, int]]:
 
 @dataclass
 class Reckoned:
-    """Of each network its placement, precision and size; and the bytes of the GPU's memory taken in each phase."""
+    """The placement, precision and size of each network, and the bytes of the GPU's memory taken in each phase."""
 
     placements: dict[str, Placement] = field(default_factory=dict)
     precisions: dict[str, str] = field(default_factory=dict)
@@ -246,9 +247,9 @@ class Reckoned:
 
 
 def reckon(parts: Sequence[Part], way: Way, side: int, batch: int, memory: int | None) -> Reckoned:
-    """Where each network is, and the bytes of the GPU's memory that are taken in each phase.
+    """Compute where each network is, and how many bytes of the GPU's memory are taken in each phase.
 
-    A network is cut as the way says, or into more segments where these take more than `memory` to compile.
+    A network is cut as the way says, or into more segments if these need more than `memory` to be compiled.
     """
     always, loaded, found = 0, dict.fromkeys(PHASES, 0), Reckoned()
     for part in parts:

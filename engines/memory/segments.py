@@ -1,9 +1,10 @@
-"""One ONNX graph becomes several that run one after the other, so that each fits where the whole does not.
+"""Cuts an ONNX graph into segments that run one after the other, each of which fits where the whole does not.
 
-Nothing is known here of a model but its graph. It is cut where the fewest bytes are passed on: in a transformer between
-its blocks, where those are the hidden states and the conditioning vector. What costs next to nothing to compute
-(shapes, positions, rotary tables) is computed again where it is needed. No weights are read, and none are copied: the
-segments refer to the whole graph's file of weights.
+The code knows only the graph, and nothing else of the model. It cuts where the fewest bytes have to be passed on. In a
+transformer, that is between the blocks, where the hidden states and the conditioning vector are passed on. Whatever
+costs next to nothing to compute (shapes, positions, rotary tables) is computed again in each segment that needs it.
+Weights are
+neither read nor copied: the segments refer to the whole graph's file of weights.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ PASSED = {ir.DataType.FLOAT: "FP32", ir.DataType.FLOAT16: "FP16", ir.DataType.BF
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a graph: `component` has its inputs and outputs, `shapes` is as in a Job, `weights` is in bytes."""
+    """A part of a graph. `component` has its inputs and outputs, `shapes` are those of a Job, `weights` is in bytes."""
 
     model: ir.Model
     component: Component
@@ -41,14 +42,14 @@ class Segment:
     weights: int
 
     def save(self, path: Path) -> Path:
-        """Write it to the file `path`, without its weights: they are looked for in the folder of the whole graph."""
+        """Write the segment to the file `path`. Its weights stay in the folder of the whole graph."""
         ir.save(self.model, path)
         return path
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A place between two nodes: what is computed before it and needed behind it, and how many bytes that is."""
+    """A place between two nodes: the values that are computed before it and needed behind it, and their bytes."""
 
     position: int
     values: tuple[ir.Value, ...]
@@ -56,10 +57,10 @@ class Cut:
 
 
 def cut(path: Path, component: Component, count: int, probe: Ranges, shapes: list[Ranges]) -> list[Segment]:
-    """Cut the graph of `component` in the file `path` into `count` segments of about the same bytes of weights.
+    """Cut the graph of `component` in the file `path` into `count` segments with about equal bytes of weights.
 
     `shapes` are those of the inputs that vary, for each profile; `probe` is a profile in which each dimension varies in
-    a proportion of its own. Raises UserError if the graph has not that many segments.
+    a proportion of its own. Raises UserError if the graph cannot be cut into so many segments.
     """
     model = ir.load(path)
     probed, *inferred = [infer_profile(model.graph, component, ranges) for ranges in (probe, *shapes)]
@@ -112,7 +113,7 @@ def varies(tensor: Tensor) -> bool:
 def describe(
     component: Component, values: Sequence[ir.Value], probe: Ranges, probed: list[dict[ir.Value, Shape]]
 ) -> dict[str, Tensor]:
-    """What is passed on, by name: dimensions that vary in the same way have the same name, the inputs' where it is one.
+    """The tensors that are passed on, by name. Dimensions that vary together share a name, an input's if possible.
 
     `probed` has the shapes of all values where the inputs are `probe`.
     """
@@ -133,7 +134,7 @@ def describe(
 
 @dataclass(frozen=True)
 class Origin:
-    """What a value is computed from: constants, inputs of the graph or not, heavy operators or not."""
+    """What a value is computed from: its constants, and whether inputs or heavy operators are among it."""
 
     constants: frozenset[ir.Value] = frozenset()
     inputs: bool = False
@@ -146,10 +147,10 @@ class Origin:
 
 
 def find_light(graph: ir.Graph) -> dict[ir.Node, Origin]:
-    """The nodes that are computed again in each segment that needs them, rather than passed on.
+    """The nodes that each segment computes again if it needs them, instead of taking their results from another one.
 
-    Those are: what depends on no input, such as dequantised weights; what inputs and small constants give with no heavy
-    operator; and integers, which are made of shapes, even if these are a light network's, such as an embedder's.
+    These are nodes that depend on no input, such as dequantised weights; nodes that depend on inputs and small
+    constants without a heavy operator; and integers, which are computed from shapes.
     """
     light: dict[ir.Node, Origin] = {}
     origins = {value: Origin(inputs=True) for value in graph.inputs}
@@ -177,7 +178,7 @@ def size_of(value: ir.Value) -> int:
 
 
 def weigh(heavy: Sequence[ir.Node], light: dict[ir.Node, Origin]) -> list[int]:
-    """Bytes of the weights that each node is the first to need."""
+    """For each node, the bytes of the weights that it is the first to need."""
     seen: set[ir.Value] = set()
     weights = []
     for node in heavy:
@@ -193,10 +194,11 @@ def weigh(heavy: Sequence[ir.Node], light: dict[ir.Node, Origin]) -> list[int]:
 
 
 def find_cuts(heavy: Sequence[ir.Node], before: NDArray[Any], shapes: dict[ir.Value, Shape]) -> list[Cut]:
-    """Where a graph of the nodes `heavy` can be cut: at most once between two nodes with weights.
+    """The places where a graph of the nodes `heavy` can be cut, at most one between two nodes with weights.
 
-    `before` is the bytes of weights before each position. What is passed on has to be floating-point, and to be no more
-    than at the places beside it, and hardly more than at the narrowest place in the middle half of the weights.
+    `before` has the bytes of weights before each position. Only floating-point values may be passed on. A place must
+    pass on no more bytes than the places beside it, and hardly more than the narrowest place in the middle half of the
+    weights.
     """
     place = {node: position for position, node in enumerate(heavy)}
     opens: dict[int, list[ir.Value]] = {}
@@ -233,9 +235,9 @@ def bytes_of(value: ir.Value, shape: Shape) -> int:
 
 
 def choose_cuts(cuts: Sequence[Cut], before: NDArray[Any], count: int) -> list[Cut]:
-    """The `count` - 1 cuts that pass on the fewest bytes, among those that leave no segment too large.
+    """The `count` - 1 cuts that pass on the fewest bytes and leave no segment too large.
 
-    Too large is more than BALANCED times the mean, or than the largest segment of the most even cuts.
+    A segment is too large if it exceeds both BALANCED times the mean and the largest segment of the most even cuts.
     """
     edges = np.array([0, *(before[found.position] for found in cuts), before[-1]], float)
     weights = edges[None, :] - edges[:, None]  # from one edge to another
@@ -262,10 +264,10 @@ def choose_cuts(cuts: Sequence[Cut], before: NDArray[Any], count: int) -> list[C
 def extract(
     graph: ir.Graph, nodes: Sequence[ir.Node], passed: Sequence[ir.Value], results: Sequence[ir.Value]
 ) -> ir.Graph:
-    """The graph of `nodes` and of what is computed again for them.
+    """The graph of `nodes`, with the nodes that are computed again for them.
 
-    It takes values of `passed` and of the whole graph's inputs, as far as it needs them; it gives values of `passed`,
-    and `results`.
+    Its inputs are the values of `passed` and of the whole graph's inputs that it needs. Its outputs are values of
+    `passed`, and `results`.
     """
     mine = set(nodes)
     needed = {value for node in nodes for value in node.inputs}

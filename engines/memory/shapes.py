@@ -1,7 +1,7 @@
-"""The shapes of every value in an ONNX graph, for given shapes of its inputs; the file of weights is not read.
+"""Infers the shape of every value in an ONNX graph from the shapes of its inputs, without reading the weights.
 
-What shapes are made of (Shape, Div, Concat, Range, …) is computed by onnx's reference implementation, value by value,
-since onnx's own propagation of shapes as data does not know all operators; the rest is onnx's inference, node by node.
+onnx's reference implementation computes the values from which shapes are made (Shape, Div, Concat, Range, …), because
+onnx's own propagation of such values does not know all operators. onnx's inference does the rest, node by node.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Known = dict[ir.Value, NDArray[Any]]
 
 
 def infer_shapes(graph: ir.Graph, inputs: Mapping[str, Shape]) -> dict[ir.Value, Shape]:
-    """The shape of every value that a node makes, for the shapes of the graph's inputs by name; their dtypes are set.
+    """The shape of every value that a node makes, for the shapes of the graph's inputs by name.
 
     Raises DitforgeError for a node whose outputs' shapes depend on more than shapes.
     """
@@ -51,7 +51,7 @@ def infer_shapes(graph: ir.Graph, inputs: Mapping[str, Shape]) -> dict[ir.Value,
 def infer_node(
     graph: ir.Graph, node: ir.Node, types: dict[ir.Value, onnx.TypeProto], known: Known
 ) -> dict[ir.Value, onnx.TypeProto]:
-    """The types of a node's outputs; adds to `known` what can be computed of them."""
+    """The types of a node's outputs. Values of them that can be computed are added to `known`."""
     version = graph.opset_imports.get(node.domain)
     proto = ir.serde.serialize_node(node)
     inputs = [value for value in node.inputs if value is not None]
@@ -81,12 +81,12 @@ def infer_node(
 
 
 def tensor_type(value: ir.Value, shape: Shape) -> onnx.TypeProto:
-    """The value's dtype with a shape, as onnx writes it."""
+    """The onnx type with the value's dtype and this shape."""
     return onnx.helper.make_tensor_type_proto(int(value.dtype or 0), shape)
 
 
 def dims(kind: onnx.TypeProto) -> Shape:
-    """The shape in a type. Raises ValueError if it is not known whole."""
+    """The shape in a type. Raises ValueError if a dimension is not known."""
     found = kind.tensor_type.shape.dim
     if not kind.tensor_type.HasField("shape") or not all(dim.HasField("dim_value") for dim in found):
         raise ValueError("it depends on what is computed")
@@ -99,5 +99,5 @@ def dtype(kind: onnx.TypeProto) -> ir.DataType:
 
 
 def ghost(kind: onnx.TypeProto) -> NDArray[Any]:
-    """An array of that shape in no memory, for operators that look at nothing else."""
+    """An array of that shape that takes no memory, for operators that look only at the shape."""
     return np.broadcast_to(np.float32(0), dims(kind))

@@ -1,1 +1,1 @@
-"""Engines are loaded and run, whatever compiled them."""
+"""Loads and runs engines, whichever compiler made them."""

@@ -1,4 +1,4 @@
-"""Engines are loaded and run here, whatever compiled them: whole or in segments, for good or for one call."""
+"""Loads and runs engines, whichever compiler made them: whole or in segments, for good or for one call."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from ditforge.manifest import Engine, File
 
 
 def load_engine(folder: Path, files: dict[str, File], made: Engine) -> LoadedEngine:
-    """Load an engine from its `files` in `folder`; `made` says how it was made, and where it is to be.
+    """Load an engine from its `files` in `folder`. `made` says how it was made and where it is placed.
 
-    What is loaded on demand is loaded once now, so that errors show. Raises UserError if a file is missing or not what
-    the manifest says, or if the engine cannot be run here, and DitforgeError if the GPU's memory does not hold it.
+    An engine that is loaded on demand is loaded once now, so that errors show at once. Raises UserError if a file is
+    missing or not what the manifest says, or if the engine cannot be run here, and DitforgeError if the GPU's memory
+    does not hold it.
     """
     manifest.check_files(
         folder, files, fix="ditforge build ONNX_DIR --gpu GPU --out DIR   again, and then ditforge repo"
@@ -53,7 +54,7 @@ def load_engine(folder: Path, files: dict[str, File], made: Engine) -> LoadedEng
 
 
 class OnDemand:
-    """An engine that is loaded for each call, when it is its turn, and freed after it."""
+    """An engine that waits for its turn, is loaded for each call, and is freed after the call."""
 
     def __init__(self, load: Callable[[], LoadedEngine]) -> None:
         self.load = load
@@ -62,7 +63,7 @@ class OnDemand:
 
     @contextmanager
     def loaded(self) -> Iterator[LoadedEngine]:
-        """The engine, as long as it is needed."""
+        """Load the engine for the duration of the block."""
         with turn():
             engine = self.load()
             try:
@@ -71,7 +72,7 @@ class OnDemand:
                 engine.close()
 
     def warm_up(self) -> None:
-        """Load it once: errors show, and what was compiled for the GPU is kept on disk for the next time."""
+        """Load the engine once, so that errors show and the kernels that were compiled for the GPU are kept on disk."""
         with self.loaded() as engine:
             self.inputs, self.outputs = engine.inputs, engine.outputs
             engine.warm_up()
@@ -87,11 +88,11 @@ class OnDemand:
             return engine.run_batch(parts)
 
     def close(self) -> None:
-        """Nothing is loaded between calls."""
+        """Do nothing, because nothing is loaded between calls."""
 
 
 class Chain:
-    """Segments that run one after the other; what they pass on stays where it is, and no longer than it is needed."""
+    """Segments that run one after the other. Values stay on their device, and are kept only as long as needed."""
 
     def __init__(self, segments: list[LoadedEngine]) -> None:
         self.segments = segments
@@ -126,7 +127,7 @@ class Chain:
 
 
 def concatenated(arrays: list[Any]) -> Any:
-    """Arrays of NumPy's or CuPy's as one batch: on the GPU if one of them is there."""
+    """Arrays of NumPy or CuPy as one batch, which is on the GPU if one of the arrays is."""
     if len(arrays) == 1:
         return arrays[0]
     if all(isinstance(array, np.ndarray) for array in arrays):

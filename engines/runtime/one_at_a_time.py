@@ -1,7 +1,7 @@
-"""Engines that are loaded on demand take turns, also those of other processes: each is a model of Triton's in its own.
+"""Lets engines that are loaded on demand take turns, also across processes, since Triton has one for each model.
 
-A plan reckons with one of them in the GPU's memory at a time. With several users, or while a server starts and tries
-all of its engines at once, there would be more.
+A memory plan counts one such engine at a time. Without turns there would be more in the GPU's memory when several users
+ask at once, or when a server starts and tries all of its engines.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"  # where servers have GPUs of their own, they n
 
 @contextmanager
 def turn() -> Iterator[None]:
-    """Wait until no other process of this user is inside, for the same GPUs; flock(2) ends when a process does."""
+    """Wait until no other process of this user has its turn on the same GPUs. A process that ends releases its turn."""
     import fcntl
 
     gpus = sha256(os.environ.get(VISIBLE, "").encode()).hexdigest()[:8]

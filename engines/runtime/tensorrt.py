@@ -1,7 +1,7 @@
-"""Executes TensorRT's and TensorRT-RTX's plans: the vendor's call sequence, with every return value looked at.
+"""Executes plans of TensorRT and TensorRT-RTX by the vendor's sequence of calls, and checks every return value.
 
-Arrays are CuPy's, which exchange memory with Triton by DLPack. Sources: "Perform Inference" in both developer guides,
-"Working with Runtime Cache" and "Working with RTX CUDA Graphs" in TensorRT-RTX's, and
+Arrays are those of CuPy, which exchange memory with Triton by DLPack. Sources: "Perform Inference" in both developer
+guides, "Working with Runtime Cache" and "Working with RTX CUDA Graphs" in TensorRT-RTX's, and
 https://github.com/triton-inference-server/python_backend#interoperability-and-gpu-support
 """
 
@@ -31,7 +31,7 @@ _loaded: WeakSet[Execution] = WeakSet()  # as long as there are any
 
 
 def check_here(plan: Path, compiler: str, target: str, built_with: str, version: str) -> None:
-    """Raise UserError, with the command that builds anew, if the plan is another version's or another GPU's."""
+    """Raise UserError, with the command to build again, if the plan is for another version or another GPU."""
     rebuild = f"ditforge build ONNX_DIR --gpu local --compiler {compiler} --out DIR   and then ditforge repo"
     if built_with and built_with != version:
         raise UserError(f"{plan} was compiled by {compiler} {built_with}, and {version} is installed", rebuild)
@@ -59,9 +59,10 @@ def load_plan(trt: Any, plan: Path, compiler: str, target: str) -> Execution:
 
 
 def kernels_of(plan: Path) -> Path:
-    """Where TensorRT-RTX's kernels for a plan on this machine's GPU are kept: not beside it, which may be read-only.
+    """The file that keeps TensorRT-RTX's kernels for a plan and this machine's GPU.
 
-    What lies there is another plan's if one is put in its place; TensorRT-RTX finds that out.
+    It is not beside the plan, whose folder may be read-only. If another plan takes the place of this one, the file has
+    kernels of the old plan, which TensorRT-RTX notices.
     """
     digest = hashlib.sha256(os.fsencode(plan.resolve())).hexdigest()[:16]
     return default_cache() / "runtime-caches" / f"{plan.stem}-{digest}.runtime-cache"
@@ -113,8 +114,8 @@ class Execution:
     def run_batch(self, parts: list[Arrays]) -> dict[str, Any]:
         """The outputs of several requests as one batch, in the memory of the GPU.
 
-        Inputs are NumPy's or CuPy's arrays; one request's that is on the GPU already is not copied, unless the engine's
-        shapes are static.
+        Inputs are arrays of NumPy or CuPy. A single request whose input is on the GPU already is not copied, unless the
+        engine's shapes are static.
         """
         with _lock, self.stream:
             inputs = {name: self.gather(name, [part[name] for part in parts]) for name in self.inputs}
@@ -133,7 +134,7 @@ class Execution:
         return outputs
 
     def array(self, name: str, shape: Shape) -> Any:
-        """Uninitialised memory on the GPU; of a static engine the same one each time."""
+        """Uninitialised memory on the GPU. A static engine gets the same memory each time."""
         key = (name, shape)
         if key in self.kept:
             return self.kept[key]
@@ -149,7 +150,7 @@ class Execution:
         return copied
 
     def gather(self, name: str, parts: list[Any]) -> Any:
-        """The parts of an input as one batch on the GPU."""
+        """Put the parts of an input together as one batch on the GPU."""
         if len(parts) == 1 and isinstance(parts[0], self.cupy.ndarray) and not self.static:
             return parts[0]
         batch = self.array(name, (sum(len(part) for part in parts), *parts[0].shape[1:]))
@@ -178,7 +179,7 @@ class Execution:
         raise UserError(f"the engine was built for {taken}, got {shapes}", "ditforge build with --resolutions, --batch")
 
     def share_scratch(self) -> None:
-        """Give the context the memory for activations that all engines of this process share, grown if need be."""
+        """Give the context the memory for activations that this process's engines share, and enlarge it if needed."""
         global _scratch
         size = max(int(self.engine.device_memory_size_v2), 1)
         if _scratch is None or _scratch.size < size:
@@ -188,13 +189,13 @@ class Execution:
             self.scratch = _scratch
 
     def warm_up(self) -> None:
-        """Run every profile's best shapes on zeros: kernels are compiled before the first request, and kept."""
+        """Run every profile's best shapes on zeros, so that kernels are compiled and kept before the first request."""
         for profile in self.profiles:
             self.run_batch([{name: np.zeros(best, self.dtypes[name]) for name, (_, best, _) in profile.items()}])
         self.keep_kernels()
 
     def keep_kernels(self) -> None:
-        """Write what was compiled for the GPU to disk, unless it is there already."""
+        """Write the kernels that were compiled for the GPU to disk, unless they are there already."""
         kernels = bytes(self.runtime_cache.serialize()) if self.runtime_cache is not None else b""
         if len(kernels) == len(self.on_disk):  # their order may differ from one time to the next
             return
@@ -209,7 +210,7 @@ class Execution:
             warnings.warn(why, DitforgeWarning, stacklevel=2)
 
     def close(self) -> None:
-        """Free the engine and its context, the last one also the shared scratch; the driver gets what CuPy kept."""
+        """Free the engine and its context. The last engine also frees the shared memory and what CuPy has kept."""
         global _scratch
         with _lock:
             self.keep_kernels()
@@ -223,7 +224,7 @@ class Execution:
 
 
 def stored_as(trt: Any, dtype: Any) -> np.dtype[Any]:
-    """What NumPy stores TensorRT's dtype as: bf16, which it has not, as its two bytes."""
+    """The NumPy dtype that stores TensorRT's dtype. NumPy lacks bf16, which is stored as two bytes."""
     return np.dtype(np.uint16 if dtype == trt.bfloat16 else trt.nptype(dtype))
 
 

@@ -22,6 +22,8 @@ from documents import CONTRIBUTING, DOCUMENTS, README, ROOT, Block, blocks, comm
 from PIL import Image
 from replicas import lasting_port
 
+from ditforge.engines.gpus import default_precision, find_target
+
 PASTED = [README, ROOT / "docs" / "client.md", ROOT / "docs" / "serving.md"]  # in one shell, in this order
 INSTALLS, GPU, STARTS, SHOWN = "installs", "gpu", "starts a server", "shown "
 # A reader's machine has these ports free, and its server is where clients look by default.
@@ -75,8 +77,10 @@ def test_blocks_pasted_from_top_to_bottom(tiny, tmp_path: Path, monkeypatch: pyt
     wrapper.parent.mkdir()
     wrapper.write_text(WRAPPER.format(port=ports["8001"], python=sys.executable))
     wrapper.chmod(0o755)
-    (wrapper.parent / "python").symlink_to(sys.executable)
-    monkeypatch.setenv("PATH", f"{wrapper.parent}:{Path(sys.executable).parent}", prepend=":")
+    python = wrapper.with_name("python")  # no link: it would not be that of the virtual environment
+    python.write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("PATH", str(wrapper.parent), prepend=":")
     monkeypatch.setenv("PRINTED", str(printed))
     with printed.open("w") as file:
         done = subprocess.run(
@@ -111,7 +115,8 @@ def test_blocks_for_a_gpu_are_built(exports, tmp_path: Path) -> None:
         values = parse(words)
         if words[1] == "export":
             assert str(values["checkpoint"]) == "models/flux-tiny"
-            shutil.copytree(exports(values["precision"], "bf16"), tmp_path / values["out"])
+            precision = values["precision"] or default_precision(find_target(values["gpu"]))[0]
+            shutil.copytree(exports(precision, "bf16"), tmp_path / values["out"])
         elif words[1] != "serve":
             command = [sys.executable, "-m", *words]
             done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
@@ -126,7 +131,10 @@ def test_the_configuration_of_nginx(tmp_path: Path) -> None:
     (block,) = (block for document in DOCUMENTS for block in blocks(document) if block.language == "nginx")
     (tmp_path / "ditforge.conf").write_text(re.sub(r"gpu[12]:", "127.0.0.1:", block.text))
     whole = tmp_path / "nginx.conf"
-    whole.write_text(f"pid {tmp_path}/pid;\nevents {{}}\nhttp {{\n  access_log off;\n  include ditforge.conf;\n}}\n")
+    kinds = "client_body", "proxy", "fastcgi", "uwsgi", "scgi"
+    temporary = "".join(f"  {kind}_temp_path {kind};\n" for kind in kinds)
+    http = f"http {{\n  access_log off;\n{temporary}  include ditforge.conf;\n}}\n"
+    whole.write_text(f"pid {tmp_path}/pid;\nevents {{}}\n{http}")
     done = subprocess.run(
         [nginx, "-t", "-p", tmp_path, "-c", whole, "-e", "log"], capture_output=True, text=True, check=False
     )

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
+from ditforge import verbosity
+
 if TYPE_CHECKING:
     from ditforge.export.checkpoint.source import CheckpointSource
     from ditforge.triton_repo.server import Options
@@ -68,6 +70,9 @@ TOKEN_FILE_HELP = "Serve only clients that send the token in this file, one word
 TokenFile = Annotated[Path | None, typer.Option(metavar="FILE", help=TOKEN_FILE_HELP)]
 INSECURE_HELP = "Allow a --host that others can reach without TLS together with a token or client certificates."
 Insecure = Annotated[bool, typer.Option("--insecure", help=INSECURE_HELP)]
+
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say on standard error what is being done, and why.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and results alone.")]
 
 
 def path_or_repository(text: str) -> Path:
@@ -163,7 +168,10 @@ def not_empty(annotation: Any) -> Any:
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """The command as typer wants it: each field of a parameter that is a record of options is an option of its own."""
+    """The command as typer wants it: each field of a parameter that is a record of options is an option of its own.
+
+    It gets the options that every command has, too.
+    """
     types, parameters, records = get_type_hints(command, include_extras=True), list[Parameter](), dict[str, type]()
     for name, parameter in signature(command).parameters.items():
         record = types[name]
@@ -179,7 +187,13 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         else:
             parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=not_empty(types[name])))
 
+    parameters += [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+        for name, annotation in (("verbose", Verbose), ("quiet", Quiet))
+    ]
+
     def run(**values: Any) -> None:
+        verbosity.choose(values.pop("verbose"), values.pop("quiet"))
         made = {
             name: record(**{field.name: values.pop(field.name) for field in fields(record)})
             for name, record in records.items()

@@ -92,10 +92,10 @@ def say(report: BuildReport) -> None:
     compiled = [engine for engine in report.engines if not engine.kept]
     for engine in compiled:
         why = "" if engine.reason == NEW else f": {engine.reason}"
-        terminal.say(f"built {engine.name}{why}")
+        terminal.note(f"built {engine.name}{why}")
     if not compiled:
-        terminal.say(f"{report.folder} is up to date: nothing to build")
+        terminal.note(f"{report.folder} is up to date: nothing to build")
     for engine in report.engines:
         if engine.name == DIT:
             target = report.gpu if report.gpu == engine.target else f"{report.gpu} ({engine.target})"
-            terminal.say(f"{engine.name} is {engine.precision}, for {target}")
+            terminal.note(f"{engine.name} is {engine.precision}, for {target}")

@@ -29,13 +29,14 @@ def calibrate(
     folders.check_checkpoint(checkpoint)
     check_writable(out, "ranges.json")
 
-    from ditforge.export.quantisation import calibration
+    with terminal.waiting("calibrate", "importing PyTorch"):
+        from ditforge.export.quantisation import calibration
 
     texts = calibration.read_prompts(prompts)
     origin = downloaded(source.of(checkpoint))
-    with terminal.progress("calibrate") as report:
+    with terminal.progress("calibrate", unit="equal steps") as report:
         ranges = calibration.calibrate(origin, out, texts, steps, report)
-    terminal.say(
+    terminal.note(
         f"{out}: ranges of {len(ranges.amax)} linears over {counted(ranges.prompts, 'prompt')}, "
         f"{counted(ranges.steps, 'step')} each"
     )

@@ -456,6 +456,6 @@ def test_the_command(server: Hub, tmp_path: Path, flux_tiny: Path, monkeypatch: 
     result = ditforge("plan", FLUX, "--gpu", "rtx4090", "--size", "128", cwd=tmp_path)
     assert result.code == 0, result.err
     assert result.out.startswith("FLUX.1-tiny on rtx4090")
-    assert result.err.startswith("downloading from the Hugging Face Hub\n") and "download done" in result.err
+    assert result.err.startswith("[download] from the Hugging Face Hub\n") and "[download] done" in result.err
     assert server.touched() == tiny(flux_tiny, ".safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["home"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from ditforge import verbosity
+from ditforge import completion, verbosity
 
 if TYPE_CHECKING:
     from ditforge.export.checkpoint.source import CheckpointSource
@@ -23,10 +23,15 @@ if TYPE_CHECKING:
 Out = Annotated[Path, typer.Option("--out", help="The folder to write; it appears whole or not at all.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is in --out even if it is of another model.")]
 PRECISION_HELP = "fp32, fp16, bf16; for the DiT's linears also fp8, fp8-weights, int8-weights."
-Precision = Annotated[str | None, typer.Option(help=f"{PRECISION_HELP} By default the GPU's.")]
+Precision = Annotated[
+    str | None,
+    typer.Option(help=f"{PRECISION_HELP} By default the GPU's.", autocompletion=completion.PRECISION),
+]
 GPU_HELP = "What to compile for: a name that ditforge gpus lists, sm_89, several (sm_86,sm_89), local, or cpu."
-Gpu = Annotated[str, typer.Option("--gpu", help=GPU_HELP)]
-Compiler = Annotated[str | None, typer.Option(help="onnxruntime, tensorrt-rtx or tensorrt; by default the GPU's.")]
+Gpu = Annotated[str, typer.Option("--gpu", help=GPU_HELP, autocompletion=completion.GPU)]
+GpuOrNone = Annotated[str | None, typer.Option("--gpu", help=GPU_HELP, autocompletion=completion.GPU)]
+COMPILER_HELP = "onnxruntime, tensorrt-rtx or tensorrt; by default the GPU's."
+Compiler = Annotated[str | None, typer.Option(help=COMPILER_HELP, autocompletion=completion.COMPILER)]
 Resolutions = Annotated[
     str | None, typer.Option(metavar="MIN-MAX", help="Heights and widths in pixels, or MIN-BEST-MAX.")
 ]

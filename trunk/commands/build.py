@@ -67,8 +67,10 @@ def build(
     from ditforge.engines.memory.fitting import parse_segments
 
     began = perf_counter()
-    placed = {"segments": parse_segments(segments), "residency": residency}
-    options = building.BuildOptions(gpu, **asdict(sizes), batch=batch, vae_tile=vae_tile, **placed, force=force)
+    count = parse_segments(segments)
+    options = building.BuildOptions(
+        gpu, **asdict(sizes), batch=batch, vae_tile=vae_tile, segments=count, residency=residency, force=force
+    )
     with terminal.progress("build") as report:
         built = building.build(onnx, out, options, report, None if as_json else plan_report.say_plan)
     show(make_report(built, out, gpu, perf_counter() - began), say, as_json)

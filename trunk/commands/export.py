@@ -9,14 +9,14 @@ import typer
 
 from ditforge import terminal
 from ditforge.downloading import downloaded
-from ditforge.options import GPU_HELP, Force, Out, Precision, RandomWeights, Ranges, Source, SourceFlags, T5Precision
+from ditforge.options import Force, GpuOrNone, Out, Precision, RandomWeights, Ranges, Source, SourceFlags, T5Precision
 
 
 def export(
     checkpoint: Source,
     out: Out,
     source: SourceFlags,
-    gpu: Annotated[str | None, typer.Option("--gpu", help=GPU_HELP)] = None,
+    gpu: GpuOrNone = None,
     precision: Precision = None,
     activations: Annotated[
         str | None, typer.Option(help="What surrounds 8-bit weights: bf16, fp16 or fp32; by default, what the GPU has.")

@@ -9,14 +9,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-cpu-kinds lint fuzz soak bench accuracy memory full-size image-check gpu-check clean
+.PHONY: demo test test-quick test-cpu-kinds lint fuzz soak bench accuracy memory full-size image-check gpu-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/first_picture.py models/flux-tiny --out out/demo
 
 # Three processes for two cores, each of one thread: what is tested for minutes, tracing, takes one, and others wait.
+PYTEST := -m pytest --numprocesses 3 --dist worksteal
+# Which lines run: SlipCover's probes take themselves out once they are hit, where a tracer would double the time.
+COVERAGE := -m slipcover --source client,engines,export,triton_repo,trunk --json --out $(VENV)/coverage.json
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python $(COVERAGE) $(PYTEST)
+
+# What needs no export, compiler, training or server: under two minutes.
+test-quick: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow"
 
 # What computes floats, with the kernels of other CPUs: PyTorch and MKL without AVX; oneDNN without it; and MKL's for
 # SSE4.2, where the order of sums depends on how numbers lie in memory, as on AMD's CPUs (MKL_CBWR keeps it from that).
@@ -24,7 +31,7 @@ CPU_KINDS := "ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE" "ONEDNN_MAX_CPU_I
 test-cpu-kinds: $(INSTALLED)
 	for kind in $(CPU_KINDS); do \
 		echo "$$kind"; \
-		env $$kind OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist worksteal \
+		env $$kind OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) \
 			tests/client tests/export tests/engines tests/trunk tests/models tests/chain || exit 1; \
 	done
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from ditforge import install_hint
 from ditforge.client.option import CA, ENCRYPT, PAIR, PLAIN, TOKEN, option
 from ditforge.client.probe import Speaks, speaks_tls
 from ditforge.client.retry import Failure, Retries
@@ -102,14 +103,14 @@ def call_error(url: str, what: str, failure: Failure, settings: ConnectionSettin
         problem = f"what the server at {url} was asked of {what}, or what it answered, is too large"
         return UserError(f"{problem}: {failure.shown}", fix)
     if failure.status == "INVALID_ARGUMENT":
-        fix = "ask for something else, or pip install --upgrade 'ditforge[client]'"
+        fix = f"ask for something else, or {install_hint.upgrade('client')}"
         return UserError(f"the server at {url} refuses what was asked of {what}: {failure.shown}", fix)
     return DitforgeError(f"the server at {url} could not run {what}: {failure.shown}", "look at the server's log")
 
 
 def wrong_answer(url: str, what: str, wrong: object) -> DitforgeError:
     """A server answered something else than it was asked. `wrong`: what was expected, and what came."""
-    fix = "look at the server's log; are client and server of one version?   pip install --upgrade 'ditforge[client]'"
+    fix = f"look at the server's log; are client and server of one version?   {install_hint.upgrade('client')}"
     return DitforgeError(f"the server at {url} gave a wrong answer to {what}: {wrong}", fix)
 
 

@@ -73,7 +73,7 @@ def check_seed(seed: int) -> int:
     """`seed` as it is; raises UserError unless it is an integer from 0 to 2^64 - 1."""
     if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
         raise UserError(
-            f"seed must be an integer from 0 to {MAX_SEED} (2^64 - 1), got {seed!r}",
+            f"{option('seed')} must be an integer from 0 to {MAX_SEED} (2^64 - 1), got {seed!r}",
             f"{option('seed=0')}, or any number up to that",
         )
     return int(seed)

@@ -123,7 +123,8 @@ class GenerateOptions:
         check_scale("skip_layer_guidance", self.skip_layer_guidance, MAX_GUIDANCE, 2.8)
         if self.t5 is not None and self.t5 not in T5_NAMES:
             raise UserError(
-                f"t5 must be one of {', '.join(T5_NAMES)}, got {self.t5!r}", option('t5="auto"', "--t5 auto")
+                f"{option('t5')} must be one of {', '.join(T5_NAMES)}, got {self.t5!r}",
+                option('t5="auto"', "--t5 auto"),
             )
         if self.size is not None:
             parse_size(self.size)
@@ -155,11 +156,11 @@ class GenerateOptions:
                 continue
             if name not in taken:
                 takers = [
-                    option(f'sampler="{each}"', f"--sampler {each}")
+                    str(option(f'sampler="{each}"', f"--sampler {each}"))
                     for each in SAMPLERS
                     if name in sampler_options(each)
                 ]
-                problem = f"the sampler {sampler_name(sampler)} takes no {name}"
+                problem = f"the sampler {sampler_name(sampler)} takes no {option(name)}"
                 raise UserError(problem, f"leave it out, or take one of {', '.join(takers)}")
         check_scale("eta", self.eta, 1.0, 1.0)
         check_scale("s_noise", self.s_noise, MAX_NOISE, 1.0)
@@ -247,5 +248,5 @@ def check_text(what: str, text: str) -> None:
 def check_scale(name: str, value: float | None, largest: float, suggestion: float) -> None:
     """Raise UserError unless `value` is None or a number from 0 to `largest`."""
     if value is not None and (not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= largest):
-        problem = f"{name} must be a number from 0 to {largest:g}, got {value!r}"
+        problem = f"{option(name)} must be a number from 0 to {largest:g}, got {value!r}"
         raise UserError(problem, option(f"{name}={suggestion}"))

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from tritonclient.grpc import model_config_pb2, service_pb2 as pb
 from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
 
+from ditforge import install_hint
 from ditforge.client.answer import Arrays, Inputs, Output, WrongAnswer, embeddings_of, expected_outputs, read_answer
 from ditforge.client.failures import START_SERVER, connect_error
 from ditforge.client.probe import speaks_tls
@@ -23,6 +24,7 @@ from ditforge.client.transport import CallFailed, Channel, Metadata, Transport, 
 from ditforge.contract import DIT, ENGINES_PARAMETER, MODEL_PARAMETER, TEXT_ENCODERS, VAE_DECODER
 from ditforge.errors import DitforgeError, UserError
 from ditforge.model import Model
+from ditforge.served_model import ClientTooOld, read_served_model
 
 M = TypeVar("M", bound=Message)
 NEEDED = (TEXT_ENCODERS, DIT, VAE_DECODER)
@@ -157,11 +159,11 @@ class Replica:
         if MODEL_PARAMETER not in config.parameters:
             raise Unfit(UserError(f"the model dit at {self.url} was not made by ditforge", START_SERVER))
         try:
-            model = Model.model_validate_json(config.parameters[MODEL_PARAMETER].string_value)
+            model = read_served_model(config.parameters[MODEL_PARAMETER].string_value)
             if unreadable := [name for name in (model.name, *model.max_tokens) if not name.isprintable()]:
                 raise WrongAnswer(f"{unreadable[0]!a} is no name")  # warnings show it, and the progress bar
             embeddings = embeddings_of(config)
-        except (ValidationError, WrongAnswer) as error:
+        except (ValueError, RecursionError, WrongAnswer) as error:
             raise Unfit(unreadable_model(self.url, error)) from error
         engines = config.parameters[ENGINES_PARAMETER].string_value if ENGINES_PARAMETER in config.parameters else ""
         return Served(model, max(1, config.max_batch_size), shown(engines), embeddings)
@@ -231,16 +233,16 @@ def encode(model: str, inputs: Inputs) -> pb.ModelInferRequest:
     return request
 
 
-def unreadable_model(url: str, error: ValidationError | WrongAnswer) -> UserError:
+def unreadable_model(url: str, error: Exception) -> UserError:
     """What is wrong with what a server says of its model, and which side is older, where that can be told."""
     problem = f"the server at {url} describes its model in a way this client does not read: "
-    upgrade, again = "pip install --upgrade 'ditforge[client]'", "make the repository again with this version"
-    if isinstance(error, WrongAnswer):
+    upgrade, again = install_hint.upgrade("client"), "make the repository again with this version"
+    if isinstance(error, ClientTooOld):
         return UserError(f"{problem}{error}", f"{upgrade}   or {again}")
+    if not isinstance(error, ValidationError):
+        return UserError(f"{problem}{shown(str(error))}", f"{upgrade}   or {again}")
     kinds = {each["type"] for each in error.errors(include_url=False)}
     problem += first_of(error)
-    if "extra_forbidden" in kinds:  # a field that came later
-        return UserError(f"{problem}; this client is older than the server's repository", f"{upgrade}   or {again}")
     if "missing" in kinds:  # a field that there was not yet
         return UserError(f"{problem}; the server's repository is older than this client", f"{again} of ditforge")
     return UserError(problem, f"{upgrade}   or {again}")

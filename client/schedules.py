@@ -28,7 +28,7 @@ RHO = 7.0  # karras: what the paper recommends
 BETA = 0.6  # beta: both parameters of the distribution, as the paper recommends
 # How finely ComfyUI divides noise levels in models of each kind: ModelSamplingDiscreteFlow's and ModelSamplingFlux's.
 LEVELS = {"fixed": 1000, "dynamic": 10_000}
-FALLING = "sigmas=[1.0, 0.75, 0.5, 0.25, 0.0]"
+FALLING = option("sigmas=[1.0, 0.75, 0.5, 0.25, 0.0]", "--sigmas 1,0.75,0.5,0.25,0")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def check_steps(steps: int) -> int:
     """`steps` as it is; raises UserError unless it is an integer from 1 to 1000."""
     if not isinstance(steps, Integral) or isinstance(steps, bool) or not 1 <= steps <= MAX_STEPS:
         raise UserError(
-            f"steps must be from 1 to {MAX_STEPS}, got {steps!r}", f"{option('steps=28')}, or any integer in that range"
+            f"{option('steps')} must be from 1 to {MAX_STEPS}, got {steps!r}",
+            f"{option('steps=28')}, or any integer in that range",
         )
     return int(steps)
 

@@ -25,7 +25,9 @@ def parse_size(size: str) -> tuple[int, int] | float:
     ratio = RATIO.fullmatch(text)
     width, height = (int(ratio[1]), int(ratio[2])) if ratio else SHAPES.get(text, (0, 0))
     if not 0 < width <= LARGEST_RATIO * height or height > LARGEST_RATIO * width:
-        raise UserError(f"size must be {SIZES}, up to {LARGEST_RATIO}:1; got {size!r}", option('size="16:9"'))
+        raise UserError(
+            f"{option('size')} must be {SIZES}, up to {LARGEST_RATIO}:1; got {size!r}", option('size="16:9"')
+        )
     return width / height
 
 
@@ -49,7 +51,7 @@ def choose_size(height: int | None, width: int | None, size: str | None, model: 
 
 def fixed_sizes(model: Model) -> str:
     """The sizes of a model that has only some, as options."""
-    return " or ".join(option(f"height={h}, width={w}", f"--height {h} --width {w}") for h, w in model.sizes)
+    return " or ".join(str(option(f"height={h}, width={w}", f"--height {h} --width {w}")) for h, w in model.sizes)
 
 
 def shaped(size: str, ratio: float, model: Model) -> tuple[int, int]:
@@ -79,12 +81,12 @@ def check_size(name: str, value: int, model: Model) -> int:
     smallest = max(multiple, model.min_size)
     if not isinstance(value, Integral) or isinstance(value, bool) or not smallest <= value <= model.max_size:
         raise UserError(
-            f"{name} must be from {smallest} to {model.max_size} pixels, got {value!r}",
+            f"{option(name)} must be from {smallest} to {model.max_size} pixels, got {value!r}",
             option(f"{name}={model.default_size}"),
         )
     if value % multiple:
         near = min(max(round(value / multiple), 1) * multiple, model.max_size // multiple * multiple)
-        raise UserError(f"{name} must be divisible by {multiple}, got {value}", option(f"{name}={near}"))
+        raise UserError(f"{option(name)} must be divisible by {multiple}, got {value}", option(f"{name}={near}"))
     return int(value)
 
 
@@ -102,9 +104,11 @@ def check_vae_tile(vae_tile: int, model: Model) -> int:
         raise UserError(f"the engines were built for fixed sizes, and decode no tiles of {vae_tile!r}", fix)
     least = min(max(multiple * LEAST_TILE, model.min_size), largest // multiple * multiple)
     if not isinstance(vae_tile, Integral) or isinstance(vae_tile, bool) or not least <= vae_tile <= largest:
-        problem = f"vae_tile must be from {least} to {largest} pixels, got {vae_tile!r}"
+        problem = f"{option('vae_tile')} must be from {least} to {largest} pixels, got {vae_tile!r}"
         raise UserError(problem, option(f"vae_tile={least}"))
     if vae_tile % multiple:
         near = vae_tile // multiple * multiple
-        raise UserError(f"vae_tile must be divisible by {multiple}, got {vae_tile}", option(f"vae_tile={near}"))
+        raise UserError(
+            f"{option('vae_tile')} must be divisible by {multiple}, got {vae_tile}", option(f"vae_tile={near}")
+        )
     return int(vae_tile)

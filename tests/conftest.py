@@ -5,14 +5,15 @@ Where pytest-xdist runs several processes, folders are made by the first one tha
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import random_flux
 import traces
 from filelock import FileLock, Timeout
 from hypothesis import settings
@@ -23,15 +24,71 @@ from ditforge.triton_repo.server import Server, start
 MODELS = Path(__file__).parent.parent / "models"
 STARTUP = Path(traces.__file__).parent / "startup"
 OTHER = {"fp32": "fp16", "fp16": "bf16", "bf16": "fp16"}  # which exports to make while those are being made
-# The same examples each time, so that a submission is not refused for what an earlier one brought. For others:
-# pytest --hypothesis-profile default
-settings.register_profile("same", derandomize=True)
+# The same examples each time, however long one takes on a busy machine, so that a submission is not refused for what an
+# earlier one brought. For others: pytest --hypothesis-profile default
+settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile("same")
+# What `make test-quick` leaves out: tests that need one of these fixtures, and these files or folders, which trace,
+# compile, train or serve by themselves.
+SLOW_FIXTURES = {
+    *("schnell", "tiny", "sd3", "sd3_turbo", "sd3_clip", "dits", "exports", "sd3_exports", "ranges"),
+    *("schnell_server", "tiny_server", "sd3_server", "sd3_turbo_server", "sd3_clip_server"),
+}
+SLOW_PATHS = (
+    "chain",
+    "client/test_tls.py",
+    "engines/compilers/test_tensorrt_rtx.py",
+    "engines/memory/test_segments.py",
+    "export/checkpoint/test_layouts.py",
+    "export/checkpoint/test_random_weights.py",
+    "export/checkpoint/test_source.py",
+    "export/configs",
+    "export/families/test_flux.py",
+    "export/families/test_sd3.py",
+    "export/graph",
+    "export/quantisation",
+    "export/test_onnx_export.py",
+    "models/test_train_flux_tiny.py",
+    "models/test_train_sd35_tiny.py",
+    "support",
+    "triton_repo/models",
+    "triton_repo/test_front.py",
+    "triton_repo/test_server.py",
+    "triton_repo/test_tritonserver.py",
+    "trunk/commands",
+    "trunk/test_plan_report.py",
+)
 
 traces.install()
 
 Shared = Callable[..., Path]
 Exports = Callable[[str, str], Path]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is slow, for `-m "not slow"`."""
+    folders = [Path(__file__).parent / path for path in SLOW_PATHS]
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        if SLOW_FIXTURES.intersection(fixtures) or any(item.path.is_relative_to(folder) for folder in folders):
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the lines that ran in the test processes, by folder; SlipCover's plugin has put them together by now."""
+    merged = Path(os.environ.get("SLIPCOVER_COVERAGE_DIR", "")) / "merged.json"
+    if "PYTEST_XDIST_WORKER" in os.environ or not merged.is_file():
+        return
+    covered, lines = Counter[str](), Counter[str]()
+    for file, found in json.loads(merged.read_text())["files"].items():
+        for folder in (os.path.dirname(file), "all"):
+            covered[folder] += len(found["executed_lines"])
+            lines[folder] += len(found["executed_lines"]) + len(found["missing_lines"])
+    terminalreporter.section("lines run, but for processes that tests start")
+    for folder in sorted(lines, key=lambda folder: (folder == "all", folder)):
+        terminalreporter.line(
+            f"{folder:32}{covered[folder]:6} of {lines[folder]:6} {covered[folder] / lines[folder]:7.1%}"
+        )
 
 
 @pytest.fixture(scope="session")
@@ -101,6 +158,8 @@ def sd35_tiny() -> Path:
 @pytest.fixture(scope="session")
 def random_schnell(shared: Shared) -> Path:
     """A randomly initialised checkpoint that shares no size with flux-tiny, and embeds no guidance."""
+    import random_flux  # not above: the process that only hands out tests does without PyTorch
+
     return shared("checkpoint", random_flux.save_schnell) / "random-schnell"
 
 

@@ -31,7 +31,7 @@ from ditforge.triton_repo.limits import BadRequest, shown
 from ditforge.triton_repo.metrics import Metrics
 from ditforge.triton_repo.pictures import Pictures
 from ditforge.triton_repo.refusal import Refused, Status, of_triton, refuse
-from ditforge.triton_repo.served import ServedModel, message_limit
+from ditforge.triton_repo.served import ModelSignature, message_limit
 
 SERVICE, HEALTH = "/inference.GRPCInferenceService/", "/grpc.health.v1.Health/Check"
 INFER = f"{SERVICE}ModelInfer"
@@ -60,7 +60,7 @@ class Front(grpc.GenericRpcHandler):
     `doubted` gets the name of a model whose process Triton complains of.
     """
 
-    models: dict[str, ServedModel]
+    models: dict[str, ModelSignature]
     engines: str
     token: bytes | None
     metrics: Metrics

@@ -9,11 +9,16 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from ditforge import install_hint
 from ditforge.errors import UserError
 
-INSTALL = "pip install 'ditforge[serve]', or run in the container nvcr.io/nvidia/tritonserver"
 STUB = "triton_python_backend_stub"  # the program that runs a Python model, linked against one libpython:
 LIBPYTHON = re.compile(rb"libpython3(?:-\w+)?(\.\d+)\.so[.\d]*")
+
+
+def other_triton() -> str:
+    """How to get a Triton that runs here."""
+    return f"{install_hint.install('serve')}, or run in the container nvcr.io/nvidia/tritonserver"
 
 
 def find_tritonserver() -> Path:
@@ -28,12 +33,14 @@ def find_tritonserver() -> Path:
         return Path(os.path.abspath(found))
     spec = importlib.util.find_spec("pytriton")
     if spec is None or spec.origin is None:
-        raise UserError("no Triton: no tritonserver is on PATH, and nvidia-pytriton is not installed", INSTALL)
+        raise UserError("no Triton: no tritonserver is on PATH, and nvidia-pytriton is not installed", other_triton())
     wheel = Path(spec.origin).parent / "tritonserver"
     versions = {stub.parent.name for stub in wheel.glob(f"python_backend_stubs/*/{STUB}")}
     if version not in versions:
         known = ", ".join(sorted(versions, key=lambda name: int(name.partition(".")[2])))
-        raise UserError(f"nvidia-pytriton runs Python models in Python {known}; this is Python {version}", INSTALL)
+        raise UserError(
+            f"nvidia-pytriton runs Python models in Python {known}; this is Python {version}", other_triton()
+        )
     return wheel
 
 

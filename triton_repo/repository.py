@@ -28,6 +28,7 @@ from ditforge.errors import UserError
 from ditforge.manifest import Manifest
 from ditforge.model import MAX_BATCH
 from ditforge.placement import Placement
+from ditforge.served_model import write_served_model
 from ditforge.triton_repo import config
 from ditforge.triton_repo.limits import Limits, limits_of
 
@@ -132,7 +133,7 @@ def make_model(source: Manifest, name: str, limits: Limits) -> Triton:
     files = {f"1/{Path(file).name}": file for file in component.files}
     parameters = {config.LIMITS_PARAMETER: limits.model_dump_json(exclude_none=True)}
     if name == DIT:
-        parameters[MODEL_PARAMETER] = source.model.model_dump_json()
+        parameters[MODEL_PARAMETER] = write_served_model(source.model)
         parameters[ENGINES_PARAMETER] = manifest.digest(source.components)
     if name not in (TOKENIZER, *NOT_TEXT):
         parameters[config.MEMBER_PARAMETER] = "true"

@@ -159,6 +159,5 @@ def check_ports(options: ServeOptions) -> None:
     for one, other in combinations(PORTS, 2):
         number = getattr(options, one)
         if number and number == getattr(options, other):
-            flags = f"--{one.replace('_', '-')} and --{other.replace('_', '-')}"
             fix = option(f"{other}={number + 1 if number < LAST_PORT else number - 1}")
-            raise UserError(f"{flags} (in Python: {one} and {other}) are both {number}", f"{fix}; 0 is a free one")
+            raise UserError(f"{option(one)} and {option(other)} are both {number}", f"{fix}; 0 is a free one")

@@ -33,7 +33,7 @@ AGAIN = "ditforge repo ENGINE_DIR --out {}"
 
 
 @dataclass(frozen=True)
-class ServedModel:
+class ModelSignature:
     """What one model takes and gives. `spoils`: where it fails, its outputs are no numbers, and there is no error."""
 
     limits: Limits
@@ -55,7 +55,7 @@ class ServedModel:
         return self.limits.request_bytes + ENVELOPE
 
 
-def read_models(repository: Path) -> tuple[dict[str, ServedModel], str]:
+def read_models(repository: Path) -> tuple[dict[str, ModelSignature], str]:
     """The models of a repository by name, and the digest of its engines, empty where it was not made by ditforge.
 
     Models that were not made by ditforge have the limits of their configuration alone. Raises UserError, which names
@@ -78,7 +78,7 @@ def read_models(repository: Path) -> tuple[dict[str, ServedModel], str]:
         if config.backend == "python":
             check_code(folder, fix)
         outputs = tuple(tensor.name for tensor in config.output)
-        models[config.name or folder.name] = ServedModel(limits, outputs, spoils)
+        models[config.name or folder.name] = ModelSignature(limits, outputs, spoils)
         if ENGINES_PARAMETER in config.parameters:
             engines = config.parameters[ENGINES_PARAMETER].string_value
     if (repository / manifest.FILE_NAME).is_file():
@@ -112,6 +112,6 @@ def limits_in(config: pb.ModelConfig) -> Limits:
     return Limits(max_batch=config.max_batch_size, inputs=inputs)
 
 
-def message_limit(models: dict[str, ServedModel]) -> int:
+def message_limit(models: dict[str, ModelSignature]) -> int:
     """The most bytes of a message that any of the models takes: that of the largest picture served."""
     return min(max(model.message_bytes for model in models.values()), LARGEST_MESSAGE)

@@ -29,7 +29,7 @@ from typing_extensions import Self, TypedDict, Unpack
 from ditforge import folders, local_gpu, manifest
 from ditforge.errors import DitforgeError, UserError
 from ditforge.option import option
-from ditforge.triton_repo.installation import INSTALL, find_tritonserver
+from ditforge.triton_repo.installation import find_tritonserver, other_triton
 from ditforge.triton_repo.serve_options import PORTS, ServeOptions, make_options
 
 LAST_SECONDS = 15.0  # after the grace: Triton gets a few to unload its models before it is killed
@@ -213,7 +213,7 @@ def start(repo: Path, on_event: Callable[[str], object] | None = None, **options
         try:
             __import__(module)
         except ModuleNotFoundError as error:
-            raise UserError(f"{module}, which the server needs, is missing: {error}", INSTALL) from None
+            raise UserError(f"{module}, which the server needs, is missing: {error}", other_triton()) from None
     find_tritonserver()
     claimed = claim_ports(made)
     temporary = made.log is None

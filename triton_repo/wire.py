@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError, Message
 from tritonclient.grpc import service_pb2 as pb
 
 from ditforge.triton_repo.limits import DTYPES, ITEM_BYTES, BadRequest, Limits, check_batches, is_finite, shown
-from ditforge.triton_repo.served import ServedModel
+from ditforge.triton_repo.served import ModelSignature
 
 M = TypeVar("M", bound=Message)
 MOST_FIELDS = 200  # parts of a message: inputs, outputs, parameters, raw contents
@@ -138,7 +138,7 @@ def varint(data: bytes, position: int) -> tuple[int, int]:
     return value, len(data) + 1
 
 
-def check(request: pb.ModelInferRequest, raw: Sequence[memoryview], served: ServedModel) -> None:
+def check(request: pb.ModelInferRequest, raw: Sequence[memoryview], served: ModelSignature) -> None:
     """Raise BadRequest unless the request, with these raw contents, is one that the model takes."""
     if refused := sorted(set(request.parameters) - PARAMETERS):
         raise BadRequest(f"parameters of a request are {', '.join(sorted(PARAMETERS))}, got {shown(refused[0])}")

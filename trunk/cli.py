@@ -16,6 +16,7 @@ import typer
 from ditforge import __version__
 from ditforge.commands import commands
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
+from ditforge.option import as_flags
 from ditforge.options import grouped
 
 app = typer.Typer(
@@ -90,7 +91,8 @@ def main() -> None:
     warnings.simplefilter("default", DitforgeWarning)
     warnings.showwarning = lambda message, *args, **kwargs: print(f"warning: {message}", file=sys.stderr)
     try:
-        code = app(standalone_mode=False)
+        with as_flags():
+            code = app(standalone_mode=False)
         flush_output()
         if code == 130:  # which is how typer reports Ctrl-C
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one changes nothing any more
@@ -109,6 +111,7 @@ def main() -> None:
             sys.exit(130)
         if not isinstance(error, ModuleNotFoundError):
             raise
+        from ditforge import install_hint
         from ditforge.commands.doctor import extra_for
 
         module = (error.name or "").split(".")[0]
@@ -116,5 +119,5 @@ def main() -> None:
         if extra is None:
             raise
         print(f"error: this command needs {module}, which is not installed", file=sys.stderr)
-        print(f"fix:   pip install 'ditforge[{extra}]'", file=sys.stderr)
+        print(f"fix:   {install_hint.install(extra)}", file=sys.stderr)
         sys.exit(2)

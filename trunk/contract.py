@@ -11,7 +11,7 @@ TOKENIZER, DIT, VAE_DECODER, VAE_ENCODER = "tokenizer", "dit", "vae_decoder", "v
 TEXT_ENCODERS, TEXT_ENCODERS_CLIP = "text_encoders", "text_encoders_clip"  # ensembles; the latter without T5
 
 # Parameters in the configuration of the model `dit`.
-MODEL_PARAMETER = "ditforge_model"  # the JSON of ditforge.model.Model
+MODEL_PARAMETER = "ditforge_model"  # what ditforge.served_model writes and reads
 ENGINES_PARAMETER = "ditforge_engines"  # a digest of all engines, the same where pictures are the same
 
 # Metadata of a request for a picture: which picture, and the digest of the engines that it was begun with.

@@ -11,8 +11,8 @@ class DitforgeError(Exception):
 
     def __init__(self, problem: str, fix: str = "") -> None:
         super().__init__(problem, fix)
-        self.problem = problem
-        self.fix = fix
+        self.problem = str(problem)
+        self.fix = str(fix)  # of an Option, what it is called here and now
 
     def __str__(self) -> str:
         return f"{self.problem}\nfix:   {self.fix}" if self.fix else self.problem

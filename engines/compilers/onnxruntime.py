@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ditforge import install_hint
 from ditforge.engines.compilers import Arrays, Compiler, Job
 from ditforge.errors import DitforgeError, UserError
 
@@ -28,7 +29,7 @@ def version() -> str:
             return installed_version(package)
         except PackageNotFoundError:
             continue
-    raise UserError("ONNX Runtime is not installed", "pip install 'ditforge[engines]'")
+    raise UserError("ONNX Runtime is not installed", install_hint.install("engines"))
 
 
 def settings() -> dict[str, str]:

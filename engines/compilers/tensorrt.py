@@ -27,7 +27,7 @@ OPTIMIZATION_LEVEL = 3
 
 def version() -> str:
     """The installed TensorRT's version. Raises UserError if there is none."""
-    return installed("TensorRT", PACKAGES, "pip install 'ditforge[tensorrt]'   (or tensorrt-cu12)")
+    return installed("TensorRT", PACKAGES, "tensorrt", "tensorrt-cu12")
 
 
 def settings() -> dict[str, str]:

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ditforge import install_hint
 from ditforge.engines.compilers import Job, Progress, Ranges
 from ditforge.errors import DitforgeError, UserError
 from ditforge.manifest import Tensor
@@ -16,14 +17,17 @@ from ditforge.manifest import Tensor
 NO_DRIVER = "CUDA driver version is insufficient"  # said of every machine without a GPU, whatever the error was
 
 
-def installed(name: str, packages: tuple[str, ...], command: str) -> str:
-    """The version of the first of the packages that is installed. Raises UserError, with `command`, if none is."""
+def installed(name: str, packages: tuple[str, ...], extra: str, instead: str) -> str:
+    """The version of the first of the packages that is installed.
+
+    Raises UserError if none is, and says how to install ditforge's `extra`, or the package `instead`.
+    """
     for package in packages:
         try:
             return version(package)
         except PackageNotFoundError:
             continue
-    raise UserError(f"{name} is not installed", command)
+    raise UserError(f"{name} is not installed", f"{install_hint.install(extra)}   (or {instead})")
 
 
 class Build:

@@ -24,7 +24,7 @@ DEVICES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")  # not the da
 
 def version() -> str:
     """The installed TensorRT-RTX's version. Raises UserError if there is none."""
-    return installed("TensorRT-RTX", PACKAGES, "pip install 'ditforge[tensorrt-rtx]'   (or tensorrt-rtx-cu12)")
+    return installed("TensorRT-RTX", PACKAGES, "tensorrt-rtx", "tensorrt-rtx-cu12")
 
 
 def settings() -> dict[str, str]:

@@ -18,6 +18,7 @@ from weakref import WeakSet
 
 import numpy as np
 
+from ditforge import install_hint
 from ditforge.cache import default_cache
 from ditforge.engines.compilers import Arrays, Shape
 from ditforge.engines.compilers.tensorrt_common import NO_DRIVER, make_log
@@ -53,9 +54,7 @@ def load_plan(trt: Any, plan: Path, compiler: str, target: str) -> Execution:
     try:
         import cupy
     except ModuleNotFoundError as error:
-        raise UserError(
-            "executing engines needs cupy, which is not installed", "pip install 'ditforge[gpu]'"
-        ) from error
+        raise UserError("executing engines needs cupy, which is not installed", install_hint.install("gpu")) from error
     return Execution(trt, cupy, runtime, engine, log, kernels_of(plan))
 
 

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from math import prod
 from pathlib import Path
 
 import torch
 
-from ditforge.export.checkpoint.weights import DTYPES, Entry, Weights, read_header, read_tensor
+from ditforge.export.checkpoint.weights import DTYPES, Stored, Weights, read_header
 
 ReadRows = Callable[[int, int], torch.Tensor]
 
@@ -86,20 +84,12 @@ def open_tensors(file: Path) -> dict[str, Lazy]:
 
     Raises UserError for a file that is truncated, damaged or of another format.
     """
-    return {name: in_file(file, entry) for name, entry in read_header(file).items()}
+    return {name: in_file(stored) for name, stored in read_header(file).items()}
 
 
-def in_file(file: Path, entry: Entry) -> Lazy:
-    """The tensor that the file's header describes so."""
-    return Lazy(entry.shape, getattr(torch, DTYPES[entry.dtype][1]), file, partial(read_rows, file, entry))
-
-
-def read_rows(file: Path, entry: Entry, start: int, stop: int) -> torch.Tensor:
-    """Rows of a tensor, and no other bytes of the file. Raises UserError if the file has become shorter."""
-    if not entry.shape or (start, stop) == (0, entry.shape[0]):
-        return read_tensor(file, entry)
-    row_bytes = DTYPES[entry.dtype][0] * prod(entry.shape[1:])
-    return read_tensor(file, Entry(entry.dtype, (stop - start, *entry.shape[1:]), entry.offset + start * row_bytes))
+def in_file(stored: Stored) -> Lazy:
+    """The tensor that is stored so."""
+    return Lazy(stored.shape, getattr(torch, DTYPES[stored.dtype]), stored.file, stored.rows)
 
 
 def folder_tensors(weights: Weights) -> dict[str, Lazy]:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.conversion import Piece, Recipe, Tensors
 from ditforge.export.checkpoint.layouts import Layout, recipes_for, shown
 from ditforge.export.checkpoint.lazy_tensors import Lazy, open_tensors
+from ditforge.export.checkpoint.weights import safetensors_file
 
 DIT = "transformer"
 DIT_PREFIXES = ("", "transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model.")
@@ -235,7 +235,7 @@ class Settings:
 
 def read_settings(file: Path) -> Settings:
     """What the file's metadata says. Raises UserError if it is not what diffusers writes."""
-    with safe_open(file, framework="pt") as opened:
+    with safetensors_file(file, "np") as opened:
         text = (opened.metadata() or {}).get(METADATA_KEY, "{}")
     found: dict[str, dict[str, Any]] = {}
     try:

@@ -228,7 +228,7 @@ def test_true_classifier_free_guidance(request: pytest.FixtureRequest, model: st
         image = client.generate(PROMPT, negative_prompt=NEGATIVE, true_cfg=3.0, **options)
         ours, tokens = np.asarray(image, np.int16), client.model.max_tokens["t5"]
         assert read_info(image)["true_cfg"] == 3.0
-        with pytest.warns(DitforgeWarning, match=r"ignored without --true-cfg 4"):
+        with pytest.warns(DitforgeWarning, match=r"ignored without true_cfg=4"):
             ignored = client.generate(PROMPT, negative_prompt=NEGATIVE, **options)
         assert np.abs(np.asarray(ignored, np.int16) - off).max() <= 1
         with pytest.raises(UserError, match="true_cfg must be"):

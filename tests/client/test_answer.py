@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from front import Call, Front, front
 
@@ -216,7 +217,6 @@ def described(**changes: Any) -> Callable[[Any], None]:
         ("skip_layers", {"blocks": 2, "layers": [2], "scale": 1, "start": 0, "stop": 1}),
         ("skip_layers", {"blocks": 1 << 40, "layers": [], "scale": 1, "start": 0, "stop": 1}),
         ("name", "a" * 10_000),
-        ("unheard_of", 1),
         ("name", "name\x1b[31m"),
         ("max_tokens", {"max_tokens\n": 77, "t5": 40}),
     ],
@@ -233,8 +233,8 @@ def test_description_that_is_nonsense(between: Front, path: str, value: object) 
 
 def test_description_of_another_version(between: Front) -> None:
     """The error says which side is the older one."""
-    between.configure = described(unheard_of=1)
-    with pytest.raises(UserError, match=r"; this client is older than the server's repository\n.*install --upgrade"):
+    between.configure = described(minimum_client=2, written_by="7.0")
+    with pytest.raises(UserError, match=r"level 2, written by ditforge 7.0, .* level 1\n.*install --upgrade"):
         Client(between.url)
 
     def without_vae_factor(config: Any) -> None:
@@ -245,6 +245,16 @@ def test_description_of_another_version(between: Front) -> None:
     between.configure = without_vae_factor
     with pytest.raises(UserError, match=r"; the server's repository is older than this client\n.*repository again"):
         Client(between.url)
+
+
+def test_description_with_more_in_it_than_is_known(between: Front) -> None:
+    """A server of next year, which says more, and does not say that it matters: the picture is the same."""
+    options: dict[str, Any] = {"seed": 0, "height": 32, "width": 48, "steps": 2}
+    with Client(between.url) as client:
+        expected = np.asarray(client.generate("a red circle", **options))
+    between.configure = described(unheard_of={"a": 1}, schedule__unheard_of=[1], written_by="7.0")
+    with Client(between.url) as client:
+        assert np.array_equal(np.asarray(client.generate("a red circle", **options)), expected)
 
 
 def test_schedule_without_noise_levels(between: Front) -> None:

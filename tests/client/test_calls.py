@@ -82,6 +82,7 @@ def test_every_call_says_which_picture_it_is_of(make: Any, between: Front, schne
 def test_without_a_token_none_is_sent(between: Front) -> None:
     with Client(between.url) as client:
         client.generate("a", steps=1, **SMALL)
+    assert [call.model for call in between.calls] == ["text_encoders", "dit", "vae_decoder"]
     assert not any("authorization" in call.headers for call in between.calls)
 
 
@@ -162,7 +163,7 @@ def test_it_gives_up_after_the_retry_timeout(make: Any, between: Front) -> None:
         with pytest.raises(DitforgeError, match=r"was busy during text_encoders: the queue.*tries in 1 s") as caught:
             client.generate("a", **SMALL)
         assert 1 <= time.monotonic() - started < 20
-    assert "--retry-timeout" in caught.value.fix
+    assert "retry_timeout=" in caught.value.fix
     assert 2 <= len(between.calls) <= 30  # 0.1, 0.2, 0.4 … s apart
 
 

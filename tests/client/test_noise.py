@@ -145,7 +145,7 @@ def test_another_seed_is_refused_with_the_range(seed):
         noise((4,), seed)
     assert "from 0 to 18446744073709551615" in error.value.problem
     assert repr(seed) in error.value.problem
-    assert "--seed" in error.value.fix
+    assert "seed=0" in error.value.fix
 
 
 @pytest.mark.parametrize("shape", [(-1,), (-1, 0), (-2, -8), (-1, 16)])

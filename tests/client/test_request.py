@@ -60,7 +60,7 @@ def test_each_prompt_has_the_next_seed(first: int, count: int) -> None:
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 0.0, 1.5, "0", True, math.nan])
 def test_seed(seed: object) -> None:
-    with pytest.raises(UserError, match=r"(?s)seed must be .*got .*--seed"):
+    with pytest.raises(UserError, match=r"(?s)seed must be .*got .*seed=0"):
         ask(seed=seed)
 
 
@@ -86,7 +86,7 @@ def test_steps(steps: int) -> None:
     if 1 <= steps <= 1000:
         assert ask(steps=steps).steps == steps
     else:
-        with pytest.raises(UserError, match=rf"(?s)1 to 1000, got {steps}\nfix: +--steps"):
+        with pytest.raises(UserError, match=rf"(?s)1 to 1000, got {steps}\nfix: +steps="):
             ask(steps=steps)
 
 
@@ -107,8 +107,8 @@ def test_size(name: str, size: int) -> None:
         ask(**{name: size})
     assert refused.value.problem.startswith(name)
     assert str(size) in refused.value.problem
-    option, suggested, *in_python = refused.value.fix.split()
-    assert (option, in_python) == (f"--{name}", ["(in", "Python:", f"{name}={suggested})"])
+    option, suggested = refused.value.fix.split("=")
+    assert option == name
     assert getattr(ask(**{name: int(suggested)}), name) == int(suggested)  # what the error proposes is accepted
     if 16 <= size <= 992:
         assert abs(int(suggested) - size) <= 8
@@ -116,7 +116,7 @@ def test_size(name: str, size: int) -> None:
 
 @pytest.mark.parametrize("size", [512.0, "512", True, math.nan])
 def test_size_that_is_no_integer(size: object) -> None:
-    with pytest.raises(UserError, match=r"--height 512"):
+    with pytest.raises(UserError, match=r"height=512"):
         ask(height=size)
 
 
@@ -127,7 +127,7 @@ def test_guidance(guidance: float) -> None:
         assert asked == guidance
         assert isinstance(asked, float)
     else:
-        with pytest.raises(UserError, match=r"(?s)guidance must be .* 0 to 100, got .*--guidance 3\.5"):
+        with pytest.raises(UserError, match=r"(?s)guidance must be .* 0 to 100, got .*guidance=3\.5"):
             ask(guidance=guidance)
 
 
@@ -157,7 +157,7 @@ def test_guidance_of_a_model_without() -> None:
 def test_sampler(name: str, close: str) -> None:
     with pytest.raises(
         UserError,
-        match=rf"(?s)unknown sampler '.*ddim, dpmpp_2m, .*\nfix: +--sampler {close} ",
+        match=rf"(?s)unknown sampler '.*ddim, dpmpp_2m, .*\nfix: +sampler=.{close}.",
     ):
         ask(sampler=name)
 
@@ -177,21 +177,21 @@ def test_what_guidance_is_classifier_free() -> None:
     assert ask(DEV, guidance=5).cfg_scale(DEV) == 1.0  # embedded guidance is another thing
     assert ask(DEV, guidance=5, true_cfg=2).cfg_scale(DEV) == 2.0
     assert ask(SCHNELL, true_cfg=2, negative_prompt="blue").negative_prompt == "blue"
-    with pytest.raises(UserError, match=r"(?s)guidance of sd3 is classifier-free.*--guidance 3"):
+    with pytest.raises(UserError, match=r"(?s)guidance of sd3 is classifier-free.*guidance=3"):
         ask(SD3, true_cfg=3)
 
 
 @pytest.mark.parametrize(
     ("model", "options", "fix"),
     [
-        (DEV, {}, "--true-cfg 4"),
-        (SCHNELL, {"true_cfg": 1}, "--true-cfg 4"),
-        (SD3, {"guidance": 1}, "--guidance 4.5"),
-        (SD3.model_copy(update={"default_guidance": 0.0}), {}, "--guidance 4"),
+        (DEV, {}, "true_cfg=4"),
+        (SCHNELL, {"true_cfg": 1}, "true_cfg=4"),
+        (SD3, {"guidance": 1}, "guidance=4.5"),
+        (SD3.model_copy(update={"default_guidance": 0.0}), {}, "guidance=4"),
     ],
 )
 def test_negative_prompt_without_effect(model: Model, options: dict[str, Any], fix: str) -> None:
-    with pytest.warns(DitforgeWarning, match=f"the negative prompt is ignored without {fix} "):
+    with pytest.warns(DitforgeWarning, match=f"the negative prompt is ignored without {fix}"):
         asked = ask(model, negative_prompt="blue", **options)
     assert "negative_prompt" not in asked.parameters(0, model)
 
@@ -209,9 +209,7 @@ def test_other_scales(option: str, scale: float) -> None:
     if 0 <= scale <= MAX_GUIDANCE:
         assert getattr(ask(model, **{option: scale}), option) == scale
     else:
-        with pytest.raises(
-            UserError, match=rf"{option} must be .* 0 to 100, got .*\nfix: +--{option.replace('_', '-')} "
-        ):
+        with pytest.raises(UserError, match=rf"{option} must be .* 0 to 100, got .*\nfix: +{option}="):
             ask(model, **{option: scale})
 
 
@@ -220,7 +218,7 @@ def test_skip_layer_guidance() -> None:
     assert ask(CLIP_ONLY, skip_layer_guidance=0).skip_layer_guidance == 0.0
     with pytest.raises(UserError, match="clip-only has no skip-layer guidance"):
         ask(CLIP_ONLY, skip_layer_guidance=2.8)
-    with pytest.raises(UserError, match=r"(?s)on top of classifier-free guidance, which is off.*--guidance 4\.5"):
+    with pytest.raises(UserError, match=r"(?s)on top of classifier-free guidance, which is off.*guidance=4\.5"):
         ask(SD3, guidance=1.0, skip_layer_guidance=2.8)
 
 

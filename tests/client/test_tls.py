@@ -40,18 +40,18 @@ def test_tls(schnell_server: Server, tmp_path: Path) -> None:
                 with pytest.raises(UserError) as caught:
                     Client(url, tls=tls)
                 assert re.search(unknown, caught.value.problem)
-                assert "--tls-ca" in caught.value.fix
+                assert "tls=TLS(ca=" in caught.value.fix
         with pytest.raises(UserError, match="certificate is for another name"):
             Client(url.replace("127.0.0.1", "localhost"), tls=TLS(ca))
         with pytest.raises(UserError, match=f"{url} wants an encrypted connection, and this one is not") as caught:
             Client(url)
-        assert "--tls " in caught.value.fix
+        assert "tls=TLS()" in caught.value.fix
     with nginx(tmp_path / "mutual", upstream, certificates=files, mutual=True) as url:
         with Client(url, tls=TLS(ca, *pair)) as client:
             assert client.generate("a", **SMALL).tobytes() == alone
         with pytest.raises(UserError, match=r"wants a certificate of the client .*, and was shown none") as caught:
             Client(url, tls=TLS(ca))
-        assert "--tls-cert" in caught.value.fix
+        assert "tls=TLS(certificate=" in caught.value.fix
         options = ("--tls-ca", ca, "--tls-cert", pair[0], "--tls-key", pair[1], "--seed", "0", "--out", "a.png")
         assert ditforge("generate", "a", "--url", url, *options, cwd=tmp_path).code == 0
         refused = ditforge("generate", "a", "--url", url, "--tls-ca", files / "other-ca.pem", cwd=tmp_path)
@@ -103,13 +103,13 @@ def test_server_with_tls_and_a_token(serve: Callable[..., Server], files: Path) 
     url, tls = serve(token_file="token").url, TLS(files / "ca.pem")
     plain = refusal(url, token="s3cret")
     assert plain.problem == f"{url} wants an encrypted connection, and this one is not"
-    assert "--tls (in Python: tls=TLS())" in plain.fix
+    assert "tls=TLS()" in plain.fix
     without = refusal(url, tls=tls)
     assert without.problem == f"the server at {url} wants a token, and none was sent"
     another = refusal(url, tls=tls, token="s3kret")
     assert another.problem == f"the server at {url} refused this token"
     for error in (without, another):
-        assert '--token-file FILE (in Python: token="…")' in error.fix
+        assert 'token="…"' in error.fix
     assert "has no model text_encoders: it has add" in refusal(url, tls=tls, token="s3cret").problem  # let in
 
 
@@ -117,10 +117,10 @@ def test_server_with_clients_certificates(serve: Callable[..., Server], files: P
     url, ca = serve(tls_client_ca="ca.pem").url, files / "ca.pem"
     plain = refusal(url)
     assert plain.problem == f"{url} wants an encrypted connection, and a certificate of the client (mutual TLS)"
-    assert re.findall(r"--tls-\w+", plain.fix) == ["--tls-ca", "--tls-cert", "--tls-key"]
+    assert re.findall(r"\w+(?==\")", plain.fix) == ["ca", "certificate", "key"]
     without = refusal(url, tls=TLS(ca))
     assert without.problem == f"{url} wants a certificate of the client (mutual TLS), and was shown none"
-    assert re.findall(r"--tls-\w+", without.fix) == ["--tls-cert", "--tls-key"]
+    assert re.findall(r"\w+(?==\")", without.fix) == ["certificate", "key"]
     stranger = refusal(url, tls=TLS(ca, files / "other-ca.pem", files / "other-ca.key"))
     assert re.match(f"{url} does not accept the certificate that it was shown, .*other-ca.pem$", stranger.problem)
     let_in = refusal(url, tls=TLS(ca, files / "client.pem", files / "client.key"))

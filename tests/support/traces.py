@@ -148,14 +148,12 @@ def share(module: ModuleType) -> None:
             measured = measures(network, model)
             return json.dumps([measured.parameters, measured.activations, measured.flops]).encode()
 
-        parameters, *by_side = json.loads(shared(Path(folder), key, make))
-        shapes = {name: tuple(shape) for name, shape in parameters.items()}
-        return made(network, shapes, *({int(side): count for side, count in counts.items()} for counts in by_side))
-
-    def made(network: Network, parameters: dict[str, tuple[int, ...]], *by_side: dict[int, int]) -> Measured:
         from ditforge.export.graph.measure_footprint import Measured
 
-        return Measured(network, parameters, *by_side)
+        parameters, *by_side = json.loads(shared(Path(folder), key, make))
+        shapes = {name: tuple(shape) for name, shape in parameters.items()}
+        activations, flops = ({int(side): number for side, number in found.items()} for found in by_side)
+        return Measured(network, shapes, activations, flops)
 
     module.trace, module.measure = trace, measure  # type: ignore[attr-defined]
 

@@ -325,7 +325,7 @@ def test_no_triton(repository: Callable[..., Path], monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PATH", "")
     with monkeypatch.context() as hidden:
         hidden.setitem(sys.modules, "pytriton", None)
-        with pytest.raises(UserError, match=r"no Triton(.|\n)*pip install 'ditforge\[serve\]'"):
+        with pytest.raises(UserError, match=r"no Triton(.|\n)* install .*\[serve\]'?"):
             start(repo, port=0)
     with monkeypatch.context() as newer:
         newer.setattr(sysconfig, "get_python_version", lambda: "3.99")

@@ -29,7 +29,7 @@ from pictures import LAST_BIT, largest_difference
 from PIL import Image
 from python_models import ADD_ONE, write_models
 
-from ditforge import __version__
+from ditforge import __version__, install_hint
 from ditforge.client import Client
 from ditforge.client.picture_file import read_parameters
 from ditforge.commands import up
@@ -119,7 +119,7 @@ def test_missing_extra(module: str, extra: str, arguments: list[str], schnell, t
     assert done.returncode == 2
     problem, fix = (line for line in done.stderr.splitlines() if not BAR.search(line))
     assert problem == f"error: this command needs {module}, which is not installed"
-    assert fix == f"fix:   pip install 'ditforge[{extra}]'"
+    assert fix == f"fix:   {install_hint.install(extra)}"
     assert os.listdir(tmp_path) == []
 
 
@@ -275,7 +275,7 @@ def test_pictures_that_were_cut_off(serve_until_signal, tmp_path: Path) -> None:
     assert result.code == 1
     problem, fix = result.err.splitlines()
     assert problem == f"error: 2 pictures were not finished within --grace 45 seconds, and cut off (log: {log})"
-    assert fix.startswith("fix:   --grace 90 (in Python: grace=90); ")
+    assert fix.startswith("fix:   --grace 90; ")
     assert "stopped" not in result.out
 
 

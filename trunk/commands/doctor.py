@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-from ditforge import local_gpu, terminal
+from ditforge import install_hint, local_gpu, terminal
 from ditforge.errors import UserError
 from ditforge.local_gpu import LocalGpu
 from ditforge.machine_memory import Memory, read_memory
@@ -182,7 +182,7 @@ def extra_finding(extra: str) -> Finding:
     shown = ", ".join(found + [f"no {name}" for name in missing])
     if extra in ON_GPU and missing:
         shown += f" ({ON_GPU[extra]})"
-    return Finding(f"[{extra}]", shown, f"pip install 'ditforge[{extra}]'" if missing else "")
+    return Finding(f"[{extra}]", shown, install_hint.install(extra) if missing else "")
 
 
 def triton_finding() -> Finding:
@@ -195,5 +195,5 @@ def triton_finding() -> Finding:
     try:
         found = f"2.51, from nvidia-pytriton {version('nvidia-pytriton')}"
     except PackageNotFoundError:
-        return Finding(name, "none", "pip install 'ditforge[serve]', or run in NVIDIA's Triton container")
+        return Finding(name, "none", f"{install_hint.install('serve')}, or run in NVIDIA's Triton container")
     return Finding(name, found, f"{WHY_NEWER}; fine on loopback")

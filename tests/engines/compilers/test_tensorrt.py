@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ditforge import install_hint
 from ditforge.engines import gpus
 from ditforge.engines.build import BuildOptions, build
 from ditforge.engines.compilers import tensorrt
@@ -27,7 +28,7 @@ def installed() -> bool:
 def test_not_installed(schnell, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="TensorRT is not installed") as error:
         build(schnell.onnx, tmp_path / "engines", BuildOptions("h100"))
-    assert error.value.fix.startswith("pip install 'ditforge[tensorrt]'")
+    assert error.value.fix == f"{install_hint.install('tensorrt')}   (or tensorrt-cu12)"
     assert not list(tmp_path.iterdir())
 
 

@@ -127,7 +127,7 @@ def test_a_file_of_prompts_and_a_grid(run: Run) -> None:
         (("a", "--size", "16:9", "--width", "32"), ("both the height and the width",)),
         (("a", "--sigmas", "1,x,0"), ("sigmas must be numbers, got '1,x,0'", "--sigmas 1,0.75")),
         (("a", "--sigmas", "1,0.5"), ("fall from 1 to 0",)),
-        (("a", "--sampler", "euler", "--eta", "1"), ("euler takes no eta", "--sampler ddim")),
+        (("a", "--sampler", "euler", "--eta", "1"), ("euler takes no --eta", "--sampler ddim")),
         (("a", "--schedule", "karas"), ("unknown schedule 'karas'", "--schedule karras")),
         (("a", "--size", "4:1x"), ("size must be",)),
     ],

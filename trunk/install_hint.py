@@ -1,0 +1,71 @@
+"""How to install a part of ditforge: the command that works for the copy of ditforge that is running."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+from importlib.metadata import distributions
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+CHECKOUT = "in a checkout of ditforge"
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra of ditforge, such as "export".
+
+    ditforge is on no package index, so `pip install 'ditforge[export]'` would fail, or bring another package. pip notes
+    where it installed a package from (PEP 610): where that is a folder or a wheel that is still there, the command
+    names it, and works in any folder. Otherwise the command is one for a checkout, and says so.
+    """
+    origin = installed_from()
+    if origin is None:
+        return f"{pip()} install '.[{extra}]'   {CHECKOUT}"
+    editable = "-e " if origin.is_dir() and is_editable() else ""
+    return f"{pip()} install {editable}{shlex.quote(f'{origin}[{extra}]')}"
+
+
+def upgrade(extra: str) -> str:
+    """The command that installs an extra of a newer ditforge."""
+    return f"{pip()} install '.[{extra}]'   in a newer checkout of ditforge"
+
+
+def pip() -> str:
+    """The pip of this Python: `pip`, if the one on PATH is that one."""
+    found = shutil.which("pip")
+    if found and Path(found).parent == Path(sys.executable).parent:
+        return "pip"
+    return f"{shlex.quote(sys.executable)} -m pip"
+
+
+def installed_from() -> Path | None:
+    """The checkout, or the wheel, that pip installed ditforge from, if it is still there."""
+    url = str(direct_url().get("url", ""))
+    path = Path(unquote(urlsplit(url).path)) if url.startswith("file://") else None
+    return path if path and path.exists() else None
+
+
+def is_editable() -> bool:
+    """Whether the installed ditforge is the checkout itself."""
+    folder = direct_url().get("dir_info")
+    return isinstance(folder, dict) and folder.get("editable") is True
+
+
+def direct_url() -> dict[str, object]:
+    """What pip noted of where ditforge came from: nothing where it came from an index, or was not installed by pip.
+
+    Source: https://packaging.python.org/en/latest/specifications/direct-url/
+    """
+    for found in distributions(name="ditforge"):
+        text = found.read_text("direct_url.json")
+        if text is None:
+            continue  # an egg-info in the current folder, beside the installed package
+        try:
+            noted = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(noted, dict):
+            return noted
+    return {}

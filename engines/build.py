@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Collection
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 CUTTING = 1  # how segments.cut does it; another number where the same graph and count would give other segments
 PLAN = ".plan"
 NEW = "there was none before"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,8 @@ def build(
     design = make_design(order, before, as_before, out)
     if before and not design.reasons and is_same(before, out, design):
         return Built(before, {})
+    for name in order.networks:
+        log.info("%s: %s", name, f"compiled ({reason})" if (reason := design.reasons.get(name)) else "kept")
     called = "" if options.force else stage_folder.called(source.model.name, source.origin)
     stage_folder.check_replaceable(out, "engines", kept_files(), called)
     return Built(write_engines(source, onnx, out, design, before, progress), design.reasons)

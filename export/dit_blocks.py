@@ -23,7 +23,8 @@ def modulation(linear: nn.Linear, signal: Tensor, parts: int, opened: Tensor | N
     All are 0 where `opened` [B, 1, 1] is 0, so that a block that ends in gates adds nothing; it is 1 elsewhere.
     """
     said = linear(signal)[:, None]
-    return (said if opened is None else said * opened).chunk(parts, dim=2)
+    result: tuple[Tensor, ...] = (said if opened is None else said * opened).chunk(parts, dim=2)
+    return result
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ T5 = "t5"  # the name of its network
 MEASURED_PROMPTS = 4  # of those that ship with ditforge, to measure what each linear loses to 8 bits
 
 Progress = Callable[[str, int, int], None]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,10 @@ def export_checkpoint(
 ) -> Exported:
     """Export a checkpoint to ONNX in the folder `out`.
 
-    If `out` holds the same export of the same files, nothing is written. `progress` is called with (component, bytes of
-    weights written, bytes in all), often; `measuring` with the steps of finding what stays 16-bit. An export that is
-    interrupted leaves `out` as it was, and its large finished components in `.NAME.unfinished` beside it, which the
-    next one takes.
+    If `out` holds the same export of the same files, nothing is written. `progress` is called with (the network, as in
+    "dit (4 of 5)", bytes of weights written, bytes in all), often; `measuring` with the steps of finding what stays
+    16-bit. An export that is interrupted leaves `out` as it was, and its large finished components in
+    `.NAME.unfinished` beside it, which the next one takes.
     Raises UserError for a checkpoint that is incomplete or of no known family, and if the disk has too little space,
     before anything is written.
     """
@@ -155,10 +158,11 @@ def export_opened(
     try:
         with stage_folder.written_whole(out, "onnx") as folder:
             components = {TOKENIZER: export_tokenizers(tokenizers, folder)}
-            for network in networks:
-                written = bytes_reported(report, network.name, done, total)
+            for number, network in enumerate(networks, 1):
+                written = bytes_reported(report, f"{network.name} ({number} of {len(networks)})", done, total)
                 written(0)
                 component = unfinished.take(network.name, folder)
+                log.info("%s: %s", network.name, "kept of an unfinished export" if component else "exported")
                 if component is None:
                     keep = choice.keep if choice else ()
                     scheme = scheme_of(network, precision)
@@ -207,9 +211,9 @@ def origin_of(checkpoint: Checkpoint, source: Mapping[str, str], options: Export
     }
 
 
-def bytes_reported(report: Progress, name: str, before: int, total: int) -> Callable[[int], None]:
-    """What takes the bytes written of the network `name`, behind `before` others, and reports those of all."""
-    return lambda count: report(name, min(before + count, total), total)
+def bytes_reported(report: Progress, doing: str, before: int, total: int) -> Callable[[int], None]:
+    """What takes the bytes written of a network, behind `before` others, and reports those of all."""
+    return lambda count: report(doing, min(before + count, total), total)
 
 
 def scheme_of(network: Network, precision: Precision) -> str | None:

@@ -48,7 +48,8 @@ class Decoder(nn.Module):
         unscaled = latents / config.scaling_factor + (config.shift_factor or 0.0)
         image = self.module.decode(unscaled.to(self.module.dtype), return_dict=False)[0].float()
         pixels = ((image / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
-        return pixels.to(torch.uint8)  # last: TensorRT has uint8 at an engine's ports only
+        result: Tensor = pixels.to(torch.uint8)
+        return result
 
 
 class Encoder(nn.Module):
@@ -62,7 +63,8 @@ class Encoder(nn.Module):
         config = self.module.config
         pixels = (image.float().permute(0, 3, 1, 2) / 127.5 - 1).to(self.module.dtype)
         latents = self.module.encode(pixels, return_dict=False)[0].mode().float()
-        return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
+        result: Tensor = (latents - (config.shift_factor or 0.0)) * config.scaling_factor
+        return result
 
 
 def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -72,7 +74,8 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def factor(config: dict[str, Any]) -> int:
     """How many pixels a latent is wide: each level of the autoencoder but the last one halves the picture."""
-    return 2 ** (len(config["block_out_channels"]) - 1)
+    result: int = 2 ** (len(config["block_out_channels"]) - 1)
+    return result
 
 
 def vae(config: dict[str, Any], precision: Precision) -> tuple[Network, Network]:

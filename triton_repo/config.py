@@ -174,7 +174,8 @@ def _output(name: str, tensor: Tensor) -> pb.ModelOutput:
 
 
 def _data_type(tensor: Tensor) -> int:
-    return pb.DataType.Value("TYPE_STRING" if tensor.dtype == "BYTES" else f"TYPE_{tensor.dtype}")
+    result: int = pb.DataType.Value("TYPE_STRING" if tensor.dtype == "BYTES" else f"TYPE_{tensor.dtype}")
+    return result
 
 
 def _shape(tensor: Tensor) -> dict[str, Any]:

@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Front(grpc.GenericRpcHandler):
+class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
     """Answers clients: itself, or by Triton where `channel` leads to one that is ready.
 
     `models` has what each model takes; `engines` is the digest of the engines, empty where nobody knows it; `token`
@@ -122,11 +122,11 @@ class Front(grpc.GenericRpcHandler):
     async def probe(self, method: str) -> bytes:
         """Whether the server lives, or is ready."""
         if method == LIVE:
-            return pb.ServerLiveResponse(live=True).SerializeToString()
+            return wire.serialised(pb.ServerLiveResponse(live=True))
         ready = await self.is_ready(READY, b"")
         if method == HEALTH:
             return SERVING if ready else NOT_SERVING
-        return pb.ServerReadyResponse(ready=ready).SerializeToString()
+        return wire.serialised(pb.ServerReadyResponse(ready=ready))
 
     async def tell(self, method: str, data: bytes) -> bytes:
         """What is asked about the server or a model. Raises Refused for methods that clients have no business in."""
@@ -138,15 +138,15 @@ class Front(grpc.GenericRpcHandler):
             asked = getattr(question, "name", "")
             if (asked and asked not in self.models) or getattr(question, "version", "") not in wire.VERSIONS:
                 if name == "ModelReady":
-                    return pb.ModelReadyResponse(ready=False).SerializeToString()
+                    return wire.serialised(pb.ModelReadyResponse(ready=False))
                 raise Refused(Status.NOT_FOUND, f"there is no model {shown(asked)}; there are {', '.join(self.models)}")
             data = question.SerializeToString()
         if name == "ModelReady":
-            return pb.ModelReadyResponse(ready=await self.is_ready(method, data)).SerializeToString()
+            return wire.serialised(pb.ModelReadyResponse(ready=await self.is_ready(method, data)))
         if name == "RepositoryIndex":
             state = "UNAVAILABLE" if self.channel is None else "READY"
             listed = [pb.RepositoryIndexResponse.ModelIndex(name=m, version="1", state=state) for m in self.models]
-            return pb.RepositoryIndexResponse(models=listed).SerializeToString()
+            return wire.serialised(pb.RepositoryIndexResponse(models=listed))
         if name in DESCRIBING:
             return await self.forward(method, data, timeout=10)
         if name in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name:
@@ -238,7 +238,8 @@ class Front(grpc.GenericRpcHandler):
                 self.forgo(name, running, held.pop_all())
             raise
         # Protobuf joins messages that follow each other; the last one of two names counts.
-        return answer + pb.ModelInferResponse(id=asked).SerializeToString()
+        result: bytes = answer + pb.ModelInferResponse(id=asked).SerializeToString()
+        return result
 
     def forgo(self, name: str, running: asyncio.Future[bytes], held: contextlib.ExitStack) -> None:
         """Nobody waits for the request of this name any more: tell the models, until Triton is done with it."""

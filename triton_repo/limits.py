@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from ditforge.manifest import Component, Tensor
@@ -117,7 +119,7 @@ class Limits(_Record):
             allowed = " or ".join(f"[batch, {', '.join(map(str, axes))}]" for axes in limits.shapes)
             raise BadRequest(f"{name} has the shape {allowed}, got {list(shape)}")
 
-    def check_values(self, name: str, array: np.ndarray) -> None:
+    def check_values(self, name: str, array: NDArray[Any]) -> None:
         """Raise BadRequest unless the values of the input called `name` mean something to the model."""
         limits = self.inputs[name]
         if limits.dtype == "BYTES":
@@ -130,12 +132,12 @@ class Limits(_Record):
         if highest is not None and array.max() > highest:
             raise BadRequest(f"{name} is {at_least(lowest, highest)}, got {array.max()}")
 
-    def check_finite(self, name: str, array: np.ndarray) -> None:
+    def check_finite(self, name: str, array: NDArray[Any]) -> None:
         """Raise BadRequest if the input called `name` has a NaN or an infinity in it."""
         if array.dtype.kind == "f" and not is_finite(array):
             raise BadRequest(f"{name} holds values that are not finite numbers (NaN or infinity)")
 
-    def check_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def check_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Raise BadRequest unless the arrays, whose dtypes Triton has compared, are a request that the model takes.
 
         Triton takes away the second dimension of [B, 1] where the network wants [B]. Values are looked at in the
@@ -152,7 +154,7 @@ class Limits(_Record):
         check_batches(sizes)
 
 
-def is_finite(array: np.ndarray) -> bool:
+def is_finite(array: NDArray[Any]) -> bool:
     """Whether no value is a NaN or an infinity. NumPy's isfinite takes 2 ns for a float16; its bits tell in 0.3."""
     if array.dtype == np.float16:
         return bool((array.view(np.uint16) & 0x7FFF).max() < 0x7C00)

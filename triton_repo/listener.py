@@ -79,7 +79,8 @@ def listen(server: grpc.aio.Server, options: ServeOptions, port: int) -> int:
         taken = 0
     if not taken:
         raise UserError(f"cannot listen on {options.host}, port {port}", "name a port that is free")
-    return taken
+    result: int = taken
+    return result
 
 
 def token_of(options: ServeOptions) -> bytes | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ NOT_TEXT = (DIT, VAE_DECODER, VAE_ENCODER)
 DEFAULT_MAX_BATCH = 8
 TENSORRT_BACKEND = "tensorrt"  # of Triton's own, where NVIDIA's container has it
 NEW = "there was none before"
+log = logging.getLogger(__name__)
 BUILD_AGAIN = "ditforge build ONNX_DIR --gpu GPU --out DIR   again"
 
 
@@ -77,6 +79,7 @@ def write_repository(engines: Path, out: Path, max_batch: int | None = None, for
     reason = rewrite_reason(manifest.earlier(out, "repository"), out, result, models)
     if not reason:
         return ""
+    log.info("%s is written: %s", out, reason)
     stage_folder.check_replaceable(out, "repository", ENSEMBLES, known_as)
     for component in source.components.values():
         manifest.check_files(engines, component.files, fix=BUILD_AGAIN)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from google.protobuf.message import DecodeError, Message
+from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2 as pb
 
 from ditforge.triton_repo.limits import DTYPES, ITEM_BYTES, BadRequest, Limits, check_batches, is_finite, shown
@@ -46,10 +47,17 @@ def is_spoilt(answer: bytes) -> bool:
     return not all(is_finite(np.frombuffer(data, dtype)) for dtype, data in pairs if np.issubdtype(dtype, np.floating))
 
 
+def serialised(message: Message) -> bytes:
+    """The bytes of a message."""
+    data: bytes = message.SerializeToString()
+    return data
+
+
 def parse(data: bytes, kind: type[M]) -> M:
     """The message of that kind in `data`. Raises BadRequest if there is none."""
     try:
-        return kind.FromString(data)
+        result: M = kind.FromString(data)
+        return result
     except DecodeError:
         raise BadRequest(f"the message is not a {kind.DESCRIPTOR.name}") from None
 
@@ -183,7 +191,7 @@ def count(tensor: pb.ModelInferRequest.InferInputTensor) -> int:
     return elements
 
 
-def from_raw(tensor: pb.ModelInferRequest.InferInputTensor, raw: memoryview) -> np.ndarray | None:
+def from_raw(tensor: pb.ModelInferRequest.InferInputTensor, raw: memoryview) -> NDArray[Any] | None:
     """The values of a tensor that came as raw bytes, not copied; None for BF16. Raises BadRequest if they are wrong."""
     elements = count(tensor)
     if tensor.datatype == "BYTES":
@@ -213,7 +221,7 @@ def split_texts(name: str, raw: memoryview, elements: int) -> list[bytes]:
     return texts
 
 
-def from_typed(tensor: pb.ModelInferRequest.InferInputTensor) -> np.ndarray:
+def from_typed(tensor: pb.ModelInferRequest.InferInputTensor) -> NDArray[Any]:
     """The values of a tensor that came as a list of numbers or texts. Raises BadRequest if they do not fit."""
     field = CONTENTS.get(tensor.datatype)
     if field is None:

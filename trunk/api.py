@@ -66,8 +66,8 @@ def export_checkpoint(
 ) -> Exported:
     """Export a checkpoint to ONNX in the folder `out`: the same as `ditforge export`.
 
-    `checkpoint` is a folder in diffusers' layout, or a .safetensors file. `progress` is called with (component, bytes
-    of weights written, bytes in all). Options, by name:
+    `checkpoint` is a folder in diffusers' layout, or a .safetensors file. `progress` is called with (the
+    network, as in "dit (4 of 5)", bytes of weights written, bytes in all). Options, by name:
 
     base: a folder in diffusers' layout that has what a single file lacks.
     loras: files to add to the weights, or pairs of a file and its strength.

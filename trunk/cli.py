@@ -22,7 +22,6 @@ from ditforge.options import grouped
 app = typer.Typer(
     name="ditforge",
     help="Text-to-image diffusion transformers as engines for one GPU, served by Triton.",
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

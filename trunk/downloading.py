@@ -14,5 +14,5 @@ def downloaded(source: CheckpointSource, weights: bool = True) -> CheckpointSour
     """The same checkpoint on this machine. Without `weights`, only configurations and tokenizers are downloaded."""
     from ditforge.export.checkpoint.source import localised
 
-    with terminal.progress("download", unit="bytes", begins="downloading from the Hugging Face Hub") as report:
+    with terminal.progress("download", unit="bytes", begins="from the Hugging Face Hub") as report:
         return localised(source, weights, report)

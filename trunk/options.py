@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
+from ditforge import completion, verbosity
+
 if TYPE_CHECKING:
     from ditforge.export.checkpoint.source import CheckpointSource
     from ditforge.triton_repo.server import Options
@@ -21,10 +23,15 @@ if TYPE_CHECKING:
 Out = Annotated[Path, typer.Option("--out", help="The folder to write; it appears whole or not at all.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is in --out even if it is of another model.")]
 PRECISION_HELP = "fp32, fp16, bf16; for the DiT's linears also fp8, fp8-weights, int8-weights."
-Precision = Annotated[str | None, typer.Option(help=f"{PRECISION_HELP} By default the GPU's.")]
+Precision = Annotated[
+    str | None,
+    typer.Option(help=f"{PRECISION_HELP} By default the GPU's.", autocompletion=completion.PRECISION),
+]
 GPU_HELP = "What to compile for: a name that ditforge gpus lists, sm_89, several (sm_86,sm_89), local, or cpu."
-Gpu = Annotated[str, typer.Option("--gpu", help=GPU_HELP)]
-Compiler = Annotated[str | None, typer.Option(help="onnxruntime, tensorrt-rtx or tensorrt; by default the GPU's.")]
+Gpu = Annotated[str, typer.Option("--gpu", help=GPU_HELP, autocompletion=completion.GPU)]
+GpuOrNone = Annotated[str | None, typer.Option("--gpu", help=GPU_HELP, autocompletion=completion.GPU)]
+COMPILER_HELP = "onnxruntime, tensorrt-rtx or tensorrt; by default the GPU's."
+Compiler = Annotated[str | None, typer.Option(help=COMPILER_HELP, autocompletion=completion.COMPILER)]
 Resolutions = Annotated[
     str | None, typer.Option(metavar="MIN-MAX", help="Heights and widths in pixels, or MIN-BEST-MAX.")
 ]
@@ -68,6 +75,9 @@ TOKEN_FILE_HELP = "Serve only clients that send the token in this file, one word
 TokenFile = Annotated[Path | None, typer.Option(metavar="FILE", help=TOKEN_FILE_HELP)]
 INSECURE_HELP = "Allow a --host that others can reach without TLS together with a token or client certificates."
 Insecure = Annotated[bool, typer.Option("--insecure", help=INSECURE_HELP)]
+
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say on standard error what is being done, and why.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and results alone.")]
 
 
 def path_or_repository(text: str) -> Path:
@@ -163,7 +173,10 @@ def not_empty(annotation: Any) -> Any:
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """The command as typer wants it: each field of a parameter that is a record of options is an option of its own."""
+    """The command as typer wants it: each field of a parameter that is a record of options is an option of its own.
+
+    It gets the options that every command has, too.
+    """
     types, parameters, records = get_type_hints(command, include_extras=True), list[Parameter](), dict[str, type]()
     for name, parameter in signature(command).parameters.items():
         record = types[name]
@@ -179,7 +192,13 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         else:
             parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=not_empty(types[name])))
 
+    parameters += [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+        for name, annotation in (("verbose", Verbose), ("quiet", Quiet))
+    ]
+
     def run(**values: Any) -> None:
+        verbosity.choose(values.pop("verbose"), values.pop("quiet"))
         made = {
             name: record(**{field.name: values.pop(field.name) for field in fields(record)})
             for name, record in records.items()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ditforge import completion
 from ditforge.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,10 +38,14 @@ class PictureFlags:
     width: Annotated[int | None, typer.Option(help="In pixels; by default the model's.")] = None
     size: Annotated[str | None, typer.Option(metavar="SIZE", help=SIZE_HELP)] = None
     guidance: Annotated[float | None, typer.Option(help="How strictly the prompt is followed.")] = None
-    sampler: Annotated[str | None, typer.Option(metavar="NAME", help=SAMPLER_HELP)] = None
+    sampler: Annotated[
+        str | None, typer.Option(metavar="NAME", help=SAMPLER_HELP, autocompletion=completion.SAMPLER)
+    ] = None
     eta: Annotated[float | None, typer.Option(help="How much noise the sampler adds, from 0 to 1.")] = None
     s_noise: Annotated[float | None, typer.Option(help="A factor of the noise that the sampler adds.")] = None
-    schedule: Annotated[str | None, typer.Option(metavar="NAME", help=SCHEDULE_HELP)] = None
+    schedule: Annotated[
+        str | None, typer.Option(metavar="NAME", help=SCHEDULE_HELP, autocompletion=completion.SCHEDULE)
+    ] = None
     sigmas: Annotated[
         str | None, typer.Option(metavar="1,…,0", help="The noise levels themselves, instead of a schedule.")
     ] = None

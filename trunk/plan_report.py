@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ditforge import terminal
+from ditforge import terminal, verbosity
 from ditforge.contract import DIT
 from ditforge.engines import gpus
 from ditforge.engines.gpus import Target
@@ -167,7 +167,8 @@ def sizes_of(model: Model) -> list[int]:
 
 def say_plan(plan: Plan) -> None:
     """Print what `build` has decided, unless there was nothing to decide."""
-    if plan.rank == 0 and all(placement.segments == 1 for placement in plan.placements.values()):
+    simple = plan.rank == 0 and all(placement.segments == 1 for placement in plan.placements.values())
+    if simple or verbosity.is_quiet():
         return
     tiled = f", tiles of {plan.vae_tile} pixels" if plan.vae_tile else ""
     least = "" if plan.usable is None else f", {placement.gigabytes(plan.peak)} of {placement.gigabytes(plan.usable)}"

@@ -5,54 +5,57 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from ditforge import verbosity
 from ditforge.errors import UserError
+from ditforge.progress_line import Pace, Unit
 
 if TYPE_CHECKING:
-    from rich.progress import ProgressColumn
+    from rich.console import Console
 
 WIDE = 200
 DONE = "done"
+EVERY = 5.0  # seconds between two lines of progress where there is no terminal
+SILENCE = 2.0  # seconds that something may take there before a line says what it is
 Report = Callable[[str, int, int], None]
-Unit = Literal["steps", "bytes"]
 
 
 @contextmanager
 def progress(title: str, unit: Unit = "steps", begins: str = "") -> Iterator[Report]:
-    """A bar that is fed with (what is being done, how many are done, how many there are), shown from then on.
+    """What is fed with (what is being done, how many are done, how many there are), and shows it: see Bar and Lines.
 
-    It is closed where "done" is what is being done, so that another one can follow it. What is no terminal gets a line
-    when the bar is closed. The line `begins` comes before the first bar.
+    It ends where "done" is what is being done, so that another one can follow it. The line `begins` comes before the
+    first one.
     """
+    if verbosity.is_quiet():
+        yield lambda doing, done, total: None
+        return
     from rich.console import Console
-    from rich.progress import Progress, TaskID
 
-    bar: Progress | None = None
-    task = TaskID(0)
-    begun = False
+    console = Console(stderr=True)
+    shown: Bar | Lines | None = None
 
     def report(doing: str, done: int, total: int) -> None:
-        nonlocal bar, task, begun
-        if bar is None:
-            console = Console(stderr=True)
-            if begins and not begun:
-                print(begins, file=sys.stderr, flush=True)
-            begun = True
-            bar = Progress(*columns(unit), console=console)
-            bar.start()
-            task = bar.add_task(title, total=total)
-        bar.update(task, description=f"{title} {doing}", completed=done, total=total)
+        nonlocal shown, begins
+        if begins:
+            tell_aside(title, begins)
+            begins = ""
+        if shown is None:
+            shown = Bar(title, Pace(unit), console) if console.is_terminal else Lines(title, Pace(unit))
+        shown.show(doing, done, total)
         if doing == DONE:
             close()
 
     def close() -> None:
-        nonlocal bar
-        if bar is not None:
-            bar.stop()
-        bar = None
+        nonlocal shown
+        if shown is not None:
+            shown.close()
+        shown = None
 
     try:
         yield report
@@ -60,22 +63,73 @@ def progress(title: str, unit: Unit = "steps", begins: str = "") -> Iterator[Rep
         close()
 
 
-def columns(unit: Unit) -> tuple[ProgressColumn, ...]:
-    """What a bar shows: bytes with their speed and the time left, steps with the time that has passed."""
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+class Bar:
+    """A bar on a terminal, with how much is done and how long it may still take."""
 
-    named = TextColumn("{task.description}"), BarColumn()
-    if unit == "steps":
-        return *named, MofNCompleteColumn(), TimeElapsedColumn()
-    return *named, DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(elapsed_when_finished=True)
+    def __init__(self, title: str, pace: Pace, console: Console) -> None:
+        from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+        from rich.text import Text
+
+        class Words(ProgressColumn):
+            def render(self, task: Task) -> Text:
+                return Text(f"{pace.amount()}, {pace.time()}")
+
+        self.title, self.pace = title, pace
+        name = TextColumn("{task.description}", markup=False)  # a prompt, or a model's name as a server has it
+        self.bar = Progress(name, BarColumn(), Words(), console=console)
+        self.bar.start()
+        self.task = self.bar.add_task(title)
+
+    def show(self, doing: str, done: int, total: int) -> None:
+        self.pace.note(doing, done, total)
+        self.bar.update(self.task, description=f"{self.title} {doing}", completed=done, total=total)
+
+    def close(self) -> None:
+        self.bar.stop()
+
+
+class Lines:
+    """A line every few seconds where there is no terminal, and one in the end."""
+
+    def __init__(self, title: str, pace: Pace) -> None:
+        self.title, self.pace = title, pace
+        self.last = time.monotonic()
+
+    def show(self, doing: str, done: int, total: int) -> None:
+        self.pace.note(doing, done, total)
+        if time.monotonic() - self.last >= EVERY and doing != DONE:
+            self.last = time.monotonic()
+            self.close()
+
+    def close(self) -> None:
+        print(self.pace.line(self.title), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def waiting(title: str, what: str) -> Iterator[None]:
+    """While something is done that does not tell how far it is: what it is, on a terminal, or where it takes long."""
+    if verbosity.is_quiet():
+        yield
+        return
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status(f"{title} {what}"):
+            yield
+        return
+    timer = threading.Timer(SILENCE, tell_aside, (title, what))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def tell_aside(title: str, line: str) -> None:
+    """A line of progress, on standard error."""
+    print(f"[{title}] {line}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -100,6 +154,12 @@ def say(line: str) -> None:
     """
     with written():
         print(f"{line}\n", end="", flush=True)
+
+
+def note(line: str) -> None:
+    """say(), of what was done rather than asked for: --quiet leaves it out."""
+    if not verbosity.is_quiet():
+        say(line)
 
 
 def tell(line: str) -> None:

@@ -10,16 +10,16 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
-import numpy as np
+from numpy.typing import NDArray
 
 from ditforge import entry_points
 from ditforge.engines.gpus import Target
 from ditforge.errors import UserError
 from ditforge.manifest import Component
 
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, NDArray[Any]]
 Shape = tuple[int, ...]
 Ranges = dict[str, tuple[Shape, Shape, Shape]]
 Progress = Callable[[str, int, int], None]

@@ -39,7 +39,8 @@ def compile_apart(compiler_name: str, job: Job) -> list[Path]:
                 if kind == "progress":
                     job.progress(*content)
                 elif kind == "files":
-                    return content
+                    result: list[Path] = content
+                    return result
                 else:
                     raise content
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):  # the last for half a message

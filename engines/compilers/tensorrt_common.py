@@ -126,7 +126,7 @@ def fixed(tensor: Tensor) -> tuple[int, ...]:
 def make_log(trt: Any) -> Any:
     """A logger that keeps all errors in its attribute `errors`."""
 
-    class Log(trt.ILogger):
+    class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.errors: list[str] = []
@@ -141,7 +141,7 @@ def make_log(trt: Any) -> Any:
 def make_writer(trt: Any, file: BinaryIO) -> Any:
     """A stream to write the plan to. It keeps a failure in `error`, because the compiler does not notice one."""
 
-    class Writer(trt.IStreamWriter):
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.error: OSError | None = None
@@ -159,7 +159,7 @@ def make_writer(trt: Any, file: BinaryIO) -> Any:
 def make_monitor(trt: Any, progress: Progress, name: str) -> Any:
     """A monitor that reports the compiler's phases. If reporting raises, it cancels, and keeps the error in `error`."""
 
-    class Monitor(trt.IProgressMonitor):
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.error: BaseException | None = None

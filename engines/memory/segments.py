@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from ditforge.engines.compilers import Ranges, Shape
 from ditforge.engines.memory.shapes import infer_shapes
@@ -191,7 +193,7 @@ def weigh(heavy: Sequence[ir.Node], light: dict[ir.Node, Origin]) -> list[int]:
     return weights
 
 
-def find_cuts(heavy: Sequence[ir.Node], before: np.ndarray, shapes: dict[ir.Value, Shape]) -> list[Cut]:
+def find_cuts(heavy: Sequence[ir.Node], before: NDArray[Any], shapes: dict[ir.Value, Shape]) -> list[Cut]:
     """The places where a graph of the nodes `heavy` can be cut, at most one between two nodes with weights.
 
     `before` has the bytes of weights before each position. Only floating-point values may be passed on. A place must
@@ -232,7 +234,7 @@ def bytes_of(value: ir.Value, shape: Shape) -> int:
     return math.ceil(math.prod(shape) * value.dtype.itemsize) if value.dtype else 0
 
 
-def choose_cuts(cuts: Sequence[Cut], before: np.ndarray, count: int) -> list[Cut]:
+def choose_cuts(cuts: Sequence[Cut], before: NDArray[Any], count: int) -> list[Cut]:
     """The `count` - 1 cuts that pass on the fewest bytes and leave no segment too large.
 
     A segment is too large if it exceeds both BALANCED times the mean and the largest segment of the most even cuts.

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
 from ditforge.engines.compilers import Shape
@@ -21,7 +23,7 @@ SMALL = 4096  # elements of a value that is computed, rather than only its shape
 COMPUTED = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL, ir.DataType.FLOAT)  # what shapes are computed in
 SUBGRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
-Known = dict[ir.Value, np.ndarray]
+Known = dict[ir.Value, NDArray[Any]]
 
 
 def infer_shapes(graph: ir.Graph, inputs: Mapping[str, Shape]) -> dict[ir.Value, Shape]:
@@ -96,6 +98,6 @@ def dtype(kind: onnx.TypeProto) -> ir.DataType:
     return ir.DataType(kind.tensor_type.elem_type)
 
 
-def ghost(kind: onnx.TypeProto) -> np.ndarray:
+def ghost(kind: onnx.TypeProto) -> NDArray[Any]:
     """An array of that shape that takes no memory, for operators that look only at the shape."""
     return np.broadcast_to(np.float32(0), dims(kind))

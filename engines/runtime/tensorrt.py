@@ -223,7 +223,7 @@ class Execution:
             self.cupy.get_default_memory_pool().free_all_blocks()
 
 
-def stored_as(trt: Any, dtype: Any) -> np.dtype:
+def stored_as(trt: Any, dtype: Any) -> np.dtype[Any]:
     """The NumPy dtype that stores TensorRT's dtype. NumPy lacks bf16, which is stored as two bytes."""
     return np.dtype(np.uint16 if dtype == trt.bfloat16 else trt.nptype(dtype))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 
@@ -62,13 +63,18 @@ class Recipe:
 
     @classmethod
     def __torch_function__(
-        cls, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+        cls,
+        function: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Recipe | tuple[Recipe, ...]:
         kwargs = kwargs or {}
         if function is torch.cat:
             return cls(tuple(piece for part in args[0] for piece in part.pieces), args[0][0].shape)
         if function in (torch.chunk, torch.split):
-            return getattr(args[0], function.__name__)(*args[1:], **kwargs)
+            result: Recipe | tuple[Recipe, ...] = getattr(args[0], function.__name__)(*args[1:], **kwargs)
+            return result
         raise NotImplementedError(f"diffusers' converter uses {function}, which is not recorded")
 
     def of(self, tensors: Tensors) -> Lazy:

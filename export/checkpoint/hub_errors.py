@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 
 from ditforge.errors import DitforgeError, UserError
 from ditforge.export.checkpoint.hub import Reference, published
-from ditforge.manifest import FULL
+from ditforge.stage_folder import FULL
 
 # That of httpx, of which huggingface_hub 1 and 2 take different packages.
 HTTP_ERROR: type[BaseException] = HfHubHTTPError.__bases__[0]

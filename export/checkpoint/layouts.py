@@ -87,7 +87,8 @@ class SingleFile:
             head, usual = self.config["attention_head_dim"], known["attention_head_dim"]
             problem = f"the DiT in {self.file} has heads of {head}, {self.published.name} of {usual}"
             raise UserError(problem, "--base FOLDER, a diffusers folder of this model")
-        return known | self.config
+        result: Config = known | self.config
+        return result
 
 
 def open_single_file(file: Path) -> SingleFile:

@@ -89,7 +89,7 @@ def random_tensor(name: str, shape: tuple[int, ...], seed: int = SEED) -> torch.
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     block = normal_block(seed)
     tensor = torch.empty(shape, dtype=DTYPE)
-    for piece in tensor.view(-1).split(BLOCK):
+    for piece in tensor.view(-1).split(BLOCK):  # type: ignore[no-untyped-call]
         start = int(torch.randint(BLOCK, (), generator=generator))
         until_end = min(len(piece), BLOCK - start)
         piece[:until_end] = block[start : start + until_end]
@@ -160,6 +160,6 @@ def save_t5_tokenizer(folder: Path, size: int) -> None:
     backend.decoder = decoders.Metaspace()
     backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     pad, end, unknown = T5_SPECIAL
-    PreTrainedTokenizerFast(
+    PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend, pad_token=pad, eos_token=end, unk_token=unknown, model_max_length=T5_TOKENS
     ).save_pretrained(folder)

@@ -66,7 +66,8 @@ class FluxVelocity(nn.Module):
         scale, shift = modulation(module.norm_out.linear, signal, 2)
         velocity = module.proj_out(modulated(stream[:, tokens:], shift, scale)).float()
         patches = velocity.reshape(batch, rows, columns, channels, PATCH, PATCH)
-        return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
+        result: Tensor = patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
+        return result
 
 
 def double_block(

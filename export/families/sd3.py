@@ -71,7 +71,8 @@ class JoinedClip(nn.Module):
         self, clip_l_states: Tensor, clip_l_pooled: Tensor, clip_g_states: Tensor, clip_g_pooled: Tensor
     ) -> tuple[Tensor, Tensor]:
         zeros = clip_l_states.new_zeros(clip_l_states.shape[0], *self.shape)
-        return self.join(clip_l_states, clip_l_pooled, clip_g_states, clip_g_pooled, zeros)
+        result: tuple[Tensor, Tensor] = self.join(clip_l_states, clip_l_pooled, clip_g_states, clip_g_pooled, zeros)
+        return result
 
 
 def joined(clips: list[Network], states: Network | None, tokens: int, width: int, precision: Precision) -> Network:

@@ -35,7 +35,8 @@ class PositionTable(nn.Module):
         row = torch.arange(rows) + (self.size - rows) // 2
         column = torch.arange(columns) + (self.size - columns) // 2
         places = (row[:, None] * self.size + column[None, :]).reshape(-1)
-        return patches.flatten(2).transpose(1, 2) + self.pos_embed[0].index_select(0, places)[None]
+        result: Tensor = patches.flatten(2).transpose(1, 2) + self.pos_embed[0].index_select(0, places)[None]
+        return result
 
 
 class StableDiffusion3Velocity(nn.Module):
@@ -71,7 +72,8 @@ class StableDiffusion3Velocity(nn.Module):
         patch, channels = module.config.patch_size, module.out_channels
         batch, rows, columns = latents.shape[0], latents.shape[2] // patch, latents.shape[3] // patch
         patches = patches.reshape(batch, rows, columns, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
-        return patches.reshape(batch, channels, rows * patch, columns * patch)
+        result: Tensor = patches.reshape(batch, channels, rows * patch, columns * patch)
+        return result
 
 
 def joint_block(
@@ -112,4 +114,5 @@ def with_attention(
 
 def with_mlp(x: Tensor, mlp: nn.Module, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
     """A stream after its MLP."""
-    return x + gate * mlp(modulated(x, shift, scale))
+    result: Tensor = x + gate * mlp(modulated(x, shift, scale))
+    return result

@@ -166,7 +166,7 @@ def _sample(port: Port, side: int, model: Model) -> Tensor:
     return torch.zeros([size(dim) if isinstance(dim, Dim) else dim for dim in port.shape], dtype=port.dtype)
 
 
-class Live(TorchDispatchMode):
+class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside, `peak` is the most bytes of tensors that were there at a time, and `read` the storages of what was read.
 
     `flops` are floating point operations, by the operator that does them. Tensors count by their storage, so that a
@@ -174,7 +174,7 @@ class Live(TorchDispatchMode):
     """
 
     def __init__(self, given: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self.known = {tensor.untyped_storage()._cdata for tensor in given}
         self.read: set[int] = set()

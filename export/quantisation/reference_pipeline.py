@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_log
+from transformers.utils import logging as transformers_log
 
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.diffusers_folder import INDEX, Checkpoint
@@ -17,6 +20,7 @@ from ditforge.export.graph.tracing import dry_run
 from ditforge.export.network import Network
 from ditforge.model import Model
 
+LOGS = (diffusers_log, transformers_log)
 LIBRARIES = ("diffusers", "transformers")  # whose classes a model_index.json names
 
 
@@ -39,7 +43,8 @@ def load(
     }
     if SCHEDULER in checkpoint.configs:
         made[SCHEDULER[0]] = class_of(checkpoint, SCHEDULER[0]).from_config(checkpoint.config(*SCHEDULER))
-    pipeline = cls.from_pretrained(checkpoint.folder, dtype=dtype, **made, **components).to(device)
+    with silent():
+        pipeline = cls.from_pretrained(checkpoint.folder, dtype=dtype, **made, **components).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -64,7 +69,8 @@ def filled(
     module.load_state_dict(state, strict=False, assign=True)
     left = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     assert not left, f"{component} has weights that no network has: {left[:3]}"
-    return module.eval()
+    result: torch.nn.Module = module.eval()
+    return result
 
 
 def class_of(checkpoint: Checkpoint, component: str) -> Any:
@@ -79,13 +85,33 @@ def class_of(checkpoint: Checkpoint, component: str) -> Any:
 
 def run(pipeline: DiffusionPipeline, model: Model, prompt: str, steps: int, seed: int, t5_tokens: int) -> None:
     """All steps of a picture of the model's own size and guidance, without decoding it."""
-    pipeline(
-        prompt,
-        height=model.default_size,
-        width=model.default_size,
-        num_inference_steps=steps,
-        guidance_scale=model.default_guidance,
-        max_sequence_length=t5_tokens,
-        generator=torch.Generator("cpu").manual_seed(seed),
-        output_type="latent",
-    )
+    with silent():
+        pipeline(
+            prompt,
+            height=model.default_size,
+            width=model.default_size,
+            num_inference_steps=steps,
+            guidance_scale=model.default_guidance,
+            max_sequence_length=t5_tokens,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            output_type="latent",
+        )
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Without the libraries' own bars, one for each component, and their remarks on each prompt that is cut off.
+
+    They would run through our progress; a calibration takes prompts as they are, and T5 reads what CLIP does not.
+    """
+    before = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in LOGS]
+    try:
+        for log in LOGS:
+            log.set_verbosity_error()
+            log.disable_progress_bar()
+        yield
+    finally:
+        for log, level, bars in before:
+            log.set_verbosity(level)
+            if bars:
+                log.enable_progress_bar()

@@ -150,4 +150,5 @@ def rounded_input(x: Tensor, scheme: Scheme, amax: float | None) -> Tensor:
 
 def relative(actual: Tensor, expected: Tensor) -> float:
     """L2 norm of the difference over that of `expected`."""
-    return ((actual - expected).float().norm() / expected.float().norm().clamp(min=1e-30)).item()
+    result: float = ((actual - expected).float().norm() / expected.float().norm().clamp(min=1e-30)).item()
+    return result

@@ -23,7 +23,8 @@ class PooledText(nn.Module):
         self.dtype = dtype
 
     def forward(self, clip_ids: Tensor) -> Tensor:
-        return self.module(input_ids=clip_ids, position_ids=positions(clip_ids)).pooler_output.to(self.dtype)
+        result: Tensor = self.module(input_ids=clip_ids, position_ids=positions(clip_ids)).pooler_output.to(self.dtype)
+        return result
 
 
 class PenultimateText(nn.Module):

@@ -39,7 +39,8 @@ class HiddenStates(nn.Module):
         self.dtype = dtype
 
     def forward(self, t5_ids: Tensor) -> Tensor:
-        return self.module(input_ids=t5_ids).last_hidden_state.to(self.dtype)
+        result: Tensor = self.module(input_ids=t5_ids).last_hidden_state.to(self.dtype)
+        return result
 
 
 def t5_hidden_states(config: dict[str, Any], weights: str, tokens: int, precision: Precision) -> Network:

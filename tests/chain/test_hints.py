@@ -148,7 +148,7 @@ def test_how_a_service_ended() -> None:
 def test_build_as_json(
     paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    build(paths["ONNX"], Path("made"), "cpu")
+    build(paths["ONNX"], Path("made"))
     result = run_here(["build", str(paths["ONNX"]), "--out", "made", "--json"], monkeypatch, capfd)
     document = json.loads(result.out)
     assert (result.code, document["folder"], document["model"]) == (0, "made", "random-schnell")

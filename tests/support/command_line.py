@@ -24,7 +24,7 @@ COMMAND = [sys.executable, "-m", "ditforge"]
 # A shell has its background jobs ignore Ctrl-C, and what they start inherits that. A preexec_fn would fork with gRPC's
 # threads, which then complain in the child's standard error.
 HEED_INTERRUPTS = ["env", "--default-signal=INT"]
-BAR = re.compile(r"━|╸| \d+/\d+ .*\d:\d\d:\d\d|-:--:--|^exporting ")
+BAR = re.compile(r"^\[[a-z]+\] ")  # a line of progress
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def test_generate_and_inspect(schnell_server: Server, tmp_path: Path) -> None:
     options = ("--url", schnell_server.url, "--seed", "5", "--steps", "2", "--height", "32")
     result = ditforge("generate", "a red circle", *options, cwd=tmp_path)
     assert (result.code, result.out) == (0, "picture-5.png\n")
-    assert "2/2" in result.err  # the progress bar
+    assert "2 of 2" in result.err  # the progress
     with Image.open(tmp_path / "picture-5.png") as image:
         assert image.size == (96, 32)
     shown = ditforge("inspect", "picture-5.png", cwd=tmp_path).out

@@ -62,23 +62,42 @@ def elsewhere(program: str) -> list[str]:
     return done.stderr.splitlines()
 
 
-def test_bytes_their_speed_and_the_time_left() -> None:
-    shown = on_a_terminal(BYTES, until=b"1.0/3.0 GB")
-    assert re.search(r"export dit .*1\.0/3\.0 GB +(\? +|\S+ .B/s +)\S*:", shown)
-    assert re.search(r"export done ━+ 3\.0/3\.0 GB .*\d:\d\d:\d\d", shown)
+def test_bytes_and_no_time_left_before_it_is_known() -> None:
+    shown = on_a_terminal(BYTES, until=b"1.0 of 3.0 GB")
+    assert re.search(r"export dit .*1\.0 of 3\.0 GB, 0 s", shown)
+    assert re.search(r"export done ━+ 3\.0 of 3\.0 GB, \d s", shown)
+    assert "left" not in shown
     assert shown.index("measure done") < shown.index("export ")  # one bar after the other
 
 
-def test_without_a_terminal_there_is_a_line_for_each_bar() -> None:
+def test_without_a_terminal_there_is_a_line_in_the_end() -> None:
     measure, export = elsewhere(BYTES)
-    assert re.fullmatch(r"measure done ━+ 1/1 0:00:00", measure)
-    assert re.fullmatch(r"export done ━+ 3\.0/3\.0 GB .* 0:00:0\d", export)
+    assert re.fullmatch(r"\[measure\] done: 1 of 1, 0 s", measure)
+    assert re.fullmatch(r"\[export\] done: 3\.0 of 3\.0 GB, \d s", export)
+
+
+OFTEN = """
+import time
+from ditforge import terminal
+terminal.EVERY = 0.5
+with terminal.progress("calibrate", unit="equal steps") as report:
+    for step in range(200):
+        report("a cat", step, 200)
+        time.sleep(0.01)
+"""
+
+
+def test_without_a_terminal_lines_are_few() -> None:
+    *lines, last = elsewhere(OFTEN)
+    assert 2 <= len(lines) <= 20
+    assert all(re.match(r"\[calibrate\] a cat: \d+ of 200, ", line) for line in lines)
+    assert last.startswith("[calibrate] a cat: 199 of 200")
 
 
 BEGINS = """
 import sys
 from ditforge import terminal
-with terminal.progress("build", begins="building engines") as report:
+with terminal.progress("build", begins="engines for sm_89") as report:
     if len(sys.argv) == 1:
         report("dit", 0, 2)
         report("done", 2, 2)
@@ -87,16 +106,39 @@ with terminal.progress("build", begins="building engines") as report:
 """
 
 
-def test_without_a_terminal_there_is_a_line_when_something_begins() -> None:
-    """At once, and only once; on a terminal, the bar says so."""
+def test_a_line_when_something_begins() -> None:
+    """At once, and only once."""
     begins, one, other = elsewhere(BEGINS)
-    assert begins == "building engines"
-    assert one.startswith("build done") and other.startswith("build done")
+    assert begins == "[build] engines for sm_89"
+    assert one.startswith("[build] done") and other.startswith("[build] done")
     assert elsewhere(BEGINS.replace("== 1", "== 2")) == []  # nothing is built
-    assert "building engines" not in on_a_terminal(BEGINS)
+    assert on_a_terminal(BEGINS).count("[build] engines for sm_89") == 1
 
 
 def test_steps_and_where_they_ended() -> None:
-    assert re.search(r"build dit .*2/5 0:00:0\d", on_a_terminal(FAILED))
+    assert re.search(r"build dit .*2 of 5, 0 s", on_a_terminal(FAILED))
     (line,) = elsewhere(FAILED)
-    assert re.match(r"build dit .*2/5 0:00:0\d", line)
+    assert re.fullmatch(r"\[build\] dit: 2 of 5, 0 s", line)
+
+
+WAITING = """
+import time
+from ditforge import terminal
+terminal.SILENCE = 0.2
+with terminal.waiting("export", "importing PyTorch"):
+    time.sleep({seconds})
+"""
+
+
+def test_what_takes_long_without_telling_how_far_it_is() -> None:
+    assert elsewhere(WAITING.format(seconds=0)) == []
+    assert elsewhere(WAITING.format(seconds=1)) == ["[export] importing PyTorch"]
+    assert "export importing PyTorch" in on_a_terminal(WAITING.format(seconds=0.5))
+
+
+QUIET = "from ditforge import verbosity; verbosity.choose(verbose=False, quiet=True)\n"
+
+
+def test_quiet() -> None:
+    for program in (BYTES, BEGINS, WAITING.format(seconds=1)):
+        assert elsewhere(QUIET + program) == []

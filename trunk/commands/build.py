@@ -67,8 +67,10 @@ def build(
     from ditforge.engines.memory.fitting import parse_segments
 
     began = perf_counter()
-    placed = {"segments": parse_segments(segments), "residency": residency}
-    options = building.BuildOptions(gpu, **asdict(sizes), batch=batch, vae_tile=vae_tile, **placed, force=force)
+    count = parse_segments(segments)
+    options = building.BuildOptions(
+        gpu, **asdict(sizes), batch=batch, vae_tile=vae_tile, segments=count, residency=residency, force=force
+    )
     with terminal.progress("build") as report:
         built = building.build(onnx, out, options, report, None if as_json else plan_report.say_plan)
     show(make_report(built, out, gpu, perf_counter() - began), say, as_json)
@@ -92,10 +94,10 @@ def say(report: BuildReport) -> None:
     compiled = [engine for engine in report.engines if not engine.kept]
     for engine in compiled:
         why = "" if engine.reason == NEW else f": {engine.reason}"
-        terminal.say(f"built {engine.name}{why}")
+        terminal.note(f"built {engine.name}{why}")
     if not compiled:
-        terminal.say(f"{report.folder} is up to date: nothing to build")
+        terminal.note(f"{report.folder} is up to date: nothing to build")
     for engine in report.engines:
         if engine.name == DIT:
             target = report.gpu if report.gpu == engine.target else f"{report.gpu} ({engine.target})"
-            terminal.say(f"{engine.name} is {engine.precision}, for {target}")
+            terminal.note(f"{engine.name} is {engine.precision}, for {target}")

@@ -21,6 +21,8 @@ def calibrate(
 ) -> None:
     """Activation ranges for fp8: runs the checkpoint over prompts and notes the largest inputs.
 
+    The same calibration of the same files is kept in ~/.cache/ditforge, and not made again.
+
     Example: ditforge calibrate models/flux-tiny --out out/ranges.json
     """
     from ditforge import folders
@@ -29,15 +31,17 @@ def calibrate(
     folders.check_checkpoint(checkpoint)
     check_writable(out, "ranges.json")
 
-    from ditforge.export.quantisation import calibration
+    with terminal.waiting("calibrate", "importing PyTorch"):
+        from ditforge.export.quantisation import calibration
+        from ditforge.export.quantisation.kept_calibration import calibrate_once
 
     texts = calibration.read_prompts(prompts)
     origin = downloaded(source.of(checkpoint))
-    with terminal.progress("calibrate") as report:
-        ranges = calibration.calibrate(origin, out, texts, steps, report)
-    terminal.say(
+    with terminal.progress("calibrate", unit="equal steps") as report:
+        ranges, kept = calibrate_once(origin, out, texts, steps, report)
+    terminal.note(
         f"{out}: ranges of {len(ranges.amax)} linears over {counted(ranges.prompts, 'prompt')}, "
-        f"{counted(ranges.steps, 'step')} each"
+        f"{counted(ranges.steps, 'step')} each{', kept from an earlier run' if kept else ''}"
     )
 
 

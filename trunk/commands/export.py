@@ -9,14 +9,14 @@ import typer
 
 from ditforge import terminal
 from ditforge.downloading import downloaded
-from ditforge.options import GPU_HELP, Force, Out, Precision, RandomWeights, Ranges, Source, SourceFlags, T5Precision
+from ditforge.options import Force, GpuOrNone, Out, Precision, RandomWeights, Ranges, Source, SourceFlags, T5Precision
 
 
 def export(
     checkpoint: Source,
     out: Out,
     source: SourceFlags,
-    gpu: Annotated[str | None, typer.Option("--gpu", help=GPU_HELP)] = None,
+    gpu: GpuOrNone = None,
     precision: Precision = None,
     activations: Annotated[
         str | None, typer.Option(help="What surrounds 8-bit weights: bf16, fp16 or fp32; by default, what the GPU has.")
@@ -42,30 +42,34 @@ def export(
     stage_folder.check_early(out, "onnx")
     target = gpus.find_target(gpu) if gpu else None
 
-    from ditforge.export.onnx_export import ExportOptions, export_checkpoint
+    with terminal.waiting("export", "importing PyTorch"):
+        from ditforge.export.onnx_export import ExportOptions, export_checkpoint
     from ditforge.suited import suited
 
     options, reason = suited(ExportOptions(precision, activations, calibration, max_error, force), target)
     origin = source.of(checkpoint, t5_precision, random_weights)
     asked = options.asked(origin)
     origin = downloaded(origin, weights=not random_weights)
-    begins = f"exporting {checkpoint} to ONNX in {asked.name}: {reason}"
-    with terminal.progress("export", unit="bytes", begins=begins) as report, terminal.progress("measure") as measured:
+    begins = f"{checkpoint} to ONNX in {asked.name}: {reason}"
+    with (
+        terminal.progress("export", unit="bytes", begins=begins) as report,
+        terminal.progress("measure", unit="equal steps") as measured,
+    ):
         exported = export_checkpoint(origin, out, options, report, measured)
     if exported.fresh:
-        terminal.say(f"{out} is up to date, in {asked.name}: {reason}")
+        terminal.note(f"{out} is up to date, in {asked.name}: {reason}")
         return
     components = exported.manifest.components
-    terminal.say(f"precision {asked.name}: {reason}")
+    terminal.note(f"precision {asked.name}: {reason}")
     for name, component in components.items():
         if component.layers or component.precision not in ("none", asked.name):
-            terminal.say(f"{name} is {component.precision}: {component.reason}")
+            terminal.note(f"{name} is {component.precision}: {component.reason}")
     if exported.choice:
         errors, keep = exported.choice.errors, exported.choice.keep
         rows = [(name, f"{error:.4f}", asked.base if name in keep else asked.name) for name, error in errors.items()]
         terminal.table(("linear", "error in 8 bits", "becomes"), rows)
         terminal.say(f"relative error of the velocity: {exported.choice.velocity:.4f}")
     size = sum(file.size for component in components.values() for file in component.files.values())
-    terminal.say(f"wrote {out}: {len(components)} components, {size / 1e9:.2f} GB")
+    terminal.note(f"wrote {out}: {len(components)} components, {size / 1e9:.2f} GB")
     named = quote(gpu) if gpu else "GPU" if options.precision else "cpu"
-    terminal.say(f"next: ditforge build {quote(str(out))} --gpu {named} --out DIR")
+    terminal.note(f"next: ditforge build {quote(str(out))} --gpu {named} --out DIR")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass
@@ -11,13 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ditforge import terminal
+from ditforge import terminal, verbosity
 from ditforge.errors import UserError
 from ditforge.picture_flags import OutputFlags, PictureFlags, PromptFlags
 
 if TYPE_CHECKING:
     from PIL import Image
-    from rich.progress import Progress
 
     from ditforge.client import Step
     from ditforge.client.calls import Calls
@@ -110,7 +110,7 @@ def generate(
     output.check(len(prompts))
     with closing(Connection(connection.settings())) as servers:
         calls = servers.begin()
-        if repeated not in (None, calls.model.name):
+        if repeated not in (None, calls.model.name) and not verbosity.is_quiet():
             print(f"warning: that picture is of {repeated}, and the server has {calls.model.name}", file=sys.stderr)
         requests = make_requests(calls.model, prompts, output.count, picture.seed)
         paths = check_paths(output, requests, calls.model, len(prompts))
@@ -165,21 +165,20 @@ def run_all(
     """Each request and its pictures, once they are made, with a bar over the steps of all. The first has `calls`."""
     from ditforge.client.client import run
 
-    with bar() as progress:
-        task = progress.add_task(calls.model.name, total=sum(request.steps for request in requests), each="")
-        finished, last = 0, progress.get_time()
+    total, finished, last = sum(request.steps for request in requests), 0, time.monotonic()
+    with terminal.progress("generate", unit="equal steps") as report:
 
         def show(step: Step) -> None:
             nonlocal last
-            now = progress.get_time()
-            each = f"{(now - last) * 1000:.0f} ms a step" if step.index else ""
+            now = time.monotonic()
+            each = f", {(now - last) * 1000:.0f} ms a step" if step.index else ""
             last = now
-            progress.update(task, completed=finished + step.index, each=each)
+            report(f"{calls.model.name}{each}", finished + step.index, total)
 
         for number, request in enumerate(requests):
             images = run(connection.begin() if number else calls, request, show)
             finished += request.steps
-            progress.update(task, completed=finished)
+            report(calls.model.name, finished, total)
             yield request, images
 
 
@@ -189,20 +188,6 @@ def tell_paths(written: list[tuple[Path, int]]) -> None:
         if sys.stdout.isatty():
             terminal.say(f"{path}  seed {seed}")
         else:
-            print(f"{path}: seed {seed}", file=sys.stderr)
+            if not verbosity.is_quiet():
+                print(f"{path}: seed {seed}", file=sys.stderr)
             terminal.say(str(path))
-
-
-def bar() -> Progress:
-    """Step, time of the last step, time left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}", markup=False),  # a model's name, as the server has it
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[each]}"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True))

@@ -35,8 +35,8 @@ def say_written(repository: Path, reason: str) -> None:
     from ditforge.triton_repo.repository import NEW
 
     if not reason:
-        terminal.say(f"{repository} is up to date")
+        terminal.note(f"{repository} is up to date")
     elif reason == NEW:
-        terminal.say(f"wrote {repository}")
+        terminal.note(f"wrote {repository}")
     else:
-        terminal.say(f"wrote {repository}: {reason}; a server that runs on it has to be started again")
+        terminal.note(f"wrote {repository}: {reason}; a server that runs on it has to be started again")

@@ -106,8 +106,10 @@ def prepare(wanted: Wanted, cache: Path | None) -> Path:
     from ditforge.engines import gpus
     from ditforge.engines.build import BuildOptions, build
     from ditforge.export.checkpoint.source import opened
-    from ditforge.export.families import read_networks
-    from ditforge.export.onnx_export import export_checkpoint
+
+    with terminal.waiting("up", "importing PyTorch"):
+        from ditforge.export.families import read_networks
+        from ditforge.export.onnx_export import export_checkpoint
     from ditforge.plan_report import say_plan
     from ditforge.triton_repo.repository import check_max_batch, write_repository
 
@@ -124,11 +126,11 @@ def prepare(wanted: Wanted, cache: Path | None) -> Path:
 
         with opened(source) as checkpoint:
             make_profiles(read_networks(checkpoint, asked)[0], sizes.resolutions, sizes.static, None)
-    with terminal.progress("export", unit="bytes", begins=f"exporting {name} to ONNX") as report:
+    with terminal.progress("export", unit="bytes", begins=f"{name} to ONNX in {asked.name}") as report:
         export_checkpoint(source, folder / "onnx", options, report)
     made, batch = folder / str(target), wanted.max_batch if target.capabilities else None
     built_for = BuildOptions(wanted.gpu, **asdict(sizes), batch=batch, force=True)
-    with terminal.progress("build", begins=f"building engines for {target}") as report:
+    with terminal.progress("build", begins=f"engines for {target}") as report:
         build(folder / "onnx", made / "engines", built_for, report, say_plan)
     say_written(made / "repo", write_repository(made / "engines", made / "repo", wanted.max_batch, force=True))
     return made / "repo"
@@ -144,7 +146,7 @@ def choose_options(wanted: Wanted, target: Target) -> ExportOptions:
         check_compiler(wanted.sizes.compiler or default_compiler(target), target)
     options, reason = suited(ExportOptions(wanted.precision, calibration=wanted.calibration), target)
     if wanted.precision is None and (target.capabilities or wanted.calibration):
-        terminal.say(f"precision {options.precision}: {reason}")
+        terminal.note(f"precision {options.precision}: {reason}")
     return replace(options, force=True)  # the folder is this checkpoint's, whatever is in it by now
 
 

@@ -33,7 +33,7 @@ from ditforge.export.families import flux
 from ditforge.export.checkpoint.source import CheckpointSource
 flux.FAMILY = replace(flux.FAMILY, networks=lambda *args: flux.networks(*args)[1::-1])
 def report(component, done, total):
-    if component == "clip":
+    if component.startswith("clip "):
         os.kill(os.getpid(), signal.SIGKILL)
 onnx_export.export_checkpoint(
     CheckpointSource(Path(sys.argv[1]), random_weights=True), Path(sys.argv[2]), progress=report

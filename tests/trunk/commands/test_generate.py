@@ -94,7 +94,7 @@ def test_a_file_of_prompts_and_a_grid(run: Run) -> None:
     assert result.code == 0, result.err
     assert result.out == "p-0.png\np-1.png\np-2.png\ngrid.jpg\n"
     assert "p-1.png: seed 9\np-2.png: seed 7\n" in result.err
-    assert "2/2" in result.err  # the bar is over all steps: two of the prompts are one batch
+    assert "2 of 2" in result.err  # the progress is over all steps: two of the prompts are one batch
     made = [read_parameters(Path(f"p-{i}.png")) for i in range(3)]
     assert [each["seed"] for each in made] == [5, 9, 7]
     assert (made[2]["sampler"], made[2]["height"], made[2]["s_noise"]) == ("euler_ancestral", 64, 1.0)
@@ -118,7 +118,7 @@ def test_a_file_of_prompts_and_a_grid(run: Run) -> None:
         (("a", "--seed", "3", "--grid", "picture-3.png"), ("both the grid and a picture",)),
         (("a", "-o", "folder/none.png", "--count", "2", "--grid", "/proc/grid.png"), ("/proc/grid.png",)),
         (("a", "--count", "2", "-o", "b.png"), ("b-1.png is a folder",)),
-        (("a", "--count", "2", "-o", ""), ("is a folder",)),
+        (("a", "--count", "2", "-o", ""), ("the path is empty",)),
         (("a" * 70_000, "-o", "a.jpg"), ("too long for the JPEG file",)),
         (("a", "--prompts", "prompts.txt"), ("--prompts, and a prompt",)),
         (("--from", "a.png", "--prompts", "prompts.txt"), ("--prompts, and --from",)),

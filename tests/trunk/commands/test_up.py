@@ -155,9 +155,11 @@ def test_what_cannot_be_is_known_before_the_export(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_port_in_use_is_known_before_the_export(random_schnell: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flag", ["--port", "--http-port", "--metrics-port"])
+def test_a_port_in_use_is_known_before_the_export(random_schnell: Path, tmp_path: Path, flag: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
+        port, free = str(taken.getsockname()[1]), [] if flag == "--port" else ["--port", "0"]
+        arguments = ["up", str(random_schnell), flag, port, *free, "--cache", str(tmp_path)]
         with pytest.raises(UserError, match=f"port {port} .* is in use"):
-            cli.app(["up", str(random_schnell), "--port", port, "--cache", str(tmp_path)], standalone_mode=False)
+            cli.app(arguments, standalone_mode=False)
     assert not list(tmp_path.iterdir())

@@ -165,10 +165,9 @@ def parse(path: Path) -> Manifest:
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not an object")
         if content.get("format") not in READABLE:
-            raise UserError(
-                f"{path} has format {content.get('format')!r}, this ditforge {__version__} reads format {FORMAT}",
-                "make the folder again with this version",
-            )
+            known = " and ".join(map(str, READABLE))
+            problem = f"{path} has format {content.get('format')!r}, this ditforge {__version__} reads formats {known}"
+            raise UserError(problem, "make the folder again with this version")
         return Manifest.model_validate(content)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from error

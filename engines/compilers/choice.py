@@ -69,7 +69,7 @@ def check_component(compiler: Compiler, name: str, component: Component, target:
             if lacking in formats or lacking not in gpus.SINCE:
                 continue
             raise UserError(
-                f"{name} is in {lacking}, which {compiler.name} does not execute on {device}",
+                f"{name} is in {lacking}, which {compiler.name} does not execute on {'the CPU' if device == CPU else device}",
                 f"ditforge export CHECKPOINT {instead(component, formats)}",
             )
     compiler.check(name, component, target)

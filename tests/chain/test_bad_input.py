@@ -288,7 +288,7 @@ def test_build_of_a_damaged_export(refused, export: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "mentions"),
     [
-        ('{"format": 99}', ("format 99", "reads format 1")),
+        ('{"format": 99}', ("format 99", "reads formats 1 and 2")),
         ('{"format": 1, "kind": "onnx"}', ("damaged: model: Field required",)),
         ("[]", ("damaged: it holds a list",)),
         ("", ("damaged: ",)),

@@ -68,10 +68,9 @@ def check_component(compiler: Compiler, name: str, component: Component, target:
         for lacking in (component.precision, component.dtype):
             if lacking in formats or lacking not in gpus.SINCE:
                 continue
-            raise UserError(
-                f"{name} is in {lacking}, which {compiler.name} does not execute on {'the CPU' if device == CPU else device}",
-                f"ditforge export CHECKPOINT {instead(component, formats)}",
-            )
+            there = "the CPU" if device == CPU else device
+            problem = f"{name} is in {lacking}, which {compiler.name} does not execute on {there}"
+            raise UserError(problem, f"ditforge export CHECKPOINT {instead(component, formats)}")
     compiler.check(name, component, target)
 
 

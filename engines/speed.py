@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FLUX_STEP = 74.4e12  # floating point operations
+MEASURED_STEP = 74.4e12  # floating point operations
 SLOW, FAST, FAST_FP8 = 0.1957, 0.1336, 0.0960  # seconds, on an H100
 
 # Published rates of the tensor cores in TFLOP/s: 16-bit products, dense, added up in fp32. Sources: NVIDIA's data
@@ -55,7 +55,7 @@ def estimate(gpu: str, precision: str, flops: float, steps: int) -> Estimate | N
     rate = RATES.get(gpu)
     if rate is None or precision in NO_TENSOR_CORES:
         return None
-    share = flops / FLUX_STEP * RATES["h100"] / rate
+    share = flops / MEASURED_STEP * RATES["h100"] / rate
     faster = FAST / FAST_FP8 if precision == "fp8" else 1.0
     fast, slow = share * FAST / faster, share * SLOW / faster
     return Estimate(fast, slow, fast * steps, slow * steps)

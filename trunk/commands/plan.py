@@ -24,7 +24,9 @@ HOW_RECKONED = (
 def plan(
     checkpoint: Annotated[
         Path,
-        typer.Argument(help=f"{SOURCE_HELP} Or an export, or a name like flux.1-dev.", parser=path_or_repository),
+        typer.Argument(
+            help=f"{SOURCE_HELP} Or an export, or the name of a published model.", parser=path_or_repository
+        ),
     ],
     source: SourceFlags,
     gpu: Annotated[str | None, typer.Option(help="A name that ditforge gpus lists, or local; by default, all.")] = None,

@@ -234,7 +234,7 @@ def test_description_that_is_nonsense(between: Front, path: str, value: object) 
 def test_description_of_another_version(between: Front) -> None:
     """The error says which side is the older one."""
     between.configure = described(minimum_client=2, written_by="7.0")
-    with pytest.raises(UserError, match=r"level 2, written by ditforge 7.0, .* level 1\n.*install --upgrade"):
+    with pytest.raises(UserError, match=r"level 2, written by ditforge 7.0, .* level 1\nfix:   .* newer checkout"):
         Client(between.url)
 
     def without_vae_factor(config: Any) -> None:

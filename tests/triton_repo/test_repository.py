@@ -19,8 +19,8 @@ from tritonclient.grpc import model_config_pb2 as pb
 from ditforge import manifest
 from ditforge.engines.verify import verify_files
 from ditforge.errors import UserError
-from ditforge.model import Model
 from ditforge.placement import Placement
+from ditforge.served_model import read_served_model
 from ditforge.triton_repo import repository
 from ditforge.triton_repo.config import EngineSource
 from ditforge.triton_repo.repository import write_repository
@@ -61,7 +61,7 @@ def test_the_ensemble_is_wired_by_names(schnell) -> None:
 
 def test_the_dit_carries_what_a_client_must_know(schnell) -> None:
     text = read_config(schnell.repository, "dit").parameters["ditforge_model"].string_value
-    assert Model.model_validate_json(text) == manifest.read(schnell.onnx, "onnx").model
+    assert read_served_model(text) == manifest.read(schnell.onnx, "onnx").model
 
 
 def test_the_dit_says_of_which_engines_it_is(schnell, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_plan_is_tritons_own_model(schnell, tmp_path: Path, tritonserver: Path
         "pooled_embeds": [48],
     }
     assert all(tensor.zero_data and tensor.data_type == pb.TYPE_FP32 for tensor in warmup.inputs.values())
-    assert Model.model_validate_json(config.parameters["ditforge_model"].string_value).sizes == sizes
+    assert read_served_model(config.parameters["ditforge_model"].string_value).sizes == sizes
     assert read_config(tmp_path / "repo", "tokenizer").backend == "python"
 
 

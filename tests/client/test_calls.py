@@ -21,7 +21,6 @@ from front import Call, Front, Refusal, front
 from ditforge import manifest
 from ditforge.client import AsyncClient, Client, ConnectionSettings, Step, retry
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
-from ditforge.triton_repo.repository import engines_digest
 from ditforge.triton_repo.server import Server
 
 SMALL = {"height": 32, "width": 48, "seed": 0}
@@ -71,7 +70,7 @@ def test_every_call_says_which_picture_it_is_of(make: Any, between: Front, schne
     assert len(set(pictures[:6])) == len(set(pictures[6:])) == 1
     assert pictures[0] != pictures[6]
     assert all(len(picture) == 32 and int(picture, 16) for picture in pictures)
-    digest = engines_digest(manifest.read(schnell.engines, "engines"))
+    digest = manifest.digest(manifest.read(schnell.engines, "engines").components)
     assert len(digest) == 64
     assert {each["ditforge-engines"] for each in headers} == {digest}
     for name, value in {"authorization": "Bearer s3cret", "x-team": "red team", "x-trace-bin": b"\0\xff"}.items():

@@ -36,13 +36,17 @@ def read_bytes(path: str | PathLike[str], largest: int = LARGEST) -> bytes:
     return content
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError if the file is missing, or holds something else."""
-    fix = f"copy {path.name} again from where it came from"
+def read_json_object(path: Path, whole: str = "") -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError if the file is missing, or holds something else.
+
+    `whole` is what the file is a part of, in words, if errors are to say so: "checkpoint".
+    """
+    fix = f"copy {path.name} again from where {f'the {whole}' if whole else 'it'} came from"
     try:
         content = json.loads(read_bytes(path))
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}", fix) from error
+        lacks = f"the {whole} lacks {path} ({error.strerror})"
+        raise UserError(lacks if whole else f"cannot read {path}: {error.strerror}", fix) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}", fix) from error
     if not isinstance(content, dict):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.weights import Weights, open_weights
-from ditforge.small_files import read_bytes
+from ditforge.small_files import read_json_object
 
 if TYPE_CHECKING:
     from ditforge.export.checkpoint.lazy_tensors import Lazy
@@ -78,17 +77,8 @@ def t5_parts(index: dict[str, Any]) -> list[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in the file `path`. Raises UserError if the file is missing or holds something else."""
-    fix = f"copy {path.name} again from where the checkpoint came from"
-    try:
-        content = json.loads(read_bytes(path))
-    except OSError as error:
-        raise UserError(f"the checkpoint lacks {path} ({error.strerror})", fix) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}", fix) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a JSON object", fix)
-    return content
+    """The JSON object in a checkpoint's file. Raises UserError if the file is missing, or holds something else."""
+    return read_json_object(path, "checkpoint")
 
 
 def with_defaults(cls: Any, config: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from ditforge.client import Client
 from ditforge.client.connection import Connection
 from ditforge.client.settings import make_settings
 from ditforge.engines.build import build
+from ditforge.engines.compilers import Arrays
 from ditforge.engines.runtime.loading import load_engine
 from ditforge.engines.verify import example
 from ditforge.export.checkpoint.source import CheckpointSource
@@ -74,7 +75,7 @@ def pictures(client: Client, pipeline: DiffusionPipeline) -> dict[str, list[floa
     )
 
 
-def through_tritonclient(url: str, inputs: dict[str, np.ndarray]) -> Callable[[], object]:
+def through_tritonclient(url: str, inputs: Arrays) -> Callable[[], object]:
     """A call of the DiT by Triton's own client, of a request that is made beforehand."""
     client, tensors = InferenceServerClient(url), []
     for name, array in inputs.items():

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from ditforge import manifest
 from ditforge.export.checkpoint.diffusers_folder import CONFIGS, open_checkpoint
@@ -175,7 +176,7 @@ def make(run: Run, folder: Path, segments: str, note: Callable[[str, dict[str, o
     shutil.rmtree(onnx)
 
 
-def row(found: dict) -> str:
+def row(found: dict[str, Any]) -> str:
     """A line of the report's table."""
     seconds, peak = LIMITS[found["kind"]]
     minutes = f"{found['seconds'] // 60:.0f} min {found['seconds'] % 60:.0f} s"
@@ -189,7 +190,7 @@ def row(found: dict) -> str:
     return "| " + " | ".join((*cells, found["date"])) + " |"
 
 
-def report(log: dict[str, dict]) -> str:
+def report(log: dict[str, dict[str, Any]]) -> str:
     """The table of all runs, and what /usr/bin/time said of each."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     lines = [

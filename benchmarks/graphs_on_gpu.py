@@ -15,11 +15,13 @@ import argparse
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import cast
 
 import numpy as np
 import onnxruntime as ort
@@ -28,12 +30,13 @@ from PIL import Image
 
 from ditforge import manifest
 from ditforge.client import Client
+from ditforge.client.connection import Connection
 from ditforge.client.replica import in_parts
+from ditforge.contract import TOKENIZER
 from ditforge.engines.compilers import Arrays
 from ditforge.engines.compilers.onnxruntime import session_options
 from ditforge.engines.verify import (
     PROMPTS,
-    TOKENIZER,
     as_declared,
     compared_sizes,
     difference,
@@ -85,7 +88,8 @@ def rows(folder: Path, against: Path) -> list[tuple[str, ...]]:
     Of an export with 8-bit weights, only of the networks that have them.
     """
     found, reference = manifest.read(folder, "onnx"), manifest.read(against, "onnx")
-    tensors, made = tokenize(against, reference, PROMPTS), []
+    tensors = tokenize(against, reference, PROMPTS)
+    made: list[tuple[str, ...]] = []
     for name in (name for name in found.components if name != TOKENIZER):
         component, sizes = found.components[name], compared_sizes(found.model, name, len(PROMPTS))
         inputs = {
@@ -161,9 +165,9 @@ class Local:
 
 def captions_right(folder: Path, against: Path, captions: list[str], judges: Executor) -> tuple[str, str]:
     """The percentage of the captions that come out right, or why none does; and what is the reference's."""
-    client = Client.__new__(Client)  # without a server
     try:
-        local = client._connection = Local(folder, against)
+        local = Local(folder, against)
+        client = Client._over(cast(Connection, local))
         pictures: list[Image.Image] = []
         for start in range(0, len(captions), BATCH):
             pictures += client.generate(captions[start : start + BATCH], seed=SEED + start, steps=STEPS)
@@ -173,7 +177,7 @@ def captions_right(folder: Path, against: Path, captions: list[str], judges: Exe
     return f"{100 * right / len(captions):.1f}", ", ".join(local.replaced)
 
 
-def table(headings: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+def table(headings: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> str:
     """As Markdown."""
     return "\n".join("| " + " | ".join(line) + " |" for line in (headings, ("---",) * len(headings), *lines))
 

@@ -22,6 +22,7 @@ from ditforge.commands.plan import cell
 from ditforge.engines.gpus import find_target
 from ditforge.export.checkpoint.diffusers_folder import CONFIGS, Checkpoint
 from ditforge.export.checkpoint.random_weights import random_checkpoint
+from ditforge.export.checkpoint.source import CheckpointSource
 from ditforge.export.families import read_networks
 from ditforge.export.graph.measure_footprint import measure
 from ditforge.export.onnx_export import export_network
@@ -77,7 +78,7 @@ def compare(checkpoint: Checkpoint, name: str, precision: str, capability: str) 
 def plans() -> Iterator[list[str]]:
     """A row for each card: its precision, and for each size the peak in GB and the strategy."""
     with random_checkpoint(Path(MODEL)) as opened:
-        found = measured(opened, Wanted(Path(MODEL)))
+        found = measured(opened, Wanted(CheckpointSource(Path(MODEL))))
     subject = Subject(found.model, found.footprints)
     for card in CARDS:
         target = find_target(card)

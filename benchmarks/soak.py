@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+from numpy.typing import NDArray
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
@@ -56,7 +57,7 @@ class Server:
             )
 
     def family(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
+        return list(psutil.Process(self.process.pid).children(recursive=True))
 
     def models(self) -> list[psutil.Process]:
         found = []
@@ -132,12 +133,17 @@ def is_ready(port: int) -> bool:
         return False
 
 
-def generate(client: Client, prompt: str, seed: int) -> np.ndarray:
+def generate(client: Client, prompt: str, seed: int) -> NDArray[np.int16]:
     return np.asarray(client.generate(prompt, seed=seed, steps=STEPS), np.int16)
 
 
 def run_client(
-    number: int, urls: list[str], expected: dict, until: float, result: Result, lock: threading.Lock
+    number: int,
+    urls: list[str],
+    expected: dict[tuple[str, int], NDArray[np.int16]],
+    until: float,
+    result: Result,
+    lock: threading.Lock,
 ) -> None:
     """Make pictures until the time is over, each compared with the one that was made alone."""
     rng = random.Random(number)

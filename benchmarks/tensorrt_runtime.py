@@ -93,7 +93,7 @@ def write_reference(onnx: Path, out: Path) -> None:
     """Inputs and outputs of every network of an fp32 export, as NETWORK/BATCH/in or out/TENSOR."""
     import onnxruntime as ort
 
-    described, arrays = manifest.read(onnx, "onnx"), {}
+    described, arrays = manifest.read(onnx, "onnx"), dict[str, Any]()
     for name, component in networks(described).items():
         session = ort.InferenceSession(onnx / f"{name}.onnx", providers=["CPUExecutionProvider"])
         for batch in (1, BATCH):
@@ -107,10 +107,7 @@ def write_reference(onnx: Path, out: Path) -> None:
 def load(engines: Path, name: str) -> Any:
     """An engine of the folder, on the GPU."""
     described = manifest.read(engines, "engines")
-    built, files = described.engines[name], described.components[name].files
-    return load_engine(
-        engines, files, built.compiler, built.target, built.compiler_version, built.segments, built.on_demand
-    )
+    return load_engine(engines, described.components[name].files, described.engines[name])
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 TILE = 512  # pixels, as is DRAWN: the size of the scene
 DRAWN = 512
@@ -76,12 +77,13 @@ def measure(folder: Path, size: int, tile: int | None) -> dict[str, float] | Non
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode and "llocat" not in done.stderr + done.stdout:  # bad_alloc, Failed to allocate, …
         raise RuntimeError(done.stderr)
-    return None if done.returncode else json.loads(done.stdout)
+    measured: dict[str, float] | None = None if done.returncode else json.loads(done.stdout)
+    return measured
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
+def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
     """In dB, of 8-bit pictures."""
-    return 10 * np.log10(255**2 / np.mean((a.astype(np.float32) - b) ** 2))
+    return float(10 * np.log10(255**2 / np.mean((a.astype(np.float32) - b) ** 2)))
 
 
 def report(folder: Path) -> str:

@@ -1,4 +1,4 @@
-# `make demo` and `make test` each suffice on a fresh Debian or Ubuntu with Python 3.10 to 3.13 and make.
+# `make demo` and `make test` each suffice on a fresh Debian or Ubuntu with Python 3.11 to 3.13 and make.
 PYTHON ?= python3
 # On the package index, torch is a CUDA build of several gigabytes. For a small one, or one for your CUDA version:
 # make TORCH="torch==2.13.0 --index-url URL", with the URL that pytorch.org/get-started shows.

@@ -223,6 +223,7 @@ def refusals(loaded: list[Loaded], engines: Path) -> Iterator[Row]:
         import tensorrt as trt
 
         said = refusal(DitforgeError, lambda: runtime.load_plan(trt, plan, built.compiler, built.target))
+        said = said and said.replace(str(plan), plan.name)
     yield Row("a damaged plan is not loaded", "", str(said)[:150], said is not None)
 
 

@@ -10,9 +10,10 @@ from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
+from typing_extensions import get_type_hints  # as in Python 3.11, on 3.10 too, where TensorRT 8.6 is tried
 
 from ditforge import completion, verbosity
 

@@ -99,9 +99,9 @@ def examine() -> Machine:
     """Look at this machine."""
     memory, (gpus, gpu_findings) = read_memory(), find_gpus()
     disk, shm = (free_space(path) for path in (Path.cwd(), SHM))
-    supported = (3, 10) <= sys.version_info < (3, 14)
+    supported = (3, 11) <= sys.version_info < (3, 14)
     findings = [
-        Finding("python", platform.python_version(), "" if supported else "use Python 3.10 to 3.13"),
+        Finding("python", platform.python_version(), "" if supported else "use Python 3.11 to 3.13"),
         Finding("cores", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())),
         memory_finding(memory),
         Finding("free disk", "unknown" if disk is None else f"{disk / 1e9:.0f} GB in {Path.cwd()}"),

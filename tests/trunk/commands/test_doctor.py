@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
+import sys
+from importlib.metadata import metadata, version
 from pathlib import Path
 
 import pytest
@@ -26,7 +29,17 @@ def found(name: str) -> Finding:
 def test_doctor(tmp_path: Path) -> None:
     result = ditforge("doctor", cwd=tmp_path)
     assert result.code == 0
-    assert all(word in result.out for word in ("python", "tritonserver", "[client]", "torch", "GPU", "free disk"))
+    rows = dict(line.split(maxsplit=1) for line in result.out.splitlines() if line[:1].strip())
+    assert rows["python"].strip() == platform.python_version()
+    assert f"torch {version('torch')}, " in rows["[export]"]
+    assert all(word in result.out for word in ("tritonserver", "[client]", "GPU", "free disk"))
+
+
+@pytest.mark.parametrize("minor", [9, 10, 11, 13, 14])
+def test_pythons_that_are_supported(monkeypatch: pytest.MonkeyPatch, minor: int) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, minor, 0, "final", 0))
+    assert bool(found("python").fix) == (minor not in (11, 13))
+    assert metadata("ditforge")["Requires-Python"] == ">=3.11"
 
 
 def test_the_same_as_json(tmp_path: Path) -> None:

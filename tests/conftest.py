@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,12 @@ from hypothesis import settings
 from ditforge.export.checkpoint.source import CheckpointSource
 from ditforge.triton_repo.server import Server, start
 
+if "SLIPCOVER_ENABLED" in os.environ and sys.version_info < (3, 12):
+    # To take probes out that were hit, SlipCover looks for code in the locals of every frame. Python 3.11 keeps what it
+    # looked at until the frame ends: a tensor that a network has done with counts as memory that the network takes.
+    from slipcover import Slipcover
+
+    Slipcover.deinstrument_seen = lambda self: None  # type: ignore[method-assign]
 MODELS = Path(__file__).parent.parent / "models"
 STARTUP = Path(traces.__file__).parent / "startup"
 OTHER = {"fp32": "fp16", "fp16": "bf16", "bf16": "fp16"}  # which exports to make while those are being made

@@ -21,8 +21,8 @@ for seed in range(60):
     client, ended = Client(sys.argv[1]), threading.Event()
     after = random.Random(seed).uniform(0, 0.25)
     interrupt = lambda: ended.wait(after) or os.kill(os.getpid(), signal.SIGINT)
-    threading.Thread(target=interrupt, daemon=True).start()
     try:
+        threading.Thread(target=interrupt, daemon=True).start()
         client.generate("a", steps=1000, height=64, width=64)
     except KeyboardInterrupt:
         ended.set()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from ipaddress import AddressValueError, IPv6Address
 
-from ditforge.client.option import option
+from ditforge.client.option import ENCRYPT
 from ditforge.errors import UserError
+from ditforge.option import option
 
 PORT = 8001  # where ditforge serve listens by default
 DEFAULT_URL = f"localhost:{PORT}"
@@ -46,7 +47,7 @@ def what_is_wrong(url: str) -> tuple[str, list[str], str]:
         return "Unix sockets are not supported, only TCP", [], ""
     if match := SCHEME.fullmatch(url):
         scheme, rest = match.groups()
-        more = ", and --tls (tls=TLS()) for an encrypted connection" if scheme.lower() in ENCRYPTED else ""
+        more = f", and {ENCRYPT} for an encrypted connection" if scheme.lower() in ENCRYPTED else ""
         return f"it is written without {scheme}://", meant(rest), more
     host, colon, port = url.rpartition(":")
     if is_ipv6(url.strip("[]")) and (not host.endswith("]") or not port):

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from ditforge import install_hint
-from ditforge.client.option import CA, ENCRYPT, PAIR, PLAIN, TOKEN, option
+from ditforge.client.option import CA, ENCRYPT, PAIR, PLAIN, TOKEN
 from ditforge.client.probe import Speaks, speaks_tls
 from ditforge.client.retry import Failure, Retries
 from ditforge.client.settings import ConnectionSettings
 from ditforge.client.tls import TLS
 from ditforge.errors import DitforgeError, UserError
+from ditforge.option import option
 
 NAME_SERVER = option('Client("HOST:PORT")', "--url HOST:PORT")
 START_SERVER = f"ditforge serve REPO_DIR --port PORT   starts a server; its gRPC port is named by {NAME_SERVER}"
@@ -81,7 +82,7 @@ def tls_error(
         if tls.certificate is None:
             return UserError(f"{url} wants a certificate of the client (mutual TLS), and was shown none", PAIR)
         problem = f"{url} does not accept the certificate that it was shown, {tls.certificate}"
-        return UserError(problem, f"{PAIR}, signed by whom the server trusts (its --tls-client-ca)")
+        return UserError(problem, f"{PAIR}, signed by whom the server trusts")
     return None
 
 

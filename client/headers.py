@@ -6,9 +6,10 @@ import base64
 import re
 from collections.abc import Mapping, Sequence
 
-from ditforge.client.option import TOKEN, option
+from ditforge.client.option import TOKEN
 from ditforge.contract import ENGINES_KEY, PICTURE_KEY
 from ditforge.errors import UserError
+from ditforge.option import option
 
 NAME = re.compile(r"[a-z0-9_.-]+")
 HEADER = option('headers={"name": "value"}', "--header name:value")
@@ -38,7 +39,10 @@ def read_headers(written: Sequence[str]) -> dict[str, str | bytes]:
         if not colon:
             raise UserError(f"a header is NAME:VALUE, got {name[:20]!r} with no colon", HEADER)
         if name in headers:
-            raise UserError(f"the header {name} is given twice", f"--header {name}:…, once")
+            raise UserError(
+                f"the header {name} is given twice",
+                option(f'headers={{"{name}": "…"}}', f"--header {name}:…") + ", once",
+            )
         headers[name] = read_bytes(name, value) if name.endswith("-bin") else value.strip()
     return headers
 

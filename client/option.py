@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ditforge.option import option as option
+from ditforge.option import option
 
 
 def pair(certificate: str, key: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from numbers import Real
 from typing import Any, Literal, TypedDict, get_args
 
@@ -13,7 +12,7 @@ from ditforge.client.samplers import DEFAULT, SAMPLERS, Callback, Sampler, sampl
 from ditforge.client.schedules import ScheduleFunction, check_sigmas, check_steps, find_schedule
 from ditforge.client.sizes import parse_size
 from ditforge.errors import UserError
-from ditforge.option import option
+from ditforge.option import check_names as check_known, option
 
 MAX_GUIDANCE = 100.0
 MAX_NOISE = 10.0
@@ -219,13 +218,9 @@ def combined(older: Mapping[str, Any], newer: Mapping[str, Any]) -> dict[str, An
 def check_names(names: Iterable[str], known: Sequence[str]) -> None:
     """Raise UserError, with the nearest name, if one of the names is none of the known ones."""
     for name in names:
-        if name in known:
-            continue
-        if name in INSTEAD:
+        if name in INSTEAD and name not in known:
             raise UserError(f"there is no option {name!r}", INSTEAD[name])
-        close = [ELSEWHERE[name]] if name in ELSEWHERE else get_close_matches(name, known, n=1)
-        fix = f"{close[0]}=…" if close else f"leave it out; there are {', '.join(known)}"
-        raise UserError(f"there is no option {name!r}", fix)
+    check_known(names, known, ELSEWHERE)
 
 
 def listed(seed: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ditforge import small_files
 from ditforge.errors import UserError
+from ditforge.option import option
 
 METADATA_KEY = "ditforge"  # JSON: prompt, seed, steps, …
 COMMON_KEY = "parameters"  # the same as one text, where the gallery programs of this field look for it
@@ -23,17 +24,23 @@ LARGEST_EXIF = 65_000  # bytes: a JPEG segment has 65,535
 OURS = "give a picture that ditforge made"
 
 
+def png(path: Path) -> str:
+    """The path that names a PNG file in place of `path`."""
+    better = path.with_suffix(".png")
+    return option(f'path="{better}"', f"--out {better}")
+
+
 def check_writable(path: Path) -> None:
     """Raise UserError if no picture can be written to `path`: found out before one is made, not after."""
     if path.suffix.lower() not in FORMATS and not path.is_dir():
-        raise UserError(f"{path} is not a .png, .jpg or .webp file", f"--out {path.with_suffix('.png')}")
+        raise UserError(f"{path} is not a .png, .jpg or .webp file", png(path))
     small_files.check_writable(path, "picture.png")
 
 
 def check_fits(path: Path, size: tuple[int, int], parameters: dict[str, Any]) -> None:
     """Raise UserError if the format that `path` names cannot hold a picture of that size, or so long a prompt."""
     kind = FORMATS[path.suffix.lower()]
-    fix = f"--out {path.with_suffix('.png')}"
+    fix = png(path)
     if max(size) > LONGEST_SIDE[kind]:
         raise UserError(f"a {kind} file cannot be {size[0]} x {size[1]} pixels large", fix)
     if kind == "JPEG" and len(exif(parameters, comment=False)) > LARGEST_EXIF:

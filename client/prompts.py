@@ -1,4 +1,4 @@
-"""What is asked for at once: prompts with options of their own, from a file or from a picture, as requests."""
+"""What is asked for at once: prompts with options of their own, from a file or from a picture, in batches."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 from ditforge.client.options import NAMES, GenerateOptions, check_names, check_text, combined
 from ditforge.client.picture_file import read_parameters
-from ditforge.client.request import Request, make_request
 from ditforge.errors import UserError
-from ditforge.model import Model
+from ditforge.option import option
 from ditforge.small_files import read_bytes
 
+FILE = option("path", "--prompts FILE")
 FORM = "one prompt a line, with a tab and a seed behind it where it has one; or lines of JSON, with any option"
 
 
@@ -47,9 +47,9 @@ def read_prompts(path: Path, given: Mapping[str, Any]) -> list[Prompt]:
     try:
         text = read_bytes(path).decode()
     except OSError as error:
-        raise UserError(f"cannot read the prompts {path}: {error.strerror}", f"--prompts FILE, {FORM}") from None
+        raise UserError(f"cannot read the prompts {path}: {error.strerror}", f"{FILE} has {FORM}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason}", f"--prompts FILE, {FORM}") from None
+        raise UserError(f"{path} is not UTF-8 text: {error.reason}", f"{FILE} has {FORM}") from None
     prompts = []
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
@@ -58,7 +58,7 @@ def read_prompts(path: Path, given: Mapping[str, Any]) -> list[Prompt]:
             except UserError as error:
                 raise UserError(f"{path}, line {number}: {error.problem}", error.fix) from None
     if not prompts:
-        raise UserError(f"there is no prompt in {path}", f"--prompts FILE, {FORM}")
+        raise UserError(f"there is no prompt in {path}", f"{FILE} has {FORM}")
     return prompts
 
 
@@ -90,13 +90,23 @@ def read_picture(path: Path, given: Mapping[str, Any]) -> tuple[Prompt, str]:
     parameters = read_parameters(path)
     text = parameters.get("prompt")
     if not isinstance(text, str):
-        raise UserError(f"{path} has no prompt in it", "--from PICTURE, a single picture that ditforge made")
+        raise UserError(
+            f"{path} has no prompt in it", f"{option('path', '--from PICTURE')} is a single picture that ditforge made"
+        )
     values = {name: value for name, value in parameters.items() if name in NAMES}
     return Prompt.of(text, combined(values, given)), str(parameters.get("model"))
 
 
-def make_requests(model: Model, prompts: list[Prompt], count: int = 1, seed: int | None = None) -> list[Request]:
-    """Requests for `count` pictures of each prompt, in their order. Neighbours that differ in nothing else are one.
+@dataclass(frozen=True)
+class Batch:
+    """Pictures that `Client.generate` makes in one call: a prompt for each, and their options with a seed for each."""
+
+    prompts: list[str]
+    options: GenerateOptions
+
+
+def make_batches(prompts: list[Prompt], count: int = 1, seed: int | None = None) -> list[Batch]:
+    """`count` pictures of each prompt, in their order. Neighbours with the same options are one batch.
 
     The pictures of a prompt have its seed and the next ones. Where it has none, picture number i of all has `seed` + i,
     by default from a random one.
@@ -105,9 +115,9 @@ def make_requests(model: Model, prompts: list[Prompt], count: int = 1, seed: int
     seeded = [
         replace(prompt, seed=first + i * count) if prompt.seed is None else prompt for i, prompt in enumerate(prompts)
     ]
-    requests = []
+    batches = []
     for options, alike in groupby(seeded, key=lambda prompt: prompt.options):
         pictures = [(prompt.text, (prompt.seed or 0) + k) for prompt in alike for k in range(count)]
         seeds = tuple(picture_seed for _, picture_seed in pictures)
-        requests.append(make_request(model, [text for text, _ in pictures], replace(options, seed=seeds)))
-    return requests
+        batches.append(Batch([text for text, _ in pictures], replace(options, seed=seeds)))
+    return batches

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from numbers import Real
 from typing import TypedDict
 
@@ -16,11 +15,12 @@ from typing_extensions import Unpack
 
 from ditforge.client.address import DEFAULT_URL, check_url
 from ditforge.client.headers import AUTHORIZATION, check_headers
-from ditforge.client.option import TOKEN, option
+from ditforge.client.option import TOKEN
 from ditforge.client.shared import Shared
 from ditforge.client.tls import TLS
 from ditforge.credentials import check_token
 from ditforge.errors import UserError
+from ditforge.option import check_names, option
 
 LONGEST = 7 * 24 * 3600.0  # seconds
 
@@ -92,11 +92,7 @@ def make_settings(url: str | Sequence[str] | ConnectionSettings, **settings: Unp
 
     Raises UserError, with the closest name, for one that there is not.
     """
-    known = Settings.__annotations__
-    for name in settings:
-        if name not in known:
-            close = get_close_matches(name, known, n=1) or ["timeout"]
-            raise UserError(f"there is no setting {name!r}, but {', '.join(known)}", f"{close[0]}=…")
+    check_names(settings, Settings.__annotations__)
     if isinstance(url, ConnectionSettings):
         return replace(url, **settings) if settings else url
     if not isinstance(url, str) and not all(isinstance(each, str) for each in url):

@@ -30,6 +30,7 @@ from ditforge.engines.profile import Profile, announced, make_profiles, tiled
 from ditforge.errors import UserError
 from ditforge.manifest import Component, Engine, Manifest
 from ditforge.model import Model
+from ditforge.option import option
 from ditforge.placement import Placement
 
 if TYPE_CHECKING:
@@ -159,7 +160,10 @@ def make_order(source: Manifest, options: BuildOptions) -> tuple[Order, Plan | N
     target = limited(find_target(options.gpu), options.gpu_memory)
     check_wished(source, target, options.gpu)
     if options.gpu_memory is not None and options.placed_by_hand:
-        raise UserError("--gpu-memory is for a plan, which --segments and --residency replace", "leave one of them out")
+        raise UserError(
+            f"{option('gpu_memory')} is for a plan, which {option('segments')} and {option('residency')} replace",
+            "leave one of them out",
+        )
     compiler = find_compiler(options.compiler or default_compiler(target))
     networks = {name: component for name, component in source.components.items() if name != TOKENIZER}
     model, profiles = tiled(source.model, options.vae_tile), []

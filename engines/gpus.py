@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 
 from ditforge import local_gpu
 from ditforge.errors import UserError
+from ditforge.option import option, setting
 
 CPU = "cpu"
 LOCAL = "local"
 BF16_MEMORY_GB = 40  # of a DiT of 12 billion parameters, 16-bit weights and the text encoders fit
-NAMES = "ditforge gpus   lists the names; --gpu also takes sm_89, several (sm_86,sm_89), local, and cpu"
+NAMES = "ditforge gpus   lists the names; sm_89, several (sm_86,sm_89), local, and cpu are taken too"
 
 # name, product, memory in GB
 PRODUCTS = {
@@ -124,9 +125,11 @@ def limited(target: Target, memory_gb: float | None) -> Target:
     if memory_gb is None:
         return target
     if not target.capabilities:
-        raise UserError("--gpu-memory is a GPU's, and this is for the CPU", "leave it out, or --gpu GPU")
+        raise UserError(
+            f"{option('gpu_memory')} is a GPU's, and this is for the CPU", f"leave it out, or {setting('gpu', 'GPU')}"
+        )
     if not 0 < memory_gb < float("inf"):
-        raise UserError(f"a GPU's memory is some GB, got {memory_gb:g}", "--gpu-memory 10, for example")
+        raise UserError(f"a GPU's memory is some GB, got {memory_gb:g}", f"{setting('gpu_memory', 10)}, for example")
     return replace(target, memory_gb=memory_gb)
 
 

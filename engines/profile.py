@@ -13,6 +13,7 @@ from ditforge.engines.compilers import Shape
 from ditforge.errors import UserError
 from ditforge.manifest import Tensor
 from ditforge.model import LEAST_TILE, MAX_BATCH, Model
+from ditforge.option import option, setting
 
 DEFAULT_BATCH = 4
 
@@ -57,10 +58,10 @@ def make_profiles(model: Model, resolutions: str | None, static: str | None, bat
     max_batch = DEFAULT_BATCH if batch is None else batch
     if not 1 <= max_batch <= MAX_BATCH:
         problem = f"the largest batch must be from 1 to {MAX_BATCH}, got {max_batch}"
-        raise UserError(problem, f"--batch {DEFAULT_BATCH}")
+        raise UserError(problem, setting("batch", DEFAULT_BATCH))
     if static is not None:
         if resolutions is not None:
-            raise UserError("--static and --resolutions exclude each other", "give one of them")
+            raise UserError(f"{option('static')} and {option('resolutions')} exclude each other", "give one of them")
         sizes = [_parse_static(part, model) for part in static.split(",")]
         return [Profile(size, size, size, max_batch) for size in dict.fromkeys(sizes)]
     smallest, best, largest = default_range(model) if resolutions is None else _parse_range(resolutions, model)
@@ -77,39 +78,45 @@ def default_range(model: Model) -> tuple[int, int, int]:
 
 def _parse_range(text: str, model: Model) -> tuple[int, int, int]:
     if not re.fullmatch(r"\d+-\d+(-\d+)?", text):
-        raise UserError(f"--resolutions {text} is not a range", ranges_of(model))
+        raise UserError(f"{setting('resolutions', text)} is not a range", ranges_of(model))
     numbers = [int(number) for number in text.split("-")]
     if problem := next(filter(None, (_problem(number, model) for number in numbers)), ""):
-        fix = f"--resolutions {'-'.join(map(str, sorted(_nearest(number, model) for number in numbers)))}"
-        raise UserError(f"--resolutions: {problem}", fix)
+        fix = setting("resolutions", "-".join(map(str, sorted(_nearest(number, model) for number in numbers))))
+        raise UserError(f"{option('resolutions')}: {problem}", fix)
     smallest, largest = numbers[0], numbers[-1]
     if smallest > largest:
         raise UserError(
-            f"--resolutions {text}: the smallest, {smallest}, is above the largest, {largest}",
-            f"--resolutions {largest}-{smallest}",
+            f"{setting('resolutions', text)}: the smallest, {smallest}, is above the largest, {largest}",
+            setting("resolutions", f"{largest}-{smallest}"),
         )
     best = numbers[1] if len(numbers) == 3 else min(max(model.default_size, smallest), largest)
     if not smallest <= best <= largest:
-        problem = f"--resolutions {text}: the best, {best}, is not from {smallest} to {largest}"
-        raise UserError(problem, f"--resolutions {smallest}-{largest}")
+        problem = f"{setting('resolutions', text)}: the best, {best}, is not from {smallest} to {largest}"
+        raise UserError(problem, setting("resolutions", f"{smallest}-{largest}"))
     return smallest, best, largest
 
 
 def ranges_of(model: Model) -> str:
     """Examples of `--resolutions` that the model can make."""
     smallest, best, largest = default_range(model)
-    return (
-        f"--resolutions {smallest}-{largest}, or with the best one --resolutions {smallest}-{best}-{largest}, in pixels"
+    whole, with_best = (
+        setting("resolutions", text) for text in (f"{smallest}-{largest}", f"{smallest}-{best}-{largest}")
     )
+    return f"{whole}, or with the best one {with_best}, in pixels"
 
 
 def _parse_static(text: str, model: Model) -> Size:
     if not re.fullmatch(r"\d+x\d+", text.strip().lower()):
         side = model.default_size
-        raise UserError(f"--static {text} is not a size", f"--static {side}x{side} (width x height, in pixels)")
+        raise UserError(
+            f"{setting('static', text)} is not a size",
+            f"{setting('static', f'{side}x{side}')} (width x height, in pixels)",
+        )
     width, height = (int(number) for number in text.lower().split("x"))
     if problem := _problem(width, model) or _problem(height, model):
-        raise UserError(f"--static: {problem}", f"--static {_nearest(width, model)}x{_nearest(height, model)}")
+        raise UserError(
+            f"{option('static')}: {problem}", setting("static", f"{_nearest(width, model)}x{_nearest(height, model)}")
+        )
     return height, width
 
 
@@ -134,7 +141,7 @@ def tiled(model: Model, vae_tile: int | None) -> Model:
         near = max(round(vae_tile / multiple) * multiple, least)
         if vae_tile != near:
             problem = f"a tile's side must be at least {least} pixels and divisible by {multiple}, got {vae_tile}"
-            raise UserError(problem, f"--vae-tile {near}")
+            raise UserError(problem, setting("vae_tile", near))
     return model.model_copy(update={"vae_tile": vae_tile})
 
 

@@ -13,6 +13,7 @@ from ditforge import local_gpu, manifest
 from ditforge.engines.verify import Difference, check_comparable, compare
 from ditforge.errors import UserError
 from ditforge.manifest import Kind, Manifest
+from ditforge.option import option
 
 # The largest relative error of an output that a precision explains. fp8 has that of `make gpu-check`; the others stand
 # to it as in docs/accuracy.md and in the tests, where models of random weights err by up to half of these.
@@ -148,7 +149,7 @@ def read_reference(folder: Path, found: Manifest, against: Path) -> Manifest:
     """The manifest of the export to compare with. Raises UserError if it is something else, or is not whole."""
     reference = read(against, f"{manifest.NEXT_COMMAND['onnx']} --precision fp32")
     if reference.kind != "onnx":
-        problem = f"--against takes an fp32 export, and {against} holds {reference.kind}"
+        problem = f"{option('against')} takes an fp32 export, and {against} holds {reference.kind}"
         if found.kind == "onnx":
             here, there = quote(str(against)), quote(str(folder))
             raise UserError(f"{problem}: the folders are swapped", f"ditforge verify {here} --against {there}")

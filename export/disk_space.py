@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ditforge.errors import UserError
 from ditforge.export.network import Network
+from ditforge.option import option
 
 GRAPHS = 50 * 10**6  # bytes for what is not weights: graphs, tokenizers, the manifest
 
@@ -29,8 +30,10 @@ def check_space(out: Path, size: int) -> None:
     while not parent.is_dir() and parent != parent.parent:
         parent = parent.parent
     if os.statvfs(parent).f_flag & os.ST_RDONLY:
-        raise UserError(f"cannot write {out}: {parent} is on a file system that is read-only", "choose another --out")
+        raise UserError(
+            f"cannot write {out}: {parent} is on a file system that is read-only", f"choose another {option('out')}"
+        )
     free = shutil.disk_usage(parent).free
     if free < size + GRAPHS:
         wanted = f"this export takes {(size + GRAPHS) / 1e9:.2f} GB, and {parent} has {free / 1e9:.2f} GB free"
-        raise UserError(wanted, "free some space, or choose an --out on a larger disk")
+        raise UserError(wanted, f"free some space, or choose an {option('out')} on a larger disk")

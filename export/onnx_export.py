@@ -31,6 +31,7 @@ from ditforge.export.quantisation.qdq import SCHEMES, quantise_linears
 from ditforge.export.quantisation.sensitivity import SAMPLES, Call, Choice, choose_linears, recorded_calls
 from ditforge.export.text_encoders.tokenizers import Tokenizer
 from ditforge.manifest import ASKED, BY_DEFAULT, PRECISION_CHOICE, Component, Manifest, Tensor
+from ditforge.option import option, setting
 
 TRITON_DTYPES = {
     torch.float32: "FP32",
@@ -102,7 +103,10 @@ def export_checkpoint(
     options = options or ExportOptions()
     options.asked(source)
     if source.random_weights and options.max_error is not None:
-        raise UserError("the errors of random weights tell nothing", "leave out --max-error, or --random-weights")
+        raise UserError(
+            "the errors of random weights tell nothing",
+            f"leave out {option('max_error')}, or {option('random_weights')}",
+        )
     if not source.random_weights:  # once, so that what is opened is of the commit that the digest says
         source = localised(source, progress=progress)
     with opened(source) as checkpoint:
@@ -141,7 +145,7 @@ def export_opened(
         return Exported(wished(before, out, options), fresh=True)
     model, tokenizers, networks = read_networks(checkpoint, precision)
     if precision.t5 and T5 not in (network.name for network in networks):
-        raise UserError(f"{model.name} is exported without T5", "leave out --t5-precision")
+        raise UserError(f"{model.name} is exported without T5", f"leave out {option('t5_precision')}")
     sizes: dict[str, int] = {}
     for network in networks:  # all of them are looked at before the first one is written
         shapes = consistency.check_weights(network, weights_of(network, checkpoint))
@@ -241,7 +245,10 @@ def measure_linears(
     if max_error is None:
         return None
     if precision.scheme is None:
-        raise UserError(f"{precision.name} quantises nothing", "leave out --max-error, or --precision fp8-weights")
+        raise UserError(
+            f"{precision.name} quantises nothing",
+            f"leave out {option('max_error')}, or {setting('precision', 'fp8-weights')}",
+        )
     report = progress or (lambda doing, done, total: None)
     family = family_of(checkpoint)
     model, pipeline = family.model(checkpoint), family.load_pipeline(checkpoint)

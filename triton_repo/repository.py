@@ -27,6 +27,7 @@ from ditforge.contract import (
 from ditforge.errors import UserError
 from ditforge.manifest import Manifest
 from ditforge.model import MAX_BATCH
+from ditforge.option import setting
 from ditforge.placement import Placement
 from ditforge.served_model import write_served_model
 from ditforge.triton_repo import config
@@ -98,7 +99,7 @@ def check_max_batch(max_batch: int) -> None:
     """Raise UserError unless this can be the largest batch of a server."""
     if not 1 <= max_batch <= MAX_BATCH:
         problem = f"the largest batch must be from 1 to {MAX_BATCH}, got {max_batch}"
-        raise UserError(problem, f"--max-batch {DEFAULT_MAX_BATCH}")
+        raise UserError(problem, setting("max_batch", DEFAULT_MAX_BATCH))
 
 
 def choose_max_batch(source: Manifest, max_batch: int | None) -> int:
@@ -110,7 +111,7 @@ def choose_max_batch(source: Manifest, max_batch: int | None) -> int:
     if taken and max_batch > taken:
         raise UserError(
             f"the engines take batches of up to {taken}, not {max_batch}",
-            f"--max-batch {taken}, or ditforge build ONNX_DIR --gpu GPU --batch {max_batch} --out DIR",
+            f"{setting('max_batch', taken)}, or ditforge build ONNX_DIR --gpu GPU --batch {max_batch} --out DIR",
         )
     return max_batch
 

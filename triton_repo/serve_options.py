@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from ditforge.credentials import Options, check_authorities, check_pair, read_token
 from ditforge.errors import UserError
-from ditforge.option import option
+from ditforge.option import check_names, option
 
 LAST_PORT = (1 << 16) - 1
 LONGEST = 7 * 24 * 3600  # seconds
@@ -93,6 +92,7 @@ class ServeOptions(BaseModel):
 
 def make_options(repo: Path, options: dict[str, Any]) -> ServeOptions:
     """The options, checked against each other. Raises UserError for what cannot be, or is not safe."""
+    check_names(options, [name for name in ServeOptions.model_fields if name != "repo"])
     try:
         made = ServeOptions(repo=repo.resolve(), **options)
     except ValidationError as error:
@@ -104,10 +104,11 @@ def make_options(repo: Path, options: dict[str, Any]) -> ServeOptions:
             raise UserError(problem, "rename it; or, where the locale says so, set PYTHONUTF8=1")
     check_pair(made.tls_cert, made.tls_key, FILES)
     if made.tls_client_ca and not made.tls_cert:
-        raise UserError("clients show certificates over TLS only", f"{PAIR}, beside --tls-client-ca")
+        raise UserError("clients show certificates over TLS only", f"{PAIR}, beside {option('tls_client_ca')}")
     if made.http_port is not None and (made.tls_cert or made.token_file):
         raise UserError(
-            "Triton's HTTP port has neither TLS nor tokens, and would be a way around them", "leave out --http-port"
+            "Triton's HTTP port has neither TLS nor tokens, and would be a way around them",
+            f"leave out {option('http_port')}",
         )
     if not made.on_loopback and not made.closed and not made.insecure:
         raise UserError(
@@ -135,10 +136,6 @@ def refused(error: ErrorDetails) -> UserError:
     """What is wrong with an option, what it may be, and how to write it."""
     name, value = str(error["loc"][0]), error["input"]
     fields = ServeOptions.model_fields
-    if name not in fields:
-        known = [each for each in fields if each != "repo"]
-        close = get_close_matches(name, known, n=1) or ["port"]
-        return UserError(f"there is no option {name!r}, but {', '.join(known)}", f"{close[0]}=…")
     written = name if name in PYTHON_ONLY else option(name, f"--{name.replace('_', '-')}")
     default = fields[name].default
     if name in PORTS:

@@ -70,7 +70,7 @@ async def serve(options: ServeOptions, report: Report, stopped: asyncio.Future[f
             except OSError as error:
                 raise UserError(
                     f"cannot listen on {options.host}, port {options.metrics_port} (metrics): {error.strerror}",
-                    "--metrics-port names another",
+                    "metrics_port (--metrics-port) names another",
                 ) from None
         report("listening", port=port, metrics_port=served)
         await first_of(keep_running(options, folder, front, report, stopped), listener.keep(report))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
@@ -17,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import Unpack
 
 from ditforge.errors import UserError
+from ditforge.option import check_names
 
 if TYPE_CHECKING:
     from ditforge.engines.build import Built
@@ -92,7 +92,7 @@ def export_checkpoint(
     from ditforge.export.onnx_export import ExportOptions, export_checkpoint as export
     from ditforge.suited import For, suited
 
-    check_names("export_checkpoint", options, CheckpointSource, ExportOptions, For)
+    check_fields(options, CheckpointSource, ExportOptions, For)
     given: dict[str, Any] = {"path": checkpoint, **options}
     if "loras" in given:
         given["loras"] = [lora if isinstance(lora, tuple) else (lora, 1.0) for lora in given["loras"]]
@@ -128,7 +128,7 @@ def build_engines(
     """
     from ditforge.engines.build import BuildOptions, build
 
-    check_names("build_engines", options, BuildOptions)
+    check_fields(options, BuildOptions)
     return build(Path(onnx), Path(out), made(BuildOptions, options), progress, planned)
 
 
@@ -161,14 +161,9 @@ def serve(
     return start(Path(repository), on_event, **options)
 
 
-def check_names(call: str, options: Mapping[str, object], *records: type) -> None:
+def check_fields(options: Mapping[str, object], *records: type) -> None:
     """Raise UserError, with the nearest name, for an option that none of the records (dataclasses) has."""
-    known = [field.name for record in records for field in fields(record) if field.name != "path"]
-    for name in options:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            problem = f"{call} has no option {name!r}, but {', '.join(known)}"
-            raise UserError(problem, f"{near[0]}=…" if near else "leave it out")
+    check_names(options, [field.name for record in records for field in fields(record) if field.name != "path"])
 
 
 def made(record: type[T], given: Mapping[str, object]) -> T:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from ditforge.errors import UserError
+from ditforge.option import setting
 
 CPU = "cpu"  # the target of engines that need no GPU
-NO_GPU = "name the GPU to compile for: --gpu rtx4090 (ditforge gpus lists names); or install NVIDIA's driver"
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,13 @@ class LocalGpu:
     memory: int
     memory_free: int
     driver: str
+
+
+def name_gpu() -> str:
+    """What to do where there is no GPU."""
+    return (
+        f"name the GPU to compile for: {setting('gpu', 'rtx4090')} (ditforge gpus lists names); or install its driver"
+    )
 
 
 def local_gpus() -> list[LocalGpu]:
@@ -38,9 +45,9 @@ def local_gpus() -> list[LocalGpu]:
         finally:
             pynvml.nvmlShutdown()
     except pynvml.NVMLError as error:
-        raise UserError(f"this machine has no NVIDIA GPU that its driver can find: {error}", NO_GPU) from error
+        raise UserError(f"this machine has no NVIDIA GPU that its driver can find: {error}", name_gpu()) from error
     if not found:
-        raise UserError("this machine has no NVIDIA GPU: its driver finds none", NO_GPU)
+        raise UserError("this machine has no NVIDIA GPU: its driver finds none", name_gpu())
     return found
 
 
@@ -61,7 +68,7 @@ def why_not_here(targets: Iterable[str]) -> str:
         try:
             here = local_gpus()[0]
         except UserError as error:
-            if error.fix != NO_GPU:
+            if error.fix != name_gpu():
                 raise
             return f"they are for {target}, and {error.problem}"
         if here.capability not in target.split(","):

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ditforge.errors import UserError
+from ditforge.option import option, setting
 
 LARGEST = 64 << 20  # bytes; the largest that there are, indices of checkpoints and vocabularies, have a few MB
-OTHER_FILE = "choose another --out"
+OTHER_FILE = option("choose another out", "choose another --out")
 
 
 def read_bytes(path: str | PathLike[str], largest: int = LARGEST) -> bytes:
@@ -77,7 +78,7 @@ def check_writable(path: Path, example: str) -> None:
     """
     try:
         if path.is_dir():
-            raise UserError(f"{path} is a folder", f"--out {path / example}")
+            raise UserError(f"{path} is a folder", setting("out", str(path / example)))
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is not a regular file", OTHER_FILE)
         path.parent.mkdir(parents=True, exist_ok=True)

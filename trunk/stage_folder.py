@@ -13,10 +13,10 @@ from pathlib import Path, PurePosixPath
 
 from ditforge.errors import UserError
 from ditforge.manifest import FILE_NAME, Kind, parse
+from ditforge.option import option, setting
 from ditforge.unfinished_folder import SUFFIX, partial_folder
 
-OTHER_OUT = "choose another --out, or remove it first"
-FORCE = "choose another --out, or add --force, which replaces it"
+OTHER_OUT = option("choose another out, or remove it first", "choose another --out, or remove it first")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -53,7 +53,7 @@ def check_replaceable(target: Path, kind: Kind, own: Iterable[str], model: str =
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror}", OTHER_OUT) from error
     if os.path.ismount(target):
-        raise UserError(f"{target} is a mount point, which cannot be replaced", f"--out {target / kind}")
+        raise UserError(f"{target} is a mount point, which cannot be replaced", setting("out", str(target / kind)))
     if names:
         check_content(target, kind, names, own, model)
     check_place(target)
@@ -71,7 +71,10 @@ def check_content(target: Path, kind: Kind, names: list[str], own: Iterable[str]
         raise UserError(f"{target} holds {foreign[0]}, which ditforge did not write", OTHER_OUT)
     held = called(before.model.name, before.origin)
     if model and held != model and (before.origin or before.model.name != model):
-        raise UserError(f"{target} holds {kind} of {held}, and this is {model}", FORCE)
+        raise UserError(
+            f"{target} holds {kind} of {held}, and this is {model}",
+            f"choose another {option('out')}, or add {setting('force', True)}, which replaces it",
+        )
 
 
 def check_kind(target: Path, kind: Kind) -> None:
@@ -139,5 +142,6 @@ def written_whole(target: Path, kind: Kind, own: Iterable[str] = ()) -> Iterator
             temporary.chmod(0o755)
             put_in_place(temporary, target)
     except OSError as error:
-        fix = "free some space, or choose another --out" if error.errno in FULL else "choose another --out"
+        other = f"choose another {option('out')}"
+        fix = f"free some space, or {other}" if error.errno in FULL else other
         raise UserError(f"cannot write {target}: {error.strerror or error}", fix) from error

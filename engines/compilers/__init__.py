@@ -18,6 +18,7 @@ from ditforge import entry_points
 from ditforge.engines.gpus import Target
 from ditforge.errors import UserError
 from ditforge.manifest import Component
+from ditforge.option import option
 
 Arrays = dict[str, NDArray[Any]]
 Shape = tuple[int, ...]
@@ -128,7 +129,7 @@ def find_compiler(name: str) -> Compiler:
     if name not in known:
         near = get_close_matches(name, known, n=1)
         nearest = f" (did you mean {near[0]}?)" if near else ""
-        raise UserError(f"unknown compiler {name!r}{nearest}", f"--compiler with one of: {', '.join(known)}")
+        raise UserError(f"unknown compiler {name!r}{nearest}", f"{option('compiler')} with one of: {', '.join(known)}")
     compiler = entry_points.load(entry_points.COMPILERS, name)
     if not isinstance(compiler, Compiler):
         raise UserError(f"what is installed as the compiler {name!r} is a {type(compiler).__name__}", "uninstall it")

@@ -18,8 +18,7 @@ from typing import Any, BinaryIO
 
 from ditforge.engines.compilers import Job, find_compiler
 from ditforge.errors import DitforgeError
-
-MORE_SEGMENTS = "--segments with a larger number   (ditforge build --help), or free some memory"
+from ditforge.option import are_flags, as_flags, option
 
 
 def compile_apart(compiler_name: str, job: Job) -> list[Path]:
@@ -32,7 +31,7 @@ def compile_apart(compiler_name: str, job: Job) -> list[Path]:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as child:
         try:
             assert child.stdin and child.stdout
-            pickle.dump((compiler_name, replace(job, progress=print)), child.stdin)
+            pickle.dump((compiler_name, replace(job, progress=print), are_flags()), child.stdin)
             child.stdin.flush()
             while True:
                 kind, content = pickle.load(child.stdout)
@@ -47,14 +46,15 @@ def compile_apart(compiler_name: str, job: Job) -> list[Path]:
             code = child.wait()
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"gone with exit code {code}"
             problem = f"the compiler was {how} while it compiled {job.name}"
-            raise DitforgeError(problem, MORE_SEGMENTS if code == -signal.SIGKILL else "report it") from None
+            smaller = f"{option('segments')} with a larger number, or free some memory"
+            raise DitforgeError(problem, smaller if code == -signal.SIGKILL else "report it") from None
         finally:
             child.kill()
 
 
 def serve(source: BinaryIO, sink: BinaryIO) -> None:
     """The child's work: read a job from `source`, compile it, and write progress and the outcome to `sink`."""
-    compiler_name, job = pickle.load(source)
+    compiler_name, job, flags = pickle.load(source)
     threading.Thread(target=end_with, args=(source,), daemon=True).start()
 
     def tell(kind: str, content: Any) -> None:
@@ -63,7 +63,8 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
 
     try:
         reporting = replace(job, progress=lambda *step: tell("progress", step))
-        tell("files", find_compiler(compiler_name).compile(reporting))
+        with as_flags(flags):
+            tell("files", find_compiler(compiler_name).compile(reporting))
     except (DitforgeError, OSError, ModuleNotFoundError) as error:  # all others are ours: their traceback is printed
         tell("error", error)
 

@@ -7,6 +7,7 @@ from ditforge.engines.compilers import Compiler, compilers, find_compiler
 from ditforge.engines.gpus import CPU, Target
 from ditforge.errors import UserError
 from ditforge.manifest import Component
+from ditforge.option import setting
 from ditforge.placement import Placement
 
 
@@ -44,16 +45,19 @@ def check_compiler(name: str, target: Target) -> None:
             continue
         others = able(device)
         if device == CPU:
-            raise UserError(f"{name} compiles for GPUs, not for the CPU", f"--compiler {others[0]}, or --gpu rtx4090")
+            raise UserError(
+                f"{name} compiles for GPUs, not for the CPU",
+                f"{setting('compiler', others[0])}, or {setting('gpu', 'rtx4090')}",
+            )
         if set(compiler.executes) == {CPU}:
             problem = f"{name} compiles for the CPU, not for {target}"
-            raise UserError(problem, f"--compiler {default_compiler(target)}, or --gpu cpu")
+            raise UserError(problem, f"{setting('compiler', default_compiler(target))}, or {setting('gpu', 'cpu')}")
         called = f" ({target.name})" if target.name != str(target) else ""
         problem = f"engines of {name} do not run on {device}{called}"
         if not others:
             raise UserError(problem, "no compiler that is installed makes engines for it")
         there = " on that machine" if find_compiler(others[0]).compiles_on == "the target" else ""
-        raise UserError(problem, f"use --compiler {others[0]}{there}")
+        raise UserError(problem, f"use {setting('compiler', others[0])}{there}")
 
 
 def check_component(compiler: Compiler, name: str, component: Component, target: Target) -> None:

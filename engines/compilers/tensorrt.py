@@ -14,6 +14,7 @@ from ditforge.engines.compilers.tensorrt_common import Build, installed
 from ditforge.engines.gpus import Target
 from ditforge.errors import UserError
 from ditforge.manifest import Component
+from ditforge.option import setting
 
 if TYPE_CHECKING:
     from ditforge.engines.runtime.tensorrt import Execution
@@ -50,7 +51,8 @@ def check(name: str, component: Component, target: Target) -> None:
         ]
         raise UserError(
             f"tensorrt compiles on the GPU itself, and this machine's is {here} ({here.name}), not {target}",
-            f"run ditforge build on a machine with {target}" + (f"; or --compiler {others[0]}" if others else ""),
+            f"run ditforge build on a machine with {target}"
+            + (f"; or {setting('compiler', others[0])}" if others else ""),
         )
 
 

@@ -20,6 +20,7 @@ from ditforge.errors import DitforgeWarning, UserError
 from ditforge.machine_memory import read_memory
 from ditforge.manifest import Component, Manifest
 from ditforge.model import Model
+from ditforge.option import option, setting
 from ditforge.placement import CPU, ON_DEMAND, RESIDENT, Placement
 
 AUTO = "auto"
@@ -32,7 +33,9 @@ def parse_segments(text: str) -> int | None:
     if text == AUTO:
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"--segments takes auto or a number of at least 1, got {text!r}", "--segments auto, or 2")
+        raise UserError(
+            f"{option('segments')} takes auto or a number of at least 1, got {text!r}", setting("segments", AUTO)
+        )
     return int(text)
 
 
@@ -63,7 +66,8 @@ def decide(
         raise UserError(
             f"{model.name} does not fit {target.name} for pictures of {side} x {side}: at its most frugal it needs "
             f"{gigabytes(fewest.peak)} of the GPU's memory, and {gigabytes(fewest.usable or 0)} can be used",
-            f"--resolutions with smaller ones, --batch {least_batch(model)}, or ditforge export with 8-bit weights",
+            f"{option('resolutions')} with smaller ones, {setting('batch', least_batch(model))}, "
+            "or ditforge export with 8-bit weights",
         )
     return next(plan for plan in plans.values() if plan.rank == fewest.rank and plan.fits)
 
@@ -103,7 +107,9 @@ def place_engines(
     engines of the plan are resident. Raises UserError for an unknown residency.
     """
     if residency not in (None, *RESIDENCIES):
-        raise UserError(f"unknown residency {residency!r}", f"--residency {' or '.join(RESIDENCIES)}")
+        raise UserError(
+            f"unknown residency {residency!r}", f"{option('residency')} with one of: {', '.join(RESIDENCIES)}"
+        )
     placements = {}
     for name in networks:
         planned = plan.placements[name] if plan else Placement()

@@ -24,6 +24,7 @@ from ditforge.engines.compilers import Ranges, Shape
 from ditforge.engines.memory.shapes import infer_shapes
 from ditforge.errors import UserError
 from ditforge.manifest import Component, Tensor
+from ditforge.option import setting
 
 HEAVY = {"Attention", "Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"}  # never computed again for its own sake
 SMALL = 1 << 16  # bytes of constants that what is computed again may need
@@ -71,7 +72,7 @@ def cut(path: Path, component: Component, count: int, probe: Ranges, shapes: lis
     most = len(cuts) + 1
     if not 1 <= count <= most:
         raise UserError(
-            f"{path} can be cut into 1 to {most} segments, not {count}", f"--segments {min(max(count, 1), most)}"
+            f"{path} can be cut into 1 to {most} segments, not {count}", setting("segments", min(max(count, 1), most))
         )
     chosen = choose_cuts(cuts, before, count)
     passed = list(dict.fromkeys(value for place in chosen for value in place.values))

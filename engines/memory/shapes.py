@@ -18,6 +18,7 @@ from onnx.reference import ReferenceEvaluator
 
 from ditforge.engines.compilers import Shape
 from ditforge.errors import DitforgeError
+from ditforge.option import setting
 
 SMALL = 4096  # elements of a value that is computed, rather than only its shape
 COMPUTED = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL, ir.DataType.FLOAT)  # what shapes are computed in
@@ -56,7 +57,9 @@ def infer_node(
     proto = ir.serde.serialize_node(node)
     inputs = [value for value in node.inputs if value is not None]
     if any(attribute.type in SUBGRAPHS for attribute in node.attributes.values()):
-        raise DitforgeError(f"{node.op_type} {node.name} has a graph of its own, which cannot be cut", "--segments 1")
+        raise DitforgeError(
+            f"{node.op_type} {node.name} has a graph of its own, which cannot be cut", setting("segments", 1)
+        )
     data = {str(value.name): onnx.numpy_helper.from_array(known[value]) for value in inputs if value in known}
     try:
         schema = onnx.defs.get_schema(node.op_type, version or 1, node.domain)
@@ -70,7 +73,8 @@ def infer_node(
     except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DitforgeError(
-            f"{node.op_type} {node.name}: the shape of {node.outputs[0].name} is not known: {reason}", "--segments 1"
+            f"{node.op_type} {node.name}: the shape of {node.outputs[0].name} is not known: {reason}",
+            setting("segments", 1),
         ) from error
     small = all(math.prod(dims(kind)) <= SMALL and dtype(kind) in COMPUTED for kind in found.values())
     if small and (node.op_type in ("Shape", "Size") or all(value in known for value in inputs)):

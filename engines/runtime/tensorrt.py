@@ -176,7 +176,10 @@ class Execution:
         taken = " or ".join(
             str({name: f"{low} to {high}" for name, (low, _, high) in p.items()}) for p in self.profiles
         )
-        raise UserError(f"the engine was built for {taken}, got {shapes}", "ditforge build with --resolutions, --batch")
+        raise UserError(
+            f"the engine was built for {taken}, got {shapes}",
+            "ditforge build ONNX_DIR --gpu GPU --resolutions MIN-MAX --batch N --out DIR   for these too",
+        )
 
     def share_scratch(self) -> None:
         """Give the context the memory for activations that this process's engines share, and enlarge it if needed."""

@@ -8,6 +8,7 @@ from ditforge.errors import DitforgeError, UserError
 from ditforge.export.checkpoint.weights import Weights
 from ditforge.export.graph.tracing import dry_run
 from ditforge.export.network import Network, Port
+from ditforge.option import setting
 
 FIX = "its config.json is not the one of these weights, or a shard is missing: copy the folder again"
 
@@ -34,7 +35,9 @@ def check_weights(network: Network, weights: Weights) -> dict[str, tuple[int, ..
     for pattern in network.factors:
         if not any(pattern.fullmatch(name) for names, _ in parameters for name in names):
             problem = f"{network.name} has no weights like {pattern.pattern}, which would be scaled for it"
-            raise DitforgeError(problem, "--precision bf16 or fp32 scales nothing; report it with the config.json")
+            raise DitforgeError(
+                problem, f"{setting('precision', 'bf16')} scales nothing; report it with the config.json"
+            )
     return {names[0]: shape for names, shape in parameters}
 
 

@@ -11,6 +11,7 @@ import torch
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.conversion import Tensors
 from ditforge.export.checkpoint.lazy_tensors import Lazy
+from ditforge.export.checkpoint.refused_formats import FULL
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # ComfyUI's names, older and newer (comfy/ops.py): a weight is float8 times its scale; the others tell its runtime how
@@ -31,8 +32,7 @@ def dequantised(tensors: Tensors) -> dict[str, Lazy]:
             continue
         if key.endswith(".weight") and not tensor.dtype.is_floating_point:
             kind = str(tensor.dtype).removeprefix("torch.")
-            fix = "use a file with weights in bf16, fp16, fp32 or float8; ditforge quantises by itself (--precision)"
-            raise UserError(f"{tensor.file}: {key} is {kind}, weights packed in a way that is not known", fix)
+            raise UserError(f"{tensor.file}: {key} is {kind}, weights packed in a way that is not known", FULL)
         if key in scales:
             found[key] = scaled(key, tensor, scales[key])
         elif tensor.dtype in FLOAT8:

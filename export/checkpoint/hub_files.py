@@ -15,6 +15,7 @@ from typing import Any
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.diffusers_folder import t5_parts
 from ditforge.export.checkpoint.weights import SINGLE_FILES
+from ditforge.option import option
 from ditforge.small_files import read_bytes
 
 READ = re.compile(r"scheduler|transformer|vae|(text_encoder|tokenizer)(_\d+)?")
@@ -30,7 +31,7 @@ def components(index: dict[str, Any], text_encoders: str) -> list[str]:
     Raises UserError for other text encoders, before anything is downloaded for them.
     """
     if text_encoders not in ("all", "clip"):
-        raise UserError(f"unknown text encoders {text_encoders!r}", "--text-encoders all or clip")
+        raise UserError(f"unknown text encoders {text_encoders!r}", f"{option('text_encoders')} with one of: all, clip")
     left_out = t5_parts(index) if text_encoders == "clip" else []
     named = [name for name, value in index.items() if isinstance(value, list) and value and value[-1]]
     return [name for name in named if READ.fullmatch(name) and name not in left_out]

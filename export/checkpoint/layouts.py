@@ -22,6 +22,7 @@ from ditforge.export.checkpoint.conversion import Piece, Recipe, Tensors
 from ditforge.export.checkpoint.float8 import dequantised
 from ditforge.export.checkpoint.lazy_tensors import Lazy, open_tensors
 from ditforge.export.families import Family, families
+from ditforge.option import option, setting
 
 DIT_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 VAE_PREFIXES = ("first_stage_model.", "vae.", "")
@@ -86,7 +87,7 @@ class SingleFile:
         if known["attention_head_dim"] != self.config["attention_head_dim"]:
             head, usual = self.config["attention_head_dim"], known["attention_head_dim"]
             problem = f"the DiT in {self.file} has heads of {head}, {self.published.name} of {usual}"
-            raise UserError(problem, "--base FOLDER, a diffusers folder of this model")
+            raise UserError(problem, f"{setting('base', 'FOLDER')}, a diffusers folder of this model")
         result: Config = known | self.config
         return result
 
@@ -137,7 +138,7 @@ def require(single: SingleFile, needed: Iterable[str], base: Path | None) -> Non
         where = f"{single.file} has {', '.join(single.components)}"
         where += f", and {base} does not have the rest" if base else ""
         fix = "a diffusers folder of the model it was made from, which has them"
-        raise UserError(f"{', '.join(missing)} missing: {where}", f"--base FOLDER, {fix}")
+        raise UserError(f"{', '.join(missing)} missing: {where}", f"{setting('base', 'FOLDER')}, {fix}")
 
 
 def find_dit(tensors: Tensors) -> tuple[Family | None, str]:
@@ -175,7 +176,7 @@ def convert_dit(family: Family, tensors: Tensors, file: Path) -> dict[str, Lazy]
     except (KeyError, IndexError, ValueError) as error:  # not a KeyError where block numbers are missing or are none
         lacks = f"the tensor {error.args[0]}" if isinstance(error, KeyError) else "blocks with numbers"
         problem = f"{file} lacks {lacks} of the DiT of {family.title}"
-        raise UserError(problem, "copy the file again; a LoRA belongs behind --lora") from error
+        raise UserError(problem, f"copy the file again; a LoRA belongs to {option('loras', '--lora')}") from error
     if recipes:
         problem = f"{file} holds a DiT that is built otherwise: {shown(list(recipes))} have no place in it"
         raise UserError(problem, f"use {known_models()}, or a fine-tune of them")
@@ -205,7 +206,7 @@ def convert_vae(tensors: Tensors, file: Path) -> dict[str, Lazy]:
     converted = {name: recipe for name, recipe in converted.items() if recipe is not None}  # a bias that is lacking
     if left := set(tensors) - {piece.name for recipe in converted.values() for piece in recipe.pieces}:
         problem = f"{file} holds an autoencoder that is built otherwise: {shown(sorted(left))} have no place in it"
-        raise UserError(problem, "--base FOLDER has the right one; leave this one out of the file")
+        raise UserError(problem, f"{setting('base', 'FOLDER')} has the right one; leave this one out of the file")
     return {name: recipe.of(tensors) for name, recipe in converted.items()}
 
 
@@ -223,11 +224,18 @@ def recipes_for(layout: Layout, names: Iterable[str]) -> dict[str, Recipe]:
     return {name: recipe for name, recipe in layout.convert(made_up).items() if name in names}
 
 
+def lora_of(file: Path) -> str:
+    """How a LoRA is given."""
+    return option(f'loras=["{file}"]', f"--lora {file}:1.0")
+
+
 def unknown(file: Path, tensors: Tensors) -> UserError:
     """Why nothing in the file can be used."""
     keys = list(tensors)
     if any(".lora_" in key or ".lora." in key for key in keys):
-        return UserError(f"{file} is a LoRA, not a checkpoint", f"ditforge export CHECKPOINT --lora {file}:1.0")
+        return UserError(
+            f"{file} is a LoRA, not a checkpoint", f"give the checkpoint that it belongs to, and {lora_of(file)}"
+        )
     if any(key.startswith("transformer_blocks.") for key in keys):
         return UserError(f"{file} is one file of a diffusers folder", "give the folder that has model_index.json")
     fix = f"use a file of {known_models()}, in its authors' layout or ComfyUI's"

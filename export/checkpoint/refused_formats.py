@@ -10,7 +10,7 @@ from ditforge.errors import UserError
 
 PICKLED = "a pickled checkpoint, which can run code when opened"
 SAFETENSORS = "use the model's .safetensors file"
-FULL = "use the file with weights in bf16, fp16, fp32 or float8; ditforge quantises by itself (--precision)"
+FULL = "use the file with weights in bf16, fp16, fp32 or float8; ditforge export quantises it itself"
 START_BYTES = 8  # of a file, which tell a format
 # How files begin, what they are, and the way out. As lengths of a header, all of these would be too large, but a zip's.
 STARTS = (

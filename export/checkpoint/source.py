@@ -13,6 +13,7 @@ from typing import Any
 from ditforge.errors import UserError
 from ditforge.export.checkpoint import hub
 from ditforge.export.checkpoint.diffusers_folder import INDEX, Checkpoint, open_checkpoint, read_json, t5_parts
+from ditforge.option import option, setting
 
 TEXT_ENCODERS = ("all", "clip")
 CONFIG = "config.json"
@@ -48,8 +49,8 @@ def opened(source: CheckpointSource) -> Iterator[Checkpoint]:
         yield open_files(source)
         return
     if source.base or source.loras:
-        flags = "--base and --lora" if source.loras else "--base"
-        raise UserError("random weights take nothing from files", f"leave out {flags}, or --random-weights")
+        files = f"{option('base')} and {option('loras', '--lora')}" if source.loras else option("base")
+        raise UserError("random weights take nothing from files", f"leave out {files}, or {option('random_weights')}")
     from ditforge.export.checkpoint.random_weights import random_checkpoint  # which needs torch
 
     here = hub.local(source.path, hub.Wanted(source.text_encoders, weights=False))
@@ -63,7 +64,10 @@ def open_files(source: CheckpointSource) -> Checkpoint:
     if source.path.is_file():
         checkpoint = _open_file(source.path, source.base, source.text_encoders)
     elif source.base is not None:
-        raise UserError(f"--base is for a checkpoint in one file, and {source.path} is none", "leave out --base")
+        raise UserError(
+            f"{option('base')} is for a checkpoint in one file, and {source.path} is none",
+            f"leave out {option('base')}",
+        )
     else:
         named = replace(open_checkpoint(source.path), title=hub.title(source.path))
         checkpoint = with_text_encoders(named, source.text_encoders)
@@ -90,7 +94,9 @@ def with_text_encoders(checkpoint: Checkpoint, name: str) -> Checkpoint:
     Raises UserError for another name.
     """
     if name not in TEXT_ENCODERS:
-        raise UserError(f"unknown text encoders {name!r}", f"--text-encoders {' or '.join(TEXT_ENCODERS)}")
+        raise UserError(
+            f"unknown text encoders {name!r}", f"{option('text_encoders')} with one of: {', '.join(TEXT_ENCODERS)}"
+        )
     if name == "all":
         return checkpoint
     return replace(checkpoint, configs={**checkpoint.configs, ("", INDEX): _without_t5(checkpoint.config("", INDEX))})
@@ -101,17 +107,20 @@ def _without_t5(index: dict[str, Any]) -> dict[str, Any]:
     return index | {name: [None, None] for name in t5_parts(index)}
 
 
-def parse_lora(option: str) -> tuple[Path, float]:
+def parse_lora(text: str) -> tuple[Path, float]:
     """`FILE:0.8` as file and strength; `FILE` alone has strength 1. Raises UserError for a strength that is none."""
-    path, colon, strength = option.rpartition(":")
-    if not colon or Path(option).is_file():
-        return Path(option), 1.0
+    path, colon, strength = text.rpartition(":")
+    if not colon or Path(text).is_file():
+        return Path(text), 1.0
     try:
         number = float(strength)
     except ValueError:
         number = float("nan")
     if not path or not isfinite(number):
-        raise UserError(f"{option!r} is not FILE:STRENGTH", "--lora style.safetensors:0.8")
+        raise UserError(
+            f"{text!r} is not FILE:STRENGTH",
+            option('loras=[("style.safetensors", 0.8)]', "--lora style.safetensors:0.8"),
+        )
     return Path(path), number
 
 
@@ -145,10 +154,12 @@ def _open_file(file: Path, base: Path | None, text_encoders: str) -> Checkpoint:
     opened = with_text_encoders(open_checkpoint(base), text_encoders) if base else None
     if opened is None and single.published is None:
         held = ", ".join(single.components)
-        raise UserError(f"{file} holds no DiT, only {held}", "--base FOLDER, a diffusers folder with the rest")
+        raise UserError(
+            f"{file} holds no DiT, only {held}", f"{setting('base', 'FOLDER')}, a diffusers folder with the rest"
+        )
     if opened and single.family and single.family.pipeline != opened.pipeline:
         problem = f"{file} is of a {single.family.pipeline}, and {base} is a {opened.pipeline}"
-        raise UserError(problem, "--base FOLDER, a diffusers folder of the same family")
+        raise UserError(problem, f"{setting('base', 'FOLDER')}, a diffusers folder of the same family")
     folder = base or single.published
     assert folder is not None, "one of them is there"
     index = opened.config("", INDEX) if opened else read_json(folder / INDEX)

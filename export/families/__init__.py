@@ -19,6 +19,7 @@ from ditforge.export.network import Network
 from ditforge.export.quantisation.precision import Precision
 from ditforge.export.text_encoders.tokenizers import Tokenizer
 from ditforge.model import Model
+from ditforge.option import setting
 
 if TYPE_CHECKING:
     from ditforge.export.checkpoint.layouts import Layout
@@ -100,7 +101,7 @@ def read_networks(checkpoint: Checkpoint, precision: Precision) -> tuple[Model, 
     try:
         model = family.model(checkpoint)
         if model.t5 == "required" and not t5_parts(checkpoint.config("", INDEX)):
-            raise UserError(f"{model.name} cannot do without T5", "--text-encoders all")
+            raise UserError(f"{model.name} cannot do without T5", setting("text_encoders", "all"))
         return model, family.read_tokenizers(checkpoint), family.networks(checkpoint, precision)
     except DitforgeError:
         raise

@@ -28,6 +28,7 @@ from ditforge.export.quantisation.precision import Precision, network_dtype, tex
 from ditforge.export.text_encoders import clip, t5
 from ditforge.export.text_encoders.tokenizers import Tokenizer, read_tokenizer
 from ditforge.model import Model, SkipLayers
+from ditforge.option import setting
 
 PUBLISHED = ("sd3.5-large", "sd3.5-large-turbo", "sd3.5-medium")
 T5_TOKENS = 256  # diffusers' default max_sequence_length; with zeros in T5's place, there are as many
@@ -149,7 +150,9 @@ def check_t5(checkpoint: Checkpoint) -> None:
     missing = [name for name in parts if name not in checkpoint.tensors and not (checkpoint.folder / name).is_dir()]
     if missing:
         problem = f"{checkpoint.folder} lacks {' and '.join(missing)}, which is T5 and which its {INDEX} names"
-        raise UserError(problem, "copy it from where the checkpoint came from, or leave T5 out: --text-encoders clip")
+        raise UserError(
+            problem, f"copy it from where the checkpoint came from, or leave T5 out: {setting('text_encoders', 'clip')}"
+        )
 
 
 def networks(checkpoint: Checkpoint, precision: Precision) -> list[Network]:

@@ -27,10 +27,10 @@ from ditforge.export.families import family_of, read_networks
 from ditforge.export.quantisation.precision import FP32, Precision
 from ditforge.export.quantisation.qdq import SCHEMES
 from ditforge.model import MAX_STEPS
+from ditforge.option import option, setting
 
 FORMAT = 2
 SEED = 0  # of the first prompt; the next ones count up
-HOW = "ditforge calibrate CHECKPOINT --out FILE, then export --calibration FILE; or: --precision fp8-weights"
 
 Progress = Callable[[str, int, int], None]
 
@@ -72,25 +72,34 @@ def read_ranges(path: Path | None, checkpoint: Checkpoint, precision: Precision)
     """
     if path is None:
         if precision.scheme and SCHEMES[precision.scheme].activations:
-            raise UserError(f"{precision.name} needs the activations' ranges, and no calibration was given", HOW)
+            raise UserError(f"{precision.name} needs the activations' ranges, and no calibration was given", how())
         return None
     if precision.scheme is None:
-        raise UserError(f"{precision.name} takes no calibration", "leave out --calibration, or --precision fp8")
+        raise UserError(
+            f"{precision.name} takes no calibration",
+            f"leave out {option('calibration')}, or {setting('precision', 'fp8')}",
+        )
     try:
         ranges = Calibration.model_validate_json(small_files.read_bytes(path))
     except OSError as error:
-        raise UserError(f"cannot read the calibration {path}: {error.strerror}", HOW) from error
+        raise UserError(f"cannot read the calibration {path}: {error.strerror}", how()) from error
     except ValidationError as error:
-        raise UserError(f"{path} is no calibration: {error.errors()[0]['msg']}", HOW) from error
+        raise UserError(f"{path} is no calibration: {error.errors()[0]['msg']}", how()) from error
     if ranges.format != FORMAT:
-        raise UserError(f"{path} has format {ranges.format}, this version reads format {FORMAT}", HOW)
+        raise UserError(f"{path} has format {ranges.format}, this version reads format {FORMAT}", how())
     if ranges.config_sha256 != config_digest(checkpoint):
-        raise UserError(f"{path} was made for {ranges.model}, a DiT of another configuration", HOW)
+        raise UserError(f"{path} was made for {ranges.model}, a DiT of another configuration", how())
     made, wanted = called(ranges.model, ranges.loras), called(checkpoint.name, checkpoint.loras)
     if made != wanted:
         remark = f"{path} was made for {made}, and this is {wanted}: if pictures get worse, calibrate this one"
         warnings.warn(remark, DitforgeWarning, stacklevel=2)
     return ranges
+
+
+def how() -> str:
+    """How a checkpoint is calibrated, and what needs no calibration."""
+    file, weights_only = setting("calibration", "FILE"), setting("precision", "fp8-weights")
+    return f"ditforge calibrate CHECKPOINT --out FILE   writes one, for {file}; or {weights_only}"
 
 
 def called(model: str, loras: Sequence[str]) -> str:
@@ -107,13 +116,15 @@ def read_prompts(path: Path | None) -> list[str]:
             text = small_files.read_bytes(path).decode()
         except OSError as error:
             raise UserError(
-                f"cannot read the prompts {path}: {error.strerror}", "--prompts FILE, one a line"
+                f"cannot read the prompts {path}: {error.strerror}", f"{setting('prompts', 'FILE')}, one prompt a line"
             ) from error
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text: {error.reason}", "--prompts FILE, one prompt a line") from error
+            raise UserError(
+                f"{path} is not UTF-8 text: {error.reason}", f"{setting('prompts', 'FILE')}, one prompt a line"
+            ) from error
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
-        raise UserError(f"{path} has no prompts in it", "--prompts FILE, one prompt a line")
+        raise UserError(f"{path} has no prompts in it", f"{setting('prompts', 'FILE')}, one prompt a line")
     return prompts
 
 
@@ -131,9 +142,9 @@ def calibrate(
     import torch
 
     if source.random_weights:
-        raise UserError("the activations of random weights tell nothing", "leave out --random-weights")
+        raise UserError("the activations of random weights tell nothing", f"leave out {option('random_weights')}")
     if steps is not None and not 1 <= steps <= MAX_STEPS:
-        raise UserError(f"steps must be from 1 to {MAX_STEPS}, got {steps}", "--steps 28, or leave it out")
+        raise UserError(f"steps must be from 1 to {MAX_STEPS}, got {steps}", f"{setting('steps', 28)}, or leave it out")
     small_files.check_writable(out, "ranges.json")
     checkpoint = open_files(source)
     model, _, networks = read_networks(checkpoint, FP32)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ditforge.errors import UserError
+from ditforge.option import option
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,9 @@ def with_t5(precision: Precision, name: str | None) -> Precision:
     if name is None:
         return precision
     if name not in T5_PRECISIONS:
-        raise UserError(f"T5 cannot be exported in {name!r}", f"--t5-precision with one of: {', '.join(T5_PRECISIONS)}")
+        raise UserError(
+            f"T5 cannot be exported in {name!r}", f"{option('t5_precision')} with one of: {', '.join(T5_PRECISIONS)}"
+        )
     return replace(precision, t5=parse_precision(name, precision.base))
 
 

@@ -18,6 +18,7 @@ from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
 
 from ditforge.errors import UserError
 from ditforge.export.graph.writing import SOURCE
+from ditforge.option import setting
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def calibrated(amax: Mapping[str, float], layer: str) -> float:
     if layer not in amax:
         raise UserError(
             f"the calibration has no range for {layer}: it was made for another model",
-            "ditforge calibrate CHECKPOINT --out FILE   makes one for this model (or: --precision fp8-weights)",
+            "ditforge calibrate CHECKPOINT --out FILE   makes one for this model; "
+            f"or {setting('precision', 'fp8-weights')}",
         )
     return amax[layer]
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ditforge.errors import UserError
 from ditforge.export.quantisation.qdq import Scheme, quantise_weight, weight_scale
+from ditforge.option import setting
 
 SAMPLES = 4  # calls of the DiT that are kept from each prompt, evenly over the steps
 
@@ -46,7 +47,7 @@ def choose_linears(
     not positive.
     """
     if not max_error > 0:
-        raise UserError(f"the largest error must be above 0, got {max_error}", "--max-error 0.05")
+        raise UserError(f"the largest error must be above 0, got {max_error}", setting("max_error", 0.05))
     report = progress or (lambda doing, done, total: None)
     reference, errors = [], dict.fromkeys(linears, 0.0)
     with torch.no_grad():

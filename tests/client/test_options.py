@@ -50,7 +50,7 @@ def test_keywords_win() -> None:
         ("negativ_prompt", "negative_prompt=…"),
         ("num_images_per_prompt", "generate([prompt] * 4, seed=0)"),
         ("prompt", "generate(prompt, …)"),
-        ("xyzzy", "leave it out; there are seed, steps, "),
+        ("xyzzy", "leave it out; the options are seed, steps, "),
     ],
 )
 def test_an_option_that_nobody_knows(name: str, fix: str) -> None:

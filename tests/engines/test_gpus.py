@@ -98,7 +98,7 @@ def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pynvml, "nvmlInit", fail)
     with pytest.raises(UserError, match=r"no NVIDIA GPU.*Not Found") as error:
         find_target("local")
-    assert "--gpu rtx4090" in error.value.fix
+    assert 'gpu="rtx4090"' in error.value.fix
     driver(monkeypatch)
     with pytest.raises(UserError, match="finds none"):
         find_target("local")
@@ -152,10 +152,10 @@ def test_a_precision_that_the_gpu_lacks(name: str, precision: str, dtype: str, p
 @pytest.mark.parametrize(
     ("compiler", "name", "problem", "fix"),
     [
-        ("tensorrt-rtx", "h100", r"tensorrt-rtx do not run on sm_90 \(h100\)", "--compiler tensorrt on that machine"),
-        ("tensorrt-rtx", "b200", "sm_100", "--compiler tensorrt on that machine"),
-        ("tensorrt", "rtx2080", "sm_75", "--compiler tensorrt-rtx"),
-        ("tensorrt-rtx", "cpu", "not for the CPU", "--compiler onnxruntime"),
+        ("tensorrt-rtx", "h100", r"tensorrt-rtx do not run on sm_90 \(h100\)", 'compiler="tensorrt" on that machine'),
+        ("tensorrt-rtx", "b200", "sm_100", 'compiler="tensorrt" on that machine'),
+        ("tensorrt", "rtx2080", "sm_75", 'compiler="tensorrt-rtx"'),
+        ("tensorrt-rtx", "cpu", "not for the CPU", 'compiler="onnxruntime"'),
     ],
 )
 def test_a_compiler_whose_engines_do_not_run_there(compiler: str, name: str, problem: str, fix: str) -> None:

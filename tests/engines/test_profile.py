@@ -62,18 +62,18 @@ def test_static_sizes_are_a_profile_each_width_first() -> None:
 @pytest.mark.parametrize(
     ("options", "problem", "fix"),
     [
-        ({"resolutions": "1536-512"}, "the smallest, 1536, is above the largest, 512", "--resolutions 512-1536"),
-        ({"resolutions": "512-2048-1024"}, "the best, 2048, is not from 512 to 1024", "--resolutions"),
+        ({"resolutions": "1536-512"}, "the smallest, 1536, is above the largest, 512", 'resolutions="512-1536"'),
+        ({"resolutions": "512-2048-1024"}, "the best, 2048, is not from 512 to 1024", "resolutions="),
         ({"resolutions": "500-1024"}, "divisible by 16, got 500", "496"),
-        ({"resolutions": "512-8192"}, "16 to 4096 pixels, got 8192", "--resolutions"),
-        ({"resolutions": "0-512"}, "got 0", "--resolutions"),
-        ({"resolutions": "large"}, "large is not a range", "512-1536"),
+        ({"resolutions": "512-8192"}, "16 to 4096 pixels, got 8192", "resolutions="),
+        ({"resolutions": "0-512"}, "got 0", "resolutions="),
+        ({"resolutions": "large"}, "large.* is not a range", "512-1536"),
         ({"resolutions": "-512"}, "not a range", "512-1536"),
-        ({"static": "1024"}, "1024 is not a size", "1024x1024"),
+        ({"static": "1024"}, "1024.* is not a size", "1024x1024"),
         ({"static": "1024x1000"}, "divisible by 16, got 1000", "992|1008"),
         ({"static": "512x512", "resolutions": "512-1024"}, "exclude each other", "one of them"),
-        ({"batch": 0}, "from 1 to 128, got 0", "--batch 4"),
-        ({"batch": 129}, "from 1 to 128, got 129", "--batch 4"),
+        ({"batch": 0}, "from 1 to 128, got 0", "batch=4"),
+        ({"batch": 129}, "from 1 to 128, got 129", "batch=4"),
     ],
 )
 def test_sizes_that_cannot_be(options: dict, problem: str, fix: str) -> None:
@@ -133,20 +133,20 @@ def test_a_tile_bounds_the_autoencoder_alone() -> None:
 def test_tiles_that_cannot_be(tile: int, near: int) -> None:
     with pytest.raises(UserError, match=f"at least 128 pixels and divisible by 8, got {tile}") as error:
         tiled(MODEL, tile)
-    assert error.value.fix == f"--vae-tile {near}"
+    assert error.value.fix == f"vae_tile={near}"
     assert tiled(MODEL, near).vae_tile == near
 
 
-@pytest.mark.parametrize("option", ["--static", "--resolutions"])
+@pytest.mark.parametrize("option", ["static", "resolutions"])
 @pytest.mark.parametrize("size", ["1024x1024", "100x96", "8x8", "96", "9999x1"])
 def test_the_fix_does_not_fail_like_what_it_is_for(option: str, size: str) -> None:
     small = MODEL.model_copy(update={"size_multiple": 16, "default_size": 128, "max_size": 512})
 
     def made(text: str) -> list[Profile]:
-        resolutions, static = (None, text) if option == "--static" else (text.replace("x", "-"), None)
+        resolutions, static = (None, text) if option == "static" else (text.replace("x", "-"), None)
         return make_profiles(small, resolutions, static, None)
 
     with pytest.raises(UserError) as error:
         made(size)
-    fix = re.match(rf"{option} ([\dx-]+)", error.value.fix)
+    fix = re.match(rf'{option}="([\dx-]+)"', error.value.fix)
     assert fix and made(fix[1])

@@ -209,7 +209,7 @@ def test_batches_that_the_engines_do_not_take(schnell, tmp_path: Path) -> None:
     engines = compiled(schnell.engines, tmp_path / "engines", "tensorrt-rtx", {})
     with pytest.raises(UserError, match="up to 4, not 8") as error:
         write_repository(engines, tmp_path / "repo", max_batch=8)
-    assert "--max-batch 4" in error.value.fix and "--batch 8" in error.value.fix
+    assert "max_batch=4" in error.value.fix and "--batch 8" in error.value.fix
 
 
 def test_an_engine_in_segments_has_a_file_for_each(schnell, tmp_path: Path) -> None:

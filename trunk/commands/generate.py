@@ -19,9 +19,8 @@ from ditforge.picture_flags import OutputFlags, PictureFlags, PromptFlags
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ditforge.client import Step
-    from ditforge.client.calls import Calls
-    from ditforge.client.connection import Connection
+    from ditforge.client import Client, Step
+    from ditforge.client.prompts import Batch
     from ditforge.client.request import Request
     from ditforge.client.settings import ConnectionSettings
     from ditforge.model import Model
@@ -103,18 +102,19 @@ def generate(
 
     Example: ditforge generate "a large red circle" --seed 0 --size 16:9 -o circle.png
     """
-    from ditforge.client.connection import Connection
-    from ditforge.client.prompts import make_requests
+    from ditforge.client import Client
+    from ditforge.client.prompts import make_batches
+    from ditforge.client.request import make_request
 
     prompts, repeated = source.read(prompt, picture.values())
     output.check(len(prompts))
-    with closing(Connection(connection.settings())) as servers:
-        calls = servers.begin()
-        if repeated not in (None, calls.model.name) and not verbosity.is_quiet():
-            print(f"warning: that picture is of {repeated}, and the server has {calls.model.name}", file=sys.stderr)
-        requests = make_requests(calls.model, prompts, output.count, picture.seed)
-        paths = check_paths(output, requests, calls.model, len(prompts))
-        with closing(run_all(servers, calls, requests)) as made:
+    with Client(connection.settings()) as client:
+        if repeated not in (None, client.model.name) and not verbosity.is_quiet():
+            print(f"warning: that picture is of {repeated}, and the server has {client.model.name}", file=sys.stderr)
+        batches = make_batches(prompts, output.count, picture.seed)
+        requests = [make_request(client.model, batch.prompts, batch.options) for batch in batches]
+        paths = check_paths(output, requests, client.model, len(prompts))
+        with closing(generate_all(client, batches, requests)) as made:
             save_all(made, paths, output.grid)
 
 
@@ -159,12 +159,10 @@ def check_paths(output: OutputFlags, requests: list[Request], model: Model, prom
     return paths
 
 
-def run_all(
-    connection: Connection, calls: Calls, requests: list[Request]
+def generate_all(
+    client: Client, batches: list[Batch], requests: list[Request]
 ) -> Generator[tuple[Request, list[Image.Image]], None, None]:
-    """Each request and its pictures, once they are made, with a bar over the steps of all. The first has `calls`."""
-    from ditforge.client.client import run
-
+    """The pictures of each batch, once they are made, with what was asked for; a bar shows the steps of all."""
     total, finished, last = sum(request.steps for request in requests), 0, time.monotonic()
     with terminal.progress("generate", unit="equal steps") as report:
 
@@ -173,12 +171,12 @@ def run_all(
             now = time.monotonic()
             each = f", {(now - last) * 1000:.0f} ms a step" if step.index else ""
             last = now
-            report(f"{calls.model.name}{each}", finished + step.index, total)
+            report(f"{client.model.name}{each}", finished + step.index, total)
 
-        for number, request in enumerate(requests):
-            images = run(connection.begin() if number else calls, request, show)
+        for batch, request in zip(batches, requests, strict=True):
+            images = client.generate(batch.prompts, batch.options, callback=show)
             finished += request.steps
-            report(calls.model.name, finished, total)
+            report(client.model.name, finished, total)
             yield request, images
 
 

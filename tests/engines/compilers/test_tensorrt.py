@@ -33,7 +33,7 @@ def test_not_installed(schnell, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpu", "fix"), [("rtx4090", "a machine with sm_89; or --compiler tensorrt-rtx"), ("b200", "a machine with sm_100")]
+    ("gpu", "fix"), [("rtx4090", 'a machine with sm_89; or compiler="tensorrt-rtx"'), ("b200", "a machine with sm_100")]
 )
 def test_another_machines_gpu(schnell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: str, fix: str) -> None:
     monkeypatch.setattr(tensorrt, "version", lambda: "11.4")

@@ -143,8 +143,8 @@ def test_turing_has_no_fp32_products(schnell, tmp_path: Path) -> None:
         ("sm_86,sm_89", FP8[0], "sm_86 has no FP8 tensor cores", "int8-weights"),
         ("t4", BF16[0], "sm_75 has no bf16 arithmetic", "--activations fp16"),
         ("t4", BF16[1], "sm_75 has no bf16 arithmetic", "--activations fp16"),
-        ("h100", BF16[0], "do not run on sm_90", "use --compiler tensorrt on that machine"),
-        ("rtx4090,b200", BF16[0], "do not run on sm_100", "use --compiler tensorrt"),
+        ("h100", BF16[0], "do not run on sm_90", 'use compiler="tensorrt" on that machine'),
+        ("rtx4090,b200", BF16[0], "do not run on sm_100", 'use compiler="tensorrt"'),
     ],
 )
 def test_the_impossible_is_refused_before_the_compiler_starts(

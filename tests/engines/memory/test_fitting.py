@@ -58,7 +58,7 @@ def test_only_what_does_not_fit_is_loaded_on_demand(tiny, monkeypatch: pytest.Mo
     assert build(onnx, out, BuildOptions("sm_86", gpu_memory=some, **ONE)).rebuilt == {}
     with pytest.raises(UserError, match="does not fit sm_86"):
         build(onnx, out, BuildOptions("sm_86", gpu_memory=some / 4, **ONE))
-    with pytest.raises(UserError, match="--gpu-memory is for a plan"):
+    with pytest.raises(UserError, match="gpu_memory is for a plan"):
         build(onnx, out, BuildOptions("sm_86", segments=2, gpu_memory=some))
 
 

@@ -129,7 +129,7 @@ def test_two_exports_are_the_same(two_networks: None, traced_anew: None, bare: P
 def test_names_and_mistakes(bare: Path, tmp_path: Path) -> None:
     names = sorted(path.parent.name for path in CONFIGS.glob("*/model_index.json"))
     assert_error(ditforge("export", "flux.2", "--random-weights", "--out", "a", cwd=tmp_path), "flux.2", *names)
-    with pytest.raises(UserError, match="leave out --max-error"):
+    with pytest.raises(UserError, match="leave out max_error"):
         export_checkpoint(
             CheckpointSource(bare, random_weights=True), tmp_path / "onnx", ExportOptions("fp8-weights", max_error=0.1)
         )

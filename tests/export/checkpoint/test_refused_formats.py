@@ -81,4 +81,4 @@ def test_packed_weights(key: str, packer: str, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=packer) as error:
             read()
         assert f"it holds blocks.0.attn.{key}" in error.value.problem
-        assert "--precision" in error.value.fix
+        assert "ditforge export quantises it" in error.value.fix

@@ -118,7 +118,7 @@ def test_sd3_with_its_own_sizes(tmp_path: Path) -> None:
 
 def test_what_the_base_lacks_too_is_named(random_schnell: Path, tmp_path: Path) -> None:
     file = save_dit(random_flux.schnell(), tmp_path / "dit.safetensors")
-    rest = r"text_encoder, text_encoder_2, tokenizer, tokenizer_2, vae missing[\s\S]*--base FOLDER"
+    rest = r"text_encoder, text_encoder_2, tokenizer, tokenizer_2, vae missing[\s\S]*base=.FOLDER"
     with pytest.raises(UserError, match=rest):
         open_files(CheckpointSource(file))
     base = tmp_path / "base"
@@ -127,20 +127,20 @@ def test_what_the_base_lacks_too_is_named(random_schnell: Path, tmp_path: Path) 
     with pytest.raises(UserError, match=r"^tokenizer_2 missing"):
         open_files(CheckpointSource(file, base))
     vae = save(single_files.autoencoder(random_flux.schnell().vae.state_dict()), tmp_path / "ae.safetensors")
-    with pytest.raises(UserError, match=r"holds no DiT, only vae[\s\S]*--base FOLDER"):
+    with pytest.raises(UserError, match=r"holds no DiT, only vae[\s\S]*base=.FOLDER"):
         open_files(CheckpointSource(vae))
     assert open_files(CheckpointSource(vae, random_schnell)).pipeline == "FluxPipeline"
     index = json.loads((base / "model_index.json").read_text())
     (base / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusion3Pipeline"}))
     with pytest.raises(UserError, match=r"of a FluxPipeline, and .* is a StableDiffusion3Pipeline"):
         open_files(CheckpointSource(file, base))
-    with pytest.raises(UserError, match="--base is for a checkpoint in one file"):
+    with pytest.raises(UserError, match="base is for a checkpoint in one file"):
         open_files(CheckpointSource(random_schnell, base))
 
 
 def test_options_that_do_not_go_together(random_schnell: Path, tmp_path: Path) -> None:
     lora = save_lora(tmp_path / "lora.safetensors")
-    with pytest.raises(UserError, match="leave out --base and --lora"):
+    with pytest.raises(UserError, match="leave out base and loras"):
         export_checkpoint(CheckpointSource(random_schnell, loras=((lora, 1.0),), random_weights=True), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

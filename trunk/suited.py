@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 from ditforge.contract import DIT
 from ditforge.engines import gpus
 from ditforge.engines.gpus import Target
+from ditforge.option import setting
 
 if TYPE_CHECKING:
     from ditforge.export.onnx_export import ExportOptions
-
-FOR_CPU = "for the CPU; for a GPU, say --gpu GPU here (ditforge gpus lists them)"
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ def suited(options: ExportOptions, target: Target | None) -> tuple[ExportOptions
     elif precision is None and target:
         precision, reason = gpus.default_precision(target)
     elif precision is None:
-        reason = FOR_CPU
+        reason = f"for the CPU; for a GPU, say {setting('gpu', 'GPU')} here (ditforge gpus lists them)"
     if target:
         activations = activations or gpus.default_activations(target)
         if target.capabilities and precision:

@@ -95,7 +95,9 @@ def flags_in_errors(source: str) -> list[str]:
     return [text for error in errors for text in texts(error) if named.search(COMMAND.sub("", text))]
 
 
-COMMAND_LINE = ("cli.py", "options.py", "picture_flags.py", "plan_report.py", "plan_subject.py", "verbosity.py")
+COMMAND_LINE = {  # modules that only the command line uses
+    *("cli.py", "options.py", "picture_flags.py", "plan_report.py", "plan_subject.py", "reports.py", "verbosity.py")
+}
 COMMAND = re.compile(r"(ditforge|docker) [a-z].*")
 
 

@@ -36,6 +36,7 @@ test-cpu-kinds: $(INSTALLED)
 	done
 
 lint: $(INSTALLED)
+	rm -rf build  # what an earlier wheel was made of, and would go into this one
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/hadolint Dockerfile

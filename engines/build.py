@@ -25,7 +25,7 @@ from ditforge.engines.memory.fitting import (
     place_engines,
     warn_of_compiling,
 )
-from ditforge.engines.memory.placement import Plan
+from ditforge.engines.memory.memory_plan import Plan
 from ditforge.engines.profile import Profile, announced, make_profiles, tiled
 from ditforge.errors import UserError
 from ditforge.manifest import Component, Engine, Manifest
@@ -308,7 +308,7 @@ def cut_graph(graph: Path, component: Component, model: Model, profiles: list[Pr
 
 
 def compile_parts(compiler: Compiler, job: Job, segments: list[Segment]) -> list[list[Path]]:
-    """Compile a graph, or each of its segments in turn. Returns the files of each engine."""
+    """Compile a graph, or each of its segments, one after the other. Returns the files of each engine."""
     if not segments:
         return [compile_one(compiler, job)]
     files = []

@@ -1,7 +1,7 @@
-"""Turns a bf16 graph into its fp32 twin, because ONNX Runtime has no bf16 kernels for CPUs.
+"""Writes a bf16 graph as the same graph in fp32, because ONNX Runtime has no bf16 kernels for CPUs.
 
 8-bit weights and their Q/DQ pairs stay as they are. Only what is computed in 16 bits is computed in 32 bits instead.
-The twin therefore shows the effect of quantisation, but not the rounding of bf16.
+The fp32 graph therefore shows the effect of quantisation, but not the rounding of bf16.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import onnx_ir as ir
 NARROW, WIDE = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 
 
-def write_twin(graph: Path, out: Path) -> Path:
-    """Write the fp32 twin of the ONNX file `graph` into the folder `out`, one tensor at a time. Returns its path."""
+def write_fp32_graph(graph: Path, out: Path) -> Path:
+    """Write the bf16 ONNX file `graph` in fp32 into the folder `out`, one tensor at a time. Returns its path."""
     model = ir.load(graph)
     for initializer in model.graph.initializers.values():
         if initializer.dtype == NARROW:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ditforge import manifest
 from ditforge.contract import DIT, TOKENIZER
 from ditforge.engines.compilers import Arrays
-from ditforge.engines.fp32_graph import write_twin
+from ditforge.engines.fp32_graph import write_fp32_graph
 from ditforge.engines.runtime.loading import load_engine
 from ditforge.errors import DitforgeError, UserError
 from ditforge.manifest import Component, Manifest, Tensor
@@ -168,7 +168,7 @@ def is_same_graph(found: Manifest, reference: Manifest, name: str) -> bool:
 
 
 def run_component(folder: Path, found: Manifest, name: str, inputs: Arrays) -> Arrays:
-    """Run the engine called `name`, or the graph of that name in an export. A bf16 graph runs as its fp32 twin."""
+    """Run the engine called `name`, or the graph of that name in an export. A bf16 graph runs in fp32."""
     component = found.components[name]
     if found.kind == "engines":
         engine = found.engines[name]
@@ -181,7 +181,7 @@ def run_component(folder: Path, found: Manifest, name: str, inputs: Arrays) -> A
     if component.dtype != "bf16":
         return run_graph(graph, component, inputs)
     with TemporaryDirectory() as temporary:
-        return run_graph(write_twin(graph, Path(temporary)), component, inputs)
+        return run_graph(write_fp32_graph(graph, Path(temporary)), component, inputs)
 
 
 def run_graph(graph: Path, component: Component, inputs: Arrays) -> Arrays:

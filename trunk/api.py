@@ -20,7 +20,7 @@ from ditforge.option import check_names
 
 if TYPE_CHECKING:
     from ditforge.engines.build import Built
-    from ditforge.engines.memory.placement import Plan
+    from ditforge.engines.memory.memory_plan import Plan
     from ditforge.export.onnx_export import Exported
     from ditforge.triton_repo.server import Options as ServeKeywords, Server
 

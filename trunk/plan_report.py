@@ -9,9 +9,9 @@ from ditforge import terminal, verbosity
 from ditforge.contract import DIT
 from ditforge.engines import gpus
 from ditforge.engines.gpus import Target
-from ditforge.engines.memory import placement
+from ditforge.engines.memory import memory_plan
 from ditforge.engines.memory.fitting import least_batch
-from ditforge.engines.memory.placement import Part, Plan
+from ditforge.engines.memory.memory_plan import Part, Plan
 from ditforge.engines.speed import Estimate, estimate
 from ditforge.errors import UserError
 from ditforge.model import Model
@@ -110,7 +110,7 @@ def plan_for(target: Target, subject: Subject, precision: str | None, sizes: Seq
 def fit_of(target: Target, model: Model, parts: Sequence[Part], precision: str, side: int) -> Fit:
     """Plan pictures of one size on a GPU."""
     batch = least_batch(model)
-    plan = placement.make_plan(parts, model, target, side, batch)
+    plan = memory_plan.make_plan(parts, model, target, side, batch)
     places = (
         Place(name, plan.precisions[name], p.residency, p.segments, p.on_demand, plan.sizes[name])
         for name, p in plan.placements.items()
@@ -171,7 +171,9 @@ def say_plan(plan: Plan) -> None:
     if simple or verbosity.is_quiet():
         return
     tiled = f", tiles of {plan.vae_tile} pixels" if plan.vae_tile else ""
-    least = "" if plan.usable is None else f", {placement.gigabytes(plan.peak)} of {placement.gigabytes(plan.usable)}"
+    least = (
+        "" if plan.usable is None else f", {memory_plan.gigabytes(plan.peak)} of {memory_plan.gigabytes(plan.usable)}"
+    )
     terminal.say(f"plan: {plan.strategy}, batches of up to {plan.batch}{tiled}{least}")
     places = [
         (name, plan.precisions[name], p.residency, segments_of(p), plan.sizes[name])
@@ -182,13 +184,13 @@ def say_plan(plan: Plan) -> None:
 
 def say_places(places: Sequence[tuple[str, str, str, str, int]], reasons: Sequence[str]) -> None:
     """Print where each network is, and why: its name, precision, place, segments and bytes."""
-    rows = [(*words, placement.gigabytes(size)) for *words, size in places]
+    rows = [(*words, memory_plan.gigabytes(size)) for *words, size in places]
     terminal.table(("component", "precision", "place", "segments", "takes"), rows)
     for reason in reasons:
         terminal.say(f"- {reason}")
 
 
 def segments_of(place: Place | Placement) -> str:
-    """The number of segments of a network, and how many of them are loaded in turn if the others stay."""
+    """The number of segments of a network, and how many of them are loaded on demand if the others stay."""
     partly = 0 < place.on_demand < place.segments
-    return f"{place.segments}, {place.on_demand} in turn" if partly else str(place.segments)
+    return f"{place.segments}, {place.on_demand} on demand" if partly else str(place.segments)

@@ -18,8 +18,8 @@ from ditforge.contract import DIT
 from ditforge.downloading import downloaded
 from ditforge.engines import gpus
 from ditforge.engines.gpus import Target
-from ditforge.engines.memory import placement
-from ditforge.engines.memory.placement import Part
+from ditforge.engines.memory import memory_plan
+from ditforge.engines.memory.memory_plan import Part
 from ditforge.errors import UserError
 from ditforge.footprint import Footprint
 from ditforge.model import Model
@@ -177,7 +177,7 @@ def exported(folder: Path, wanted: Wanted) -> Subject:
     found = manifest.read(folder, "onnx")
     if wanted.precision is not None:
         raise UserError(f"{folder} is exported already, in a precision of its own", "leave out --precision")
-    parts = placement.parts_of(found.components)
+    parts = memory_plan.parts_of(found.components)
     if parts is None:
         fix = "ditforge export CHECKPOINT --out DIR   again, with this version"
         raise UserError(f"{folder} does not say what its networks take of memory", fix)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ditforge.contract import DIT
 from ditforge.engines.gpus import Target
-from ditforge.engines.memory.placement import (
+from ditforge.engines.memory.memory_plan import (
     Plan,
     build_peak,
     gigabytes,

@@ -12,7 +12,7 @@ import numpy as np
 
 from ditforge import manifest
 from ditforge.engines.compilers import Arrays, LoadedEngine, find_compiler
-from ditforge.engines.runtime.one_at_a_time import turn
+from ditforge.engines.runtime.one_at_a_time import gpu_lock
 from ditforge.errors import DitforgeError, UserError
 from ditforge.manifest import Engine, File
 
@@ -54,7 +54,7 @@ def load_engine(folder: Path, files: dict[str, File], made: Engine) -> LoadedEng
 
 
 class OnDemand:
-    """An engine that waits for its turn, is loaded for each call, and is freed after the call."""
+    """An engine that waits for the GPU's lock, is loaded for each call, and is freed after the call."""
 
     def __init__(self, load: Callable[[], LoadedEngine]) -> None:
         self.load = load
@@ -64,7 +64,7 @@ class OnDemand:
     @contextmanager
     def loaded(self) -> Iterator[LoadedEngine]:
         """Load the engine for the duration of the block."""
-        with turn():
+        with gpu_lock():
             engine = self.load()
             try:
                 yield engine

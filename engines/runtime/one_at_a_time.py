@@ -1,7 +1,7 @@
-"""Lets engines that are loaded on demand take turns, also across processes, since Triton has one for each model.
+"""Keeps a second engine that is loaded on demand out of the GPU's memory, across processes: Triton has one a model.
 
-A memory plan counts one such engine at a time. Without turns there would be more in the GPU's memory when several users
-ask at once, or when a server starts and tries all of its engines.
+A memory plan counts one such engine at a time. Without a lock there would be more in the GPU's memory when several
+users ask at once, or when a server starts and tries all of its engines.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"  # where servers have GPUs of their own, they n
 
 
 @contextmanager
-def turn() -> Iterator[None]:
-    """Wait until no other process of this user has its turn on the same GPUs. A process that ends releases its turn."""
+def gpu_lock() -> Iterator[None]:
+    """Hold the lock of this user on the GPUs that are visible, once no other process has it; all wait for it.
+
+    The system releases the lock of a process that ends.
+    """
     import fcntl
 
     gpus = sha256(os.environ.get(VISIBLE, "").encode()).hexdigest()[:8]
-    path = Path(tempfile.gettempdir()) / f"ditforge-{os.getuid()}-{gpus}.turn"
+    path = Path(tempfile.gettempdir()) / f"ditforge-{os.getuid()}-{gpus}.lock"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

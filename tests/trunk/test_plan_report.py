@@ -38,7 +38,7 @@ def test_a_published_model_on_one_card(tmp_path: Path, monkeypatch: pytest.Monke
         *peaks, usable = map(float, re.findall(PEAK, line))
         assert len(peaks) == 4 and max(peaks) <= usable == 12.1
         assert "offload" in line
-    assert re.search(r"^dit +int8-weights +on-demand +16, 9 in turn +\d", result.out, re.MULTILINE)
+    assert re.search(r"^dit +int8-weights +on-demand +16, 9 on demand +\d", result.out, re.MULTILINE)
     assert re.search(r"^t5 +bf16 +on-demand +8 +1\.\d GB", result.out, re.MULTILINE)
     assert "- 9 of dit's 16 segments are loaded and freed in each step: 8.6 GB a step" in result.out
     assert "20 of 20" in result.err  # the progress

@@ -86,7 +86,7 @@ def step(estimate: Estimate) -> str:
 
 def say_one(report: PlanReport, gpu: GpuPlan) -> None:
     """Print a GPU's table, and what is where for pictures of one size."""
-    from ditforge.engines.memory.placement import PHASES, gigabytes
+    from ditforge.engines.memory.memory_plan import PHASES, gigabytes
     from ditforge.plan_report import say_places, segments_of
 
     terminal.say(f"{report.model} on {gpu.gpu}, {gpu.memory_gb:g} GB, precision {gpu.precision}")

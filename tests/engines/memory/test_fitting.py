@@ -11,8 +11,8 @@ from exports import alone
 
 from ditforge import manifest
 from ditforge.engines.build import BuildOptions, build
-from ditforge.engines.memory import placement
-from ditforge.engines.memory.placement import Plan
+from ditforge.engines.memory import memory_plan
+from ditforge.engines.memory.memory_plan import Plan
 from ditforge.errors import UserError
 from ditforge.triton_repo.repository import write_repository
 
@@ -25,11 +25,11 @@ def small(schnell, monkeypatch: pytest.MonkeyPatch) -> int:
     """A card that has, for engines, so many bytes: they hold half of the DiT, and not the whole."""
     found = manifest.read(schnell.onnx, "onnx").components["dit"].footprint
     assert found is not None
-    taken = placement.SPARE * found.activations_at(SIDE)
+    taken = memory_plan.SPARE * found.activations_at(SIDE)
     usable = math.ceil(found.segment(2) + taken)
     assert usable < found.weights + taken, "nothing would have to be cut"
-    monkeypatch.setattr(placement, "CONTEXT", 0)
-    monkeypatch.setattr(placement, "USABLE", usable / (12 * placement.GIB))
+    monkeypatch.setattr(memory_plan, "CONTEXT", 0)
+    monkeypatch.setattr(memory_plan, "USABLE", usable / (12 * memory_plan.GIB))
     return usable
 
 
@@ -50,9 +50,9 @@ def test_only_what_does_not_fit_is_loaded_on_demand(tiny, monkeypatch: pytest.Mo
     onnx, out = alone(tiny.onnx, tmp_path / "onnx"), tmp_path / "engines"
     found = manifest.read(onnx, "onnx").components["dit"].footprint
     assert found is not None
-    wanted = found.first(1, 4) + found.segment(4) + placement.SPARE * found.activations_at(SIDE)
-    monkeypatch.setattr(placement, "CONTEXT", 0)
-    some = (wanted + 1) / placement.USABLE / placement.GIB  # for one segment of four that stays, and one that comes
+    wanted = found.first(1, 4) + found.segment(4) + memory_plan.SPARE * found.activations_at(SIDE)
+    monkeypatch.setattr(memory_plan, "CONTEXT", 0)
+    some = (wanted + 1) / memory_plan.USABLE / memory_plan.GIB  # for one segment of four that stays, and one that comes
     engine = build(onnx, out, BuildOptions("sm_86", gpu_memory=some, **ONE)).manifest.engines["dit"]
     assert (len(engine.segment_files), engine.placement.on_demand) == (4, 3)
     assert build(onnx, out, BuildOptions("sm_86", gpu_memory=some, **ONE)).rebuilt == {}
@@ -85,17 +85,17 @@ def test_less_memory_to_compile_in_is_no_reason_to_compile_again(
 ) -> None:
     out = tmp_path / "engines"
     build(schnell.onnx, out, BuildOptions("rtx3060", **ONE))
-    monkeypatch.setattr(placement, "BUILD_SPARE", 0)
+    monkeypatch.setattr(memory_plan, "BUILD_SPARE", 0)
     found = manifest.read(schnell.onnx, "onnx").components["dit"].footprint
     assert found is not None
-    monkeypatch.setattr("ditforge.engines.build.memory_to_compile", lambda: placement.build_peak(found.segment(2)))
+    monkeypatch.setattr("ditforge.engines.build.memory_to_compile", lambda: memory_plan.build_peak(found.segment(2)))
     assert build(schnell.onnx, out, BuildOptions("rtx3060", **ONE)).rebuilt == {}
     fresh = build(schnell.onnx, tmp_path / "others", BuildOptions("rtx3060", **ONE)).manifest.engines["dit"]
     assert (len(fresh.segment_files), fresh.placement.on_demand) == (2, 0)
 
 
 def test_what_does_not_fit_writes_nothing(schnell, small: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(placement, "USABLE", placement.USABLE / 100)
+    monkeypatch.setattr(memory_plan, "USABLE", memory_plan.USABLE / 100)
     with pytest.raises(UserError, match="does not fit rtx3060"):
         build(schnell.onnx, tmp_path / "engines", BuildOptions("rtx3060", **ONE))
     assert list(tmp_path.iterdir()) == []

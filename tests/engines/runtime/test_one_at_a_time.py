@@ -16,9 +16,9 @@ from command_line import eventually
 # Says when it asks for its turn, when it is in, and when it goes out, which it does when it is told to.
 HOLD = """
 import sys, time
-from ditforge.engines.runtime.one_at_a_time import turn
+from ditforge.engines.runtime.one_at_a_time import gpu_lock
 print("asks", flush=True)
-with turn():
+with gpu_lock():
     print("in", time.monotonic(), flush=True)
     sys.stdin.readline()
     print("out", time.monotonic(), flush=True)

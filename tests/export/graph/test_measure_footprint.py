@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from ditforge import manifest
-from ditforge.engines.memory.placement import SPARE
+from ditforge.engines.memory.memory_plan import SPARE
 from ditforge.export.checkpoint.diffusers_folder import open_checkpoint
 from ditforge.export.checkpoint.random_weights import random_checkpoint
 from ditforge.export.families import read_networks

@@ -10,7 +10,7 @@ from ditforge.engines.compilers import find_compiler
 from ditforge.engines.compilers.choice import made_by
 from ditforge.engines.gpus import GPUS, Target, find_target
 from ditforge.engines.memory import fitting
-from ditforge.engines.memory.placement import (
+from ditforge.engines.memory.memory_plan import (
     BUILD_RATIO,
     CONTEXT,
     PHASES,

@@ -29,8 +29,8 @@ BUILD_SPARE = 10**9  # bytes beside: the libraries, the graph, and what else run
 TEXT, DENOISING, DECODING, ENCODING = "text encoding", "denoising", "decoding", "image encoding"
 PHASES = (TEXT, DENOISING, DECODING, ENCODING)
 NO_NETWORK = "none"  # the precision of what has no engine
-TEXT_SEGMENTS = (2, 4, 8)  # of the largest text encoder, where it is loaded and freed in turn
-DIT_SEGMENTS = (4, 8, 16)  # of the DiT, where some of them are loaded and freed in turn, and the others stay
+TEXT_SEGMENTS = (2, 4, 8)  # of the largest text encoder, where it is loaded on demand
+DIT_SEGMENTS = (4, 8, 16)  # of the DiT, where some of them are loaded on demand, and the others stay
 TILES = (1, 3 / 4, 1 / 2)  # sides of tiles, as parts of the model's default size
 
 
@@ -221,10 +221,10 @@ def ways(parts: Sequence[Part], tiles: Sequence[int | None], memory: int | None)
 
 
 def offloads(least: int, most: int) -> list[tuple[int, int]]:
-    """How many of how many segments of the DiT are loaded in turn, the smallest part of the DiT first.
+    """How many of how many segments of the DiT are loaded on demand, the smallest part of the DiT first.
 
     It is never one segment alone, which might as well stay where it finds room. Ways in which all segments are loaded
-    in turn come last, with any number of segments.
+    on demand come last, with any number of segments.
     """
     some = {(n, count) for count in DIT_SEGMENTS if least <= count <= most for n in range(2, count)}
     fewest = {n / count: (n, count) for n, count in sorted(some, key=lambda pair: -pair[1])}  # 2 of 4, not 4 of 8
@@ -296,7 +296,7 @@ def explain(plan: Plan, parts: Sequence[Part], tried: Mapping[str, int], side: i
         if part.name == VAE_ENCODER and placement.residency == ON_DEMAND:
             yield f"{part.name}, {size}, is loaded when it is asked: pictures from text need none"
         if part.phase == TEXT and placement.residency == ON_DEMAND and placement.segments > 1:
-            yield f"{part.name}'s segments are loaded and freed in turn: {gigabytes(footprint.weights)} a prompt"
+            yield f"{part.name}'s segments are loaded on demand: {gigabytes(footprint.weights)} a prompt"
         if placement.residency == CPU:
             yield f"{part.name} takes {size} of the machine's memory"
         if part.name == DIT and placement.residency == ON_DEMAND:

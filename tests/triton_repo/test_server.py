@@ -294,7 +294,7 @@ def test_sweeps_only_what_has_no_owner(repository: Callable[..., Path]) -> None:
     try:
         for path in paths:
             path.touch()
-        with pytest.raises(DitforgeError):  # even a start that fails
+        with pytest.raises(DitforgeError, match="failed to load 'broken'"):  # even a start that fails
             start(repository(broken=BROKEN), port=0)
         assert (left.exists(), mine.exists(), foreign.exists()) == (False, True, True)
     finally:

@@ -17,7 +17,8 @@ from ditforge.option import option, setting
 CPU = "cpu"
 LOCAL = "local"
 BF16_MEMORY_GB = 40  # of a DiT of 12 billion parameters, 16-bit weights and the text encoders fit
-NAMES = "ditforge gpus   lists the names; sm_89, several (sm_86,sm_89), local, and cpu are taken too"
+OTHERS = "also takes sm_89, several (sm_86,sm_89), local, and cpu"
+NAMES = option(f"ditforge gpus   lists the names; gpu {OTHERS}", f"ditforge gpus   lists the names; --gpu {OTHERS}")
 
 # name, product, memory in GB
 PRODUCTS = {

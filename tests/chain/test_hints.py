@@ -129,7 +129,7 @@ def test_a_read_only_disk_is_not_to_be_freed(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "statvfs", lambda path: ReadOnly)
     with pytest.raises(UserError, match="read-only") as error:
         check_space(tmp_path / "onnx", 1)
-    assert error.value.fix == "choose another --out"
+    assert error.value.fix == "choose another out"
 
 
 def test_a_repository_for_another_gpu_is_refused_before_triton_starts(paths: dict[str, Path]) -> None:

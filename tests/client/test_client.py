@@ -199,7 +199,7 @@ def test_error_in_a_callback_ends_the_loop(client: Client, schnell_server: Serve
 
 
 def test_bad_request_leaves_the_connection_usable(client: Client) -> None:
-    with pytest.raises(UserError, match="steps must be .* got 0"):
+    with pytest.raises(UserError, match=r"steps must be .* got 0"):
         client.generate("a", steps=0)
     client.generate("a", steps=1, **SMALL)
 

@@ -32,7 +32,7 @@ class Asked(Exception):
         ("rtxa6000", "bf16", "bf16", "48 GB"),
         ("rtx4090,rtx2080ti", "int8-weights", "fp16", "sm_75"),
         ("cpu", "fp32", "fp32", "CPU"),
-        (None, None, None, "--gpu GPU"),
+        (None, None, None, 'gpu="GPU"'),
     ],
 )
 def test_what_suits_a_gpu(gpu: str | None, precision: str | None, activations: str | None, why: str) -> None:

@@ -64,7 +64,7 @@ def segments_of(export: Path, count: int) -> list[Segment]:
 def most_segments(export: Path) -> int:
     with pytest.raises(UserError, match="can be cut into 1 to") as error:
         segments_of(export, 1000)
-    return int(error.value.fix.split()[-1])
+    return int(error.value.fix.removeprefix("segments="))
 
 
 def assert_close(actual: np.ndarray, expected: np.ndarray) -> None:

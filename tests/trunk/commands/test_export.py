@@ -122,7 +122,7 @@ def test_other_formats(refused: Refused, random_schnell: Path, tmp_path: Path) -
     shutil.copytree(random_schnell, folder)
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file({"a.weight": torch.zeros(4, dtype=torch.uint8), "a.weight.absmax": torch.zeros(1)}, file)
-    refused(folder, mentions=(file, "bitsandbytes in 4 bits", "--precision"))
+    refused(folder, mentions=(file, "bitsandbytes in 4 bits", "quantises it itself"))
 
 
 def test_a_disk_that_is_too_small(

@@ -1,4 +1,6 @@
-"""The sampler loop, over gRPC: NumPy, tritonclient and Pillow, never torch.
+"""The client, which runs the sampler loop and calls the networks over gRPC. It needs NumPy, tritonclient and Pillow.
+
+It never imports torch.
 
 from ditforge.client import Client
 Client("localhost:8001").generate("a large red circle", seed=0).save("picture.png")
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
     from ditforge.client.settings import ConnectionSettings as ConnectionSettings
     from ditforge.client.tls import TLS as TLS
 
-# Each name, and the module that is loaded when it is first asked for: samplers alone need NumPy only, not gRPC.
+# Each public name, and the module that defines it. The module is imported when the name is first used, so that a
+# program that only uses the samplers needs NumPy, but not gRPC.
 _PUBLIC = {
     "SAMPLERS": "samplers",
     "SCHEDULES": "schedules",

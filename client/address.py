@@ -1,4 +1,4 @@
-"""Addresses of servers, HOST:PORT, and what is said of those that are written in another way."""
+"""Checks that the address of a server is written as HOST:PORT, and suggests a correction if it is not."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from ditforge.client.option import ENCRYPT
 from ditforge.errors import UserError
 from ditforge.option import option
 
-PORT = 8001  # where ditforge serve listens by default
+PORT = 8001  # the default port of ditforge serve
 DEFAULT_URL = f"localhost:{PORT}"
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
-LEAST_PORT = 1024  # of those that are not the system's
-LONGEST = 500  # characters; a name in DNS has at most 253
+LEAST_PORT = 1024  # ports below this one are reserved for the system
+LONGEST = 500  # characters of an address; a DNS name has at most 253
 ENCRYPTED = ("https", "grpcs")
 NOT_IN_HOSTS = set("/\\@?#[]%:,;\"'`<>|{}()$&*!^=")
 
 
 def check_url(url: str) -> str:
-    """HOST:PORT as it is, of IPv6 [ADDRESS]:PORT. Raises UserError, with the address as it should be, for others."""
+    """Return `url` unchanged if it is HOST:PORT, or [ADDRESS]:PORT for IPv6.
+
+    Raises UserError for anything else. The error suggests how the address should be written.
+    """
     problem, better, more = what_is_wrong(url)
     if not problem:
         return url
@@ -33,7 +36,12 @@ def check_url(url: str) -> str:
 
 
 def what_is_wrong(url: str) -> tuple[str, list[str], str]:
-    """What is wrong with an address (empty: nothing), which addresses may be meant, and what else would be needed."""
+    """Find the mistake in the address `url`. Returns (problem, better, more).
+
+    problem: the mistake in words, or an empty string if the address is correct.
+    better: the addresses that the user may have meant.
+    more: text to append to the suggested correction, such as the option for encryption; often empty.
+    """
     if len(url) > LONGEST:
         return f"it has {len(url)} characters", [], ""
     if "," in url or ";" in url:
@@ -51,7 +59,8 @@ def what_is_wrong(url: str) -> tuple[str, list[str], str]:
         return f"it is written without {scheme}://", meant(rest), more
     host, colon, port = url.rpartition(":")
     if is_ipv6(url.strip("[]")) and (not host.endswith("]") or not port):
-        with_port = is_ipv6(host) and port.isdigit() and int(port) >= LEAST_PORT  # ::1:8001 is an address, too
+        # ::1:8001 is also a complete IPv6 address. A last group that looks like a usual port is taken for a port.
+        with_port = is_ipv6(host) and port.isdigit() and int(port) >= LEAST_PORT
         better = f"[{host}]:{port}" if with_port else f"[{url.strip('[]')}]:{PORT}"
         return "an IPv6 address is put in brackets, before its port", [better], ""
     if "/" in url:
@@ -68,13 +77,13 @@ def what_is_wrong(url: str) -> tuple[str, list[str], str]:
 
 
 def meant(text: str) -> list[str]:
-    """The address that `text`, which is a part of what was written, most likely means; none where that is unclear."""
+    """Return the address that `text`, a part of what the user wrote, most likely means, or [] if that is unclear."""
     problem, better, _ = what_is_wrong(text)
     return better if problem else [text]
 
 
 def is_host(text: str) -> bool:
-    """Whether `text` may be a name or an address: DNS says more."""
+    """Whether `text` is written like a host name or an IP address. Whether it exists, only DNS can tell."""
     if text.startswith("[") and text.endswith("]"):
         return is_ipv6(text[1:-1])
     return bool(text) and not NOT_IN_HOSTS & set(text)

@@ -1,4 +1,4 @@
-"""`AsyncClient`: the client for asyncio, on gRPC's asyncio client."""
+"""`AsyncClient`: the client for asyncio, which uses gRPC's asyncio API."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from ditforge.model import Model
 class AsyncClient:
     """`Client` for asyncio: `async with AsyncClient(url) as client: await client.generate(…)`.
 
-    Settings and options are those of `Client`, and so is what happens where servers fail. It connects when it is first
-    used, or by `connect`. Any number of tasks of one event loop can use it at once.
+    It takes the settings and options of `Client`, and reacts to failing servers in the same way. It connects when it is
+    first used, or when `connect` is called. Any number of tasks of one event loop can use it at the same time.
 
-    Pictures are made without threads: the calls are gRPC's asyncio ones, and what is between two of them runs in the
-    event loop, whose other tasks wait meanwhile. That is NumPy on latents (noise, sampler, guidance), a copy of each
-    call's tensors, and the blending of tiles where pictures are decoded in tiles; it takes milliseconds. `callback` and
-    a sampler of your own are plain functions and run there too, so they must not block. Only to find out why an
-    encrypted connection failed is a thread used, for at most some seconds.
+    No threads are used to make pictures. The calls are gRPC's asyncio calls, and the work between two calls runs in the
+    event loop, so other tasks wait during that time. This work is NumPy on latents (noise, sampler, guidance), a copy
+    of the tensors of each call, and the blending of tiles if pictures are decoded in tiles; it takes milliseconds.
+    `callback` and your own sampler are plain functions that run in the event loop too, so they must not block. A thread
+    is used only to find out why an encrypted connection failed, and for a few seconds at most.
 
-    Cancelling the task of a picture cancels its call at the server at once.
+    If the task that makes a picture is cancelled, its call at the server is cancelled at once.
     """
 
     def __init__(
@@ -43,18 +43,18 @@ class AsyncClient:
         self._connecting = asyncio.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._opened: tuple[Connection, EventLoop] | None = None
-        self._client: Client | None = None  # once it is connected
+        self._client: Client | None = None  # None until it is connected
         self._closed = False
 
     @property
     def model(self) -> Model:
-        """What the server says of its model. Raises DitforgeError before the client is connected."""
+        """The model as the server describes it. Raises DitforgeError if the client is not connected yet."""
         if self._client is None:
             raise DitforgeError("this AsyncClient is not connected", "await client.connect()   before client.model")
         return self._client.model
 
     def connect(self) -> Coroutine[Any, Any, Self]:
-        """Connect, unless that was done. Raises what `Client` raises where it is made."""
+        """Connect, unless the client is connected already. Raises the same errors as `Client(…)`."""
         return self._connect(caller())
 
     @overload
@@ -69,14 +69,14 @@ class AsyncClient:
     def generate(
         self, prompt: str | list[str], options: GenerateOptions | None = None, **keywords: Unpack[Options]
     ) -> Coroutine[Any, Any, Image.Image | list[Image.Image]]:
-        """A coroutine of what Client.generate returns. Warnings name the line that called this."""
+        """Return a coroutine with the result of `Client.generate`. Warnings name the line that called this method."""
         return self._generate(prompt, options, keywords, caller())
 
     async def close(self) -> None:
-        """Close the connection, for good. Pictures that are not finished fail."""
+        """Close the connection. Unfinished pictures fail, and the client cannot be used again."""
         self._closed = True
         if self._loop is not None and self._loop.is_closed():
-            return  # and its connections with it
+            return  # the connections were closed with the event loop
         self._check_loop()
         if self._opened is not None:
             connection, transport = self._opened
@@ -90,7 +90,7 @@ class AsyncClient:
         await self.close()
 
     async def _connect(self, line: Line) -> Self:
-        """Connect as what is called in `line`."""
+        """Connect. Warnings name `line` as the line of the caller."""
         self._check_loop()
         token = CALLER.set(line)
         try:
@@ -123,7 +123,7 @@ class AsyncClient:
             CALLER.reset(token)
 
     def _check_loop(self) -> None:
-        """Raise UserError unless the event loop is that in which this was used first."""
+        """Raise UserError if the running event loop is not the one in which this client was first used."""
         running = asyncio.get_running_loop()
         self._loop = self._loop or running
         if self._loop is not running:

@@ -1,6 +1,6 @@
-"""What servers answer, read and checked against what was asked: names, dtypes, shapes, and the bytes themselves.
+"""Reads the answers of servers, and checks them against the request: names, dtypes, shapes, and numbers of bytes.
 
-Nothing that a server sends is believed: it may be another program, another version, or broken.
+No answer is trusted without a check: the server may be another program, another version, or broken.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ Arrays = dict[str, npt.NDArray[Any]]
 Inputs = Mapping[str, npt.NDArray[Any]]
 
 DTYPES = {"FP32": np.float32, "FP16": np.float16, "INT32": np.int32, "UINT8": np.uint8}
-EMBEDDINGS = {PROMPT_EMBEDS: True, POOLED_EMBEDS: False}  # whether every model has them
-SPARE = 64 << 10  # bytes of an answer beside its tensors: names, shapes, parameters
+EMBEDDINGS = {PROMPT_EMBEDS: True, POOLED_EMBEDS: False}  # name → whether every model has it
+SPARE = 64 << 10  # bytes that an answer may have beside its tensors, for names, shapes and parameters
 
 
 class WrongAnswer(Exception):
-    """A server answered, but not what it was asked; the text says what was expected and what came."""
+    """A server's answer does not fit the request. The message says what was expected and what came."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """An output as it should be: its dtype as Triton names it, and its shape, the batch first."""
+    """An expected output: Triton's name of its dtype, such as FP32, and its shape, with the batch dimension first."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -46,7 +46,10 @@ class Output:
 
 
 def embeddings_of(config: model_config_pb2.ModelConfig) -> dict[str, Output]:
-    """The embeddings of one prompt, [1, …], as the DiT with that configuration takes them. Raises WrongAnswer."""
+    """The dtypes and shapes, [1, …], of one prompt's embeddings, read from the inputs in the DiT's configuration.
+
+    Raises WrongAnswer if prompt_embeds is missing, or if an embedding has no fixed size or an unknown dtype.
+    """
     found = {}
     for name, everywhere in EMBEDDINGS.items():
         (tensor,) = [tensor for tensor in config.input if tensor.name == name] or [None]
@@ -60,10 +63,11 @@ def embeddings_of(config: model_config_pb2.ModelConfig) -> dict[str, Output]:
 
 
 def expected_outputs(name: str, inputs: Inputs, model: Model, embeddings: Mapping[str, Output]) -> dict[str, Output]:
-    """What the model `name` makes of `inputs`, each with the batch first: the contract of docs/design.md.
+    """The outputs that the model `name` gives for `inputs`, by the contract in docs/design.md.
 
-    dit: velocity, float32, as latents [B, C, h, w]. vae_decoder: image, uint8 [B, H, W, 3]. text_encoders and
-    text_encoders_clip: `embeddings`, and prompt_tokens, int32 [B, encoders].
+    All tensors have the batch dimension first. dit: velocity, float32, of the latents' shape [B, C, h, w]. vae_decoder:
+    image, uint8 [B, H, W, 3]. text_encoders and text_encoders_clip: the `embeddings` for B prompts, and prompt_tokens,
+    int32 [B, number of text encoders].
     """
     batch = len(next(iter(inputs.values())))
     if name == DIT:
@@ -76,9 +80,13 @@ def expected_outputs(name: str, inputs: Inputs, model: Model, embeddings: Mappin
 
 
 def read_answer(data: bytes, expected: Mapping[str, Output]) -> Arrays:
-    """The outputs in the ModelInferResponse `data`. Raises WrongAnswer unless they are all of the expected ones."""
+    """Read the output tensors from `data`, the bytes of a ModelInferResponse.
+
+    Raises WrongAnswer if `data` cannot be read, or if its outputs differ from `expected` in a name, dtype, shape or
+    number of bytes.
+    """
     most = sum(output.bytes for output in expected.values()) + SPARE
-    if len(data) > most:  # before it is read: a message of many small parts takes many times its size in memory
+    if len(data) > most:  # checked first, because parsing a message of many small parts takes many times its size
         raise WrongAnswer(f"{_listed(expected)} is at most {most} bytes, got {len(data)}")
     try:
         answer = pb.ModelInferResponse.FromString(data)
@@ -107,5 +115,5 @@ def _listed(expected: Mapping[str, Output]) -> str:
 
 
 def _shown(values: list[str] | list[int]) -> str:
-    """Some of what a stranger sent, with nothing in it that a terminal would obey."""
+    """The first few of the values that a server sent, without characters that a terminal would act on."""
     return ascii([value[:40] if isinstance(value, str) else value for value in values[:8]]) + " …" * (len(values) > 8)

@@ -1,4 +1,4 @@
-"""The network as `Client` uses it: calls and waits that block the thread which asks for them."""
+"""The `Transport` of `Client`: its calls and waits block the thread that makes them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Blocking:
-    """A `Transport` for any number of threads."""
+    """A `Transport` that any number of threads can use."""
 
     def open(self, url: str, settings: ConnectionSettings) -> BlockingChannel:
         return BlockingChannel(url, settings)
@@ -43,7 +43,7 @@ class Blocking:
 
 
 class BlockingChannel:
-    """A `Channel` of gRPC's synchronous client."""
+    """A `Channel` that uses gRPC's synchronous API."""
 
     def __init__(self, url: str, settings: ConnectionSettings) -> None:
         def make(credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
@@ -64,10 +64,10 @@ class BlockingChannel:
 
 
 class BlockingPending:
-    """A call that `begin` begins, in a thread of its own.
+    """A call that is started by the function `begin`, which runs in a thread of its own.
 
-    Ctrl-C does not interrupt that thread. A call of gRPC's that is interrupted while it begins counts as one that never
-    ends, and closing its channel waits for it for ever.
+    Ctrl-C does not interrupt that thread. If Ctrl-C interrupted gRPC while it starts a call, gRPC would count the call
+    as one that never ends, and closing the channel would wait for it for ever.
     """
 
     def __init__(self, begin: Callable[[], grpc.Future]) -> None:
@@ -77,7 +77,7 @@ class BlockingPending:
 
     def wait(self, seconds: float | None) -> bool:
         try:
-            self._ended.put(self._ended.get(timeout=seconds))  # back, so that it can be asked again
+            self._ended.put(self._ended.get(timeout=seconds))  # put back, so that a later wait returns at once
         except Empty:
             return False
         return True
@@ -87,7 +87,7 @@ class BlockingPending:
             answer: bytes = self._begun.result().result()
         except grpc.RpcError as error:
             raise CallFailed(failure(error.code(), error.details())) from error
-        except (grpc.FutureCancelledError, ValueError) as error:  # ValueError: the channel was closed before it began
+        except (grpc.FutureCancelledError, ValueError) as error:  # ValueError: the channel was closed before the call
             raise CallFailed(Failure("CANCELLED", CLOSED)) from error
         return answer
 
@@ -102,7 +102,7 @@ class BlockingPending:
 
 
 def aside(function: Callable[..., T], *args: Any) -> Future[T]:
-    """What a function gives, from a thread of its own."""
+    """Run a function in a daemon thread of its own. Returns a future of its result."""
     future: Future[T] = Future()
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""The calls of one picture: each at a server that can answer it, and again where one fails, while there is time."""
+"""The calls that make one picture. Each goes to a suitable server, and is repeated if it fails and time is left."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ log = logging.getLogger("ditforge.client")
 
 
 class Calls:
-    """What one picture asks of the servers `order`, the first of which is asked as long as it answers.
+    """The calls of one picture to the servers in `order`. The first server gets all of them, as long as it answers.
 
-    `served` is what the picture is begun with. Its time begins now. `told` has what somebody was warned of.
+    `served` is the model and the engines that the picture is begun with. The picture's time starts to count when this
+    is made. `told` gives the warnings about servers, each only once.
     """
 
     def __init__(
@@ -52,8 +53,8 @@ class Calls:
             self._metadata[ENGINES_KEY] = served.engines
         self._answered = False
         self._repeats: Counter[tuple[tuple[tuple[str, str], ...], str]] = Counter()
-        self._asked: dict[str, Served] = {}  # what the servers serve that were asked for this picture
-        self._wrong: dict[str, DitforgeError] = {}  # servers that gave a wrong answer, and are asked no more
+        self._asked: dict[str, Served] = {}  # for each server that was called for this picture: what it serves
+        self._wrong: dict[str, DitforgeError] = {}  # servers that gave a wrong answer, and are not asked again
 
     @property
     def model(self) -> Model:
@@ -62,7 +63,10 @@ class Calls:
 
     @property
     def repeated(self) -> str:
-        """Which servers failed, where the picture went on, and how many calls were repeated; empty where none was."""
+        """A sentence that says which servers failed, how many calls were repeated, and where the picture went on.
+
+        Empty if no call was repeated.
+        """
         parts = []
         for (failures, there), count in self._repeats.items():
             reasons: dict[str, list[str]] = {}
@@ -75,15 +79,16 @@ class Calls:
         return "; then ".join(parts)
 
     def infer(self, name: str, inputs: Inputs, step: str = "") -> Arrays:
-        """Run the model `name` on `inputs`, each with the batch first; errors say at which `step` that was.
+        """Run the model `name` on `inputs`, arrays with the batch dimension first. Returns its outputs by name.
 
-        Raises UserError for a bad request and where no server of the picture's engines is left, DitforgeError if a
-        server fails for good or all of them for too long.
+        `step` is shown in errors, e.g. "step 3 of 28". Raises UserError if the request is bad, or if no server with the
+        picture's engines is left. Raises DitforgeError if a server fails in a way that another try does not help, if
+        all servers fail for too long, or if the picture's time is over.
         """
         what = f"{name}, {step}" if step else name
         retries = Retries(self._settings.retry_timeout, self._deadline)
         failures: dict[str, Failure] = {}
-        reasons: dict[tuple[str, str], None] = {}  # in their order
+        reasons: dict[tuple[str, str], None] = {}  # (address, reason) of each failure, in the order of their occurrence
         while True:
             unfit = dict(self._wrong)
             for replica in sorted(self._order, key=lambda replica: replica.failed_lately):
@@ -98,8 +103,8 @@ class Calls:
                     if problem.engines is not None:
                         self._told.of_engines(replica.url, self._served.engines, problem.engines, len(self._order))
                 except WrongAnswer as wrong:
-                    # The same request would be answered alike: the server is broken, or no server of ditforge's. What
-                    # it said before may have been wrong unnoticed, but nobody can tell; others make the rest.
+                    # Another try would get the same answer: the server is broken, or was not made by ditforge. Its
+                    # earlier answers may have been wrong too, which cannot be known. Other servers make the rest.
                     replica.failed()
                     self._wrong[replica.url] = unfit[replica.url] = error = wrong_answer(replica.url, what, wrong)
                     self._told.left_out(replica.url, error.problem, len(self._order))
@@ -122,7 +127,7 @@ class Calls:
                 raise all_of(unfit, "no server is left for the picture")
             now = time.monotonic()
             wait = retries.wait(now)
-            # A picture that no server has begun is not worth a long wait for one that has said that it ends.
+            # If no server has begun the picture, and all that failed are shutting down, a long wait is not worth it.
             ending = not self._answered and all(failure.ending for failure in failures.values())
             left = ENDING_WAIT - (now - (retries.first or now)) if ending else float("inf")
             if left <= 0:
@@ -132,7 +137,7 @@ class Calls:
             self._transport.sleep(min(wait or 0, left))
 
     def _try(self, replica: Replica, name: str, inputs: Arrays) -> Arrays:
-        """Raises Unfit where the server is not one of the picture's, CallFailed where it fails."""
+        """Try the call at one server. Raises Unfit if the server cannot make this picture, CallFailed if it fails."""
         left = self._deadline - time.monotonic()
         try:
             served = replica.describe(min(self._settings.connect_timeout, self._settings.step_timeout, left))
@@ -141,7 +146,7 @@ class Calls:
                 raise Unfit(replica.connect_error(failed.failure)) from failed
             if not failed.failure.ending or replica.url not in self._asked:
                 raise
-            served = self._asked[replica.url]  # it ends, but it lets its unfinished pictures be finished
+            served = self._asked[replica.url]  # it is shutting down, but still finishes the pictures that it has begun
         wanted = short(self._served.engines)
         if not served.makes_the_same(self._served):
             raise Unfit(other_engines(replica.url, wanted, short(served.engines)), served.engines)
@@ -149,6 +154,6 @@ class Calls:
         try:
             return replica.infer(name, inputs, served, self._metadata, self._deadline)
         except CallFailed as failed:
-            if failed.failure.status == "FAILED_PRECONDITION":  # one of several servers behind the address
+            if failed.failure.status == "FAILED_PRECONDITION":  # another server behind the address, with other engines
                 raise Unfit(other_engines(replica.url, wanted, failed.failure.shown)) from failed
             raise

@@ -1,4 +1,4 @@
-"""`Client`: prompts in, pictures out. The sampler loop runs here, each step in a server."""
+"""`Client`: turns prompts into pictures. The sampler loop runs here, and a server computes the networks."""
 
 from __future__ import annotations
 
@@ -31,29 +31,30 @@ from ditforge.model import Model
 
 
 class Client:
-    """A connection to the server at `url` (HOST:PORT of gRPC), or to several of the same engines: a list of addresses.
+    """A connection to the server at `url` (its gRPC port, HOST:PORT), or to several servers: a list of addresses.
 
-    Each picture begins at the next server, and goes on at another one where it fails. Servers that are of no use are
-    warned of, as long as there is another. Also a context manager that closes the connection. Settings, by name:
+    Several servers must serve the same engines. Each picture begins at the next server, and goes on at another one if
+    that server fails. A server that cannot be used causes a warning, as long as another one can be used. The client is
+    also a context manager that closes the connection. Settings, by name:
 
     timeout (1800 seconds): how long a picture may take, from its first call to its last.
-    connect_timeout (10 seconds): how long to wait for a server that is silent, or starts. One that refuses connections
-            is given up sooner.
+    connect_timeout (10 seconds): how long to wait for a server that does not answer, or is still starting. A server
+        that refuses connections is given up sooner.
     step_timeout (300 seconds): how long a server may take for one call (the text encoders, a step, the VAE).
-    retry_timeout (60 seconds): how long a call that failed is repeated, from its first failure on; 0: on each server
-        once.
-    keepalive (10 seconds): how often a server that is busy with a call is asked whether it lives.
-    keepalive_timeout (10 seconds): how long it may take to answer that.
-    token (None): sent with every call as a bearer token; without TLS it can be read on the way.
+    retry_timeout (60 seconds): how long a failed call is repeated, counted from its first failure; with 0, each server
+        gets one try.
+    keepalive (10 seconds): how often a server that is busy with a call is asked whether it is alive.
+    keepalive_timeout (10 seconds): how long it may take to answer that question.
+    token (None): a bearer token that is sent with every call; without TLS, others on the network can read it.
     tls (None): a ditforge.client.TLS with the files of an encrypted connection; TLS() trusts public authorities.
     headers (none): a mapping of lower-case names to values, sent with every call as gRPC metadata, e.g. for a proxy. A
-        value is ASCII text, or bytes where the name ends in -bin.
+        value is ASCII text, or bytes if the name ends in -bin.
 
-    In place of `url`, a ditforge.client.ConnectionSettings has addresses and settings; those given by name beside it
-    count in place of its own. Clients that are given the same object share connections.
+    `url` can also be a ditforge.client.ConnectionSettings, which has addresses and settings. Settings given by name
+    replace those in it. Clients that are given the same object share their connections.
 
-    Raises UserError for settings that cannot be, and where no server with a model made by ditforge answers;
-    DitforgeError where none is ready in time.
+    Raises UserError for invalid settings, and if no server with a model made by ditforge answers. Raises DitforgeError
+    if no server becomes ready in time.
     """
 
     def __init__(
@@ -63,14 +64,14 @@ class Client:
 
     @classmethod
     def _over(cls, connection: Connection) -> Self:
-        """A client of a connection that somebody else connects, as AsyncClient does."""
+        """Make a client of a connection that the caller has connected, as AsyncClient does."""
         client = cls.__new__(cls)
         client._connection = connection
         return client
 
     @property
     def model(self) -> Model:
-        """What the server says of its model: sizes, default steps, guidance, …"""
+        """The model as the server describes it: sizes, default steps, guidance, …"""
         return self._connection.model
 
     @overload
@@ -85,16 +86,16 @@ class Client:
     def generate(
         self, prompt: str | list[str], options: GenerateOptions | None = None, **keywords: Unpack[Options]
     ) -> Image.Image | list[Image.Image]:
-        """A picture for a prompt, or a list of pictures for a list of prompts, made as one batch.
+        """Make a picture for a prompt, or a list of pictures, as one batch, for a list of prompts.
 
-        Prompt number i gets the seed `seed` + i, or the one that it is given: each picture is the one that it would be
-        alone. Each carries its parameters in `info`. Options are a GenerateOptions, or its fields as keywords, or both,
-        where keywords win; GenerateOptions says what each means. One more keyword:
+        Prompt number i gets the seed `seed` + i, or its own if `seed` is a list. Each picture is the same as if it were
+        made alone, and has its parameters in `info`. Options are given as a GenerateOptions, as its fields by keyword,
+        or as both; a keyword then counts. GenerateOptions says what each option means. There is one more keyword:
 
         callback: called once a step with a ditforge.client.Step, for a progress bar or a preview.
 
-        Raises UserError for an option that the model cannot take; DitforgeError if servers fail for longer than calls
-        are repeated or answer something else than they were asked, or the picture is not done within its time.
+        Raises UserError for an option that the model cannot take. Raises DitforgeError if servers fail for longer than
+        calls are repeated, if a server's answer does not fit the request, or if the picture is not finished in time.
         """
         images = self._generate([prompt] if isinstance(prompt, str) else prompt, options, keywords)
         return images[0] if isinstance(prompt, str) else images
@@ -118,10 +119,10 @@ class Client:
 
 
 def run(calls: Calls, request: Request, callback: Callback | None = None) -> list[Image.Image]:
-    """Text encoders, sampler loop, VAE: the pictures of a request, each with its parameters in `info`.
+    """Make the pictures of a request with the text encoders, the sampler loop and the VAE decoder.
 
-    Raises DitforgeError where a network makes something that is not finite. Warns where calls had to be repeated, and
-    of a picture of a single colour.
+    Each picture has its parameters in `info`. Raises DitforgeError if a network returns NaN or infinity. Warns if calls
+    had to be repeated, and if a picture has a single colour.
     """
     model = calls.model
     text, negative = encode(calls, request)
@@ -129,7 +130,7 @@ def run(calls: Calls, request: Request, callback: Callback | None = None) -> lis
     sigmas = np.array(request.sigmas, np.float32)
 
     def evaluate(inputs: Mapping[str, NDArray[Any]]) -> Array:
-        # Heun's method evaluates a step's end too, which is where the next one begins, and is called so here.
+        # Heun's method also evaluates the velocity at the end of a step. It is counted as part of the next step here.
         begun = int((sigmas[:-1] > inputs["timestep"][0]).sum()) + 1
         step = f"step {begun} of {request.steps}"
         velocity = calls.infer(DIT, inputs, step)["velocity"]
@@ -146,7 +147,7 @@ def run(calls: Calls, request: Request, callback: Callback | None = None) -> lis
     for index, image in enumerate(images):
         image.info[METADATA_KEY] = json.dumps(request.parameters(index, model), ensure_ascii=False)
         if (pixels[index] == pixels[index, 0, 0]).all():
-            # The decoder's last node turns NaN into some pixel, so this is all that shows of it.
+            # The last node of the decoder turns NaN into a pixel value, so a single colour is the only sign of NaN.
             which = f"picture {index + 1} of {len(images)}" if len(images) > 1 else "the picture"
             warn(f"{which} is of one colour everywhere, {image.getpixel((0, 0))}: vae_decoder may have failed")
     if calls.repeated:
@@ -155,9 +156,10 @@ def run(calls: Calls, request: Request, callback: Callback | None = None) -> lis
 
 
 def sample(request: Request, denoise: Denoise, noise: Noise, callback: Callback | None) -> Array:
-    """Latents float32 [B, C, h, w] of a request's pictures, from noise.
+    """Run the request's sampler from noise. Returns latents, float32 [B, C, h, w].
 
-    Raises UserError where a user's own sampler returns something else.
+    Raises UserError if a user's own sampler does not return latents of that shape, and DitforgeError if they are not
+    finite.
     """
     latents = noise()
     sigmas = np.array(request.sigmas, np.float32)
@@ -171,7 +173,7 @@ def sample(request: Request, denoise: Denoise, noise: Noise, callback: Callback 
 
 
 def check_finite(array: Array, tensor: str, where: str) -> None:
-    """Raise DitforgeError if there is a NaN or an infinity in what a network made."""
+    """Raise DitforgeError if `array`, the output of a network or sampler, has a NaN or an infinity in it."""
     broken = np.count_nonzero(~np.isfinite(array))
     if broken:
         problem = f"{tensor} is not finite (NaN or infinity) in {broken} of {array.size} elements: {where}"
@@ -179,9 +181,10 @@ def check_finite(array: Array, tensor: str, where: str) -> None:
 
 
 def encode(calls: Calls, request: Request) -> tuple[Arrays, Arrays | None]:
-    """`prompt_embeds` and `pooled_embeds` of the prompts, and of the negative prompts where they are needed.
+    """Encode the prompts, and the negative prompt if classifier-free guidance is on (otherwise None).
 
-    What occurs more than once is encoded once.
+    Each of the two has `prompt_embeds` [N, T, D] and, if the model has them, `pooled_embeds` [N, P], for N prompts. A
+    text that occurs more than once is encoded once.
     """
     wanted = list(zip(request.prompts, request.with_t5, strict=True))
     if guided_by_negative := request.cfg_scale(calls.model) > 1:
@@ -199,7 +202,7 @@ def encode(calls: Calls, request: Request) -> tuple[Arrays, Arrays | None]:
 
 
 def encode_prompts(calls: Calls, prompts: Sequence[str], with_t5: bool) -> Arrays:
-    """`prompt_embeds` and `pooled_embeds` of the prompts. Warns once if a text encoder does not read all of one."""
+    """Return `prompt_embeds` and `pooled_embeds` of the prompts. Warns once if a text encoder cuts a long prompt."""
     model = calls.model
     name = TEXT_ENCODERS if with_t5 or model.t5 == "absent" else TEXT_ENCODERS_CLIP
     encoded = calls.infer(name, {"prompt": np.array([[p.encode()] for p in prompts], np.object_)})

@@ -1,4 +1,4 @@
-"""The servers of a client: at which one a picture begins, and with which engines."""
+"""The servers of a client. This decides at which server a picture begins, and with which engines."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from ditforge.client.transport import CallFailed, Transport
 from ditforge.errors import DitforgeError
 from ditforge.model import Model
 
-LEAST_TIMEOUT = 0.1  # seconds for a server's answer, where others took the time to connect
-OTHERS = 1.0  # seconds for the other servers to say what they serve, once one has: to warn of those that are no use
+LEAST_TIMEOUT = 0.1  # seconds that a server gets to answer even if other servers have used up connect_timeout
+OTHERS = 1.0  # seconds that the other servers get to answer after the first one has, to warn of those without use
 
 
 class Connection:
-    """One server, or several that serve the same engines. Any number of threads can use it.
+    """The connection to one server, or to several that serve the same engines.
 
-    With another `transport` than the default, it is used as that one allows.
+    With the default transport, any number of threads can use it. Another `transport` may have other rules.
     """
 
     def __init__(self, settings: ConnectionSettings, transport: Transport | None = None) -> None:
@@ -37,13 +37,13 @@ class Connection:
         self._replicas = [Replica(url, settings, self._transport) for url in settings.urls]
         self._turns = itertools.count()
         self._told = Told()
-        self._known: Served | None = None  # what pictures were last begun with
+        self._known: Served | None = None  # the model and engines that the last picture was begun with
 
     def connect(self) -> Self:
-        """Connect, unless that was done; what else is called here does so by itself.
+        """Connect, unless that was done already. The other methods connect by themselves if it is needed.
 
-        Raises UserError where no server with a model made by ditforge answers, DitforgeError where none is ready in
-        time. The connection is closed then.
+        Raises UserError if no server with a model made by ditforge answers, and DitforgeError if no server becomes
+        ready in time. After an error, the connection is closed.
         """
         if self._known is None:
             try:
@@ -55,7 +55,7 @@ class Connection:
 
     @property
     def model(self) -> Model:
-        """The model that pictures were last begun with."""
+        """The model that the last picture was begun with."""
         return self._served.model
 
     @property
@@ -65,9 +65,9 @@ class Connection:
         return self._known
 
     def begin(self) -> Calls:
-        """The calls of one picture, whose time begins to count. Each picture begins at the next server.
+        """Return the calls of a new picture, whose time starts to count now. Each picture begins at the next server.
 
-        Its engines are those of the picture before, unless every server has changed its own.
+        The picture is made with the engines of the picture before, unless every server now has other engines.
         """
         wanted, others = self._served, list[Served]()
         first = next(self._turns) % len(self._replicas)
@@ -76,7 +76,7 @@ class Connection:
             try:
                 served = replica.describe(timeout)
             except CallFailed:
-                replica.failed()  # the picture's calls may have more time
+                replica.failed()  # it stays in the order: the calls of the picture may wait longer for it
             except Unfit:
                 continue
             else:
@@ -88,7 +88,7 @@ class Connection:
         return Calls(self.settings, order, wanted, self._told, self._transport)
 
     def infer(self, name: str, inputs: Inputs) -> Arrays:
-        """Run the model `name` on `inputs`, each with the batch first, as a picture of this one call."""
+        """Run the model `name` once on `inputs`, arrays with the batch dimension first, like a picture of one call."""
         return self.begin().infer(name, inputs)
 
     def close(self) -> None:
@@ -97,7 +97,10 @@ class Connection:
             replica.close()
 
     def _connect(self) -> Served:
-        """What the first of the servers serves that answer. Servers that are only about to be ready are waited for."""
+        """Ask all servers, and return what the first one in the list that answers serves.
+
+        Waits, up to connect_timeout, if none answers but one is starting. Raises DitforgeError if none can be used.
+        """
         now = time.monotonic()
         retries = Retries(self.settings.connect_timeout, now + self.settings.connect_timeout)
         retries.failed(now)
@@ -118,7 +121,7 @@ class Connection:
                     if failure.ending:
                         ending[url] = failure
                     elif failure.reason == WENT_AWAY and url in ending:
-                        failure = ending[url]  # it has ended, as it said, and another one may begin there
+                        failure = ending[url]  # it has shut down as announced, and another may start at its address
                     passing = passing or failure.passing
                     lasting = lasting or (failure.passing and not failure.ending)
                     errors[url] = replica.connect_error(failure)
@@ -130,9 +133,9 @@ class Connection:
             self._transport.sleep(min(wait, left))
 
     def _ask_all(self) -> dict[Replica, Served | Unfit | CallFailed]:
-        """What the servers say when they are all asked at once, in their order.
+        """Ask all servers at the same time what they serve. Returns their answers in the order of the addresses.
 
-        Once one has said what it serves, the others get OTHERS seconds more; those that take longer are not in it.
+        When one server has answered, the others get OTHERS seconds more. Servers that take longer are left out.
         """
 
         def ask(replica: Replica) -> Served | Unfit | CallFailed:
@@ -151,7 +154,7 @@ class Connection:
         return {replica: answer for replica, answer in zip(self._replicas, answers, strict=True) if answer is not None}
 
     def _warn_of_others(self, answers: Mapping[Replica, Served | Unfit | CallFailed], served: Served) -> None:
-        """Warn of servers that pictures will not go to, or not now."""
+        """Warn about the servers that no picture will be sent to, or not for now."""
         count = len(self._replicas)
         for replica, answer in answers.items():
             if isinstance(answer, Unfit):
@@ -162,7 +165,10 @@ class Connection:
                 self._told.of_engines(replica.url, served.engines, answer.engines, count)
 
     def _asked(self, order: list[Replica]) -> Iterator[tuple[Replica, float]]:
-        """The servers, those that failed lately last, and how many seconds each has to answer: its share of them."""
+        """Yield each server and the seconds that it has to answer, its share of what is left of connect_timeout.
+
+        Servers that failed recently come last.
+        """
         until = time.monotonic() + self.settings.connect_timeout
         for number, replica in enumerate(sorted(order, key=lambda replica: replica.failed_lately)):
             yield replica, max((until - time.monotonic()) / (len(order) - number), LEAST_TIMEOUT)

@@ -1,8 +1,10 @@
-"""Latents to pictures: whole, or in overlapping tiles where the decoder takes or shall take no more at once.
+"""Decodes latents to pictures, either whole or in overlapping tiles.
 
-In a tile, the decoder sees neither the neighbours (at the edge, zeros stand in for them) nor the whole picture, over
-which its norms and its attention go. So tiles do not quite agree where they overlap, and they are blended: the weight
-of each falls to nothing before its edge, where it is wrong, and over a long way, so that what else differs fades.
+Tiles are used if the decoder's engine takes no larger pieces, or if the user wants to save memory. In a tile, the
+decoder sees neither the pixels around the tile (at its edge, zeros stand in for them) nor the rest of the picture, over
+which its norms and its attention are computed. Two tiles therefore differ a little where they overlap, and are blended.
+The weight of a tile falls to 0 before its edge, where its pixels are wrong, and it falls over a long distance, so that
+the other differences do not show.
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ Pixels = NDArray[np.uint8]
 Decoder = Callable[[Array], Pixels]
 
 OVERLAP = 4  # neighbours share at least a quarter of a tile, as in diffusers' AutoencoderKL.enable_tiling
-EDGE = 8  # an eighth of what they share, at the edge of each tile, has no weight
+EDGE = 8  # the outermost eighth of the overlap, at the edge of each tile, gets no weight
 
 
 def decode(decoder: Decoder, latents: Array, factor: int, tile: int | None) -> Pixels:
-    """The pictures uint8 [B, H, W, 3] of latents float32 [B, C, h, w], a latent being `factor` pixels wide.
+    """Decode latents, float32 [B, C, h, w], to pictures, uint8 [B, H, W, 3]. H is h * `factor`, and W is w * `factor`.
 
-    `decoder` does the same for what is at most `tile` pixels high and wide (None: for anything). What is larger goes
-    through it tile by tile, all of one shape; beside the picture, a row of tiles is in memory.
+    `decoder` does the same for pieces of at most `tile` x `tile` pixels, or of any size if `tile` is None. A larger
+    picture is decoded tile by tile, with tiles of one shape. Only one row of tiles is in memory beside the picture.
     """
     if tile is None or max(latents.shape[2:]) * factor <= tile:
         return decoder(latents)
@@ -32,18 +34,18 @@ def decode(decoder: Decoder, latents: Array, factor: int, tile: int | None) -> P
 
 
 def decode_tiled(decoder: Decoder, latents: Array, factor: int, tile: int) -> Pixels:
-    """The picture uint8 [H, W, 3] of latents [1, C, h, w], from tiles of `tile` latents. One is decoded at a time."""
+    """Decode latents [1, C, h, w] to a picture, uint8 [H, W, 3], in tiles of `tile` x `tile` latents, one at a time."""
     height, width = latents.shape[2:]
     tops, lefts = starts(height, tile), starts(width, tile)
     down, across = weights(tops, height, tile, factor), weights(lefts, width, tile, factor)
     picture = np.empty((height * factor, width * factor, 3), np.uint8)
-    band = np.zeros((min(tile, height) * factor, width * factor, 3), np.float32)  # a row of tiles, from its top on
+    band = np.zeros((min(tile, height) * factor, width * factor, 3), np.float32)  # the current row of tiles, blended
     for top, next_top, vertical in zip(tops, [*tops[1:], height], down, strict=True):
         for left, horizontal in zip(lefts, across, strict=True):
             piece = decoder(latents[:, :, top : top + tile, left : left + tile])[0]
             columns = slice(left * factor, left * factor + piece.shape[1])
             band[:, columns] += piece * (vertical[:, None] * horizontal)[:, :, None]
-        done = (next_top - top) * factor  # later tiles begin below
+        done = (next_top - top) * factor  # these lines are finished, because the next row of tiles begins below them
         picture[top * factor : next_top * factor] = np.rint(band[:done])
         band[:-done] = band[done:]
         band[-done:] = 0
@@ -51,7 +53,10 @@ def decode_tiled(decoder: Decoder, latents: Array, factor: int, tile: int) -> Pi
 
 
 def starts(length: int, tile: int) -> list[int]:
-    """Where tiles begin along `length`, as few as overlap enough, evenly spread: the last one ends where all does."""
+    """The positions at which tiles of length `tile` begin along `length`; the last tile ends at the end.
+
+    They are spread evenly, and are the fewest that overlap by at least a quarter of a tile.
+    """
     if length <= tile:
         return [0]
     steps = -(-(length - tile) // (tile - tile // OVERLAP))
@@ -59,9 +64,10 @@ def starts(length: int, tile: int) -> list[int]:
 
 
 def weights(starts: list[int], length: int, tile: int, factor: int) -> Array:
-    """What each tile counts at each of its pixels: [tiles, pixels] float32. At each pixel of the picture, that is 1.
+    """The weight of each tile at each of its pixels along one axis, float32 [tiles, pixels].
 
-    Linear ramps, which begin at some distance from a tile's edge; none at the edge of the picture.
+    At each pixel of the picture, the weights of all tiles sum to 1. A tile's weight rises linearly, beginning at some
+    distance from the tile's edge; at an edge of the picture, it does not fall.
     """
     size = min(tile, length) * factor
     edge = tile // OVERLAP * factor / EDGE

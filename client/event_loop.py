@@ -1,6 +1,6 @@
-"""The network as `AsyncClient` uses it: calls and waits of one event loop, on gRPC's asyncio client.
+"""The `Transport` of `AsyncClient`: its calls and waits run in one event loop, with gRPC's asyncio API.
 
-What waits here has to be called in a greenlet; see `ditforge.client.greenlets`.
+The methods that wait must be called in a greenlet; see `ditforge.client.greenlets`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class EventLoop:
     """A `Transport` for the tasks of the running event loop."""
 
     def __init__(self) -> None:
-        self._tasks = set[asyncio.Task[object]]()  # to which the event loop itself keeps weak references only
+        self._tasks = set[asyncio.Task[object]]()  # kept here, because the event loop keeps only weak references
 
     def open(self, url: str, settings: ConnectionSettings) -> EventLoopChannel:
         return EventLoopChannel(url, settings)
@@ -61,7 +61,7 @@ class EventLoop:
         return [None if task in pending else task.result() for task in tasks]
 
     async def close(self) -> None:
-        """End what `at_once` did not wait for."""
+        """Cancel the tasks that `at_once` did not wait for."""
         for task in (tasks := list(self._tasks)):
             task.cancel()
         if tasks:
@@ -69,7 +69,7 @@ class EventLoop:
 
 
 class EventLoopChannel:
-    """A `Channel` of gRPC's asyncio client."""
+    """A `Channel` that uses gRPC's asyncio API."""
 
     def __init__(self, url: str, settings: ConnectionSettings) -> None:
         def make(credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
@@ -90,7 +90,7 @@ class EventLoopChannel:
 
 
 class EventLoopPending:
-    """A call that was begun in the running event loop."""
+    """A call that was started in the running event loop."""
 
     def __init__(self, call: grpc.aio.UnaryUnaryCall) -> None:
         self._task = asyncio.create_task(answer(call))
@@ -110,7 +110,10 @@ class EventLoopPending:
 
 
 async def answer(call: grpc.aio.UnaryUnaryCall) -> bytes | Failure:
-    """What a call gives. It is cancelled with the task that waits here; where its channel is closed, so is the task."""
+    """Wait for a call. Returns its answer, or how it failed.
+
+    If the task that waits here is cancelled, so is the call. If the call's channel is closed, the task is cancelled.
+    """
     try:
         data: bytes = await call
     except grpc.aio.AioRpcError as error:
@@ -118,6 +121,6 @@ async def answer(call: grpc.aio.UnaryUnaryCall) -> bytes | Failure:
     else:
         return data
     finally:
-        # The call is part of a cycle of references, and gRPC keeps the connection of a closed channel open for as long
-        # as there is a call of it, which would be until Python next collects garbage.
+        # The call is part of a cycle of references, so it would exist until Python's next garbage collection. gRPC
+        # would keep the connection of a closed channel open for that long.
         vars(call).clear()

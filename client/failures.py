@@ -1,4 +1,4 @@
-"""What is said when servers fail: what happened, at which of them, for how long it was tried, and what to do."""
+"""The errors for failing servers: what happened, at which server, for how long it was tried, and what to do."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ditforge.option import option
 NAME_SERVER = option('Client("HOST:PORT")', "--url HOST:PORT")
 START_SERVER = f"ditforge serve REPO_DIR --port PORT   starts a server; its gRPC port is named by {NAME_SERVER}"
 SAME_ENGINES = "serve the same engines at every address, and behind each of them; then repeat the request"
-NOT_TRUSTED = "CERTIFICATE_VERIFY_FAILED: "  # as gRPC's TLS library puts it; the reason follows
-Probe = Callable[[str, TLS | None], Speaks]  # as speaks_tls
-# How gRPC and its TLS library put it, what it means, and what helps.
+NOT_TRUSTED = "CERTIFICATE_VERIFY_FAILED: "  # in messages of gRPC's TLS library; the reason follows it
+Probe = Callable[[str, TLS | None], Speaks]  # the signature of speaks_tls
+# A part of a message of gRPC or its TLS library → (what it means, what helps).
 TLS_PROBLEMS = {
     "Verification Check failed": ("its certificate is for another name", f"{NAME_SERVER}, as its certificate has it"),
     "WRONG_VERSION_NUMBER": ("it speaks no TLS", PLAIN),
@@ -28,7 +28,10 @@ TLS_PROBLEMS = {
 
 
 def connect_error(url: str, failure: Failure, settings: ConnectionSettings, probe: Probe = speaks_tls) -> DitforgeError:
-    """Why a server could not be used at all. `probe` finds out whether it speaks TLS, where that may be why."""
+    """The error for a server that could not be used at all.
+
+    `probe` is called, to find out whether the server speaks TLS, if that may be the cause.
+    """
     status = failure.status
     if status in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
         return token_error(url, failure, settings.token)
@@ -57,7 +60,7 @@ def longer(settings: ConnectionSettings) -> str:
 def tls_error(
     url: str, failure: Failure, settings: ConnectionSettings, probe: Probe = speaks_tls
 ) -> DitforgeError | None:
-    """Why client and server do not agree on encryption, where that is why a connection failed; else None."""
+    """The error for a connection that failed because of encryption, or None if it failed for another reason."""
     tls, said = settings.tls, failure.message
     if NOT_TRUSTED in said:
         reason = said.partition(NOT_TRUSTED)[2].partition(":")[0]
@@ -70,7 +73,7 @@ def tls_error(
         if mark in said:
             return UserError(f"no encrypted connection to {url}: {problem}", fix)
     closed = failure.status == "UNAVAILABLE" and ("Socket closed" in said or "reset by peer" in said.lower())
-    if not closed and "status: 400" not in said and "HTTP status 400" not in said:  # of nginx, before gRPC is spoken
+    if not closed and "status: 400" not in said and "HTTP status 400" not in said:  # nginx answers 400, without gRPC
         return None
     spoken = probe(url, tls)
     if tls is None and spoken == "TLS":
@@ -87,7 +90,7 @@ def tls_error(
 
 
 def all_of(errors: Mapping[str, DitforgeError], problem: str) -> DitforgeError:
-    """One error of those of each server; where there is one server, its own."""
+    """Combine the errors of several servers, by address, into one. If there is only one error, return it unchanged."""
     first = next(iter(errors.values()))
     if len(errors) == 1:
         return first
@@ -96,7 +99,10 @@ def all_of(errors: Mapping[str, DitforgeError], problem: str) -> DitforgeError:
 
 
 def call_error(url: str, what: str, failure: Failure, settings: ConnectionSettings) -> DitforgeError:
-    """Why a model could not be run, where another try would do no better. `what`: the model, and which step."""
+    """The error for a call of a model that failed in a way that another try does not help.
+
+    `what` names the model and the step, e.g. "dit, step 3 of 28".
+    """
     if failure.status in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
         return token_error(url, failure, settings.token)
     if failure.too_large:
@@ -110,13 +116,16 @@ def call_error(url: str, what: str, failure: Failure, settings: ConnectionSettin
 
 
 def wrong_answer(url: str, what: str, wrong: object) -> DitforgeError:
-    """A server answered something else than it was asked. `wrong`: what was expected, and what came."""
+    """The error for an answer that does not fit the request. `wrong` says what was expected and what came."""
     fix = f"look at the server's log; are client and server of one version?   {install_hint.upgrade('client')}"
     return DitforgeError(f"the server at {url} gave a wrong answer to {what}: {wrong}", fix)
 
 
 def token_error(url: str, failure: Failure, token: str | None) -> UserError:
-    """The server says the same where there is no token and where it is another one; the client knows which it is."""
+    """The error for a server that refuses the client's token, or its lack of one.
+
+    The server's message can be the same in both cases, but the client knows whether it has sent a token.
+    """
     if token is None and failure.status == "UNAUTHENTICATED":
         return UserError(f"the server at {url} wants a token, and none was sent", TOKEN)
     said = "" if "wants a token" in failure.shown else f": {failure.shown}"
@@ -125,14 +134,20 @@ def token_error(url: str, failure: Failure, token: str | None) -> UserError:
 
 
 def other_engines(url: str, wanted: str, found: str) -> UserError:
-    """A server does not serve the engines that the picture was begun with. `found`: theirs, or what it says."""
+    """The error for a server without the engines that the picture was begun with, `wanted`.
+
+    `found` is the digest of the server's engines, or its message.
+    """
     return UserError(f"{url} serves other engines than the picture was begun with, {wanted}: {found}", SAME_ENGINES)
 
 
 def gave_up(
     what: str, failures: Mapping[str, Failure], unfit: Mapping[str, DitforgeError], retries: Retries, now: float
 ) -> DitforgeError:
-    """A call was repeated for as long as it may be. `failures`: how servers failed last, by their addresses."""
+    """The error for a call that failed until the time for repeating it was over.
+
+    `failures` has the last failure of each server by its address, `unfit` the errors of servers that cannot be used.
+    """
     each = [f"{url} {failure.reason} during {what}: {failure.shown}" for url, failure in failures.items()]
     each += [error.problem for error in unfit.values()]
     seconds = now - (now if retries.first is None else retries.first)
@@ -144,14 +159,14 @@ def gave_up(
 
 
 def stopping(failures: Mapping[str, Failure], unfit: Mapping[str, DitforgeError]) -> DitforgeError:
-    """No server has begun the picture, and those that could say that they end."""
+    """The error for a picture that no server has begun, because the servers in `failures` are shutting down."""
     each = [f"{url} is stopping: it begins no more pictures" for url in failures]
     each += [error.problem for error in unfit.values()]
     return DitforgeError("; ".join(each), "ask another server, or start it again and repeat the request")
 
 
 def too_late(what: str, failures: Mapping[str, Failure], timeout: float) -> DitforgeError:
-    """The time of the whole picture is over."""
+    """The error for a picture that was not finished within `timeout` seconds."""
     each = ", ".join(f"{url} {failure.reason}" for url, failure in failures.items() if failure.reason)
     problem = f"the picture was not finished within {timeout:g} s: it was at {what}" + (
         f", where {each}" if each else ""
@@ -160,5 +175,5 @@ def too_late(what: str, failures: Mapping[str, Failure], timeout: float) -> Ditf
 
 
 def short(engines: str) -> str:
-    """As much of engines' digest as people compare."""
+    """The first 12 characters of a digest of engines, which is what people compare."""
     return engines[:12] or "(an older repository, which does not say which)"

@@ -1,8 +1,8 @@
-"""Plain functions in an event loop: each runs in a greenlet, which a coroutine drives.
+"""Runs plain functions in an event loop. Each runs in a greenlet, and a coroutine drives the greenlet.
 
-Where such a function has to wait, `wait_for` hands an awaitable to the coroutine, which awaits it and then lets the
-function go on. So the functions between, a user's sampler and callback among them, need not know that there is an event
-loop. SQLAlchemy's asyncio support does the same.
+If such a function has to wait, `wait_for` hands an awaitable to the coroutine, which awaits it and then lets the
+function go on. The functions in between, such as a user's sampler and callback, need not know of the event loop.
+SQLAlchemy's asyncio support works in the same way.
 Source: https://github.com/sqlalchemy/sqlalchemy/blob/main/lib/sqlalchemy/util/concurrency.py
 """
 
@@ -18,18 +18,19 @@ T = TypeVar("T")
 
 
 async def in_greenlet(function: Callable[..., T], *args: object) -> T:
-    """What `function` returns, which may call `wait_for`. An error of what is waited for is raised there.
+    """Run `function`, which may call `wait_for`, in a greenlet. Returns its result.
 
-    So is asyncio.CancelledError, where the task is cancelled while the function waits.
+    If an awaitable fails, `wait_for` raises its error in the function. It raises asyncio.CancelledError in the function
+    if the task is cancelled while the function waits.
     """
     driver = getcurrent()
     running = greenlet(function, driver)
-    running.gr_context = driver.gr_context  # that of the task, as for a coroutine that it awaits
+    running.gr_context = driver.gr_context  # the function sees the task's context variables, as a coroutine would
     result = running.switch(*args)
     while not running.dead:
         try:
             value = await result
-        except GeneratorExit:  # the event loop has ended: nothing can be waited for any more
+        except GeneratorExit:  # the event loop has ended, so that nothing can be awaited any more
             while not running.dead:
                 running.throw(GeneratorExit)
             raise
@@ -42,7 +43,10 @@ async def in_greenlet(function: Callable[..., T], *args: object) -> T:
 
 
 def wait_for(awaitable: Awaitable[T]) -> T:
-    """What `awaitable` gives; for functions that `in_greenlet` runs, and those that they call."""
+    """Wait for `awaitable` and return its result.
+
+    Only functions that `in_greenlet` runs, and functions that these call, can use it. Raises RuntimeError elsewhere.
+    """
     driver = getcurrent().parent
     if driver is None:
         raise RuntimeError("wait_for was called outside of in_greenlet")

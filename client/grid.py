@@ -1,4 +1,4 @@
-"""One image of several pictures."""
+"""Puts several pictures into one image, a grid."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ WHITE = (255, 255, 255)
 
 
 def grid_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int, int]:
-    """How many columns a grid of pictures (width, height) has, and its width and height in pixels.
+    """The layout of a grid for pictures of these sizes, (width, height) in pixels.
 
-    It has as many columns as rows, or one more. A cell is as wide and as high as the largest picture.
+    Returns the number of columns, and the width and height of the grid in pixels. There are as many columns as rows, or
+    one more. Each cell is as wide as the widest picture, and as high as the highest.
     """
     columns = math.ceil(math.sqrt(len(sizes)))
     rows = math.ceil(len(sizes) / columns)
@@ -24,7 +25,7 @@ def grid_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int, int]:
 
 
 def make_grid(images: Sequence[Image.Image]) -> Image.Image:
-    """The pictures from left to right and from top to bottom, with the parameters of each in `info`."""
+    """Make a grid of the pictures, from left to right and from top to bottom. Its `info` has the parameters of each."""
     columns, width, height = grid_size([image.size for image in images])
     cell = width // columns, max(image.height for image in images)
     grid = Image.new("RGB", (width, height), WHITE)

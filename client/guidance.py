@@ -1,4 +1,4 @@
-"""Guidance: the DiT's velocities with the prompt, with the negative prompt and with fewer blocks become one."""
+"""Guidance: combines the DiT's velocities with the prompt, with the negative prompt and with fewer blocks into one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ditforge.client.samplers import Array, Denoise
 from ditforge.model import Model, SkipLayers
 
 Arrays = Mapping[str, npt.NDArray[Any]]
-Evaluate = Callable[[Arrays], Array]  # the DiT: its inputs, batch first → velocity [B, C, h, w]
+Evaluate = Callable[[Arrays], Array]  # calls the DiT: its inputs, batch first → velocity [B, C, h, w]
 
 
 def guided(
@@ -24,12 +24,14 @@ def guided(
     text: Arrays,
     negative: Arrays | None,
 ) -> Denoise:
-    """The velocity of a request's pictures as samplers want it, from one call of the DiT an evaluation.
+    """Return the function that samplers call for the velocity of a request's N pictures. It calls the DiT once.
 
-    `text` and `negative` are the embeddings of the prompts and of the negative prompts, both [N, …]. With `negative`,
-    classifier-free guidance at the request's scale: v = v_negative + scale (v_text - v_negative), in a batch of 2 N (Ho
-    and Salimans 2022, arXiv:2207.12598). With skip-layer guidance on top, in some of the steps: v + scale (v_text -
-    v_skipped), in a batch of 3 N (Stability-AI/sd3.5; as diffusers' StableDiffusion3Pipeline).
+    `text` and `negative` are the embeddings of the prompts and of the negative prompts, both [N, …].
+
+    If `negative` is given, classifier-free guidance is used: v = v_negative + scale (v_text - v_negative), computed in
+    a batch of 2 N (Ho and Salimans 2022, arXiv:2207.12598). Skip-layer guidance, in some of the steps, adds its scale
+    times (v_text - v_skipped), computed in a batch of 3 N (Stability-AI/sd3.5, and diffusers'
+    StableDiffusion3Pipeline).
     """
     scale, skip, count = request.cfg_scale(model), model.skip_layers, len(request.prompts)
     parts = [text] if negative is None else [negative, text]
@@ -52,7 +54,10 @@ def guided(
 
 
 def joined(parts: list[Arrays], model: Model, request: Request, skipped: bool) -> dict[str, npt.NDArray[Any]]:
-    """The DiT's inputs that do not change from step to step; `skipped`: the last part runs without some blocks."""
+    """The DiT's inputs that are the same in all steps, for the embeddings in `parts`, one after the other in the batch.
+
+    If `skipped` is true, the DiT leaves out some blocks for the last part.
+    """
     inputs = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     batch = len(inputs["prompt_embeds"])
     if model.guidance == "embedded":
@@ -66,6 +71,9 @@ def joined(parts: list[Arrays], model: Model, request: Request, skipped: bool) -
 
 
 def is_in_window(sigma: float, sigmas: npt.NDArray[np.float32], skip: SkipLayers) -> bool:
-    """Whether skip-layer guidance acts at noise level `sigma`: the step i of N that begins there, or after it."""
+    """Whether skip-layer guidance is used at noise level `sigma`.
+
+    It is if start * N < i < stop * N, where i is the number of the N + 1 levels in `sigmas` that are above `sigma`.
+    """
     step, steps = int((sigmas > sigma).sum()), len(sigmas) - 1
     return skip.start * steps < step < skip.stop * steps

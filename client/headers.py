@@ -1,4 +1,4 @@
-"""Extra headers of every call, which gRPC calls metadata: what can be sent, and what is sent in another way."""
+"""Checks and reads the user's headers, which gRPC calls metadata and which are sent with every call."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from ditforge.option import option
 NAME = re.compile(r"[a-z0-9_.-]+")
 HEADER = option('headers={"name": "value"}', "--header name:value")
 BINARY = option('headers={"name-bin": b"…"}', "--header name-bin:BASE64")
-RESERVED = ("content-type", "host", "te", "user-agent", ENGINES_KEY, PICTURE_KEY)  # which gRPC and the client send
+RESERVED = ("content-type", "host", "te", "user-agent", ENGINES_KEY, PICTURE_KEY)  # gRPC or the client sends these
 AUTHORIZATION = "authorization"
 
 
 def check_headers(headers: Mapping[str, str | bytes], token: str | None) -> dict[str, str | bytes]:
-    """The headers as they are. Raises UserError for a name or a value that cannot be sent, without showing the value.
+    """Return the headers unchanged, as a new dict. Raises UserError for a name or a value that cannot be sent.
 
+    The error does not show the value, which may be a secret.
     Source: https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md, Custom-Metadata.
     """
     if not isinstance(headers, Mapping):
@@ -32,7 +33,7 @@ def check_headers(headers: Mapping[str, str | bytes], token: str | None) -> dict
 
 
 def read_headers(written: Sequence[str]) -> dict[str, str | bytes]:
-    """Headers as the command line has them, NAME:VALUE, and NAME-bin:BASE64 for bytes. Raises UserError for others."""
+    """Read headers from the command line: NAME:VALUE, or NAME-bin:BASE64 for bytes. Raises UserError for other text."""
     headers: dict[str, str | bytes] = {}
     for text in written:
         name, colon, value = text.partition(":")
@@ -48,15 +49,15 @@ def read_headers(written: Sequence[str]) -> dict[str, str | bytes]:
 
 
 def read_bytes(name: str, value: str) -> bytes:
-    """The bytes that base64 stands for. Raises UserError where `value` is none."""
+    """Decode `value`, which is in base64. Raises UserError, which shows the header's `name`, if it is not base64."""
     try:
         return base64.b64decode(value.strip(), validate=True)
-    except ValueError:  # also for what is not ASCII
+    except ValueError:  # also raised for text that is not ASCII
         raise UserError(f"the value of the header {name} is not base64", BINARY) from None
 
 
 def check_name(name: str, token: str | None) -> None:
-    """Raise UserError unless a header can be called `name`. `token`: the one that is sent, if there is one."""
+    """Raise UserError unless a header can be called `name`. `token` is the bearer token that is sent, or None."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         lower = name.lower() if isinstance(name, str) else ""
         fix = option(f'headers={{"{lower}": "…"}}', f"--header {lower}:…") if NAME.fullmatch(lower) else HEADER
@@ -68,7 +69,7 @@ def check_name(name: str, token: str | None) -> None:
 
 
 def check_value(name: str, value: str | bytes) -> None:
-    """Raise UserError unless the header `name` can have that value: bytes where it ends in -bin, else ASCII text."""
+    """Raise UserError unless the header `name` can have that value: bytes if the name ends in -bin, else ASCII text."""
     if name.endswith("-bin"):
         if not isinstance(value, bytes):
             raise UserError(f"the header {name} takes bytes, as every one that ends in -bin", BINARY)

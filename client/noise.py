@@ -1,4 +1,6 @@
-"""The noise of a picture, at its start and where a sampler adds any: torch.randn's values for a seed, from NumPy alone.
+"""Makes a picture's noise with NumPy alone: the same values as torch.randn for the same seed.
+
+It is the noise that a picture starts from, and the noise that some samplers add.
 
 Sources, in PyTorch: aten/src/ATen/core/MT19937RNGEngine.h (the engine), core/TransformationHelper.h (bits to
 uniforms), native/cpu/DistributionTemplates.h (`normal_fill`, from 16 values up) and core/DistributionsHelper.h
@@ -22,20 +24,21 @@ Array = npt.NDArray[np.float32]
 
 
 class Generator:
-    """torch.Generator("cpu").manual_seed(seed), as far as torch.randn draws from it.
+    """Draws what torch.randn draws from torch.Generator("cpu").manual_seed(seed).
 
-    Raises UserError unless seed is an integer from 0 to 2^64 - 1. As in torch, only its low 32 bits count.
+    As in torch, only the low 32 bits of the seed count. Raises UserError unless it is an integer from 0 to 2^64 - 1.
     """
 
     def __init__(self, seed: int) -> None:
         self._engine = np.random.RandomState(check_seed(seed) & 0xFFFFFFFF)
-        self._spare = np.empty(0, np.float64)  # the second of a pair of normals, where only the first was asked for
+        self._spare = np.empty(0, np.float64)  # normals are drawn in pairs; this is one that was not needed so far
 
     def randn(self, shape: Sequence[int]) -> Array:
-        """Standard normal noise, float32: what torch.randn(shape, generator=self) would draw next.
+        """Draw standard normal noise, float32 [*shape]: what torch.randn(shape, generator=self) would draw next.
 
-        Equal to torch's AVX2 kernel (which AVX-512 CPUs run too) within 1e-6, to its portable kernel within 3e-6, which
-        is how far torch's two are apart; the same bits with NumPy 1.24 to 2.5.
+        The values differ by at most 1e-6 from those of torch's AVX2 kernel, which AVX-512 CPUs run too. They differ by
+        at most 3e-6 from those of its portable kernel, as torch's two kernels do from each other. NumPy 1.24 to 2.5
+        give the same bits.
         """
         values = np.empty(shape, np.float32)
         flat = values.reshape(-1)
@@ -51,9 +54,10 @@ class Generator:
 
 
 class BatchNoise:
-    """Noise for a batch of pictures: a call is float32 [B, *shape], with a generator for each picture, of its own seed.
+    """Noise for a batch of B pictures. Each call returns new noise, float32 [B, *shape].
 
-    So a picture of a batch is the one that it would be alone. The first call is the noise that diffusers starts from.
+    Each picture has a generator of its own, with its own seed, so it is the same as if it were made alone. The first
+    call returns the noise that diffusers starts from.
     """
 
     def __init__(self, seeds: Sequence[int], shape: Sequence[int]) -> None:
@@ -70,7 +74,7 @@ def noise(shape: Sequence[int], seed: int) -> Array:
 
 
 def check_seed(seed: int) -> int:
-    """`seed` as it is; raises UserError unless it is an integer from 0 to 2^64 - 1."""
+    """Return `seed` unchanged. Raises UserError unless it is an integer from 0 to 2^64 - 1."""
     if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
         raise UserError(
             f"{option('seed')} must be an integer from 0 to {MAX_SEED} (2^64 - 1), got {seed!r}",
@@ -80,9 +84,10 @@ def check_seed(seed: int) -> int:
 
 
 def normal_blocks(engine: np.random.RandomState, size: int) -> Array:
-    """[size] normals for size >= 16, as ATen's normal_fill: Box-Muller on blocks of 16 uniforms of 24 bits.
+    """Draw [size] normals, for size >= 16, like ATen's normal_fill: Box-Muller on blocks of 16 uniforms of 24 bits.
 
-    Where size is no multiple of 16, the last 16 values come from 16 fresh uniforms, over part of the block before.
+    If size is not a multiple of 16, the last 16 values are made from 16 more uniforms. They overwrite a part of the
+    block before.
     """
     whole = size - size % BLOCK
     values = np.empty(size, np.float32)
@@ -94,10 +99,14 @@ def normal_blocks(engine: np.random.RandomState, size: int) -> Array:
 
 
 def box_muller(draws: npt.NDArray[np.uint32]) -> Array:
-    """[n] normals from [n] draws: of each 16, the first 8 give the radii and the cosines, the last 8 the angles."""
+    """Make [n] normals from [n] draws, in blocks of 16, by the Box-Muller transform.
+
+    In each block, the first 8 draws give radii and the last 8 give angles. The first 8 normals are radius * cos(angle),
+    and the last 8 are radius * sin(angle).
+    """
     uniforms = ((draws & 0xFFFFFF).astype(np.float32) * np.float32(2**-24)).reshape(-1, 2, BLOCK // 2)
-    # Arithmetic is torch's float32. The functions are float64 and then rounded, because NumPy's float32 ones change
-    # their last bits from one CPU and release to the next, and a seed should not.
+    # The arithmetic is in float32, as in torch. Functions are computed in float64 and then rounded. The last bits of
+    # NumPy's float32 functions depend on the CPU and the release, but a seed should give the same picture everywhere.
     log = np.log(1 - uniforms[:, 0], dtype=np.float64).astype(np.float32)
     radius = np.sqrt(np.float32(-2) * log)
     theta = (np.float32(2 * math.pi) * uniforms[:, 1]).astype(np.float64)
@@ -107,8 +116,9 @@ def box_muller(draws: npt.NDArray[np.uint32]) -> Array:
 
 
 def normal_pairs(engine: np.random.RandomState, size: int) -> npt.NDArray[np.float64]:
-    """At least [size] normals for size < 16, in pairs, as ATen's normal_distribution<double>: 53-bit uniforms, cosine
-    first, then sine.
+    """Draw at least [size] normals, for size < 16, like ATen's normal_distribution<double>.
+
+    They come in pairs, made from two uniforms of 53 bits: first the cosine of the Box-Muller transform, then the sine.
     """
     draws = random32(engine, 4 * math.ceil(size / 2)).astype(np.uint64).reshape(-1, 2, 2)
     words = (draws[..., 0] << np.uint64(32)) | draws[..., 1]
@@ -120,5 +130,5 @@ def normal_pairs(engine: np.random.RandomState, size: int) -> npt.NDArray[np.flo
 
 
 def random32(engine: np.random.RandomState, size: int) -> npt.NDArray[np.uint32]:
-    """The next [size] outputs of the Mersenne Twister (NEP 19 freezes RandomState's stream)."""
+    """The next [size] outputs of the Mersenne Twister. NEP 19 guarantees that RandomState's stream never changes."""
     return engine.randint(0, 2**32, size, dtype=np.uint32)

@@ -1,4 +1,4 @@
-"""The options of a client that errors name again and again, as they are written on the command line and in Python."""
+"""The options of a client that many errors name, as they are written in Python and on the command line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ditforge.option import option
 
 
 def pair(certificate: str, key: str) -> str:
-    """How a client's certificate and its key are given."""
+    """The options that give a client's certificate and its key, both paths of files."""
     python = f'tls=TLS(certificate="{certificate}", key="{key}")'
     return option(python, f"--tls-cert {certificate} --tls-key {key}")
 

@@ -1,4 +1,4 @@
-"""`GenerateOptions`: what a picture is made with, in one record for the command line, the clients and HTTP."""
+"""`GenerateOptions`: the options that a picture is made with, one record for the command line, the clients and HTTP."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_NOISE = 10.0
 T5 = Literal["auto", "always", "never"]
 T5_NAMES: tuple[str, ...] = get_args(T5)
 
-# What other tools call an option; where there is no such option, what to do instead.
+# Names that other tools use → the name of the option here. INSTEAD says what to do where there is no such option.
 ELSEWHERE = {
     "num_inference_steps": "steps",
     "sampling_steps": "steps",
@@ -70,27 +70,30 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """What pictures are made with, beside their prompts. Without a field, or with None, the model's default holds.
+    """The options that pictures are made with. A field that is not given, or None, means the model's default.
 
-    seed: an integer from 0 to 2^64 - 1, by default random; prompt number i gets seed + i. Or a seed for each prompt.
+    seed: an integer from 0 to 2^64 - 1, by default random; prompt number i gets seed + i. Or a list, with a seed for
+        each prompt.
     steps: an integer from 1 to 1000.
     height, width: in pixels.
-    size: both at once, instead of them: "WIDTHxHEIGHT", or a shape of about as many pixels as the model's default size:
-        "square", "portrait" (3:4), "landscape" (4:3), or a ratio such as "16:9".
+    size: replaces height and width: "WIDTHxHEIGHT", or a shape that gets about as many pixels as the model's default
+        size: "square", "portrait" (3:4), "landscape" (4:3), or a ratio such as "16:9".
     guidance: how strictly the prompt is followed, for models that take it.
-    negative_prompt: what the picture should not be; it needs classifier-free guidance above 1, which is `guidance` in
+    negative_prompt: what the picture should not show; it needs classifier-free guidance above 1, which is `guidance` in
         Stable Diffusion 3.5, and `true_cfg` in FLUX.1.
-    true_cfg: the scale of classifier-free guidance in models that have another one built in; by default 1, off.
-    skip_layer_guidance: its scale, for models that have it; by default 0, off.
-    t5: "always", "never", or "auto" (not for short and plain prompts), for models that can do without T5.
-    vae_tile: decode in tiles of that many pixels, which saves the server memory; by default, only as it has to.
+    true_cfg: the scale of classifier-free guidance, for models that have another guidance built in; by default 1, off.
+    skip_layer_guidance: the scale of skip-layer guidance, for models that have it; by default 0, off.
+    t5: whether T5 reads the prompt, for models that can do without it: "always", "never", or "auto", which leaves it
+        out for short and plain prompts.
+    vae_tile: the side of the tiles in which pictures are decoded, in pixels, which saves memory in the server; by
+        default, tiles are used only if the engines need them.
     sampler: a name in ditforge.client.SAMPLERS, by default "euler"; or a function with the signature of
         ditforge.client.Sampler.
     schedule: how noise levels are spaced: a name in ditforge.client.SCHEDULES, by default the model's own; or a
         function of (steps, ditforge.client.Spacing) that returns steps + 1 levels, from 1 down to 0.
     sigmas: the noise levels themselves, from 1 down to 0, instead of a schedule.
     eta: how much noise a stochastic sampler adds, from 0 to 1.
-    s_noise: a factor of the noise that a stochastic sampler adds, from 0 to 10; by default 1.
+    s_noise: multiplies the noise that a stochastic sampler adds, from 0 to 10; by default 1.
 
     Raises UserError for values that no model takes, and for options that the sampler does not have.
     """
@@ -166,11 +169,11 @@ class GenerateOptions:
 
     @property
     def used_sampler(self) -> str | Sampler:
-        """The sampler, which no model has a default for."""
+        """The sampler that is used: the given one, or "euler", since models have no default of their own."""
         return DEFAULT if self.sampler is None else self.sampler
 
     def sampler_options(self) -> dict[str, float]:
-        """The options of the sampler that it has a value for: the given one, or else its default."""
+        """The values of all options that the sampler takes: the given ones, or else its defaults."""
         taken = sampler_options(self.used_sampler)
         given = {name: getattr(self, name) for name in SAMPLER_OPTIONS if name in taken}
         return {name: float(taken[name] if value is None else value) for name, value in given.items()}
@@ -181,7 +184,10 @@ SAMPLER_OPTIONS = ("eta", "s_noise")
 
 
 def make_options(options: GenerateOptions | None, keywords: Options) -> tuple[GenerateOptions, Callback | None]:
-    """`options` with what `keywords` have instead, and the callback. Raises UserError for a name that nobody knows."""
+    """Combine `options` with `keywords`, which take precedence. Returns the options and the callback.
+
+    Raises UserError for a keyword that is not an option, and for `options` of another type.
+    """
     check_names(keywords, [*NAMES, "callback"])
     if options is not None and not isinstance(options, GenerateOptions):
         problem = f"options are a {type(options).__name__}, not GenerateOptions"
@@ -192,7 +198,7 @@ def make_options(options: GenerateOptions | None, keywords: Options) -> tuple[Ge
     return GenerateOptions(**combined(older, given)), callback
 
 
-# An option, and those that say the same in another way: where it is given anew, they no longer hold.
+# An option → the options that say the same in another way. If it is given anew, their older values are dropped.
 REPLACES = {
     "size": ("height", "width"),
     "height": ("size",),
@@ -204,9 +210,9 @@ REPLACES = {
 
 
 def combined(older: Mapping[str, Any], newer: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by name: the newer ones, and of the older ones those that they do not replace.
+    """Combine options by name: the newer ones, and those of the older ones that no newer one replaces.
 
-    A newer sampler is not given options of the older one that it does not take.
+    If there is a newer sampler, older options that it does not take are dropped too.
     """
     gone = {name for each in newer for name in REPLACES.get(each, ())}
     if "sampler" in newer:
@@ -216,7 +222,7 @@ def combined(older: Mapping[str, Any], newer: Mapping[str, Any]) -> dict[str, An
 
 
 def check_names(names: Iterable[str], known: Sequence[str]) -> None:
-    """Raise UserError, with the nearest name, if one of the names is none of the known ones."""
+    """Raise UserError if one of the names is not a known option. The error suggests the nearest name."""
     for name in names:
         if name in INSTEAD and name not in known:
             raise UserError(f"there is no option {name!r}", INSTEAD[name])
@@ -224,14 +230,14 @@ def check_names(names: Iterable[str], known: Sequence[str]) -> None:
 
 
 def listed(seed: int | Sequence[int] | None) -> tuple[int, ...]:
-    """The seeds that are given: none, one, or several."""
+    """The given seeds as a tuple, which is empty for None."""
     if isinstance(seed, Sequence):
         return tuple(seed)
     return () if seed is None else (seed,)
 
 
 def check_text(what: str, text: str) -> None:
-    """Raise UserError unless `text` is a string that UTF-8 can hold."""
+    """Raise UserError unless `text`, which errors call `what`, is a string that can be encoded in UTF-8."""
     if not isinstance(text, str):
         raise UserError(f"a {what} is a {type(text).__name__}, not a string", "give a string, or a list of strings")
     try:

@@ -1,4 +1,4 @@
-"""Pictures on disk: PNG, JPEG or WebP, with everything in them that makes them again."""
+"""Pictures on disk: PNG, JPEG or WebP files that contain the parameters with which the picture can be made again."""
 
 from __future__ import annotations
 
@@ -13,32 +13,35 @@ from ditforge import small_files
 from ditforge.errors import UserError
 from ditforge.option import option
 
-METADATA_KEY = "ditforge"  # JSON: prompt, seed, steps, …
-COMMON_KEY = "parameters"  # the same as one text, where the gallery programs of this field look for it
+METADATA_KEY = "ditforge"  # the parameters as JSON: prompt, seed, steps, …
+COMMON_KEY = "parameters"  # the same as one text; gallery programs for generated pictures look for it here
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 LONGEST_SIDE = {"PNG": 2**31 - 1, "JPEG": 65_535, "WEBP": 16_383}  # pixels
-QUALITY = 95  # of JPEG and WebP, of 100
+QUALITY = 95  # of JPEG and WebP files, up to 100
 # Tags of Exif 2.32. The description is the JSON; gallery programs find the common text in the comment.
 DESCRIPTION, EXIF, COMMENT = 0x010E, 0x8769, 0x9286
-LARGEST_EXIF = 65_000  # bytes: a JPEG segment has 65,535
+LARGEST_EXIF = 65_000  # bytes; Exif has to fit into one JPEG segment, of at most 65,535
 OURS = "give a picture that ditforge made"
 
 
 def png(path: Path) -> str:
-    """The path that names a PNG file in place of `path`."""
+    """The option, for the advice in errors, that names a PNG file in place of `path`."""
     better = path.with_suffix(".png")
     return option(f'path="{better}"', f"--out {better}")
 
 
 def check_writable(path: Path) -> None:
-    """Raise UserError if no picture can be written to `path`: found out before one is made, not after."""
+    """Raise UserError if no picture can be written to `path`. It is called before the picture is made."""
     if path.suffix.lower() not in FORMATS and not path.is_dir():
         raise UserError(f"{path} is not a .png, .jpg or .webp file", png(path))
     small_files.check_writable(path, "picture.png")
 
 
 def check_fits(path: Path, size: tuple[int, int], parameters: dict[str, Any]) -> None:
-    """Raise UserError if the format that `path` names cannot hold a picture of that size, or so long a prompt."""
+    """Raise UserError if the file format of `path` cannot hold a picture of that size, or parameters of that length.
+
+    `size` is (width, height) in pixels.
+    """
     kind = FORMATS[path.suffix.lower()]
     fix = png(path)
     if max(size) > LONGEST_SIDE[kind]:
@@ -48,15 +51,15 @@ def check_fits(path: Path, size: tuple[int, int], parameters: dict[str, Any]) ->
 
 
 def read_info(image: Image.Image) -> dict[str, Any]:
-    """The parameters of a picture that Client.generate made."""
+    """The parameters of a picture that `Client.generate` has returned."""
     parameters: dict[str, Any] = json.loads(image.info[METADATA_KEY])
     return parameters
 
 
 def save_picture(image: Image.Image, path: Path) -> None:
-    """Write the picture and its parameters to `path`, whole or not at all, in the format that its suffix names.
+    """Write the picture and its parameters to `path`, in the format that its suffix names.
 
-    A file that is there is replaced. Raises UserError where it cannot be written.
+    The file appears complete or not at all, and replaces an existing file. Raises UserError if it cannot be written.
     """
     kind = FORMATS[path.suffix.lower()]
     parameters = read_info(image)
@@ -75,7 +78,7 @@ def save_picture(image: Image.Image, path: Path) -> None:
 
 
 def exif(parameters: dict[str, Any], comment: bool = True) -> bytes:
-    """The parameters as Exif: as JSON in ImageDescription, and as common text in UserComment."""
+    """The parameters as Exif data: as JSON in ImageDescription and, if `comment`, as common text in UserComment."""
     data = Image.Exif()
     data[DESCRIPTION] = json.dumps({METADATA_KEY: parameters})
     if comment:
@@ -100,7 +103,7 @@ def read_parameters(path: Path) -> dict[str, Any]:
 
 
 def common_text(parameters: dict[str, Any]) -> str:
-    """The parameters in the form that AUTOMATIC1111's web UI introduced; of a grid, those of its first picture."""
+    """The parameters, those of the first picture for a grid, as text in the form of AUTOMATIC1111's web UI."""
     parameters = {**parameters, **parameters.get("pictures", [{}])[0]}
     rest = f"Steps: {parameters['steps']}, Sampler: {parameters['sampler']}, CFG scale: {parameters['guidance']}, "
     rest += (

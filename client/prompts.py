@@ -1,4 +1,4 @@
-"""What is asked for at once: prompts with options of their own, from a file or from a picture, in batches."""
+"""Prompts with options of their own, read from a file or from a picture, and put together into batches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORM = "one prompt a line, with a tab and a seed behind it where it has one; or 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, the seed of its first picture, and its other options."""
+    """A prompt, the seed of its first picture (None: not given), and its other options."""
 
     text: str
     seed: int | None
@@ -30,7 +30,7 @@ class Prompt:
 
     @classmethod
     def of(cls, text: str, values: Mapping[str, Any]) -> Prompt:
-        """The prompt with options by their names, one of which may be a seed. Raises UserError where one cannot be."""
+        """Make a prompt with options, `values` by name, which may include a seed. Raises UserError for a bad value."""
         check_text("prompt", text)
         options = GenerateOptions(**values)
         if options.seed is not None and not isinstance(options.seed, int):
@@ -39,10 +39,10 @@ class Prompt:
 
 
 def read_prompts(path: Path, given: Mapping[str, Any]) -> list[Prompt]:
-    """The prompts in a file, with the options `given` where a line does not have its own.
+    """Read the prompts in a file. The options `given` count for a line that does not have its own.
 
-    A line is a prompt, or a prompt, a tab and a seed, or a JSON object with a "prompt" and any options. Empty lines do
-    not count. Raises UserError, which names the line, for anything else.
+    A line is a prompt, or a prompt, a tab and a seed, or a JSON object with a "prompt" and any options. Empty lines are
+    ignored. Raises UserError for anything else, with the number of the line.
     """
     try:
         text = read_bytes(path).decode()
@@ -63,7 +63,7 @@ def read_prompts(path: Path, given: Mapping[str, Any]) -> list[Prompt]:
 
 
 def read_line(line: str, given: Mapping[str, Any]) -> Prompt:
-    """A line of a prompt file."""
+    """Read one line of a prompt file."""
     if not line.lstrip().startswith("{"):
         text, tab, seed = line.rpartition("\t")
         if not tab:
@@ -83,7 +83,7 @@ def read_line(line: str, given: Mapping[str, Any]) -> Prompt:
 
 
 def read_picture(path: Path, given: Mapping[str, Any]) -> tuple[Prompt, str]:
-    """The prompt and the options that made a picture, with the options `given` instead of its own; and its model.
+    """Read from a picture its prompt, its options and the name of its model. The options `given` replace its own.
 
     Raises UserError for a picture that ditforge did not make.
     """
@@ -99,17 +99,17 @@ def read_picture(path: Path, given: Mapping[str, Any]) -> tuple[Prompt, str]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures that `Client.generate` makes in one call: a prompt for each, and their options with a seed for each."""
+    """Pictures that one call of `Client.generate` makes: their prompts, and their options with a seed for each."""
 
     prompts: list[str]
     options: GenerateOptions
 
 
 def make_batches(prompts: list[Prompt], count: int = 1, seed: int | None = None) -> list[Batch]:
-    """`count` pictures of each prompt, in their order. Neighbours with the same options are one batch.
+    """Make batches with `count` pictures of each prompt, in their order. Prompts in a row with equal options share one.
 
-    The pictures of a prompt have its seed and the next ones. Where it has none, picture number i of all has `seed` + i,
-    by default from a random one.
+    The pictures of a prompt with a seed have this seed and the following ones. If a prompt has none, picture number i
+    of all pictures has `seed` + i; by default, `seed` is random.
     """
     first = secrets.randbits(32) if seed is None else seed
     seeded = [

@@ -1,4 +1,4 @@
-"""One server among those that a client may use: its channel, what it serves, and a single try of a call."""
+"""One of the servers that a client may use: its channel, the model that it serves, and a single try of a call."""
 
 from __future__ import annotations
 
@@ -28,12 +28,15 @@ from ditforge.served_model import ClientTooOld, read_served_model
 
 M = TypeVar("M", bound=Message)
 NEEDED = (TEXT_ENCODERS, DIT, VAE_DECODER)
-HEARD_LATELY = 1.0  # seconds, in which no server ends, starts again and has its models ready
-REST = 30.0  # seconds for which a server that failed is only used after the others
+HEARD_LATELY = 1.0  # seconds; no server can end, start again and have its models ready in this time
+REST = 30.0  # seconds for which a server that failed is used only after all others
 
 
 class Unfit(Exception):
-    """A server answered, and is none that the picture can go on at; `error` is what to say where there is no other."""
+    """A server answered, but it cannot be used for the picture. `error` is for the user if there is no other server.
+
+    `engines` is the digest of the server's engines if these are the reason, or else None.
+    """
 
     def __init__(self, error: DitforgeError, engines: str | None = None) -> None:
         super().__init__(error)
@@ -42,9 +45,11 @@ class Unfit(Exception):
 
 @dataclass(frozen=True)
 class Served:
-    """What a server says of itself. `engines` is the SHA-256 of its engines; of an older repository, empty.
+    """What a server serves, as it describes itself.
 
-    `embeddings` is what its text encoders make of one prompt, by name.
+    max_batch: the most samples that it takes in one call.
+    engines: the SHA-256 of its engines in hexadecimal; empty if an older ditforge wrote its repository.
+    embeddings: the dtypes and shapes of the embeddings of one prompt, by name.
     """
 
     model: Model
@@ -53,25 +58,26 @@ class Served:
     embeddings: Mapping[str, Output]
 
     def makes_the_same(self, other: Served) -> bool:
-        """Whether a picture that began at one server can go on at the other, and be the same."""
+        """Whether both have the same engines and model, so that a picture can go on at the other and be the same."""
         return (self.engines, self.model) == (other.engines, other.model)
 
 
 class Replica:
-    """The server at `url`. Its channel is made when it is first needed."""
+    """The server at `url`, HOST:PORT. Its channel is made when it is first needed."""
 
     def __init__(self, url: str, settings: ConnectionSettings, transport: Transport) -> None:
         self.url = url
         self._settings, self._transport, self._lock = settings, transport, threading.Lock()
         self._channel: Channel | None = None
         self._served: Served | None = None
-        self._heard = self._failed = -float("inf")  # when last, as time.monotonic has it
+        self._heard = self._failed = -float("inf")  # when it last answered, and last failed, in time.monotonic's time
         self._closed = False
 
     def describe(self, timeout: float) -> Served:
-        """What it serves; asked within `timeout` seconds, unless it was heard from within the last one.
+        """Return what it serves. It is asked again unless it has answered within the last second.
 
-        Raises CallFailed where it does not answer or is not ready, Unfit where it serves no model made by ditforge.
+        Raises CallFailed if it does not answer within `timeout` seconds or is not ready, and Unfit if it serves no
+        model made by ditforge.
         """
         served = self._served
         if served is None or time.monotonic() - self._heard > HEARD_LATELY:
@@ -80,10 +86,11 @@ class Replica:
         return served
 
     def infer(self, name: str, inputs: Arrays, served: Served, metadata: Metadata, until: float) -> Arrays:
-        """Run the model `name` once on `inputs`; batches larger than what is `served` takes go in parts.
+        """Run the model `name` on `inputs`, arrays with the batch dimension first. Returns its outputs by name.
 
-        Each call ends after the settings' step_timeout, and at `until`, of time.monotonic. Raises CallFailed, and
-        WrongAnswer where the answer is not what such a server makes of the inputs.
+        A batch larger than `served.max_batch` is sent in several calls. Each call ends after the settings' step_timeout
+        seconds, or at the time `until` of time.monotonic. Raises CallFailed if a call fails, and WrongAnswer if the
+        answer does not fit the inputs.
         """
 
         def call(part: Arrays) -> Arrays:
@@ -96,21 +103,24 @@ class Replica:
         return in_parts(call, inputs, served.max_batch)
 
     def failed(self) -> None:
-        """Note that it failed just now, and forget what it serves: once it is back, that may be something else."""
+        """Note that it failed just now. Forget what it serves, which may be something else when it is back."""
         self._served, self._failed = None, time.monotonic()
 
     @property
     def failed_lately(self) -> float:
-        """When it failed, if that was lately, else 0. Sorted by this, servers that may work come first."""
+        """The time.monotonic of its last failure if it was in the last 30 seconds, or else 0.
+
+        Servers sorted by this begin with those that have not failed lately.
+        """
         return self._failed if time.monotonic() - self._failed < REST else 0.0
 
     def connect_error(self, failure: Failure) -> DitforgeError:
-        """Why it could not be used at all."""
+        """The error that says why it could not be used at all."""
         probe = self._transport.aside
         return connect_error(self.url, failure, self._settings, lambda url, tls: probe(speaks_tls, url, tls))
 
     def close(self) -> None:
-        """Close the channel, for good."""
+        """Close the channel. The server cannot be called through this object any more."""
         with self._lock:
             self._closed, channel = True, self._channel
         if channel is not None:
@@ -128,7 +138,7 @@ class Replica:
         return DitforgeError(f"the connection to {self.url} is closed", "make a new client")
 
     def _ask(self, timeout: float) -> Served:
-        """All answers together have `timeout` seconds."""
+        """Ask the server what it serves. It has `timeout` seconds for all its answers together."""
         until = time.monotonic() + timeout
         index = self._tell("RepositoryIndex", pb.RepositoryIndexRequest(), pb.RepositoryIndexResponse, until)
         known = sorted({model.name for model in index.models})
@@ -143,8 +153,10 @@ class Replica:
         return self._read(answer.config)
 
     def _why_not_ready(self, name: str, until: float) -> Failure:
-        """Whether a server whose model is not ready is about to be, or about to end: it says so where it is asked for a
-        picture. A server that is ready again by then reads an empty prompt, once.
+        """Find out whether a server whose model `name` is not ready is starting or shutting down.
+
+        ditforge's server says that it is shutting down when it is asked to begin a picture, so it is sent an empty
+        prompt. If it is ready again by then, it encodes that prompt, which does no harm.
         """
         empty = {"prompt": np.array([[b""]], np.object_)}
         try:
@@ -155,13 +167,13 @@ class Replica:
         return Failure("UNAVAILABLE", f"the model {name} is {NOT_READY}")
 
     def _read(self, config: model_config_pb2.ModelConfig) -> Served:
-        """What the server serves, by the configuration of its DiT. Raises Unfit where that is none of ditforge's."""
+        """Read what the server serves from its DiT's configuration. Raises Unfit if ditforge did not write that."""
         if MODEL_PARAMETER not in config.parameters:
             raise Unfit(UserError(f"the model dit at {self.url} was not made by ditforge", START_SERVER))
         try:
             model = read_served_model(config.parameters[MODEL_PARAMETER].string_value)
             if unreadable := [name for name in (model.name, *model.max_tokens) if not name.isprintable()]:
-                raise WrongAnswer(f"{unreadable[0]!a} is no name")  # warnings show it, and the progress bar
+                raise WrongAnswer(f"{unreadable[0]!a} is no name")  # warnings and the progress bar print these names
             embeddings = embeddings_of(config)
         except (ValueError, RecursionError, WrongAnswer) as error:
             raise Unfit(unreadable_model(self.url, error)) from error
@@ -169,7 +181,7 @@ class Replica:
         return Served(model, max(1, config.max_batch_size), shown(engines), embeddings)
 
     def _tell(self, method: str, request: Message, answer: type[M], until: float) -> M:
-        """What the server says of itself, by `until` of time.monotonic."""
+        """Ask the server about itself with the gRPC method `method`. It must answer by `until` of time.monotonic."""
         timeout = max(until - time.monotonic(), 0.001)
         data = self._answer(method, request.SerializeToString(), timeout, self._settings.metadata())
         try:
@@ -179,9 +191,10 @@ class Replica:
         return read
 
     def _call(self, name: str, inputs: Arrays, metadata: Metadata, timeout: float) -> bytes:
-        """One call of a model, during which the server is asked now and then whether it is live.
+        """Call the model `name`. While the call runs, the server is asked now and then whether it is live.
 
-        Returns the ModelInferResponse unread: gRPC for Python would never tell of an answer that it cannot read.
+        Returns the bytes of the ModelInferResponse. They are not parsed by gRPC for Python, which would never report an
+        answer that it cannot parse.
         """
         request = encode(name, inputs).SerializeToString()
         return self._answer("ModelInfer", request, timeout, metadata, self._settings.keepalive)
@@ -189,7 +202,7 @@ class Replica:
     def _answer(
         self, method: str, request: bytes, timeout: float, metadata: Metadata, keepalive: float | None = None
     ) -> bytes:
-        """The answer to one call; with `keepalive`, the server is asked so often whether it is live."""
+        """Make a call, and return its answer. Every `keepalive` seconds, if given, ask whether the server is live."""
         pending = self._open().begin(method, request, timeout, metadata)
         try:
             while not pending.wait(keepalive):
@@ -200,10 +213,10 @@ class Replica:
                 raise self._closed_error() from error
             raise
         finally:
-            pending.cancel()  # where it has not ended: Ctrl-C, a task that was cancelled, a server that is not live
+            pending.cancel()  # if it has not ended, because of Ctrl-C, a cancelled task, or a server that is not live
 
     def _check_alive(self) -> None:
-        """Raise CallFailed if there is no answer at all; whatever else the answer is, the call itself will tell."""
+        """Raise CallFailed if the server does not answer at all. The running call itself will show other failures."""
         timeout = self._settings.keepalive_timeout
         try:
             self._answer("ServerLive", b"", timeout, self._settings.metadata())
@@ -213,7 +226,10 @@ class Replica:
 
 
 def in_parts(call: Callable[[Arrays], Arrays], inputs: Inputs, max_batch: int) -> Arrays:
-    """The outputs of `call` for `inputs`, each with the batch first, of which it takes `max_batch` at a time."""
+    """Call `call` on parts of `inputs` with at most `max_batch` samples each, and join the outputs.
+
+    All arrays have the batch dimension first.
+    """
     total = len(next(iter(inputs.values())))
     parts = [
         call({key: value[start : start + max_batch] for key, value in inputs.items()})
@@ -223,7 +239,7 @@ def in_parts(call: Callable[[Arrays], Arrays], inputs: Inputs, max_batch: int) -
 
 
 def encode(model: str, inputs: Inputs) -> pb.ModelInferRequest:
-    """A request as Triton takes it; strings as BYTES, one number a sample as [B, 1]."""
+    """Make Triton's request for a model. Strings become BYTES; an array [B], one number a sample, becomes [B, 1]."""
     request = pb.ModelInferRequest(model_name=model)
     for name, value in inputs.items():
         array = value[:, None] if value.ndim == 1 else value
@@ -234,7 +250,7 @@ def encode(model: str, inputs: Inputs) -> pb.ModelInferRequest:
 
 
 def unreadable_model(url: str, error: Exception) -> UserError:
-    """What is wrong with what a server says of its model, and which side is older, where that can be told."""
+    """The error for a server whose description of its model cannot be read. It says, if known, which side is older."""
     problem = f"the server at {url} describes its model in a way this client does not read: "
     upgrade, again = install_hint.upgrade("client"), "make the repository again with this version"
     if isinstance(error, ClientTooOld):
@@ -243,13 +259,13 @@ def unreadable_model(url: str, error: Exception) -> UserError:
         return UserError(f"{problem}{shown(str(error))}", f"{upgrade}   or {again}")
     kinds = {each["type"] for each in error.errors(include_url=False)}
     problem += first_of(error)
-    if "missing" in kinds:  # a field that there was not yet
+    if "missing" in kinds:  # a field that did not exist when the server's repository was written
         return UserError(f"{problem}; the server's repository is older than this client", f"{again} of ditforge")
     return UserError(problem, f"{upgrade}   or {again}")
 
 
 def first_of(error: ValidationError) -> str:
-    """The first of the things that are wrong: where, what, and the value."""
+    """The first mistake that pydantic found, as text: the field, what is wrong with it, and its value."""
     first = error.errors(include_url=False)[0]
     where = ".".join(map(str, first["loc"])) or MODEL_PARAMETER
     return shown(f"{where}: {first['msg']}, got {first['input']!a:.60}")

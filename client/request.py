@@ -1,4 +1,4 @@
-"""What a user asks for, checked against the model before anything is sent."""
+"""Makes a request of what a user asks for, and checks it against the model before anything is sent."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ from ditforge.errors import UserError
 from ditforge.model import Model
 from ditforge.option import option
 
-USUAL_CFG = 4.0  # what an error suggests where the model itself has no default
+USUAL_CFG = 4.0  # the scale that errors suggest if the model itself has no default above 1
 
 
 @dataclass(frozen=True)
 class Request:
-    """Pictures to be made, one for each prompt. Sizes in pixels; `seeds` has a seed for each prompt.
+    """The pictures to make, one for each prompt, with everything that decides what they look like.
 
-    `true_cfg` is the scale of classifier-free guidance (1 or less: none) where `guidance` is something else;
-    `skip_layer_guidance` is a scale too, 0 for none. `with_t5` says for each prompt whether T5 reads it. `vae_tile` is
-    the side of the tiles that the pictures are decoded in, None where they are decoded whole. `sigmas` are the noise
-    levels [steps + 1] that the schedule called `schedule` has made; "given" is one that the user has made.
+    seeds, with_t5: for each prompt, the seed, and whether T5 reads the prompt.
+    height, width: in pixels.
+    guidance: what the model's own guidance takes; Model.guidance says what it is.
+    true_cfg: the scale of classifier-free guidance if `guidance` is another one; 1 or less for none.
+    skip_layer_guidance: the scale of skip-layer guidance; 0 for none.
+    sigmas: the noise levels [steps + 1].
+    schedule: the name of the schedule that made the noise levels, or "given" if the user gave them.
+    vae_tile: the side in pixels of the tiles that pictures are decoded in, or None if they are decoded whole.
     """
 
     prompts: tuple[str, ...]
@@ -47,17 +51,17 @@ class Request:
 
     @property
     def steps(self) -> int:
-        """How many steps the sampler goes."""
+        """The number of sampler steps."""
         return len(self.sigmas) - 1
 
     def cfg_scale(self, model: Model) -> float:
-        """The scale of classifier-free guidance; 1 or less: the prompt alone is asked."""
+        """The scale of classifier-free guidance. If it is 1 or less, the negative prompt is not used."""
         return self.guidance if model.guidance == "classifier-free" else self.true_cfg
 
     def parameters(self, index: int, model: Model) -> dict[str, str | int | float | list[float]]:
-        """Everything that makes the picture `index` again, as it is written into the file.
+        """The parameters with which picture `index` can be made again, as they are written into its file.
 
-        A sampler or schedule that is a function of the user's is there by its name.
+        If the sampler or the schedule is a user's own function, its name is written.
         """
         optional: dict[str, str | int | float | list[float]] = dict(self.sampler_options)
         if self.schedule == GIVEN:
@@ -91,9 +95,10 @@ GIVEN = "given"
 
 
 def make_request(model: Model, prompts: Sequence[str], options: GenerateOptions) -> Request:
-    """A request, with the model's defaults and a random seed for what is None.
+    """Make a request for pictures of the prompts. Options that are None get the model's defaults, or a random seed.
 
-    Raises UserError for what the model cannot do, or warns of what it ignores.
+    Raises UserError for an option that the model does not have or a value that it cannot take. Warns about an option
+    that it ignores.
     """
     if not prompts:
         raise UserError("no prompt was given", "give one, or a list of at least one")
@@ -123,7 +128,10 @@ def make_request(model: Model, prompts: Sequence[str], options: GenerateOptions)
 
 
 def choose_seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
-    """A seed for each of `count` prompts: those given, or the one given and those after it; by default a random one."""
+    """A seed for each of `count` prompts: the given seeds, or one seed, given or random, and those that follow it.
+
+    Raises UserError if there are several seeds, but not `count` of them, or for a seed out of range.
+    """
     if isinstance(seed, Sequence):
         if len(seed) != count:
             raise UserError(f"there are {count} prompts and {len(seed)} seeds", "give one seed, or one for each prompt")
@@ -133,7 +141,7 @@ def choose_seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...
 
 
 def choose_sigmas(options: GenerateOptions, model: Model, spacing: Spacing) -> tuple[str, Sigmas]:
-    """The name of the schedule, and its noise levels."""
+    """The name of the schedule, and its noise levels, float32 [steps + 1]."""
     if options.sigmas is not None:
         return GIVEN, check_sigmas(options.sigmas, "sigmas")
     schedule = "default" if options.schedule is None else options.schedule
@@ -142,7 +150,7 @@ def choose_sigmas(options: GenerateOptions, model: Model, spacing: Spacing) -> t
 
 
 def check_together(request: Request, model: Model) -> None:
-    """Raise UserError, or warn, where one option does nothing because of another."""
+    """Raise UserError, or warn, if an option has no effect because classifier-free guidance is off."""
     if request.cfg_scale(model) > 1:
         return
     scale = model.default_guidance if model.default_guidance > 1 else USUAL_CFG
@@ -154,7 +162,7 @@ def check_together(request: Request, model: Model) -> None:
 
 
 def choose_guidance(guidance: float | None, model: Model) -> float:
-    """The guidance to use: the model's default for None. A model without guidance says so once, and uses none."""
+    """The guidance to use, by default the model's. Warns if the model takes none, and returns 0 then."""
     if guidance is None:
         return model.default_guidance
     if guidance and model.guidance == "none":
@@ -164,7 +172,10 @@ def choose_guidance(guidance: float | None, model: Model) -> float:
 
 
 def choose_true_cfg(true_cfg: float | None, model: Model) -> float:
-    """The scale of classifier-free guidance beside the model's own guidance: 1, which is none, for None."""
+    """The scale of classifier-free guidance beside the model's own guidance; by default 1, which is none.
+
+    Raises UserError if the model's own guidance is classifier-free guidance already.
+    """
     if true_cfg is None:
         return 1.0
     if model.guidance == "classifier-free":
@@ -174,7 +185,7 @@ def choose_true_cfg(true_cfg: float | None, model: Model) -> float:
 
 
 def choose_skip_layer_guidance(scale: float | None, model: Model) -> float:
-    """The scale of skip-layer guidance: 0, which is none, for None."""
+    """The scale of skip-layer guidance; by default 0, which is none. Raises UserError if the model does not have it."""
     if scale and model.skip_layers is None:
         raise UserError(
             f"{model.name} has no skip-layer guidance",
@@ -184,7 +195,10 @@ def choose_skip_layer_guidance(scale: float | None, model: Model) -> float:
 
 
 def choose_t5(t5: str | None, prompts: Sequence[str], model: Model) -> tuple[bool, ...]:
-    """For each prompt whether T5 reads it, and its negative prompt with it. None: always, where there is a T5."""
+    """For each prompt, whether T5 reads it and its negative prompt. By default it does, if the model has a T5.
+
+    Raises UserError for "always" if the model has no T5, and for "never" if it cannot do without T5.
+    """
     t5_auto = option('t5="auto"', "--t5 auto")
     if t5 == "always" and model.t5 == "absent":
         fix = f"{t5_auto}, or ditforge export CHECKPOINT --text-encoders all"

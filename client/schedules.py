@@ -1,7 +1,7 @@
-"""Schedules: which noise levels a sampler walks down, from 1 (noise) to 0 (a picture).
+"""Schedules: the noise levels that a sampler goes through, from 1 (noise) down to 0 (a picture).
 
-A schedule is a function of the number of steps and of the model's `Spacing`; it returns levels [steps + 1]. To add one,
-write it here and name it in SCHEDULES.
+A schedule is a function that takes the number of steps and the model's `Spacing`, and returns levels [steps + 1]. To
+add one, write its function here and add it to SCHEDULES.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ Array = npt.NDArray[np.floating[Any]]
 Levels = npt.NDArray[np.float64]
 Sigmas = npt.NDArray[np.float32]
 
-RHO = 7.0  # karras: what the paper recommends
-BETA = 0.6  # beta: both parameters of the distribution, as the paper recommends
-# How finely ComfyUI divides noise levels in models of each kind: ModelSamplingDiscreteFlow's and ModelSamplingFlux's.
+RHO = 7.0  # for karras: the paper's recommendation
+BETA = 0.6  # for beta: both parameters of the distribution, as the paper recommends
+# The number of levels in ComfyUI's table for each kind of schedule (ModelSamplingDiscreteFlow, ModelSamplingFlux).
 LEVELS = {"fixed": 1000, "dynamic": 10_000}
 FALLING = option("sigmas=[1.0, 0.75, 0.5, 0.25, 0.0]", "--sigmas 1,0.75,0.5,0.25,0")
 
 
 @dataclass(frozen=True)
 class Spacing:
-    """How a model spaces its noise levels in pictures of one size: latents [B, C, height, width]."""
+    """How a model spaces its noise levels for pictures of one size, given by their latents [B, C, height, width]."""
 
     model: ModelSchedule
     height: int
     width: int
 
     def shift(self, levels: npt.ArrayLike) -> Levels:
-        """Levels from 0 to 1, moved towards noise as the model wants them in pictures of this size; 1 stays 1."""
+        """Shift levels, from 0 to 1, towards noise, as the model does for this size. 0 and 1 stay the same."""
         return shifted(np.asarray(levels), self.model, self.height, self.width).astype(np.float64)
 
     def sigmas(self, steps: int) -> Sigmas:
@@ -52,7 +52,7 @@ ScheduleFunction = Callable[[int, Spacing], npt.ArrayLike]
 
 
 def check_steps(steps: int) -> int:
-    """`steps` as it is; raises UserError unless it is an integer from 1 to 1000."""
+    """Return `steps` unchanged. Raises UserError unless it is an integer from 1 to 1000."""
     if not isinstance(steps, Integral) or isinstance(steps, bool) or not 1 <= steps <= MAX_STEPS:
         raise UserError(
             f"{option('steps')} must be from 1 to {MAX_STEPS}, got {steps!r}",
@@ -62,21 +62,22 @@ def check_steps(steps: int) -> int:
 
 
 def flow_sigmas(steps: int, schedule: ModelSchedule, height: int, width: int) -> Sigmas:
-    """Noise levels, float32 [steps + 1], from 1 down to 0, for latents [B, C, height, width].
+    """The noise levels of a model's own schedule, float32 [steps + 1], for latents [B, C, height, width].
 
-    Equal, to the bit, to the sigmas that diffusers' FluxPipeline and StableDiffusion3Pipeline take from
-    FlowMatchEulerDiscreteScheduler. Raises UserError unless steps is an integer from 1 to 1000.
+    They fall from 1 to 0, and are equal, to the bit, to the sigmas that diffusers' FluxPipeline and
+    StableDiffusion3Pipeline take from FlowMatchEulerDiscreteScheduler. Raises UserError unless steps is an integer from
+    1 to 1000.
     """
     check_steps(steps)
     sigmas = np.linspace(1.0, 1 / steps if schedule.sigma_min is None else schedule.sigma_min, steps)
     if schedule.sigma_min is None:
-        # diffusers rounds sigmas that a pipeline passes in before it shifts them, its own spacing only after.
+        # diffusers rounds sigmas that a pipeline passes in before the shift, but those of its own spacing only after.
         sigmas = sigmas.astype(np.float32)
     return np.append(shifted(sigmas, schedule, height, width), 0).astype(np.float32)
 
 
 def shifted(sigmas: Array, schedule: ModelSchedule, height: int, width: int) -> Array:
-    """Levels from 0 to 1, shifted as ditforge.model.Schedule says, in their own dtype."""
+    """Shift levels from 0 to 1 by the formula in ditforge.model.Schedule. The dtype stays the same."""
     if schedule.kind == "fixed":
         return schedule.shift * sigmas / (1 + (schedule.shift - 1) * sigmas)
     shift = dynamic_shift(schedule, height, width)
@@ -85,7 +86,10 @@ def shifted(sigmas: Array, schedule: ModelSchedule, height: int, width: int) -> 
 
 
 def dynamic_shift(schedule: ModelSchedule, height: int, width: int) -> float:
-    """The shift of a dynamic schedule for latents [B, C, height, width]: larger pictures need more noise to lose."""
+    """The shift of a dynamic schedule for latents [B, C, height, width].
+
+    It grows with the size, because in a larger picture more noise is needed to destroy as much of the data.
+    """
     tokens = (height // schedule.patch_size) * (width // schedule.patch_size)
     mu = schedule.mu(tokens)
     return math.exp(mu) if schedule.time_shift == "exponential" else mu
@@ -97,40 +101,42 @@ def default(steps: int, spacing: Spacing) -> Sigmas:
 
 
 def simple(steps: int, spacing: Spacing) -> Levels:
-    """Evenly picked from ComfyUI's table of shifted levels, from the top (comfy/samplers.py, simple_scheduler)."""
+    """Evenly picked from ComfyUI's table of shifted levels, from its top (comfy/samplers.py, simple_scheduler)."""
     count = LEVELS[spacing.model.kind]
     places = count - (np.arange(steps) * (count / steps)).astype(np.int64)
     return np.append(spacing.shift(places / count), 0.0)
 
 
 def sgm_uniform(steps: int, spacing: Spacing) -> Levels:
-    """Even steps from 1 to nearly 0, shifted (comfy/samplers.py, normal_scheduler with sgm=True).
+    """Even steps from 1 to nearly 0, then shifted (comfy/samplers.py, normal_scheduler with sgm=True).
 
-    As there, the last of the steps + 1 even levels, which is left out, is the smallest of ComfyUI's table, shifted.
+    As in ComfyUI, the steps + 1 even levels end at the smallest level of its table, shifted. This last level is left
+    out, and 0 takes its place.
     """
     end = float(spacing.shift(1 / LEVELS[spacing.model.kind]))
     return np.append(spacing.shift(np.linspace(1.0, end, steps + 1)[:-1]), 0.0)
 
 
 def karras(steps: int, spacing: Spacing) -> Levels:
-    """Even in sigma^(1/7), from the first to the last of the model's own levels (Karras et al. 2022, arXiv:2206.00364,
-    equation 5), as diffusers' FlowMatchEulerDiscreteScheduler with use_karras_sigmas.
+    """Even steps in sigma^(1/7) between the model's own first and last level (Karras et al. 2022, arXiv:2206.00364).
+
+    It is equation 5 there, and diffusers' FlowMatchEulerDiscreteScheduler with use_karras_sigmas.
     """
     high, low = ends(steps, spacing)
     return np.append(np.linspace(high ** (1 / RHO), low ** (1 / RHO), steps) ** RHO, 0.0)
 
 
 def exponential(steps: int, spacing: Spacing) -> Levels:
-    """Even in log(sigma), from the first to the last of the model's own levels (diffusers' use_exponential_sigmas)."""
+    """Even steps in log(sigma) between the model's own first and last level (diffusers' use_exponential_sigmas)."""
     high, low = ends(steps, spacing)
     return np.append(np.exp(np.linspace(math.log(high), math.log(low), steps)), 0.0)
 
 
 def beta(steps: int, spacing: Spacing) -> Levels:
-    """Dense at both ends: the quantiles of a Beta(0.6, 0.6) distribution, from the first to the last of the model's own
-    levels (Lee et al. 2024, arXiv:2407.12173), as diffusers' use_beta_sigmas.
+    """Quantiles of a Beta(0.6, 0.6) distribution between the model's own first and last level, dense at both ends.
 
-    Raises UserError where scipy, which has these quantiles, is not installed.
+    Source: Lee et al. 2024, arXiv:2407.12173, as diffusers' use_beta_sigmas. Raises UserError if scipy, which computes
+    the quantiles, is not installed.
     """
     try:
         from scipy.special import betaincinv
@@ -153,7 +159,10 @@ SCHEDULES: dict[str, ScheduleFunction] = {
 
 
 def find_schedule(schedule: str | ScheduleFunction) -> ScheduleFunction:
-    """The schedule of that name, or a function as it is. Raises UserError, with the closest name, for another name."""
+    """Return the schedule of that name; a function is returned unchanged.
+
+    Raises UserError for an unknown name, and suggests the closest one.
+    """
     if callable(schedule):
         return schedule
     if schedule in SCHEDULES:
@@ -164,7 +173,7 @@ def find_schedule(schedule: str | ScheduleFunction) -> ScheduleFunction:
 
 
 def schedule_name(schedule: str | ScheduleFunction) -> str:
-    """What a schedule is called in a picture's parameters. A user's function has its own name."""
+    """The name of a schedule in a picture's parameters. For a user's function, it is the function's name."""
     if isinstance(schedule, str):
         return schedule
     name = str(getattr(schedule, "__name__", type(schedule).__name__))
@@ -172,7 +181,10 @@ def schedule_name(schedule: str | ScheduleFunction) -> str:
 
 
 def make_sigmas(schedule: str | ScheduleFunction, steps: int, spacing: Spacing) -> Sigmas:
-    """The noise levels of a schedule: float32 [steps + 1]. Raises UserError for levels that cannot be sampled along."""
+    """The noise levels of a schedule, float32 [steps + 1].
+
+    Raises UserError if the schedule is unknown, or does not return steps + 1 levels that fall from 1 to 0.
+    """
     levels = find_schedule(schedule)(check_steps(steps), spacing)
     sigmas = check_sigmas(levels, f"the schedule {schedule_name(schedule)}")
     if len(sigmas) != steps + 1:
@@ -182,7 +194,10 @@ def make_sigmas(schedule: str | ScheduleFunction, steps: int, spacing: Spacing) 
 
 
 def check_sigmas(levels: npt.ArrayLike | Sequence[float], what: str) -> Sigmas:
-    """`levels` as float32 [N + 1]. Raises UserError unless they fall from 1 to 0, in 1 to 1000 steps."""
+    """Return `levels` as float32 [N + 1]. Raises UserError unless they fall from 1 to 0 in 1 to 1000 steps.
+
+    `what` is what errors call them.
+    """
     try:
         sigmas = np.asarray(levels, np.float64).astype(np.float32)
     except (TypeError, ValueError):

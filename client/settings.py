@@ -1,6 +1,6 @@
-"""How a client reaches its servers: which they are, how long it waits for what, and what it proves itself with.
+"""The settings of a client's connection: addresses, timeouts, and what it proves its identity with.
 
-The one place for this: `Client`, `AsyncClient` and the command line all make a `ConnectionSettings`, or are given one.
+`Client`, `AsyncClient` and the command line all make a `ConnectionSettings`, or are given one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LONGEST = 7 * 24 * 3600.0  # seconds
 
 
 class Settings(TypedDict, total=False):
-    """What `Client` takes beside addresses; its docstring says what each means."""
+    """The keyword arguments of `Client`, whose docstring says what each means."""
 
     timeout: float
     connect_timeout: float
@@ -41,17 +41,18 @@ class Settings(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class ConnectionSettings:
-    """Addresses (HOST:PORT of gRPC) of one server, or of several that serve the same engines, and times in seconds.
+    """The addresses (HOST:PORT of gRPC) of one server, or of several that serve the same engines, and the settings.
 
-    `Client` says what each setting means. The token is a bearer token (RFC 6750). `dataclasses.replace` makes settings
-    that differ in some.
+    `Client` says what each setting means. Times are in seconds. The token is a bearer token (RFC 6750).
+    `dataclasses.replace` makes a copy with some settings changed.
 
-    A client has one channel to each server, for all of its pictures. Clients that are given the same object (an equal
-    one is another) share their channels, so that many clients need one connection and one TLS handshake; a channel is
-    closed with the last of them, and a client that is closed earlier ends its own calls only. AsyncClients share those
-    of their event loop, and none with Client. For more than one connection can carry, give clients their own settings.
+    A client has one channel to each server for all of its pictures. Clients that are given the same object share their
+    channels, so that many clients need only one connection and one TLS handshake. An equal object is not the same
+    object. A channel is closed with the last client that uses it. A client that is closed earlier ends only its own
+    calls. AsyncClients share channels only with those of the same event loop, and never with a Client. If the traffic
+    is too much for one connection, give the clients settings of their own.
 
-    Raises UserError for what cannot be.
+    Raises UserError for an invalid address or setting.
     """
 
     urls: tuple[str, ...] = (DEFAULT_URL,)
@@ -83,14 +84,14 @@ class ConnectionSettings:
         object.__setattr__(self, "headers", check_headers(self.headers, self.token))
 
     def metadata(self) -> dict[str, str | bytes]:
-        """The gRPC metadata of every call, whatever it asks for."""
+        """The gRPC metadata that is sent with every call: the token and the headers."""
         return {**({AUTHORIZATION: f"Bearer {self.token}"} if self.token else {}), **self.headers}
 
 
 def make_settings(url: str | Sequence[str] | ConnectionSettings, **settings: Unpack[Settings]) -> ConnectionSettings:
-    """The settings for one address or several, or ready ones with these changed.
+    """Make settings for one address or several. If `url` has settings already, change those that are given by name.
 
-    Raises UserError, with the closest name, for one that there is not.
+    Raises UserError for an unknown name, with the closest one, and for an invalid address or setting.
     """
     check_names(settings, Settings.__annotations__)
     if isinstance(url, ConnectionSettings):
@@ -101,7 +102,7 @@ def make_settings(url: str | Sequence[str] | ConnectionSettings, **settings: Unp
 
 
 def check_seconds(name: str, value: float, default: float) -> None:
-    """Raise UserError unless `value` is a number of seconds above 0 (retry_timeout: or 0), and at most a week."""
+    """Raise UserError unless `value` is a number of seconds above 0 and at most a week. retry_timeout may also be 0."""
     number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and value <= LONGEST
     if not number or value < 0 or (value == 0 and name != "retry_timeout"):
         least = "0" if name == "retry_timeout" else "above 0"

@@ -1,4 +1,4 @@
-"""Sizes: which pictures, and which tiles of them, a model can make."""
+"""Checks and chooses the sizes of pictures, and of the tiles in which they are decoded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ditforge.errors import UserError
 from ditforge.model import LEAST_TILE, Model
 from ditforge.option import option
 
-SHAPES = {"square": (1, 1), "portrait": (3, 4), "landscape": (4, 3)}  # width to height
+SHAPES = {"square": (1, 1), "portrait": (3, 4), "landscape": (4, 3)}  # the ratio of width to height
 LARGEST_RATIO = 8
 PIXELS = re.compile(r"(\d{1,6})x(\d{1,6})")
 RATIO = re.compile(r"(\d{1,4}):(\d{1,4})")
@@ -18,7 +18,10 @@ SIZES = "WIDTHxHEIGHT, square, portrait, landscape, or a ratio such as 16:9"
 
 
 def parse_size(size: str) -> tuple[int, int] | float:
-    """(width, height) in pixels, or the ratio of width to height. Raises UserError for anything else."""
+    """Read a size. Returns (width, height) in pixels for "WIDTHxHEIGHT", or the ratio of width to height for a shape.
+
+    A shape is "square", "portrait", "landscape", or a ratio such as "16:9". Raises UserError for anything else.
+    """
     text = size.strip().lower() if isinstance(size, str) else ""
     if pixels := PIXELS.fullmatch(text):
         return int(pixels[1]), int(pixels[2])
@@ -32,7 +35,10 @@ def parse_size(size: str) -> tuple[int, int] | float:
 
 
 def choose_size(height: int | None, width: int | None, size: str | None, model: Model) -> tuple[int, int]:
-    """Height and width in pixels, by default the model's, if the model can make a picture of that size."""
+    """The height and width of the picture in pixels, by default the model's.
+
+    Raises UserError if the model cannot make a picture of that size.
+    """
     if size is not None:
         parsed = parse_size(size)
         if isinstance(parsed, float):
@@ -50,14 +56,15 @@ def choose_size(height: int | None, width: int | None, size: str | None, model: 
 
 
 def fixed_sizes(model: Model) -> str:
-    """The sizes of a model that has only some, as options."""
+    """The options, for the advice in errors, that give each size of a model with fixed sizes."""
     return " or ".join(str(option(f"height={h}, width={w}", f"--height {h} --width {w}")) for h, w in model.sizes)
 
 
 def shaped(size: str, ratio: float, model: Model) -> tuple[int, int]:
-    """Height and width of about that ratio of width to height, and about as many pixels as the default size.
+    """The height and width of a picture with about that ratio of width to height, and as many pixels as by default.
 
-    Each side is rounded to what the model can make. Of fixed sizes, it is the one whose ratio is within 10 % of it.
+    Each side is rounded to one that the model can make. For a model with fixed sizes, it is the size with the nearest
+    ratio; raises UserError if that is off by more than 10 %.
     """
     if model.sizes:
         height, width = min(model.sizes, key=lambda made: abs(math.log(made[1] / made[0] / ratio)))
@@ -76,7 +83,10 @@ def shaped(size: str, ratio: float, model: Model) -> tuple[int, int]:
 
 
 def check_size(name: str, value: int, model: Model) -> int:
-    """`value` in pixels, if the model can make a picture of that height or width."""
+    """Return `value`, in pixels. Raises UserError if the model cannot make a picture of that height or width.
+
+    `name` is the option: height or width.
+    """
     multiple = model.size_multiple
     smallest = max(multiple, model.min_size)
     if not isinstance(value, Integral) or isinstance(value, bool) or not smallest <= value <= model.max_size:
@@ -91,15 +101,18 @@ def check_size(name: str, value: int, model: Model) -> int:
 
 
 def choose_vae_tile(vae_tile: int | None, height: int, width: int, model: Model) -> int | None:
-    """The side of the tiles to decode in, by default the largest that the engines take; None: the picture is one."""
+    """The side in pixels of the tiles to decode in, by default the largest that the engines take.
+
+    None if the whole picture is decoded at once. Raises UserError for a size of tiles that the model does not take.
+    """
     tile = model.vae_tile if vae_tile is None else check_vae_tile(vae_tile, model)
     return None if tile is None or max(height, width) <= tile else tile
 
 
 def check_vae_tile(vae_tile: int, model: Model) -> int:
-    """`vae_tile` in pixels, if the model's decoder takes tiles of that size."""
+    """Return `vae_tile`, in pixels. Raises UserError if the model's decoder takes no tiles of that size."""
     multiple, largest = model.vae_factor, model.max_size if model.vae_tile is None else model.vae_tile
-    if model.sizes and vae_tile != model.vae_tile:  # fixed shapes: those of the sizes, or of the tile
+    if model.sizes and vae_tile != model.vae_tile:  # the decoder takes only the fixed sizes, or its own tiles
         fix = "leave it out" if model.vae_tile is None else option(f"vae_tile={model.vae_tile}")
         raise UserError(f"the engines were built for fixed sizes, and decode no tiles of {vae_tile!r}", fix)
     least = min(max(multiple * LEAST_TILE, model.min_size), largest // multiple * multiple)

@@ -1,16 +1,17 @@
-"""Whether a prompt needs T5: the policy of `t5: auto`, for models that T5 can be left out of.
+"""Decides whether a prompt needs T5, for the option `t5: auto` and models that can do without T5.
 
 Without T5, pictures look as good, but follow long prompts less closely, and letters come out wrong (Esser et al. 2024,
-arXiv:2403.03206, section 5.3.3). CLIP, which is then alone, makes little of what is beyond some 20 tokens (Zhang et al.
-2024, arXiv:2403.15378), and is weak at counting and at which thing stands where (Paiss et al. 2023, arXiv:2302.12066;
-Yuksekgonul et al. 2023, arXiv:2210.01936). So T5 is left out of prompts that are short and ask for none of that.
+arXiv:2403.03206, section 5.3.3). Only CLIP then reads the prompt. It makes little use of the tokens after the first 20
+or so (Zhang et al. 2024, arXiv:2403.15378), and it is weak at counting and at the places of things (Paiss et al. 2023,
+arXiv:2302.12066; Yuksekgonul et al. 2023, arXiv:2210.01936). So T5 is left out only for short prompts that need none of
+these abilities.
 """
 
 from __future__ import annotations
 
 import re
 
-MAX_WORDS = 12  # below 20 tokens of CLIP's in all but odd cases
+MAX_WORDS = 12  # nearly always fewer than 20 tokens of CLIP's
 
 COUNTS = "two three four five six seven eight nine ten eleven twelve dozen pair couple several"
 PLACES = """left right above below under underneath over behind between beside next near inside outside top bottom
@@ -21,10 +22,10 @@ TELLING = frozenset(f"{COUNTS} {PLACES} {LETTERS}".split())
 
 
 def needs_t5(prompt: str) -> bool:
-    """Whether `prompt` is not short and plain.
+    """Whether T5 should read `prompt`, because it is not short and plain.
 
-    It needs T5 if it has more than MAX_WORDS words or more than one sentence, a digit, a quotation mark, letters beyond
-    ASCII, or one of the words that tell of a number (COUNTS), of where things are (PLACES) or of lettering (LETTERS).
+    This is so if it has more than MAX_WORDS words, more than one sentence, a digit, a quotation mark, a character that
+    is not ASCII, or a word for a number (COUNTS), for the place of something (PLACES) or for lettering (LETTERS).
     """
     words = re.findall(r"[a-z]+", prompt.lower())
     if len(words) > MAX_WORDS or not prompt.isascii() or re.search(r"[0-9\"`]|(^|\W)'|'(\W|$)", prompt):

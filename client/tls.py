@@ -1,4 +1,4 @@
-"""The files of an encrypted connection, checked before anything is sent, so that errors name the file that is wrong."""
+"""The files of an encrypted connection, which are checked before anything is sent, so that errors can name the file."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ FILES = Options(CA, CERTIFICATE, KEY, pair)
 
 @dataclass(frozen=True)
 class TLS:
-    """Encrypted connections, by files in PEM. `ca` has the certificates that the servers' are checked against (None:
-    those that gRPC brings); `certificate` and `key` are what the client shows servers that ask for it (mutual TLS).
+    """Encrypt the connections, with files in PEM format.
 
-    Raises UserError for a file that is missing, damaged or something else than it should be, for an encrypted key, and
-    for a certificate and a key that do not belong together, or of which one is missing.
+    ca: the certificates of the authorities that are trusted to sign servers' certificates. By default, these are the
+        public authorities that come with gRPC.
+    certificate, key: the client's own certificate and its key, for servers that ask for them (mutual TLS).
+
+    Raises UserError if a file is missing, damaged or of another kind, if the key is encrypted, if the certificate and
+    the key do not belong together, or if only one of them is given.
     """
 
     ca: str | PathLike[str] | None = None
@@ -40,6 +43,9 @@ class TLS:
         check_pair(self.certificate, self.key, FILES)
 
     def read(self, name: str) -> bytes | None:
-        """What is in the file called `name` here: ca, certificate or key. Raises UserError where it is gone by now."""
+        """Read the file of the field `name`: ca, certificate or key. Raises UserError if it cannot be read any more.
+
+        Returns None if the field is None.
+        """
         path = getattr(self, name)
         return None if path is None else read_file(f"the TLS {name}", path, getattr(FILES, name))

@@ -1,4 +1,7 @@
-"""Warnings of the client: each about the line that asked for the picture, and those about servers once."""
+"""The client's warnings. Each names the line of the user's program that called the client.
+
+A warning about a server is given only once.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ INSIDE = "ditforge.client."
 
 @dataclass(frozen=True)
 class Line:
-    """A line of somebody's program, with the names of its module."""
+    """A line of a user's program: its file, its number, and the global names of its module."""
 
     file: str
     number: int
@@ -25,27 +28,27 @@ class Line:
 
     @classmethod
     def of(cls, frame: FrameType) -> Line:
-        """The line that a frame is at."""
+        """The line that a frame is executing."""
         return cls(frame.f_code.co_filename, frame.f_lineno, frame.f_globals)
 
 
-# The line that called AsyncClient, whose frame is gone, or elsewhere, by the time that the picture is made.
+# The line that called AsyncClient. By the time that the picture is made, its frame has ended or moved on.
 CALLER: ContextVar[Line | None] = ContextVar("ditforge.client.caller", default=None)
 
 
 class Told:
-    """The warnings of a client about its servers, of which each is given once."""
+    """The warnings of a client about its servers. Each is given only once."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()
 
     def left_out(self, url: str, why: str, servers: int) -> None:
-        """Warn that the server at `url` is not used, if it is one of several; else an error says so."""
+        """Warn that the server at `url` is not used, if it is one of several. For a single one, an error says so."""
         if servers > 1:
             self._warn(f"{url} is left out: {why}")
 
     def of_engines(self, url: str, mine: str, theirs: str, servers: int) -> None:
-        """Warn that the server at `url` serves the engines `theirs`, and others `mine`."""
+        """Warn that the server at `url` serves the engines `theirs`, and that the picture was begun with `mine`."""
         self.left_out(
             url, f"it serves the engines {short(theirs)}, and the picture was begun with {short(mine)}", servers
         )
@@ -57,15 +60,18 @@ class Told:
 
 
 def warn(text: str) -> None:
-    """Give a DitforgeWarning, about the line outside of the client that called it."""
+    """Give a DitforgeWarning for the line that called the client."""
     line = CALLER.get() or caller()
-    registry = line.names.setdefault("__warningregistry__", {})  # of what was said there, as warnings.warn has it
+    registry = line.names.setdefault("__warningregistry__", {})  # where warnings.warn, too, keeps what it has said
     module = line.names.get("__name__") or "<unknown>"
     warnings.warn_explicit(text, DitforgeWarning, line.file, line.number, module, registry)
 
 
 def caller() -> Line:
-    """The line that called the client: the outermost call, since the client calls samplers that are not its own."""
+    """The line that called the client.
+
+    It is the outermost such line: a user's sampler, which the client calls, may call the client in turn.
+    """
     frame: FrameType | None = sys._getframe()
     found = frame
     while frame and frame.f_back:

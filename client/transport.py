@@ -1,8 +1,8 @@
-"""What the client needs of the network: to call servers, and to wait.
+"""The interface through which the client calls servers and waits.
 
-There are two implementations: `ditforge.client.blocking` for `Client`, and `ditforge.client.event_loop` for
-`AsyncClient`. Everything above them (retries, failover, the sampler loop) is written once, as plain functions that call
-these methods and wait for them.
+It has two implementations: `ditforge.client.blocking` for `Client`, and `ditforge.client.event_loop` for `AsyncClient`.
+Everything above it (retries, failover, the sampler loop) is written once, as plain functions that call its methods and
+wait for them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Metadata = Mapping[str, str | bytes]
 
 SERVICE = "inference.GRPCInferenceService"
 DESCRIBING = ("RepositoryIndex", "ModelReady", "ModelConfig", "ServerLive")
-LARGEST_DESCRIPTION = 4 << 20  # bytes: the configurations of our models have some thousands
-LONGEST_MESSAGE = 500  # characters of what a server says, which is shown
+LARGEST_DESCRIPTION = 4 << 20  # bytes of an answer to DESCRIBING; configurations of our models have a few thousand
+LONGEST_MESSAGE = 500  # characters of a server's message that are shown
 CLOSED = "channel closed"
 
-# A server that was started again is seen within a second, and channels share no connection beneath. What is not here:
-# gRPC's own keepalive. Triton allows a ping in 5 minutes, and closes a connection with a call that takes 50 s while it
-# is pinged every 10 s ("too_many_pings"); so a busy server is asked whether it is live instead.
+# With these options, a restarted server is found within a second, and two channels never share a connection. gRPC's own
+# keepalive is not used. Triton allows one ping in 5 minutes, and with a ping every 10 s it closes a connection whose
+# call takes 50 s ("too_many_pings"). Instead, a busy server is asked with a call whether it is live.
 OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -54,7 +54,7 @@ OPTIONS: list[tuple[str, int | str]] = [
 
 
 class CallFailed(Exception):
-    """A try of a call failed, or a question what a server serves."""
+    """A single try of a call failed, either of a model or of a question about the server. `failure` says how."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure)
@@ -62,16 +62,16 @@ class CallFailed(Exception):
 
 
 class Pending(Protocol):
-    """A call that was begun."""
+    """A call that was begun and may not have ended."""
 
     def wait(self, seconds: float | None) -> bool:
-        """Wait until the call has ended, for at most so many seconds (None: for ever). Returns whether it has."""
+        """Wait until the call has ended, but at most `seconds` (None: no limit). Returns whether it has ended."""
 
     def result(self) -> bytes:
         """The answer of a call that has ended, as the server sent it. Raises CallFailed if the call failed."""
 
     def cancel(self) -> None:
-        """End the call, which the server is told. Does not wait, and does no harm to a call that has ended."""
+        """Cancel the call, here and at the server, without waiting. A call that has ended is not affected."""
 
 
 P = TypeVar("P", bound=Pending)
@@ -81,38 +81,40 @@ class Channel(Protocol):
     """A channel to one server, as one client uses it."""
 
     def begin(self, method: str, request: bytes, timeout: float, metadata: Metadata) -> Pending:
-        """Begin a call of a method of Triton's service, which ends after `timeout` seconds at the latest."""
+        """Begin a call of a method of Triton's gRPC service. The call ends after at most `timeout` seconds."""
 
     def close(self) -> None:
-        """Close the channel for good. Calls of this client that have not ended fail."""
+        """Close the channel, which cannot be used again. Unfinished calls of this client fail."""
 
 
 class Transport(Protocol):
     """How one client calls servers, and how it waits."""
 
     def open(self, url: str, settings: ConnectionSettings) -> Channel:
-        """A channel to the server at `url`, which connects when it is first used."""
+        """Return a channel to the server at `url`. It connects when it is first used."""
 
     def sleep(self, seconds: float) -> None:
-        """Wait so many seconds."""
+        """Wait for so many seconds."""
 
     def aside(self, function: Callable[..., T], *args: object) -> T:
-        """What a function returns that blocks its thread."""
+        """Run a function that blocks its thread, and return its result."""
 
     def at_once(
         self, functions: Sequence[Callable[[], T]], enough: Callable[[T], bool], grace: float
     ) -> list[T | None]:
-        """What the functions return, which all run at once, in their order.
+        """Run all functions at the same time. Returns their results in the order of the functions.
 
-        It is waited until they have ended, or for `grace` seconds more once one has returned what is `enough`. There is
-        None for those that have not ended by then; they go on, until they end or the client is closed.
+        Waits until all have ended. When one has returned a result for which `enough` is true, it waits at most `grace`
+        seconds more. The result of a function that has not ended by then is None. Such a function goes on until it ends
+        or the client is closed.
         """
 
 
 class Use(Generic[P]):
-    """One client's use of a gRPC channel to the server at `url`, which clients of the same settings share.
+    """One client's use of a gRPC channel to the server at `url`, which all clients with the same settings share.
 
-    `owner` is what can use it. `make` makes it, given what it is encrypted with, or None.
+    `owner` names who can share it: all threads, or one event loop. `make` makes the channel from its TLS credentials,
+    or from None without TLS.
     """
 
     def __init__(
@@ -129,7 +131,7 @@ class Use(Generic[P]):
         self.channel = self._shared.take(self._key, lambda: make(files and grpc.ssl_channel_credentials(*files)))
 
     def note(self, pending: P) -> P:
-        """Note a call of this client."""
+        """Note a call of this client, and return it. It is cancelled at once if the client has been closed."""
         with self._lock:
             self._calls.add(pending)
             closed = self._closed
@@ -138,7 +140,10 @@ class Use(Generic[P]):
         return pending
 
     def end(self) -> Any | None:
-        """End the calls of this client. Returns the channel where nobody uses it any more: it is to be closed."""
+        """Cancel this client's calls, and stop using the channel.
+
+        Returns the channel if no other client uses it, so that the caller can close it, or else None.
+        """
         with self._lock:
             if self._closed:
                 return None
@@ -149,12 +154,12 @@ class Use(Generic[P]):
 
 
 def failure(code: grpc.StatusCode, details: str | None) -> Failure:
-    """gRPC's status code, e.g. UNAVAILABLE, and the first line of the message."""
+    """Make a Failure of gRPC's status code, e.g. UNAVAILABLE, and the first line of its message."""
     lines = (details or "").strip().splitlines()
     return Failure(code.name, shown(lines[0]) if lines else "no reason given")
 
 
 def shown(text: str) -> str:
-    """What a server said, with nothing in it that a terminal would obey, and no more than people read."""
+    """A server's text with unprintable characters replaced, so that a terminal does not act on them, and shortened."""
     text = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
     return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}…"

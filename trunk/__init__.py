@@ -43,7 +43,7 @@ __all__ = [*_PLACES, "__version__"]
 
 
 def __getattr__(name: str) -> object:
-    """Load what is asked for, so that `import ditforge` loads nothing heavy."""
+    """Import a public name when it is first used, so that `import ditforge` itself imports nothing heavy."""
     if name in _PLACES:
         return getattr(import_module(_PLACES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

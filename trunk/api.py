@@ -1,7 +1,7 @@
-"""The stages as calls in Python. `import ditforge` has them, and `ditforge.Client`.
+"""The stages as Python functions. `import ditforge` offers them, together with `ditforge.Client`.
 
-Each call imports what it needs when it is called, and prints nothing. It raises UserError for a wrong input, and
-DitforgeError if something else fails. It refuses an unknown option, and gives the nearest name.
+Each function imports what it needs when it is called, and prints nothing. It raises UserError for a wrong input, and
+DitforgeError if something else fails. For an unknown option, the error suggests the nearest name.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class ExportKeywords(TypedDict, total=False):
-    """The fields of CheckpointSource and ExportOptions, and the GPU that these are chosen for."""
+    """The options of `export_checkpoint`: the fields of CheckpointSource and ExportOptions, and `gpu`."""
 
     base: AnyPath | None
     loras: Sequence[Lora]
@@ -47,7 +47,7 @@ class ExportKeywords(TypedDict, total=False):
 
 
 class BuildKeywords(TypedDict, total=False):
-    """The fields of BuildOptions."""
+    """The options of `build_engines`, which are the fields of BuildOptions."""
 
     gpu: str
     compiler: str | None
@@ -69,19 +69,20 @@ def export_checkpoint(
     `checkpoint` is a folder in diffusers' layout, or a .safetensors file. `progress` is called with (the
     network, as in "dit (4 of 5)", bytes of weights written, bytes in all). Options, by name:
 
-    base: a folder in diffusers' layout that has what a single file lacks.
+    base: a folder in diffusers' layout with the components that a single file lacks.
     loras: files to add to the weights, or pairs of a file and its strength.
     text_encoders: "all", or "clip" to leave T5 out.
     t5_precision: the precision of T5, if it differs from the rest.
-    random_weights: uses random numbers in place of the weights; `checkpoint` may then be a published model's name.
+    random_weights: use random numbers in place of the weights; `checkpoint` may then be a published model's name.
     gpu: what engines will be compiled for: a product such as "rtx4090", "sm_89", several ("sm_86,sm_89"), "local" or
         "cpu". It decides the precision and the activations that are not given.
     precision: fp32, fp16 or bf16; for the DiT's linears also fp8, fp8-weights or int8-weights. Without it and
         without `gpu`, it is fp32, and `build_engines` then refuses to make engines for a GPU.
     activations: the number format beside 8-bit weights: bf16, fp16 or fp32. It is bf16 without `gpu`.
     calibration: a file that `ditforge calibrate` wrote for this checkpoint; fp8 needs one.
-    max_error: the linears with the largest 8-bit errors stay 16-bit until the velocity's relative error is no larger.
-    force: also replaces another model's export in `out`.
+    max_error: the largest relative error of the velocity. The linears with the largest 8-bit errors stay 16-bit until
+        it is reached.
+    force: also replace another model's export in `out`.
 
     Returns what was exported. If `out` holds the same export already, nothing is written, and `fresh` is true. Raises
     UserError, before anything is written, if the checkpoint is incomplete or of no known family, or if the disk has too
@@ -116,12 +117,15 @@ def build_engines(
     gpu: what to compile for: a product such as "rtx4090", "sm_89", several ("sm_86,sm_89"), "local", or "cpu" (the
         default).
     compiler: the name of a compiler; by default, the one that suits the GPU.
-    resolutions: heights and widths in pixels, "512-1536" or "512-1024-1536". static: only these sizes, "1024x1024".
+    resolutions: the range of heights and widths in pixels, "512-1536"; or with the one to be fastest at in between,
+        "512-1024-1536".
+    static: only these sizes, such as "1024x1024".
     batch: the largest batch.
-    vae_tile: the autoencoder takes pictures in tiles of that many pixels.
-    segments: the number of engines into which the DiT is cut. residency: "resident" or "on-demand".
+    vae_tile: the side in pixels of the tiles in which the autoencoder takes pictures.
+    segments: the number of engines into which the DiT is cut.
+    residency: "resident", or "on-demand" for engines that are loaded for each call and then freed.
     gpu_memory: the GB of the GPU's memory that the engines may take.
-    force: also replaces another model's engines in `out`.
+    force: also replace another model's engines in `out`.
 
     Returns the manifest, and the reason for each engine that was compiled. Raises UserError if the GPU cannot execute a
     component or has too little memory; `out` is then left as it was.
@@ -162,7 +166,7 @@ def serve(
 
 
 def check_fields(options: Mapping[str, object], *records: type) -> None:
-    """Raise UserError, with the nearest name, for an option that none of the records (dataclasses) has."""
+    """Raise UserError for an option that is not a field of any of the dataclasses. It suggests the nearest name."""
     check_names(options, [field.name for record in records for field in fields(record) if field.name != "path"])
 
 

@@ -1,4 +1,4 @@
-"""The folder of files that ditforge can make again: what `up` made, and kernels for this machine's GPU."""
+"""The cache, a folder with files that ditforge can make again: what `up` made, and kernels for this machine's GPU."""
 
 import os
 from pathlib import Path

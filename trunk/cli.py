@@ -27,7 +27,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# Any mistake in the arguments, of which BadParameter is one: typer has no public name for it before it took click in.
+# The class of all mistakes in the arguments, which is a base class of BadParameter. Older versions of typer, which use
+# click as a separate package, have no public name for it.
 USAGE_ERROR: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 
 
@@ -49,7 +50,7 @@ for command in commands():
 
 
 def usage_problem(error: typer.BadParameter) -> str:
-    """Say what is wrong with the arguments. Typer 0.29 leaves out a value that it cannot convert; its cause has it."""
+    """Say what is wrong with the arguments. Typer 0.29 does not show a value that it cannot convert, so it is added."""
     causes: list[dict[str, object]] = getattr(error.__cause__, "errors", list)()
     return error.format_message() + "".join(f", got {cause['input']!r}" for cause in causes)
 
@@ -73,7 +74,7 @@ def flush_output() -> None:
 
 def main() -> None:
     """Run the command line. Exit codes: 0, 2 for a wrong input, 1 for other failures, 130 (Ctrl-C), 143 (SIGTERM)."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that temporary files are removed
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # a normal exit removes temporary files
     interrupted = threading.Event()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -84,18 +85,18 @@ def main() -> None:
         signal.signal(signal.SIGINT, interrupt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name in the terminal's encoding, whatever that is
-    warnings.simplefilter("ignore")  # the libraries' remarks to their developers
+            stream.reconfigure(errors="backslashreplace")  # any name can be printed, whatever the terminal's encoding
+    warnings.simplefilter("ignore")  # most warnings of the libraries are meant for developers
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what matters of it is in the errors
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # ditforge's errors say what matters of gRPC's log
     warnings.simplefilter("default", DitforgeWarning)
     warnings.showwarning = lambda message, *args, **kwargs: print(f"warning: {message}", file=sys.stderr)
     try:
         with as_flags():
             code = app(standalone_mode=False)
         flush_output()
-        if code == 130:  # which is how typer reports Ctrl-C
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one changes nothing any more
+        if code == 130:  # typer's exit code for Ctrl-C
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C has nothing left to interrupt
             print("interrupted", file=sys.stderr)
         sys.exit(code)
     except DitforgeError as error:
@@ -106,7 +107,7 @@ def main() -> None:
         print(f"error: {usage_problem(error)}\nfix:   {command} --help", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
-        if interrupted.is_set():  # of which native modules make other errors while they are imported
+        if interrupted.is_set():  # native modules turn an interrupt during their import into other errors
             print("interrupted", file=sys.stderr)
             sys.exit(130)
         if not isinstance(error, ModuleNotFoundError):

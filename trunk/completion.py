@@ -1,45 +1,46 @@
-"""What a shell offers as an option's value where it completes one."""
+"""The values of options that a shell offers when it completes a command line."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "fp8-weights", "int8-weights")  # ditforge.export's, which needs PyTorch
+# The same as in ditforge.export, which cannot be imported here because that would import PyTorch.
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "fp8-weights", "int8-weights")
 
 
 def matching(names: Callable[[], list[str]]) -> Callable[[str], list[str]]:
-    """What completes the beginning of one of the names."""
+    """Return a function that lists the names which begin with the given text."""
     return lambda incomplete: [name for name in names() if name.startswith(incomplete)]
 
 
 def gpus() -> list[str]:
-    """Products, compute capabilities, and what else `--gpu` takes."""
+    """The values that `--gpu` takes: products, compute capabilities, local and cpu."""
     from ditforge.engines.gpus import CPU, GPUS, LOCAL, PRODUCTS
 
     return [*(gpu.name for gpu in GPUS), *PRODUCTS, LOCAL, CPU]
 
 
 def precisions() -> list[str]:
-    """What `--precision` takes."""
+    """The values that `--precision` takes."""
     return list(PRECISIONS)
 
 
 def compilers() -> list[str]:
-    """What `--compiler` takes."""
+    """The values that `--compiler` takes."""
     from ditforge.engines.compilers import compilers as found
 
     return [compiler.name for compiler in found()]
 
 
 def samplers() -> list[str]:
-    """What `--sampler` takes."""
+    """The values that `--sampler` takes."""
     from ditforge.client.samplers import SAMPLERS
 
     return list(SAMPLERS)
 
 
 def schedules() -> list[str]:
-    """What `--schedule` takes."""
+    """The values that `--schedule` takes."""
     from ditforge.client.schedules import SCHEDULES
 
     return list(SCHEDULES)

@@ -16,7 +16,7 @@ from ditforge.model import Model
 from ditforge.placement import Placement
 from ditforge.small_files import read_json_object
 
-INDEX = "model_index.json"  # of a checkpoint in diffusers' layout
+INDEX = "model_index.json"  # every checkpoint in diffusers' layout has this file
 SAFETENSORS = ".safetensors"
 BLOCK = re.compile(r"\.\d+\.")
 LORA = re.compile(r"\.lora(_[AB]|_down|_up|\.down|\.up)\b")
@@ -24,7 +24,7 @@ LORA = re.compile(r"\.lora(_[AB]|_down|_up|\.down|\.up)\b")
 
 @dataclass(frozen=True)
 class Layers:
-    """Layers of one precision whose names differ only in the number of the block, for which `name` has a *."""
+    """Layers of one precision whose names differ only in the number of the block. `name` has a * for this number."""
 
     name: str
     count: int
@@ -44,8 +44,10 @@ class Port:
 class Part:
     """A network, or the tokenizer, in a folder that a stage wrote.
 
-    size: the bytes of its files. compiler, compiler_version and target: those of its engine; empty without an engine.
-    Of its `segments`, `on_demand` are loaded for each call and then freed. The others are resident.
+    size: the bytes of its files.
+    compiler, compiler_version, target: how its engine was compiled, and for what; empty if it has no engine.
+    segments, on_demand: the number of segments, and how many of these are loaded for each call and then freed. The
+        others are resident.
     """
 
     name: str
@@ -73,9 +75,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Which pictures are made, in pixels: heights and widths from `least` to `most` in steps of `step`, or `sizes`.
+    """The sizes of pictures that can be made, in pixels.
 
-    `sizes` are (height, width). vae_tile: the side of the autoencoder's tiles, or None if it takes whole pictures.
+    Heights and widths go from `least` to `most` in steps of `step`. If `sizes` is not empty, its (height, width) are
+    the only sizes. vae_tile is the side of the autoencoder's tiles, or None if it takes whole pictures.
     """
 
     least: int
@@ -88,9 +91,13 @@ class Pictures:
 
 @dataclass(frozen=True)
 class StageFolder:
-    """The output of a stage. kind: onnx, engines or repository. max_batch: None if every batch is taken.
+    """The output of a stage.
 
-    origin: what it was made from, by name. sha256: a digest of all files' digests, the same for equal folders.
+    kind: onnx, engines or repository.
+    size: the bytes of all files.
+    sha256: a digest of the digests of all files, which is the same for equal folders.
+    origin: what it was made from, as names and values.
+    max_batch: the largest batch, or None if there is no limit.
     """
 
     kind: str
@@ -116,7 +123,7 @@ class CheckpointPart:
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """A checkpoint in diffusers' layout. kind: checkpoint. pipeline: diffusers' class."""
+    """A checkpoint in diffusers' layout. kind: checkpoint. pipeline: diffusers' class. weights: bytes of weights."""
 
     kind: str
     path: str
@@ -127,11 +134,14 @@ class CheckpointFolder:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A .safetensors file. kind: checkpoint file, lora or tensors.
+    """A .safetensors file.
 
-    pipeline: diffusers' class of its model, if that is known. holds: its components by diffusers' names. parameters:
-    the number of weights. dtypes: the bytes of each dtype, by safetensors' names. problem: why it cannot be exported,
-    or empty if it can.
+    kind: checkpoint file, lora or tensors.
+    pipeline: diffusers' class of its model, or empty if that is not known.
+    holds: diffusers' names of the components in it.
+    tensors, parameters: the number of tensors, and the number of all their elements.
+    dtypes: the bytes of each dtype, by safetensors' names.
+    problem: why it cannot be exported, or empty if it can.
     """
 
     kind: str
@@ -159,7 +169,7 @@ Contents = StageFolder | CheckpointFolder | TensorFile | Picture
 
 
 def look_into(path: Path) -> Contents:
-    """Find out what the file or folder is. Raises UserError if it is none of these."""
+    """Find out what the file or folder is. Raises UserError if it is none of the above, or does not exist."""
     if (path / manifest.FILE_NAME).is_file():
         return stage_folder(path, manifest.parse(path / manifest.FILE_NAME))
     if (path / INDEX).is_file():
@@ -177,7 +187,7 @@ def look_into(path: Path) -> Contents:
 
 
 def stage_folder(path: Path, found: Manifest) -> StageFolder:
-    """The output of a stage."""
+    """Describe the output of a stage by its manifest."""
     batches = [engine.max_batch for engine in found.engines.values() if engine.max_batch]
     if found.kind == "repository" and found.source.get("max_batch", "").isdecimal():
         batches.append(int(found.source["max_batch"]))
@@ -204,7 +214,7 @@ def pictures(model: Model) -> Pictures:
 
 
 def part(name: str, component: Component, engine: Engine | None) -> Part:
-    """A network, with its engine if there is one."""
+    """Describe a network, and its engine if there is one."""
     made = (engine.compiler, engine.compiler_version, engine.target) if engine else ("", "", "")
     placement = engine.placement if engine else Placement()
     cut = placement.segments, placement.on_demand
@@ -216,7 +226,7 @@ def part(name: str, component: Component, engine: Engine | None) -> Part:
 
 
 def ports(tensors: dict[str, manifest.Tensor]) -> tuple[Port, ...]:
-    """Inputs or outputs."""
+    """Describe the inputs, or the outputs, of a network."""
     return tuple(Port(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
 
 
@@ -254,7 +264,7 @@ def tensor_file(path: Path) -> TensorFile:
     return TensorFile(kind, str(path), size, pipeline, holds, len(names), parameters, dict(dtypes), metadata, problem)
 
 
-WIDTHS = {  # bytes of an element, by safetensors' name of its dtype
+WIDTHS = {  # safetensors' name of a dtype → the bytes of one element
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
     **dict.fromkeys(("U32", "I32", "F32"), 4),

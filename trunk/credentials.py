@@ -1,6 +1,6 @@
-"""Checks certificates, keys and tokens before they are used.
+"""Checks certificates, keys and tokens before they are used, because gRPC does not say what is wrong with them.
 
-gRPC does not say what is wrong with them. The errors here name the file, and the option that gives another one.
+The errors here name the file, and the option by which another file can be given.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import NoReturn
 from ditforge.errors import UserError
 from ditforge.small_files import read_bytes
 
-LARGEST = 1 << 20  # bytes of a file; all public authorities together have some 200 kB
+LARGEST = 1 << 20  # bytes of a file; the certificates of all public authorities together have about 200 kB
 DATES = (9, 10)  # OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED
-HANDSHAKE = 3  # turns of a handshake, at least
+HANDSHAKE = 3  # turns of each side, which is enough for a whole handshake
 File = str | PathLike[str]
 
 
@@ -36,10 +36,13 @@ class Options:
 
 
 def read_file(what: str, path: File, fix: str) -> bytes:
-    """The bytes of a file, without white space around them. Raises UserError if it cannot be read, or is empty."""
+    """Read the bytes of a file, without white space around them. Raises UserError if it cannot be read or is empty.
+
+    `what` is what errors call the file, and `fix` is their advice.
+    """
     try:
         content = read_bytes(path, LARGEST).strip()
-    except (OSError, ValueError, TypeError) as error:  # ValueError: a null byte; TypeError: no path at all
+    except (OSError, ValueError, TypeError) as error:  # ValueError: a null byte in the path; TypeError: not a path
         reason = getattr(error, "strerror", None) or str(error)
         name = str(path) if str(path).isprintable() else repr(str(path))
         raise UserError(f"cannot read {what} {name}: {reason}", fix) from None
@@ -97,11 +100,11 @@ def check_pair(certificate: File | None, key: File | None, options: Options) -> 
 
 
 def check_dates(certificate: File, key: File, options: Options) -> None:
-    """Raise UserError if the certificate has expired or is not yet valid, which a handshake in memory shows."""
+    """Raise UserError if the certificate has expired or is not yet valid. A TLS handshake in memory tests it."""
     ours, theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     ours.load_cert_chain(certificate, key)
     theirs.load_verify_locations(certificate)
-    theirs.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # it is trusted, whoever has signed it
+    theirs.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the certificate itself is trusted, whoever has signed it
     theirs.check_hostname = False
     there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
     server, client = ours.wrap_bio(there, back, server_side=True), theirs.wrap_bio(back, there)
@@ -138,5 +141,5 @@ def held(content: bytes) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """OpenSSL's reason for an error, in words if it has any."""
+    """OpenSSL's reason for an error, or else the error's own text, in lower case and with spaces."""
     return (getattr(error, "reason", None) or str(error)).replace("_", " ").lower()

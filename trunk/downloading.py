@@ -1,4 +1,4 @@
-"""Downloads checkpoints that are given as repositories of the Hub, before a command does anything else."""
+"""Downloads a checkpoint that is given as a repository of the Hugging Face Hub, before a command does anything else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 
 
 def downloaded(source: CheckpointSource, weights: bool = True) -> CheckpointSource:
-    """The same checkpoint on this machine. Without `weights`, only configurations and tokenizers are downloaded."""
+    """Return the checkpoint with local paths, after downloading what is not on this machine.
+
+    If `weights` is false, only configurations and tokenizers are downloaded.
+    """
     from ditforge.export.checkpoint.source import localised
 
     with terminal.progress("download", unit="bytes", begins="from the Hugging Face Hub") as report:

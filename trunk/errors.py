@@ -12,7 +12,7 @@ class DitforgeError(Exception):
     def __init__(self, problem: str, fix: str = "") -> None:
         super().__init__(problem, fix)
         self.problem = str(problem)
-        self.fix = str(fix)  # of an Option, what it is called here and now
+        self.fix = str(fix)  # an Option is written now, as a flag or in Python's form
 
     def __str__(self) -> str:
         return f"{self.problem}\nfix:   {self.fix}" if self.fix else self.problem
@@ -25,4 +25,4 @@ class UserError(DitforgeError):
 
 
 class DitforgeWarning(UserWarning):
-    """A warning that the user should see, once. The work goes on."""
+    """A warning that the user should see once. The work goes on."""

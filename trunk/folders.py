@@ -1,4 +1,4 @@
-"""Says what a path holds if a user gave it in place of something else, and which command takes it."""
+"""If a user gives a command the wrong kind of path, says what the path holds, and which command takes it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from shlex import quote
 from ditforge import manifest
 from ditforge.errors import UserError
 
-CHECKPOINT = "model_index.json"  # of a folder in diffusers' layout
-CONFIG = "config.pbtxt"  # of each model in a model repository
+CHECKPOINT = "model_index.json"  # every checkpoint in diffusers' layout has this file
+CONFIG = "config.pbtxt"  # every model in a model repository has this file
 NEXT = {
     "onnx": ("ONNX graphs", "ditforge build {} --out engines   and then: ditforge repo engines --out repo"),
     "engines": ("engines", "ditforge repo {} --out repo   and then: ditforge serve repo"),
     "repository": ("a model repository", "ditforge serve {}"),
 }
-# What files of weights end in: those that are refused are refused by name where they are opened.
+# The suffixes of files with weights. Some of these formats are not supported; the code that opens them says so.
 WEIGHTS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx", ".json")
 MAKE_REPOSITORY = "ditforge repo ENGINE_DIR --out REPO_DIR   makes one of what ditforge build wrote"
 

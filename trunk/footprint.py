@@ -1,4 +1,4 @@
-"""What a network takes of a device's memory. `export` measures it, and `plan` and `build` compute with it."""
+"""How much of a device's memory a network takes. `export` measures it, and `plan` and `build` compute with it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Footprint(BaseModel):
-    """Bytes of a network: of its `weights`, and of its `activations` for one sample, by the picture's side in pixels.
+    """The bytes of memory that a network takes, and the operations that it computes.
 
-    `largest_block` is the bytes of weights of the largest block, which no cut between blocks makes smaller. Activations
-    are the largest number of bytes that are alive at the same time. `flops` are the floating point operations for one
-    sample, by the same sides, and empty if they were not counted.
+    weights: the bytes of all weights.
+    largest_block: the bytes of weights of the largest block, which no cut between blocks makes smaller.
+    activations: the side of a square picture in pixels → the bytes of activations for one sample. This is the largest
+        number of bytes that are alive at the same time.
+    flops: the side → the floating point operations for one sample; empty if they were not counted.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -23,7 +25,7 @@ class Footprint(BaseModel):
     flops: dict[int, int] = {}
 
     def activations_at(self, side: float) -> int:
-        """Bytes of activations for one picture of side x side pixels (or as many).
+        """The bytes of activations for one picture with side x side pixels, of any shape.
 
         Activations grow with the number of pixels, or faster: attention without a fused kernel grows with its square.
         Straight lines between the measured sizes are therefore never too low. Beyond the largest of them, a parabola
@@ -39,7 +41,7 @@ class Footprint(BaseModel):
         return max(round(through(points[-3:], pixels)), points[-1][1])
 
     def flops_at(self, side: float) -> float | None:
-        """Floating point operations for one picture of side x side pixels (or as many), or None if not counted.
+        """The floating point operations for one picture with side x side pixels, of any shape; None if not counted.
 
         They grow with the number of pixels, and those of attention with its square, so a parabola through the nearest
         three sizes is used.
@@ -60,7 +62,7 @@ class Footprint(BaseModel):
 
 
 def through(points: list[tuple[int, int]], x: float) -> float:
-    """The polynomial through all points, at x (Lagrange)."""
+    """The value at `x` of the polynomial through all points (x, y), by Lagrange's formula."""
     total = 0.0
     for i, (xi, yi) in enumerate(points):
         term = float(yi)

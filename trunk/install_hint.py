@@ -1,4 +1,4 @@
-"""How to install a part of ditforge: the command that works for the copy of ditforge that is running."""
+"""The commands that install a part of ditforge, written so that they work for the copy of ditforge that is running."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ CHECKOUT = "in a checkout of ditforge"
 def install(extra: str) -> str:
     """The command that installs an extra of ditforge, such as "export".
 
-    ditforge is on no package index, so `pip install 'ditforge[export]'` would fail, or bring another package. pip notes
-    where it installed a package from (PEP 610): where that is a folder or a wheel that is still there, the command
-    names it, and works in any folder. Otherwise the command is one for a checkout, and says so.
+    ditforge is on no package index, so `pip install 'ditforge[export]'` would fail or install another package. pip
+    notes from where it installed a package (PEP 610). If this is a folder or a wheel that still exists, the command
+    names it, and works in any folder. Otherwise the command works in a checkout of ditforge, and says so.
     """
     origin = installed_from()
     if origin is None:
@@ -33,7 +33,7 @@ def upgrade(extra: str) -> str:
 
 
 def pip() -> str:
-    """The pip of this Python: `pip`, if the one on PATH is that one."""
+    """The command that runs the pip of this Python. It is `pip` if the first pip on PATH belongs to this Python."""
     found = shutil.which("pip")
     if found and Path(found).parent == Path(sys.executable).parent:
         return "pip"
@@ -41,27 +41,28 @@ def pip() -> str:
 
 
 def installed_from() -> Path | None:
-    """The checkout, or the wheel, that pip installed ditforge from, if it is still there."""
+    """The checkout or the wheel that pip installed ditforge from, or None if it is not known or no longer exists."""
     url = str(direct_url().get("url", ""))
     path = Path(unquote(urlsplit(url).path)) if url.startswith("file://") else None
     return path if path and path.exists() else None
 
 
 def is_editable() -> bool:
-    """Whether the installed ditforge is the checkout itself."""
+    """Whether ditforge was installed with `pip install -e`, so that the checkout itself is what runs."""
     folder = direct_url().get("dir_info")
     return isinstance(folder, dict) and folder.get("editable") is True
 
 
 def direct_url() -> dict[str, object]:
-    """What pip noted of where ditforge came from: nothing where it came from an index, or was not installed by pip.
+    """What pip noted about the place that it installed ditforge from.
 
+    Empty if ditforge came from a package index, or was not installed by pip.
     Source: https://packaging.python.org/en/latest/specifications/direct-url/
     """
     for found in distributions(name="ditforge"):
         text = found.read_text("direct_url.json")
         if text is None:
-            continue  # an egg-info in the current folder, beside the installed package
+            continue  # this is an egg-info in the current folder, and not the installed package
         try:
             noted = json.loads(text)
         except ValueError:

@@ -14,7 +14,7 @@ CPU = "cpu"  # the target of engines that need no GPU
 
 @dataclass(frozen=True)
 class LocalGpu:
-    """A GPU of this machine: its compute capability (sm_89), the bytes of its memory, the free ones, and its driver."""
+    """A GPU of this machine. capability: such as sm_89. memory, memory_free: in bytes. driver: the driver's version."""
 
     product: str
     capability: str
@@ -24,7 +24,7 @@ class LocalGpu:
 
 
 def name_gpu() -> str:
-    """What to do where there is no GPU."""
+    """The advice in errors if there is no GPU."""
     return (
         f"name the GPU to compile for: {setting('gpu', 'rtx4090')} (ditforge gpus lists names); or install its driver"
     )

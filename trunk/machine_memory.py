@@ -42,7 +42,7 @@ def read_memory() -> Memory | None:
             most, taken = (int((folder / name).read_text()) for name in (maximum, used))
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             left = most - taken + int(stat[inactive])
-        except (OSError, KeyError, ValueError):  # the root, or one without a limit ("max")
+        except (OSError, KeyError, ValueError):  # the root group, or a group without a limit ("max")
             continue
         if most < total:
             limit = min(most, limit or most)

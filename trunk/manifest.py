@@ -1,7 +1,7 @@
-"""The manifest.json that passes between stages: what a folder holds, and what is true of it.
+"""The manifest.json that each stage writes for the next one. It describes what the folder holds.
 
-`export` writes one beside the ONNX graphs, `build` beside the engines, `repo` into the model repository. Each names
-every file with its size and SHA-256, so that a stage can tell a whole folder from a damaged or half-copied one.
+`export` writes one beside the ONNX graphs, `build` beside the engines, and `repo` into the model repository. It lists
+every file with its size and SHA-256, so that a stage can tell a complete folder from a damaged or half-copied one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ FORMAT = 2
 READABLE = (1, 2)
 
 Kind = Literal["onnx", "engines", "repository"]
-# In the origin: whether somebody asked for the export's precision, or for the GPU that it suits.
+# A key of `Manifest.origin` and its values: whether the user asked for the precision of the export, or for the GPU that
+# it suits.
 PRECISION_CHOICE = "precision_choice"
 ASKED, BY_DEFAULT = "asked for", "by default"
 NEXT_COMMAND = {
@@ -57,11 +58,14 @@ class Tensor(_Record):
 
 
 class Component(_Record):
-    """One network (or the tokenizer): its files by path relative to the manifest, precision, inputs and outputs.
+    """One network, or the tokenizer.
 
-    `precision` is the name that users know. `dtype` is the number format of whatever is not 8-bit: fp32, fp16 or bf16.
-    `layers` gives the precision of each layer that a quantisation considered. `footprint` is what the network takes of
-    a GPU's memory, or None if it was not measured.
+    files: its files, by their paths relative to the manifest.
+    precision: the name of the precision as users know it.
+    reason: why it has this precision, in words.
+    dtype: the number format of everything that is not 8-bit: fp32, fp16 or bf16.
+    layers: the precision of each layer that a quantisation considered.
+    footprint: how much of a GPU's memory the network takes, or None if it was not measured.
     """
 
     files: dict[str, File]
@@ -83,11 +87,14 @@ class Component(_Record):
 
 
 class Engine(_Record):
-    """How a component's engine was made: its compiler, its device, and the key under which it is cached.
+    """How a component's engine was made, and how it is used.
 
-    `triton_backend` is Triton's own backend that can execute it, if there is one; otherwise ditforge's code does.
-    `max_batch` is the largest batch that it takes (None: any). `placement` says where it is in memory, and when. If it
-    is cut into segments, `segment_files` are the files of each, in the order in which they run. Otherwise it is empty.
+    target: the device that it was compiled for: cpu, or compute capabilities such as sm_89.
+    cache_key: everything that the engine depends on. It is compiled again only if this changes.
+    triton_backend: Triton's own backend that executes it, or empty if ditforge's code does.
+    max_batch: the largest batch that it takes, or None if it takes any.
+    placement: where it is in memory, and when.
+    segment_files: if it is cut into segments, the files of each, in the order in which they run; otherwise empty.
     """
 
     compiler: str
@@ -102,7 +109,7 @@ class Engine(_Record):
     @model_validator(mode="before")
     @classmethod
     def _of_format_1(cls, content: Any) -> Any:
-        """In format 1, the files of the segments and the number of those on demand stood side by side."""
+        """Convert an engine of format 1, in which the segments' files and the number on demand were separate fields."""
         if not isinstance(content, dict) or not {"segments", "on_demand"} & content.keys():
             return content
         files, on_demand = content.get("segments", ()), content.get("on_demand", 0)
@@ -113,10 +120,12 @@ class Engine(_Record):
 
 
 class Manifest(_Record):
-    """What a folder holds. `components` are in the order in which data flows. `engines` is empty before `build`.
+    """What a folder holds.
 
-    `source` tells what an export or a repository was made from, so that the same one is not made twice. `origin` says
-    the same of the checkpoint in words, and goes with it from stage to stage.
+    components: the networks and the tokenizer, in the order in which data flows through them.
+    engines: the engines, by the names of their components; empty in an export.
+    source: what an export or a repository was made from, so that the same one is not made twice.
+    origin: what the checkpoint was made from, in words for people. Each stage passes it on to the next.
     """
 
     format: int = FORMAT
@@ -180,23 +189,23 @@ def parse(path: Path) -> Manifest:
 
 
 def write(manifest: Manifest, folder: Path) -> None:
-    """Write `manifest` into `folder` (last of all its files: a folder with a manifest is whole)."""
+    """Write `manifest` into `folder`. It must be the last file written: a folder with a manifest counts as complete."""
     (folder / FILE_NAME).write_text(as_text(manifest))
 
 
 def as_text(manifest: Manifest) -> str:
-    """What is in the file."""
+    """The content of the file, as JSON."""
     return manifest.model_dump_json(indent=2) + "\n"
 
 
 def describe(path: Path) -> File:
-    """Size and SHA-256 of the file at `path`."""
+    """Compute the size and the SHA-256 of the file at `path`."""
     with path.open("rb") as stream:
         digest = _sha256(stream)
     return File(size=path.stat().st_size, sha256=digest)
 
 
-def _sha256(stream: BinaryIO) -> str:  # hashlib.file_digest is Python 3.11
+def _sha256(stream: BinaryIO) -> str:  # hashlib.file_digest needs Python 3.11
     digest = hashlib.sha256()
     while chunk := stream.read(1 << 20):
         digest.update(chunk)
@@ -204,19 +213,19 @@ def _sha256(stream: BinaryIO) -> str:  # hashlib.file_digest is Python 3.11
 
 
 def digest(components: dict[str, Component]) -> str:
-    """SHA-256, in hex, of the names and digests of all files: equal where all that a folder holds is the same."""
+    """The SHA-256, in hexadecimal, of the names and digests of all files. Folders of equal content have the same."""
     files = [(name, file.sha256) for component in components.values() for name, file in component.files.items()]
     return hashlib.sha256("".join(f"{sha256}  {name}\n" for name, sha256 in sorted(files)).encode()).hexdigest()
 
 
 def is_whole(folder: Path, components: dict[str, Component]) -> bool:
-    """Whether every file of the components is in `folder`, in its size."""
+    """Whether every file of the components is in `folder` and has the right size."""
     files = [item for component in components.values() for item in component.files.items()]
     return all((folder / name).is_file() and (folder / name).stat().st_size == file.size for name, file in files)
 
 
 def first_difference(before: dict[str, str], now: dict[str, str]) -> str:
-    """In words, the first entry in which two cache keys differ; empty if they are the same."""
+    """Say in words in which entry two cache keys differ first. Empty if they are the same."""
     for field in dict.fromkeys((*now, *before)):
         if before.get(field) != now.get(field):
             shown = "changed" if field.startswith("sha256") else f"was {before.get(field)}, is {now.get(field)}"

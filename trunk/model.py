@@ -1,4 +1,4 @@
-"""What a client must know of a model: it rides in the manifests and in the parameters of the `dit` model's config."""
+"""What a client must know about a model. It is in the manifests, and in the configuration of Triton's model `dit`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing_extensions import Self
 
 from ditforge.contract import VAE_DECODER, VAE_ENCODER
 
-LEAST_TILE = 16  # latents: of a smaller tile, most would be overlap
+LEAST_TILE = 16  # the smallest side of a tile in latents; a smaller tile would be mostly overlap
 TILED = (VAE_DECODER, VAE_ENCODER)
-MOST_PIXELS = 1 << 17  # of a side
+MOST_PIXELS = 1 << 17  # the largest side of a picture
 MAX_BATCH = 128  # samples in one call
 MAX_STEPS = 1000
-# What no model has, whatever a file or a server says: such sizes would be computed with, or memory taken for them.
+# Bounds that hold for every model. A file or a server may claim anything, and the program computes with these numbers
+# and allocates memory by them.
 Count = Annotated[int, Field(gt=0, le=1 << 20)]
 Pixels = Annotated[int, Field(gt=0, le=MOST_PIXELS)]
 Factor = Annotated[int, Field(gt=0, le=1024)]
@@ -22,7 +23,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=1000)]
 Scale = Annotated[float, Field(ge=0, le=1000)]
 Shift = Annotated[float, Field(ge=-100, le=100)]
-MOST_MU = 100.0  # e^100 times as much noise as data
+MOST_MU = 100.0  # this means e^100 times as much noise as data
 
 
 class _Record(BaseModel):
@@ -32,13 +33,15 @@ class _Record(BaseModel):
 class Schedule(_Record):
     """How a model spaces its noise levels.
 
-    N levels fall evenly from 1 to sigma_min (None: 1 / N). Each s is then shifted towards noise, to
-    a s / (1 + (a - 1) s) (Esser et al. 2024, arXiv:2403.03206, section 5.3.2). kind "fixed": a is `shift`. kind
-    "dynamic": mu goes linearly from base_shift at base_tokens image tokens to max_shift at max_tokens, and on beyond;
-    a is exp(mu) (time_shift "exponential") or mu ("linear"). A token is patch_size x patch_size latent cells.
+    N levels fall evenly from 1 to sigma_min, or to 1 / N if that is None. Each level s is then shifted towards noise,
+    to a s / (1 + (a - 1) s) (Esser et al. 2024, arXiv:2403.03206, section 5.3.2).
 
-    sigma_min is for models whose pipeline leaves the spacing to diffusers' FlowMatchEulerDiscreteScheduler: it is that
-    scheduler's own `sigma_min`, which with a fixed shift is already shifted once.
+    If kind is "fixed", a is `shift`. If kind is "dynamic", a depends on the number of image tokens. mu is linear in
+    this number: base_shift at base_tokens, max_shift at max_tokens, and on the same line beyond. a is exp(mu) if
+    time_shift is "exponential", and mu if it is "linear". A token stands for patch_size x patch_size latents.
+
+    sigma_min is for models whose pipeline leaves the spacing to diffusers' FlowMatchEulerDiscreteScheduler. It is that
+    scheduler's own `sigma_min`, which with a fixed shift has been shifted once already.
     """
 
     kind: Literal["fixed", "dynamic"]
@@ -58,16 +61,16 @@ class Schedule(_Record):
         return self
 
     def mu(self, tokens: int) -> float:
-        """Of a dynamic schedule, for a picture of that many image tokens."""
+        """The mu of a dynamic schedule for a picture of that many image tokens."""
         slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
         return tokens * slope + (self.base_shift - slope * self.base_tokens)
 
 
 class SkipLayers(_Record):
-    """Skip-layer guidance as a model's authors recommend it: what `scale` does is in ditforge.client.guidance.
+    """Skip-layer guidance as a model's authors recommend it. ditforge.client.guidance says what `scale` does.
 
-    The DiT runs once more without the blocks `layers` (of `blocks`, which is the width of its input `skip_layers`), in
-    the steps i of N with start * N < i < stop * N.
+    In the steps i of N with start * N < i < stop * N, the DiT also runs without the blocks whose numbers are in
+    `layers`. `blocks` is the number of all blocks, which is the width of the DiT's input `skip_layers`.
     """
 
     blocks: Annotated[int, Field(gt=0, le=10_000)]
@@ -84,15 +87,20 @@ class SkipLayers(_Record):
 
 
 class Model(_Record):
-    """A text-to-image model, as far as the sampler loop is concerned.
+    """What the sampler loop needs to know about a text-to-image model. Sizes are in pixels.
 
-    Sizes are in pixels; where `sizes` has any, these (height, width) are the only ones. `guidance` says what the number
-    that users call guidance does: `embedded` is an input of the DiT (guidance-distilled models), `classifier-free` the
-    scale of classifier-free guidance, and `none` means that the model takes none. `skip_layers` is there where the DiT
-    has an input of that name. `max_tokens` is how much of a prompt each text encoder reads, special tokens included, in
-    the order of the tokenizer's counts. `t5` says whether T5 can be left out of a request (`optional`: then zeros take
-    its place), cannot (`required`), or is not there (`absent`). `vae_tile` is the side, in pixels, of
-    the largest piece of a picture that the autoencoder's networks take at once; None: they take whole pictures.
+    vae_factor: the pixels, in height and in width, for which one latent stands.
+    size_multiple: heights and widths must be multiples of it.
+    sizes: if not empty, these (height, width) are the only sizes.
+    guidance: what the number does that users call guidance: `embedded`, it is an input of the DiT (guidance-distilled
+        models); `classifier-free`, it is the scale of classifier-free guidance; `none`, the model takes none.
+    skip_layers: given if the DiT has an input of that name.
+    max_tokens: the most tokens of a prompt that each text encoder reads, special tokens included, in the order in which
+        the tokenizer counts them.
+    t5: `optional`, T5 can be left out of a request, and zeros take its place; `required`, it cannot; `absent`, there is
+        no T5.
+    vae_tile: the side of the largest piece of a picture that the autoencoder's networks take at once, or None if they
+        take whole pictures.
     """
 
     name: Annotated[str, Field(max_length=1000)]
@@ -127,7 +135,10 @@ class Model(_Record):
         return self
 
     def piece(self, network: str, height: int, width: int) -> tuple[int, int]:
-        """How much of a picture of that height and width the network called `network` takes at once, in pixels."""
+        """The (height, width), in pixels, of the piece of a picture of that size that a network takes at once.
+
+        `network` is the name of the network, such as vae_decoder.
+        """
         if self.vae_tile is None or network not in TILED:
             return height, width
         return min(height, self.vae_tile), min(width, self.vae_tile)

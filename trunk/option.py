@@ -1,4 +1,4 @@
-"""How an option is written: errors speak of Python's parameters in Python, and of flags on the command line."""
+"""How errors write an option: as a parameter in Python, and as a flag on the command line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ _flags = False
 
 
 class Option(str):
-    """An option as Python has it, which reads as its flag on the command line: when it is formatted, not when made."""
+    """An option in Python's form, which is written as its flag on the command line.
+
+    The form is chosen when the option is formatted, not when it is made.
+    """
 
     flag: str
 
@@ -28,8 +31,10 @@ class Option(str):
 
 
 def option(python: str, flag: str = "") -> str:
-    """An option as errors write it. `python` is NAME=VALUE, or NAME, as a public function takes it; `flag` is the same
-    on the command line, by default of that name.
+    """Make an option as errors write it.
+
+    `python` is NAME=VALUE, or only NAME, as a public function takes it. `flag` is the same option on the command line,
+    by default --NAME VALUE.
     """
     name, _, value = python.partition("=")
     dashed = name.replace("_", "-")
@@ -39,16 +44,16 @@ def option(python: str, flag: str = "") -> str:
 
 
 def setting(name: str, value: object) -> str:
-    """An option with a value, as errors write it: `precision="fp8"` in Python, `--precision fp8` as flags."""
+    """Make an option with a value, as errors write it: `precision="fp8"` in Python, and `--precision fp8` as a flag."""
     if value is True:
         return option(f"{name}=True", f"--{name.replace('_', '-')}")
     return option(f"{name}={json.dumps(value, ensure_ascii=False)}", f"--{name.replace('_', '-')} {value}")
 
 
 def check_names(names: Iterable[str], known: Iterable[str], meant: Mapping[str, str] | None = None) -> None:
-    """Raise UserError, with the nearest name, if one of the names is none of the known options of a public function.
+    """Raise UserError if one of the names is not a known option of a public function. It suggests the nearest name.
 
-    `meant` gives the option's name here for names that other software has.
+    `meant` maps names that other software uses to the names of the same options here.
     """
     known = list(known)
     for name in names:
@@ -65,7 +70,7 @@ def are_flags() -> bool:
 
 @contextmanager
 def as_flags(wanted: bool = True) -> Iterator[None]:
-    """While this lasts, options are written as flags, in all threads; for False, as Python has them."""
+    """Write options as flags, in all threads, until the block ends. If `wanted` is false, write them as in Python."""
     global _flags
     before, _flags = _flags, wanted
     try:

@@ -1,6 +1,6 @@
-"""The options that several commands share: their types, and records of those that travel together.
+"""The options that several commands share: their types, and dataclasses for options that belong together.
 
-A command takes a record as one parameter; `grouped` makes an option of each of its fields.
+A command takes such a dataclass as one parameter, and `grouped` makes a command-line option of each of its fields.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
-from typing_extensions import get_type_hints  # as in Python 3.11, on 3.10 too, where TensorRT 8.6 is tried
+from typing_extensions import get_type_hints  # works as in Python 3.11 on 3.10 too, where TensorRT 8.6 is tried
 
 from ditforge import completion, verbosity
 
@@ -82,7 +82,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and res
 
 
 def path_or_repository(text: str) -> Path:
-    """What is given, as a path; one that begins with a dot is whole, so that it is not taken for OWNER/NAME."""
+    """Make a path of the given text. A relative path that begins with ./ or ../ and does not exist is made absolute.
+
+    Otherwise it would be taken for a repository of the Hub, OWNER/NAME.
+    """
     return Path(text).absolute() if text.startswith(("./", "../")) and not Path(text).exists() else Path(text)
 
 
@@ -110,7 +113,7 @@ RandomWeights = Annotated[
 
 @dataclass(frozen=True)
 class ServeFlags:
-    """How a repository is served; what `ditforge.triton_repo.serve_options.ServeOptions` says of each field."""
+    """How a repository is served. `ditforge.triton_repo.serve_options.ServeOptions` describes each field."""
 
     port: Port = 8001
     host: Host = "127.0.0.1"
@@ -132,14 +135,14 @@ class ServeFlags:
 
 @dataclass(frozen=True)
 class SourceFlags:
-    """What a checkpoint is made of beside its own path."""
+    """What belongs to a checkpoint beside its own path."""
 
     base: Base = None
     lora: Loras = None
     text_encoders: TextEncoders = "all"
 
     def of(self, path: Path, t5_precision: str | None = None, random_weights: bool = False) -> CheckpointSource:
-        """The checkpoint at `path` with all of these. Raises UserError for a LoRA's strength that is none."""
+        """The checkpoint at `path` with all of these options. Raises UserError if a LoRA's strength is not a number."""
         from ditforge.export.checkpoint.source import CheckpointSource, parse_lora
 
         loras = tuple(parse_lora(option) for option in self.lora or ())
@@ -148,7 +151,7 @@ class SourceFlags:
 
 @dataclass(frozen=True)
 class SizeFlags:
-    """Which pictures engines are compiled for, by which compiler, and for how much memory."""
+    """For which sizes of pictures engines are compiled, by which compiler, and for how much of the GPU's memory."""
 
     compiler: Compiler = None
     resolutions: Resolutions = None
@@ -157,14 +160,14 @@ class SizeFlags:
 
 
 def named_path(text: str | Path) -> Path:
-    """A path that a user gave. Raises typer.BadParameter for an empty one, which would mean the current folder."""
+    """Make a path of a user's text. Raises typer.BadParameter if it is empty, which would mean the current folder."""
     if text == "":
         raise typer.BadParameter("the path is empty; . is the current folder")
     return Path(text)
 
 
 def not_empty(annotation: Any) -> Any:
-    """An option's or argument's type, so that paths must not be empty."""
+    """Return the type of an option or argument, changed so that an empty path is refused."""
     kind, *rest = get_args(annotation) or (annotation,)
     if kind not in (Path, Path | None) or not rest:
         return annotation
@@ -174,9 +177,10 @@ def not_empty(annotation: Any) -> Any:
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """The command as typer wants it: each field of a parameter that is a record of options is an option of its own.
+    """Return the command in the form that typer needs.
 
-    It gets the options that every command has, too.
+    A parameter that is a dataclass becomes an option for each of its fields. The options that every command has,
+    --verbose and --quiet, are added.
     """
     types, parameters, records = get_type_hints(command, include_extras=True), list[Parameter](), dict[str, type]()
     for name, parameter in signature(command).parameters.items():

@@ -15,7 +15,7 @@ from ditforge.errors import UserError
 if TYPE_CHECKING:
     from ditforge.client.prompts import Prompt
 
-MAX_COUNT = 1000  # all of them are in memory at once
+MAX_COUNT = 1000  # all pictures can be in memory at the same time
 SAMPLER_HELP = "euler (the default), heun, dpmpp_2m; with noise: euler_ancestral, dpmpp_2m_sde, ddim (with --eta), lcm."
 SCHEDULE_HELP = "default (the model's own), simple, sgm_uniform, karras, exponential or beta."
 SIZE_HELP = "Both at once: WxH, square, portrait, landscape, or a ratio such as 16:9."
@@ -93,7 +93,7 @@ class OutputFlags:
         if not 1 <= self.count <= MAX_COUNT:
             raise UserError(f"the number of pictures must be from 1 to {MAX_COUNT}, got {self.count}", "--count 1")
         if self.out is not None and not self.out.name:
-            check_writable(self.out)  # a folder, which cannot be numbered
+            check_writable(self.out)  # a path without a name is a folder, and cannot be numbered; this raises the error
         paths = self.paths([None] * (prompts * self.count), prompts)
         for path in [*paths, *([self.grid] if self.grid else [])]:
             check_writable(path)

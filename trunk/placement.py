@@ -11,7 +11,7 @@ RESIDENT, ON_DEMAND, CPU = "resident", "on-demand", "cpu"
 
 
 class Placement(BaseModel):
-    """Where the engine of one network is, and when.
+    """Where the engine of one network is in memory, and when.
 
     device: the device that computes it and has its memory: "gpu", which stands for whatever the engines are built for,
         or "cpu" beside a GPU.

@@ -23,9 +23,10 @@ SIZES = (512, 768, 1024, 1536, 2048)
 
 @dataclass(frozen=True)
 class Place:
-    """Where a network is. `place` is resident, on-demand or cpu, and `size` is the bytes that it takes there.
+    """Where a network is in memory.
 
-    Of its `segments`, `on_demand` are loaded for each call and then freed.
+    place: resident, on-demand or cpu. size: the bytes that it takes there.
+    segments, on_demand: the number of segments, and how many of these are loaded for each call and then freed.
     """
 
     name: str
@@ -38,10 +39,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Fit:
-    """Pictures of up to `size` x `size` pixels on a GPU.
+    """Whether, and how, a model makes pictures of up to `size` x `size` pixels on a GPU.
 
-    peaks: the bytes of the GPU's memory in each phase; peak: the largest of these; usable: the bytes that engines can
-    have. vae_tile: None if the autoencoder takes whole pictures. estimate: None if the GPU's speed is not known.
+    peaks, peak: the bytes of the GPU's memory that are used in each phase, and the largest of these.
+    usable: the bytes that engines can have.
+    vae_tile: the side in pixels of the autoencoder's tiles, or None if it takes whole pictures.
+    estimate: how long it takes, or None if the GPU's speed is not known or it does not fit.
     """
 
     size: int
@@ -58,7 +61,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class GpuPlan:
-    """A model on one GPU, for each size. precision: empty if the GPU lacks the precision that is asked for."""
+    """The plan for a model on one GPU, for each size. precision: empty if the GPU lacks the one that is asked for."""
 
     gpu: str
     memory_gb: float
@@ -68,10 +71,11 @@ class GpuPlan:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """A model on the GPU that was named, or on all that there are.
+    """The plans for a model on the GPU that the user named, or on every GPU of the table.
 
-    shown: the model's own size, or the nearest one that was planned. fits: whether the GPU that was named has room for
-    that size, or None if no GPU was named. steps: the number of steps of a picture.
+    steps: the number of steps of a picture.
+    shown: the model's default size, or the nearest one that was planned.
+    fits: whether the model fits the named GPU with pictures of that size, or None if no GPU was named.
     """
 
     model: str
@@ -82,7 +86,7 @@ class PlanReport:
 
 
 def make_report(wanted: Wanted, gpu: str | None = None, gpu_memory: float | None = None) -> PlanReport:
-    """Plan for one GPU, or for every GPU of the table. Raises UserError for something that cannot be planned."""
+    """Plan for one GPU, or for every GPU of the table. Raises UserError if the GPU or the model allows no plan."""
     if gpu_memory is not None and gpu is None:
         raise UserError("--gpu-memory is that of one GPU", "name it as well: --gpu rtx3060, or --gpu sm_86")
     target = find_card(gpu, gpu_memory) if gpu else None
@@ -135,7 +139,7 @@ def fit_of(target: Target, model: Model, parts: Sequence[Part], precision: str, 
 
 
 def product_of(target: Target) -> str:
-    """The table's name of a GPU. `local` has the driver's name for it, which contains the product's name."""
+    """The name of a GPU in the table. A `local` GPU has its driver's name, which contains the name of the product."""
     named = [
         gpu.name
         for gpu in gpus.GPUS
@@ -145,7 +149,10 @@ def product_of(target: Target) -> str:
 
 
 def find_card(gpu: str, memory_gb: float | None = None) -> Target:
-    """The target with a memory that is known or given. Raises UserError if it is neither."""
+    """Find the target of that name, with its memory. Raises UserError if its memory is neither known nor given.
+
+    Also raises UserError for the CPU.
+    """
     target = gpus.limited(gpus.find_target(gpu), memory_gb)
     if not target.capabilities:
         fix = "leave out --gpu, which plans for all GPUs; or name one: --gpu rtx3060   (ditforge gpus lists them)"
@@ -166,7 +173,7 @@ def sizes_of(model: Model) -> list[int]:
 
 
 def say_plan(plan: Plan) -> None:
-    """Print what `build` has decided, unless there was nothing to decide."""
+    """Print the plan that `build` has made, unless there was nothing to decide."""
     simple = plan.rank == 0 and all(placement.segments == 1 for placement in plan.placements.values())
     if simple or verbosity.is_quiet():
         return
@@ -183,7 +190,7 @@ def say_plan(plan: Plan) -> None:
 
 
 def say_places(places: Sequence[tuple[str, str, str, str, int]], reasons: Sequence[str]) -> None:
-    """Print where each network is, and why: its name, precision, place, segments and bytes."""
+    """Print where each network is, as its name, precision, place, segments and bytes, and then the reasons."""
     rows = [(*words, memory_plan.gigabytes(size)) for *words, size in places]
     terminal.table(("component", "precision", "place", "segments", "takes"), rows)
     for reason in reasons:
@@ -191,6 +198,6 @@ def say_places(places: Sequence[tuple[str, str, str, str, int]], reasons: Sequen
 
 
 def segments_of(place: Place | Placement) -> str:
-    """The number of segments of a network, and how many of them are loaded on demand if the others stay."""
+    """The number of segments of a network in words. It adds how many are loaded on demand if not all of them are."""
     partly = 0 < place.on_demand < place.segments
     return f"{place.segments}, {place.on_demand} on demand" if partly else str(place.segments)

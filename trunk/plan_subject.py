@@ -1,4 +1,4 @@
-"""What `ditforge plan` plans: the networks of a checkpoint, which it measures, or those of an export."""
+"""What `ditforge plan` plans for: the networks of a checkpoint, which it measures, or those of an export."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ if TYPE_CHECKING:
     from ditforge.export.checkpoint.diffusers_folder import Checkpoint
     from ditforge.export.checkpoint.source import CheckpointSource
 
-T5, SMALLER_T5 = "t5", "int8-weights"  # less exact than bf16 by 0.9 % of a linear's output, fp8-weights by 2.6 %
+# Compared with bf16, int8-weights makes an error of 0.9 % in the output of a linear, and fp8-weights one of 2.6 %.
+T5, SMALLER_T5 = "t5", "int8-weights"
 log = logging.getLogger(__name__)
 
 
 class Measurement(BaseModel):
-    """A model and the footprints of its networks, as the cache keeps them."""
+    """A model and the footprints of its networks in each precision, as they are kept in the cache."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -43,9 +44,11 @@ class Measurement(BaseModel):
 
 @dataclass(frozen=True)
 class Subject:
-    """What is planned: a model with the networks of a checkpoint, or of an export, whose precision is fixed.
+    """What is planned for: a model with the networks of a checkpoint, or of an export, whose precision is fixed.
 
-    `footprints` has "plain" and each possible 8-bit precision for each network. `exported` has the parts of an export.
+    footprints: network → "plain" (16-bit or fp32) and each possible 8-bit precision → the footprint; empty for an
+        export.
+    exported: the networks of an export; empty for a checkpoint.
     """
 
     model: Model
@@ -53,7 +56,7 @@ class Subject:
     exported: Sequence[Part] = ()
 
     def parts(self, target: Target, precision: str | None) -> tuple[str, Sequence[Part]]:
-        """The precision for the GPU, and what the networks take in it. Raises UserError if the GPU lacks it."""
+        """The precision for the GPU, and the networks in it. Raises UserError if the GPU lacks this precision."""
         if self.exported:
             return "as exported", self.exported
         chosen, around = choose_precision(target, precision)
@@ -73,7 +76,10 @@ def choose_precision(target: Target, precision: str | None) -> tuple[str, str]:
 
 
 def part(name: str, found: dict[str, Footprint], precision: str, around: str) -> Part:
-    """A network in the chosen precision if it has that, or else in the other dtype; for T5, also with 8-bit weights."""
+    """The network called `name` in the chosen precision if it has that, or else in the dtype `around`.
+
+    T5 can also be planned with 8-bit weights, or in fp32 on the CPU.
+    """
     plain = found["plain"]
     if name != T5:
         return Part(name, {precision: found[precision]} if precision in found else {around: plain})
@@ -91,7 +97,7 @@ class Wanted:
 
 
 def read_subject(wanted: Wanted) -> Subject:
-    """Look at the checkpoint, the export, or the published model of that name. Raises UserError for anything else."""
+    """Read the checkpoint, the export, or the published model that the user named. Raises UserError for others."""
     path = wanted.source.path
     if (path / manifest.FILE_NAME).is_file() and folders.stage_of(path) == "onnx":
         if wanted.source.text_encoders != "all":
@@ -134,7 +140,11 @@ def kept_at(wanted: Wanted) -> Path:
 
 
 def described(path: Path) -> list[tuple[object, ...]]:
-    """What distinguishes a checkpoint from others: its name and its configurations, or the time of its file."""
+    """What distinguishes a checkpoint from others.
+
+    For a folder, this is its name, its configurations and the sizes of its weights. For a file, it is its path, size
+    and time.
+    """
     if path.is_file():
         return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)]
     if not path.exists():
@@ -192,7 +202,7 @@ def measured(checkpoint: Checkpoint, wanted: Wanted) -> Measurement:
     from ditforge.export.quantisation.precision import EIGHT_BIT, Precision
 
     footprints: dict[str, dict[str, Footprint]] = {}
-    precision = Precision("fp32" if wanted.precision == "fp32" else "bf16")  # which is as large as fp16
+    precision = Precision("fp32" if wanted.precision == "fp32" else "bf16")  # fp16 takes as much memory as bf16
     model, _, networks = read_networks(checkpoint, precision)
     check_size(model, wanted.size)
     with terminal.progress("plan") as report:

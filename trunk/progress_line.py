@@ -1,4 +1,4 @@
-"""How far something is and how long it may still take, in words; nothing of that is printed here."""
+"""Says in words how far some work is and how long it may still take. Nothing is printed here."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ from collections import deque
 from collections.abc import Callable
 from typing import Literal
 
-# What is counted: bytes; steps of which one takes as long as another; or others, that say nothing of the time.
+# What is counted: bytes, steps that take about the same time each, or other steps, which do not allow an estimate.
 Unit = Literal["bytes", "equal steps", "steps"]
-WINDOW = 60.0  # seconds of the past from which the pace is taken
-LEAST = 5.0  # seconds after which a pace means something
-SHARE = 0.2  # of the bytes, too: between those of two networks there is work of other kinds
+WINDOW = 60.0  # seconds; the pace is that of the last minute
+LEAST = 5.0  # seconds that must have passed before a pace means something
+SHARE = 0.2  # the share of the bytes that must be done too, because there is other work between two networks
 
 
 class Pace:
-    """How fast the work of a `unit` goes."""
+    """Measures how fast some work goes, which is counted in a `unit`."""
 
     def __init__(self, unit: Unit, clock: Callable[[], float] = time.monotonic) -> None:
         self.unit = unit
         self.clock = clock
         self.began = clock()
         self.doing, self.done, self.total = "", 0, 1
-        self.worked = 0  # of what is done, without what was there already
+        self.worked = 0  # the part of `done` that was really done now, without what was there already
         self.past: deque[tuple[float, int]] = deque([(self.began, 0)])
 
     def note(self, doing: str, done: int, total: int) -> None:
-        """What is being done, how much is done, and how much there is."""
-        if doing == self.doing or self.unit != "bytes":  # what was kept from an earlier export comes with the next name
+        """Note what is being done, how much of it is done, and how much there is."""
+        # Bytes that were kept from an earlier export come together with a new name, and are not counted as work.
+        if doing == self.doing or self.unit != "bytes":
             self.worked += max(0, done - self.done)
         self.doing, self.done, self.total = doing, done, total
         now = self.clock()
@@ -37,12 +38,12 @@ class Pace:
 
     @property
     def passed(self) -> float:
-        """Seconds since it began."""
+        """The seconds since the work began."""
         return self.clock() - self.began
 
     @property
     def left(self) -> float | None:
-        """Seconds that the rest takes at the pace of the last minute; None where nothing can be said of it yet."""
+        """The seconds that the rest takes at the pace of the last minute, or None if no estimate is possible yet."""
         (since, before), now = self.past[0], self.clock()
         made = self.worked - before
         rest = self.total - self.done
@@ -53,24 +54,24 @@ class Pace:
         return rest * (now - since) / made
 
     def amount(self) -> str:
-        """How much is done, of how much."""
+        """How much is done, and of how much, in words."""
         if self.unit != "bytes":
             return f"{self.done} of {self.total}"
         scale, unit = (1e9, "GB") if self.total >= 1e9 else (1e6, "MB")
         return f"{self.done / scale:.1f} of {self.total / scale:.1f} {unit}"
 
     def time(self) -> str:
-        """How long it may still take, or, where that is not known, how long it has taken."""
+        """How long it may still take, or how long it has taken if that is not known, in words."""
         left = self.left
         return duration(self.passed) if left is None else f"about {duration(left)} left"
 
     def line(self, title: str) -> str:
-        """All of it, where no bar can be shown."""
+        """A line with all of this, for output on which no bar can be shown."""
         return f"[{title}] {self.doing}: {self.amount()}, {self.time()}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, as exactly as anybody wants to know."""
+    """A duration in words, in seconds, minutes or hours, rounded as people would."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""Prints what a command reports, a frozen dataclass: as text for people or, with --json, as one JSON document.
+"""Prints the report of a command, which is a frozen dataclass, as text for people or, with --json, as a JSON document.
 
 The keys of the document are the fields of the dataclass; docs/json.md lists them.
 """

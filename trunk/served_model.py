@@ -1,13 +1,13 @@
-"""The description of a model that a server carries and a client reads: versioned, so that they need not be of one age.
+"""The description of a model that a server has and a client reads. Client and server may be of different versions.
 
-It rides in the parameters of the configuration of `dit`, as JSON: the fields of ditforge.model.Model, and beside them
+It is JSON in the parameters of the configuration of Triton's model `dit`. It has the fields of ditforge.model.Model and
 
-minimum_client: the least CLIENT that can read it. A server raises it when it says something that a client must not
-    leave out: a new meaning of a field that there was, or a new value that no older client knows.
+minimum_client: the lowest level CLIENT that can read it. A server raises it for a change that a client must not ignore:
+    a new meaning of an existing field, or a new value that older clients do not know.
 written_by: the version of ditforge that wrote it, for people.
 
-Fields that a client does not know are left out, on every level: a server of next year may say more than is known today.
-Fields that a server does not send have defaults: a server of last year says less.
+A client ignores fields that it does not know, on every level, because a newer server may send more. A field that a
+server does not send gets its default, because an older server sends less.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from ditforge import __version__
 from ditforge.model import Model
 
-CLIENT = 1  # what this client can read
+CLIENT = 1  # the level of this client: it reads descriptions with a minimum_client up to this
 
 
 class ClientTooOld(ValueError):
@@ -28,15 +28,15 @@ class ClientTooOld(ValueError):
 
 
 def write_served_model(model: Model, minimum_client: int = 1) -> str:
-    """The description of a model, as JSON."""
+    """Write the description of a model, as JSON."""
     return json.dumps({**model.model_dump(mode="json"), "minimum_client": minimum_client, "written_by": __version__})
 
 
 def read_served_model(text: str) -> Model:
-    """The model in a description.
+    """Read the model in a description.
 
-    Raises ClientTooOld where it asks for a newer client, and ValueError (pydantic's ValidationError among them) where
-    it is no description, or lacks what no model can do without.
+    Raises ClientTooOld if it asks for a newer client. Raises ValueError, of which pydantic's ValidationError is one, if
+    the text is not a description, or lacks a field that has no default.
     """
     said = json.loads(text)
     if not isinstance(said, dict):
@@ -49,7 +49,7 @@ def read_served_model(text: str) -> Model:
 
 
 def known(record: type[BaseModel], said: dict[str, Any]) -> dict[str, Any]:
-    """What of an object the record has fields for, on every level."""
+    """Return the part of a JSON object for which the record has fields, on every level."""
     found = {}
     for name in record.model_fields.keys() & said.keys():
         inner = part_of(record.model_fields[name].annotation)
@@ -59,6 +59,6 @@ def known(record: type[BaseModel], said: dict[str, Any]) -> dict[str, Any]:
 
 
 def part_of(annotation: Any) -> type[BaseModel] | None:
-    """The record that a field holds, if it holds one, or may hold one."""
+    """The record that a field of this type holds or may hold, or None if it holds no record."""
     kinds = (annotation, *get_args(annotation))
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)

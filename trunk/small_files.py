@@ -1,4 +1,7 @@
-"""Reads and writes the small files that users name: reading has a bound, and writing is tried before other work."""
+"""Reads and writes the small files that users name.
+
+Reading has a limit of bytes, and whether a file can be written is checked before other work begins.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from typing import Any
 from ditforge.errors import UserError
 from ditforge.option import option, setting
 
-LARGEST = 64 << 20  # bytes; the largest that there are, indices of checkpoints and vocabularies, have a few MB
+LARGEST = 64 << 20  # bytes; the largest such files, indices of checkpoints and vocabularies, have a few MB
 OTHER_FILE = option("choose another out", "choose another --out")
 
 
@@ -28,7 +31,7 @@ def read_bytes(path: str | PathLike[str], largest: int = LARGEST) -> bytes:
     """
     path = Path(path)
     mode = path.stat().st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of a folder, open() tells
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # for a folder, open() raises the right error
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     with path.open("rb") as file:
         content = file.read(largest + 1)
@@ -38,9 +41,9 @@ def read_bytes(path: str | PathLike[str], largest: int = LARGEST) -> bytes:
 
 
 def read_json_object(path: Path, whole: str = "") -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError if the file is missing, or holds something else.
+    """Read the JSON object in a file. Raises UserError if the file is missing, or holds something else.
 
-    `whole` is what the file is a part of, in words, if errors are to say so: "checkpoint".
+    `whole` names what the file is a part of, for the errors, such as "checkpoint".
     """
     fix = f"copy {path.name} again from where {f'the {whole}' if whole else 'it'} came from"
     try:
@@ -57,9 +60,10 @@ def read_json_object(path: Path, whole: str = "") -> dict[str, Any]:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`, which takes its place when the block ends, or is removed if the block fails.
+    """Yield the path of a temporary file beside `path`, for the block to write.
 
-    Raises UserError if it cannot be written.
+    When the block ends, the file takes the place of `path`; if the block fails, it is removed. Raises UserError if it
+    cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -1,4 +1,4 @@
-"""A folder that a stage writes: what it may take the place of, and how it does, whole or not at all."""
+"""The folder that a stage writes: what it may replace, and how it appears at its place, complete or not at all."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def called(name: str, origin: Mapping[str, str]) -> str:
-    """A model in words that tell one from another: its name, LoRAs, and random weights."""
+    """Describe a model in words that distinguish it from others: its name, its LoRAs, and whether it is random."""
     loras = f" with {origin['loras']}" if origin.get("loras") else ""
     return f"{name}{loras}{' of random weights' if origin.get('weights') == 'random' else ''}"
 
 
 def check_early(target: Path, kind: Kind) -> None:
-    """Raise UserError where `target` can be no folder of `kind`, before anything is imported, downloaded or made.
+    """Raise UserError if `target` cannot become a folder of `kind`. It is called before anything slow is done.
 
-    What is not known yet is left to `check_replaceable`: which files besides the manifest's are the stage's own, and
-    whether anything has to be written where there is a folder of `kind`.
+    Some things are not known yet and are left to `check_replaceable`: which files beside those in the manifest belong
+    to the stage, and, if `target` is a folder of `kind` already, whether anything has to be written.
     """
     target = Path(os.path.realpath(target))
     if os.path.isfile(target / FILE_NAME):
@@ -40,10 +40,10 @@ def check_early(target: Path, kind: Kind) -> None:
 
 
 def check_replaceable(target: Path, kind: Kind, own: Iterable[str], model: str = "") -> None:
-    """Raise UserError if anything would be lost when a folder of `kind` took the place of `target`, or it cannot be.
+    """Raise UserError if a folder of `kind` cannot replace `target`, or if something would be lost by that.
 
-    What the manifest there names can be replaced, and what is called like one of `own`, but not another model than
-    `model`, as `called` has it; empty: any.
+    Only files that the manifest in `target` lists, and those with a name in `own`, may be replaced. If `model` is not
+    empty, the folder must hold that model, in the words of `called`.
     """
     target = Path(os.path.realpath(target))
     if target.is_file():
@@ -60,7 +60,7 @@ def check_replaceable(target: Path, kind: Kind, own: Iterable[str], model: str =
 
 
 def check_content(target: Path, kind: Kind, names: list[str], own: Iterable[str], model: str) -> None:
-    """The same of a folder that holds something, `names`."""
+    """Do the part of `check_replaceable` for a folder with content; `names` are the names in it."""
     if FILE_NAME not in names:
         raise UserError(f"{target} holds {names[0]}, and was not made by ditforge", OTHER_OUT)
     check_kind(target, kind)
@@ -78,7 +78,7 @@ def check_content(target: Path, kind: Kind, names: list[str], own: Iterable[str]
 
 
 def check_kind(target: Path, kind: Kind) -> None:
-    """Raise UserError where the manifest in the folder `target` is of another kind, or cannot be read."""
+    """Raise UserError if the manifest in the folder `target` is of another kind, or cannot be read."""
     try:
         before = parse(target / FILE_NAME)
     except UserError as error:
@@ -88,7 +88,7 @@ def check_kind(target: Path, kind: Kind) -> None:
 
 
 def check_place(target: Path) -> None:
-    """Raise UserError where no folder can be made beside `target`, whose parents need not exist."""
+    """Raise UserError if no folder can be made beside `target`, whose parents need not exist."""
     there = next(path for path in target.parents if path.exists())
     if not there.is_dir():
         raise UserError(f"cannot write {target}: {there} is a file", OTHER_OUT)
@@ -100,9 +100,9 @@ def check_place(target: Path) -> None:
 
 
 def put_in_place(folder: Path, target: Path) -> None:
-    """Rename `folder` to `target`, whose earlier content is removed only once that is done. Raises OSError.
+    """Rename `folder` to `target`. The earlier content of `target` is removed only after that. Raises OSError.
 
-    Where other processes do the same at the same time, the last one's stays, whole.
+    If several processes do this at the same time, the folder of the last one stays, complete.
     """
     while True:
         before = folder.with_name(f".{target.name}.{secrets.token_hex(8)}{SUFFIX}")
@@ -124,11 +124,14 @@ def put_in_place(folder: Path, target: Path) -> None:
 
 @contextmanager
 def written_whole(target: Path, kind: Kind, own: Iterable[str] = ()) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when the block ends, and vanishes if it fails.
+    """Yield a temporary folder beside `target`, for the block to fill.
 
-    One that an earlier process left behind because it was killed vanishes too (unfinished_folder.py).
-    An existing `target` is replaced only if it is empty, or a folder of the same kind that holds nothing but what its
-    manifest names, and what is called like one of `own`: nobody's other files are deleted.
+    When the block ends, the folder takes the place of `target`; if the block fails, it is removed. Folders that a
+    killed process has left behind are removed too (unfinished_folder.py).
+
+    An existing `target` is replaced only if it is empty, or if it is a folder of the same kind with nothing in it but
+    the files that its manifest lists and those with a name in `own`. No other files are ever deleted. Raises UserError
+    if `target` cannot be replaced or written.
     """
     target = Path(os.path.realpath(target))
     try:

@@ -1,4 +1,4 @@
-"""In which precision a checkpoint is exported where the user names none: what suits the GPU it is for."""
+"""Chooses the precision of an export if the user names none: the one that suits the GPU."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class For:
-    """What an export is for: a GPU, as ditforge.engines.gpus.find_target takes it; None: nobody said."""
+    """What an export is for: a GPU as ditforge.engines.gpus.find_target takes it, or None if the user named none."""
 
     gpu: str | None = None
 
 
 def suited(options: ExportOptions, target: Target | None) -> tuple[ExportOptions, str]:
-    """The options with the precision and activations that suit `target`, and the reason for the precision.
+    """Choose the precision and the activations that suit `target`. Returns the options, and the precision's reason.
 
-    Only what the options leave open (None) is chosen. A calibration is for fp8. Without a target, the precision stays
-    open, which is fp32, unless there is a calibration. Raises UserError for a precision that the target lacks.
+    Only options that are None are chosen. If there is a calibration, the precision is fp8. Otherwise, without a target,
+    the precision stays None, which means fp32. Raises UserError for a precision that the target lacks.
     """
     from ditforge.export.quantisation.precision import EIGHT_BIT
 

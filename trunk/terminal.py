@@ -1,4 +1,4 @@
-"""What commands print: progress on standard error, results on standard output."""
+"""Prints for the commands: progress on standard error, and results on standard output."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 WIDE = 200
 DONE = "done"
-EVERY = 5.0  # seconds between two lines of progress where there is no terminal
-SILENCE = 2.0  # seconds that something may take there before a line says what it is
+EVERY = 5.0  # seconds between two lines of progress if the output is not a terminal
+SILENCE = 2.0  # seconds that something may take, without a terminal, before a line says what it is
 Report = Callable[[str, int, int], None]
 
 
 @contextmanager
 def progress(title: str, unit: Unit = "steps", begins: str = "") -> Iterator[Report]:
-    """What is fed with (what is being done, how many are done, how many there are), and shows it: see Bar and Lines.
+    """Yield a function that shows progress when it is called with (what is being done, steps done, steps in all).
 
-    It ends where "done" is what is being done, so that another one can follow it. The line `begins` comes before the
-    first one.
+    Progress is shown as a Bar on a terminal, and as Lines elsewhere. If "done" is being done, the bar ends, so that
+    another one can follow it. The line `begins` is printed before the first progress. With --quiet, nothing is shown.
     """
     if verbosity.is_quiet():
         yield lambda doing, done, total: None
@@ -75,7 +75,7 @@ class Bar:
                 return Text(f"{pace.amount()}, {pace.time()}")
 
         self.title, self.pace = title, pace
-        name = TextColumn("{task.description}", markup=False)  # a prompt, or a model's name as a server has it
+        name = TextColumn("{task.description}", markup=False)  # names come from servers, and may look like markup
         self.bar = Progress(name, BarColumn(), Words(), console=console)
         self.bar.start()
         self.task = self.bar.add_task(title)
@@ -89,7 +89,7 @@ class Bar:
 
 
 class Lines:
-    """A line every few seconds where there is no terminal, and one in the end."""
+    """A line of progress every few seconds, and one at the end, for output that is not a terminal."""
 
     def __init__(self, title: str, pace: Pace) -> None:
         self.title, self.pace = title, pace
@@ -107,7 +107,10 @@ class Lines:
 
 @contextmanager
 def waiting(title: str, what: str) -> Iterator[None]:
-    """While something is done that does not tell how far it is: what it is, on a terminal, or where it takes long."""
+    """Show what is being done while the block runs, for work that does not report its progress.
+
+    On a terminal it is shown at once, and elsewhere if the block takes more than SILENCE seconds.
+    """
     if verbosity.is_quiet():
         yield
         return
@@ -128,14 +131,15 @@ def waiting(title: str, what: str) -> Iterator[None]:
 
 
 def tell_aside(title: str, line: str) -> None:
-    """A line of progress, on standard error."""
+    """Print a line of progress on standard error."""
     print(f"[{title}] {line}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def written() -> Iterator[None]:
-    """While results are printed. Raises UserError where standard output cannot be written; a pipe that nobody reads
-    any more is BrokenPipeError, which ends a command without words.
+    """Wrap the printing of results. Raises UserError if standard output cannot be written.
+
+    If it is a pipe that nobody reads any more, it raises BrokenPipeError, which ends a command without a message.
     """
     try:
         yield
@@ -148,22 +152,25 @@ def written() -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """One line of results, at once: a log file or a program that waits for it reads it as it is said.
+    """Print one line of results, without delay, so that a program that waits for it can read it at once.
 
-    It is one write, so that lines of two threads do not run into each other. Raises as written() does.
+    The line is written in one piece, so that the lines of two threads are not mixed. Raises what written() raises.
     """
     with written():
         print(f"{line}\n", end="", flush=True)
 
 
 def note(line: str) -> None:
-    """say(), of what was done rather than asked for: --quiet leaves it out."""
+    """Print a line about what was done, like say(). Unlike a result, it is left out with --quiet."""
     if not verbosity.is_quiet():
         say(line)
 
 
 def tell(line: str) -> None:
-    """say(), of a service that outlives its readers: from the first line that cannot be written, nothing is."""
+    """Print a line like say(), for a server that goes on when nobody reads its output any more.
+
+    After the first line that cannot be written, nothing is written, and no error is raised.
+    """
     try:
         print(f"{line}\n", end="", flush=True)
     except OSError:
@@ -171,14 +178,14 @@ def tell(line: str) -> None:
 
 
 def give_up_output() -> None:
-    """Have standard output lead nowhere, where it cannot be written: Python would fail once more as it ends."""
+    """Redirect standard output, which cannot be written, to os.devnull. Otherwise Python would fail again at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Rows of text under headings."""
+    """Print rows of text under headings. Raises what written() raises."""
     from rich.console import Console
     from rich.table import Table
 
@@ -189,6 +196,6 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         shown.add_row(*row)
     console = Console(soft_wrap=False)
     if not console.is_terminal:
-        console.width = WIDE  # a program that reads rows wants them whole
+        console.width = WIDE  # rows are not wrapped for a program that reads them
     with written():
         console.print(shown)

@@ -14,19 +14,20 @@ SUFFIX = ".partial"
 
 @contextmanager
 def partial_folder(target: Path) -> Iterator[Path]:
-    """An empty folder `.NAME.….partial` beside `target`, to be renamed. If it is not renamed, it is removed.
+    """Yield an empty folder `.NAME.….partial` beside `target`, for the block to fill and to rename.
 
-    Folders of processes that were killed are removed first. Raises OSError if it cannot be made.
+    If it has not been renamed when the block ends, it is removed. Folders of processes that were killed are removed
+    first. Raises OSError if it cannot be made.
     """
     remove_abandoned(target)
-    # Both names are known before they are made: whenever an interrupt comes, what was made by then is removed.
+    # Both names are chosen before a folder is made, so that an interrupt at any time leaves nothing behind.
     new = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     folder = new.with_name(new.name + SUFFIX)
     lock = None
     try:
         new.mkdir(mode=0o700)
         lock = locked(new)
-        new.rename(folder)  # only now: what bears the suffix and no lock is abandoned
+        new.rename(folder)  # only after the lock, because a folder with the suffix and no lock counts as abandoned
         yield folder
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -52,11 +53,11 @@ def locked(folder: Path) -> int | None:
     The kernel releases such a lock (flock(2)) however a process ends. Some network file systems have no locks; there,
     no folder counts as abandoned.
     """
-    import fcntl  # what only a client needs is read on other systems too
+    import fcntl  # imported here, because clients also run on systems that do not have it
 
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:  # whose it was has finished
+    except FileNotFoundError:  # its process has finished, and has removed it
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

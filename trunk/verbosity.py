@@ -8,12 +8,12 @@ import warnings
 
 from ditforge.errors import DitforgeWarning, UserError
 
-LOGGER = "ditforge"  # above those of all modules
+LOGGER = "ditforge"  # the parent of the loggers of all modules
 _quiet = False
 
 
 class ToStandardError(logging.Handler):
-    """What is logged goes to standard error as it is by then: a progress bar puts itself in its place."""
+    """Writes the log to sys.stderr as it is at that moment, because a progress bar replaces it for a while."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr)
@@ -23,7 +23,10 @@ _handler = ToStandardError()
 
 
 def choose(verbose: bool, quiet: bool) -> None:
-    """Quiet: errors and results alone. Verbose: what is logged too. Raises UserError for both."""
+    """Choose what is printed: only errors and results if `quiet`, and also the log if `verbose`.
+
+    Raises UserError if both are true.
+    """
     global _quiet
     if verbose and quiet:
         raise UserError("--verbose and --quiet exclude each other", "leave out one of them")
@@ -31,7 +34,7 @@ def choose(verbose: bool, quiet: bool) -> None:
     if quiet:
         warnings.simplefilter("ignore", DitforgeWarning)
     logger = logging.getLogger(LOGGER)
-    logger.addHandler(_handler)  # once, however often
+    logger.addHandler(_handler)  # adding the same handler again has no effect
     logger.setLevel(logging.DEBUG if verbose else logging.ERROR if quiet else logging.WARNING)
     _handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
 

@@ -1,8 +1,9 @@
-"""Samplers: from noise to latents, down the noise levels of a flow-matching model. One file each.
+"""Samplers go from noise to latents, down the noise levels of a flow-matching model. There is one file for each.
 
 A sample at noise level sigma is (1 - sigma) * data + sigma * noise, and the model predicts its velocity, noise - data.
-Every sampler has the signature of `Sampler`. To add one, write `sample_NAME` in the new file NAME.py of this folder; it
-is found there. Its keyword-only parameters are its options, of those that `ditforge.client.GenerateOptions` has.
+Every sampler has the signature of `Sampler`. To add one, write the function `sample_NAME` in a new file NAME.py in this
+folder, where it is found. Its keyword-only parameters are its options, which must be fields of
+`ditforge.client.GenerateOptions`.
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ DEFAULT = "euler"
 
 @dataclass(frozen=True)
 class Step:
-    """What a sampler knows in step `index` of `total` (from 0), for a progress bar or a preview.
+    """The state of a sampler in one step, for a progress bar or a preview.
 
-    denoised [B, C, h, w]: the model's estimate, at noise level sigma, of the finished latents.
+    index: the number of the step, from 0 to total - 1.
+    total: the number of steps.
+    sigma: the noise level at which the step begins.
+    denoised: the model's estimate of the finished latents, [B, C, h, w], made at that noise level.
     """
 
     index: int
@@ -46,9 +50,9 @@ Callback = Callable[[Step], object]
 class Sampler(Protocol):
     """The signature that every sampler shares.
 
-    latents [B, C, h, w] at noise level sigmas[0]; sigmas [N + 1], falling to 0; both of one floating dtype. Returns
-    latents at sigmas[-1] and leaves its arguments as they are. It calls `denoise` for velocities, `noise` for noise of
-    the latents' shape where it adds any, and `callback` once a step.
+    It takes latents [B, C, h, w] at noise level sigmas[0], and sigmas [N + 1] that fall to 0, both of the same floating
+    dtype. It returns latents at sigmas[-1], and does not change its arguments. It calls `denoise` for the velocity,
+    `noise` if it adds noise, which has the latents' shape, and `callback` once a step.
     """
 
     def __call__(
@@ -60,9 +64,9 @@ SAMPLERS: tuple[str, ...] = tuple(sorted(module.name for module in iter_modules(
 
 
 def find_sampler(sampler: str | Sampler) -> Sampler:
-    """The sampler of that name, or a function that is one as it is.
+    """Return the sampler of that name; a function is returned unchanged.
 
-    Raises UserError, with the closest name, where there is none, and for a function that cannot be called like one.
+    Raises UserError for an unknown name, with the closest one, and for a function that cannot be called as a sampler.
     """
     if callable(sampler):
         check_signature(sampler)
@@ -77,10 +81,10 @@ def find_sampler(sampler: str | Sampler) -> Sampler:
 
 
 def check_signature(sampler: Sampler) -> None:
-    """Raise UserError where a user's function does not take what samplers are given."""
+    """Raise UserError if a user's function does not take the arguments of a sampler."""
     try:
         signature = inspect.signature(sampler)
-    except ValueError:  # of some functions written in C
+    except ValueError:  # some functions written in C have no signature that can be read
         return
     try:
         signature.bind(None, None, None, None, None)
@@ -90,10 +94,10 @@ def check_signature(sampler: Sampler) -> None:
 
 
 def sampler_name(sampler: str | Sampler) -> str:
-    """What a sampler is called in a picture's parameters. A user's function has its own name."""
+    """The name of a sampler in a picture's parameters. For a user's function, it is the function's name."""
     if isinstance(sampler, str):
         return sampler
-    function = getattr(sampler, "func", sampler)  # of a functools.partial
+    function = getattr(sampler, "func", sampler)  # the function that a functools.partial calls
     name = str(getattr(function, "__name__", type(function).__name__))
     module = str(getattr(function, "__module__", ""))
     if module.startswith(f"{__name__}."):

@@ -1,4 +1,4 @@
-"""DDIM, from deterministic to ancestral."""
+"""The sampler DDIM, which is deterministic with eta 0 and ancestral with eta 1."""
 
 import math
 from itertools import pairwise
@@ -17,13 +17,14 @@ def sample_ddim(
 ) -> Array:
     """DDIM (Song et al. 2021, arXiv:2010.02502, equation 12) with alpha = 1 - sigma.
 
-    Arguments and result as `Sampler`. Calls denoise once a step, and noise, where eta is above 0, once a step but the
-    last. From sigma to s, with x0 = x - sigma v and eps = x + (1 - sigma) v, the estimates of data and noise:
+    Arguments and result are those of `Sampler`. It calls denoise once a step. If eta is above 0, it calls noise once in
+    each step but the last. The estimates of data and noise are x0 = x - sigma v and eps = x + (1 - sigma) v, and a step
+    from sigma to s is
 
         x_s = (1 - s) x0 + sqrt(s^2 - d^2) eps + d z,   d = eta s sqrt(1 - (s (1 - sigma) / (sigma (1 - s)))^2)
 
-    where z is fresh noise. At eta 1, d is the deviation of the ancestral step of a diffusion with this alpha and sigma,
-    as in the paper, and the sampler is SDE-DPM-Solver++ of first order. eta 0 is euler.
+    where z is fresh noise. With eta 1, d is the deviation of the ancestral step of a diffusion with this alpha and
+    sigma, as in the paper, and the sampler is SDE-DPM-Solver++ of first order. With eta 0, it is euler.
     """
     for i, (sigma, sigma_next) in enumerate(pairwise(map(float, sigmas))):
         velocity = denoise(latents, sigmas[i])

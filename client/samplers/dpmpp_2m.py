@@ -1,4 +1,4 @@
-"""DPM-Solver++(2M)."""
+"""The sampler DPM-Solver++(2M)."""
 
 from itertools import pairwise
 
@@ -12,8 +12,8 @@ def sample_dpmpp_2m(
 ) -> Array:
     """DPM-Solver++(2M) with alpha = 1 - sigma (Lu et al. 2022, arXiv:2211.01095, algorithm 2).
 
-    Arguments and result as `Sampler`. Calls denoise once a step, and adds no noise. The first step and a step to 0 are
-    first-order.
+    Arguments and result are those of `Sampler`. It calls denoise once a step, and adds no noise. The first step, and a
+    step to level 0, are of first order.
     """
     with np.errstate(divide="ignore"):
         lambdas = np.log(1 - sigmas) - np.log(sigmas)  # -inf at sigma 1, inf at 0
@@ -26,7 +26,7 @@ def sample_dpmpp_2m(
         if i > 0 and sigma_next > 0:
             h_last, h = lambdas[i] - lambdas[i - 1], lambdas[i + 1] - lambdas[i]
             target = denoised + h / (2 * h_last) * (denoised - previous)
-        # The paper's alpha_next * (exp(-h) - 1) is sigma_next / sigma - 1 here, which has no infinity at either end.
+        # The paper's alpha_next * (exp(-h) - 1) is sigma_next / sigma - 1 here, which is finite at both ends.
         ratio = sigma_next / sigma
         latents = ratio * latents + (1 - ratio) * target
         previous = denoised

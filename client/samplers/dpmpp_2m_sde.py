@@ -1,4 +1,4 @@
-"""DPM-Solver++(2M) as an SDE solver."""
+"""The sampler DPM-Solver++(2M) for the diffusion SDE, which adds noise in each step."""
 
 import math
 from itertools import pairwise
@@ -18,9 +18,10 @@ def sample_dpmpp_2m_sde(
 ) -> Array:
     """SDE-DPM-Solver++(2M), midpoint, with alpha = 1 - sigma (Lu et al. 2022, arXiv:2211.01095, appendix C).
 
-    Arguments and result as `Sampler`. Calls denoise once a step, and noise once a step but the last. eta scales the
-    noise as in k-diffusion's sample_dpmpp_2m_sde: 1 is the paper's solver, 0 is dpmpp_2m. s_noise multiplies what is
-    added. Where k-diffusion draws from a Brownian tree, each step's noise is independent here, as in diffusers.
+    Arguments and result are those of `Sampler`. It calls denoise once a step, and noise once in each step but the last.
+    eta scales the noise as in k-diffusion's sample_dpmpp_2m_sde: 1 is the paper's solver, and 0 is dpmpp_2m. s_noise
+    multiplies the noise that is added. k-diffusion draws the noise from a Brownian tree; here it is independent in each
+    step, as in diffusers.
     """
     previous, h_last = latents, math.inf
     for i, (sigma, sigma_next) in enumerate(pairwise(map(float, sigmas))):
@@ -29,7 +30,8 @@ def sample_dpmpp_2m_sde(
             callback(Step(i, len(sigmas) - 1, sigmas[i], denoised))
         if sigma_next == 0:
             return denoised
-        # exp(-h), where the step is h long in log(alpha / sigma): 0 in a step from sigma 1, which is infinitely long.
+        # exp(-h), where h is the length of the step in log(alpha / sigma). A step from sigma 1 is infinitely long, so
+        # that this is 0.
         decay = (1 - sigma) * sigma_next / (sigma * (1 - sigma_next))
         h = -math.log(decay) if decay > 0 else math.inf
         gain = (1 - sigma_next) * (1 - decay ** (1 + eta))

@@ -1,4 +1,4 @@
-"""Euler's method."""
+"""The sampler euler: Euler's method."""
 
 from itertools import pairwise
 
@@ -10,7 +10,7 @@ def sample_euler(
 ) -> Array:
     """Euler's method on the flow ODE dx/dsigma = v(x, sigma) (Lipman et al. 2023, arXiv:2210.02747).
 
-    Arguments and result as `Sampler`. Calls denoise once a step, and adds no noise.
+    Arguments and result are those of `Sampler`. It calls denoise once a step, and adds no noise.
     """
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         velocity = denoise(latents, sigma)

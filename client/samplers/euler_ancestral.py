@@ -1,4 +1,4 @@
-"""Euler's method with ancestral noise."""
+"""The sampler euler_ancestral: Euler's method with fresh noise in each step."""
 
 import math
 from itertools import pairwise
@@ -18,9 +18,10 @@ def sample_euler_ancestral(
 ) -> Array:
     """Euler's method to a level below the next one, and noise back up to it (ComfyUI's sample_euler_ancestral_RF).
 
-    Arguments and result as `Sampler`. Calls denoise once a step, and noise once a step but the last. A step from sigma
-    to s goes down to s * (1 + eta * (s / sigma - 1)). Then latents are scaled, and noise is added, so that they have
-    the data and the noise of level s. eta 0 is euler. s_noise multiplies the noise that is added.
+    Arguments and result are those of `Sampler`. It calls denoise once a step, and noise once in each step but the last.
+    A step from sigma to s first goes down to s * (1 + eta * (s / sigma - 1)). Then the latents are scaled, and noise is
+    added, so that their shares of data and noise are those of level s. With eta 0, it is euler. s_noise multiplies the
+    noise that is added.
     """
     for i, (sigma, sigma_next) in enumerate(pairwise(map(float, sigmas))):
         velocity = denoise(latents, sigmas[i])

@@ -1,4 +1,4 @@
-"""Heun's method."""
+"""The sampler heun: Heun's method."""
 
 from itertools import pairwise
 
@@ -10,7 +10,8 @@ def sample_heun(
 ) -> Array:
     """Heun's second-order method on the flow ODE (Karras et al. 2022, arXiv:2206.00364, algorithm 1, no churn).
 
-    Arguments and result as `Sampler`. Calls denoise twice a step, and once in a step to 0: 2 N - 1 times. No noise.
+    Arguments and result are those of `Sampler`. It calls denoise twice a step, but once in the last step, to level 0:
+    2 N - 1 times in N steps. It adds no noise.
     """
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         velocity = denoise(latents, sigma)

@@ -1,4 +1,4 @@
-"""Latent consistency sampling."""
+"""The sampler lcm: latent consistency sampling."""
 
 from itertools import pairwise
 
@@ -10,9 +10,9 @@ def sample_lcm(
 ) -> Array:
     """Multistep consistency sampling, for models distilled for it (Luo et al. 2023, arXiv:2310.04378, algorithm 3).
 
-    Arguments and result as `Sampler`. Each step goes to the model's estimate of the data, and from there up to the next
-    level with fresh noise: the flow form, as diffusers' FlowMatchLCMScheduler. Calls denoise once a step, and noise
-    once a step but the last.
+    Arguments and result are those of `Sampler`. Each step goes to the model's estimate of the data, and adds fresh
+    noise to reach the next level. This is the form for flow-matching models, as in diffusers' FlowMatchLCMScheduler. It
+    calls denoise once a step, and noise once in each step but the last.
     """
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         latents = latents - sigma * denoise(latents, sigma)

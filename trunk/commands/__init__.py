@@ -1,4 +1,4 @@
-"""The commands, one file each: the function that is called like its file is the command.
+"""The commands, one file each. The function with the same name as its file is the command.
 
 A new command is a new file. Each imports what it needs when it runs, so that `ditforge --help` loads nothing heavy.
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from pkgutil import iter_modules
 
-# In what order they are listed; others come after these, by name.
+# The order in which the commands are listed. Commands that are not named here come last, by name.
 ORDER = [
     "export",
     "calibrate",
@@ -27,7 +27,7 @@ ORDER = [
 
 
 def commands() -> Iterator[Callable[..., None]]:
-    """All commands."""
+    """Import and yield all commands, in the order in which they are listed."""
     names = sorted(module.name for module in iter_modules(__path__))
     for name in sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER)):
         yield getattr(import_module(f"{__name__}.{name}"), name)

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """An engine, and whether it was there already. reason: why it was compiled. size: bytes of its files."""
+    """An engine of a build.
+
+    kept: whether it was there already. reason: why it was compiled, or empty if it was kept. size: bytes of its files.
+    """
 
     name: str
     precision: str
@@ -34,7 +37,7 @@ class BuiltEngine:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build wrote into a folder for a GPU, as the user called it, in how many seconds."""
+    """What a build wrote. gpu: the GPU in the user's words. seconds: how long the build took."""
 
     folder: str
     model: str
@@ -77,7 +80,7 @@ def build(
 
 
 def make_report(built: Built, out: Path, gpu: str, seconds: float) -> BuildReport:
-    """What a build did."""
+    """Make the report of a build."""
     engines = []
     for name, engine in built.manifest.engines.items():
         component = built.manifest.components[name]
@@ -88,7 +91,7 @@ def make_report(built: Built, out: Path, gpu: str, seconds: float) -> BuildRepor
 
 
 def say(report: BuildReport) -> None:
-    """Print what was compiled, why where there was an engine before, and in which precision the DiT is for the GPU."""
+    """Print which engines were compiled, with the reason if an older one was there, and the precision of the DiT."""
     from ditforge.engines.build import NEW
 
     compiled = [engine for engine in report.engines if not engine.kept]

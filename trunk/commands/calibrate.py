@@ -46,5 +46,5 @@ def calibrate(
 
 
 def counted(count: int, noun: str) -> str:
-    """A number of things, in the singular or plural."""
+    """A number of things in words, with the noun in the singular or the plural."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -1,4 +1,4 @@
-"""`ditforge doctor`: what is installed here, and what would have to be for the rest."""
+"""`ditforge doctor`: what is installed on this machine, and what is missing for the other commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ditforge.local_gpu import LocalGpu
 from ditforge.machine_memory import Memory, read_memory
 from ditforge.reports import Json, show
 
-# The packages that each command imports, by the extra that installs them.
+# An extra of ditforge → the top-level modules that it installs and that commands import.
 EXTRAS = {
     "client": ("numpy", "PIL", "tritonclient", "grpc"),
     "export": ("torch", "diffusers", "transformers", "safetensors", "onnxscript", "onnx_ir", "huggingface_hub"),
@@ -31,24 +31,24 @@ EXTRAS = {
 }
 
 
-# Which extras only some machines need, and what for.
+# The extras that only some machines need → what they are needed for.
 ON_GPU = {
     "tensorrt-rtx": "needed only to compile for GPUs",
     "tensorrt": "needed only where engines are compiled on a data-centre GPU",
     "gpu": "needed only where engines run on a GPU",
 }
 
-SAFE_TRITON = "26.07"  # the release of NVIDIA's container that deployments should run, or a later one
+SAFE_TRITON = "26.07"  # deployments should run this release of NVIDIA's container, or a later one
 SHM = Path("/dev/shm")
-SHM_START = 72 << 20  # bytes: 8 MiB for each of the nine models that a Stable Diffusion 3.5 is served as
-SHM_ENOUGH = 256 << 20  # bytes, with what large pictures take beside
-NAMES, WIDE = 22, 10_000  # columns: of what a row is about, and of a row that is not cut
+SHM_START = 72 << 20  # bytes: 8 MiB for each of the nine models as which Triton serves a Stable Diffusion 3.5
+SHM_ENOUGH = 256 << 20  # bytes, including what large pictures need
+NAMES, WIDE = 22, 10_000  # columns: the width of the names, and the width of a line that must not be wrapped
 WHY_NEWER = f"to deploy, NVIDIA's container {SAFE_TRITON} or later: older ones have known crashes (docs/security.md)"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of a thing, and what to do about it; `fix` is empty where nothing is missing."""
+    """What was found about a thing, and what to do about it. `fix` is empty if nothing is missing."""
 
     name: str
     found: str
@@ -57,7 +57,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Machine:
-    """What was found on this machine, in words, and the numbers in it: bytes, None where the system does not say."""
+    """What was found on this machine, in words and as numbers.
+
+    The numbers are bytes, and None if the system does not tell them.
+    """
 
     findings: tuple[Finding, ...]
     memory: Memory | None
@@ -86,7 +89,10 @@ def extra_for(module: str) -> str | None:
 
 
 def lines(findings: Iterable[Finding], columns: int | None) -> Iterator[str]:
-    """Findings for a terminal of so many columns (None: no terminal); what to do has lines of its own."""
+    """The findings as lines of text for a terminal with so many columns, or for no terminal (None).
+
+    What to do about a finding is on separate lines.
+    """
     wrapper = textwrap.TextWrapper(max(columns or WIDE, 2 * NAMES) - 1, break_long_words=False, break_on_hyphens=False)
     for finding in findings:
         wrapper.initial_indent, wrapper.subsequent_indent = finding.name.ljust(NAMES), " " * NAMES
@@ -96,7 +102,7 @@ def lines(findings: Iterable[Finding], columns: int | None) -> Iterator[str]:
 
 
 def examine() -> Machine:
-    """Look at this machine."""
+    """Find out what this machine has and what is installed on it."""
     memory, (gpus, gpu_findings) = read_memory(), find_gpus()
     disk, shm = (free_space(path) for path in (Path.cwd(), SHM))
     supported = (3, 11) <= sys.version_info < (3, 14)
@@ -114,7 +120,7 @@ def examine() -> Machine:
 
 
 def free_space(folder: Path) -> int | None:
-    """Bytes that are free on a file system; None where it is not there."""
+    """The free bytes on the file system of a folder, or None if there is no such folder."""
     try:
         return shutil.disk_usage(folder).free
     except OSError:
@@ -132,12 +138,12 @@ def memory_finding(memory: Memory | None) -> Finding:
 
 
 def gigabytes(size: int) -> str:
-    """Bytes in words."""
+    """A number of bytes in words."""
     return f"{size / 1e9:.1f} GB"
 
 
 def shm_finding() -> Finding:
-    """How much shared memory there is, which `ditforge serve` takes some of."""
+    """How much shared memory there is. `ditforge serve` uses some of it."""
     needs = f"serve takes up to {SHM_START >> 20} MiB from the start (8 MiB a model), and more for large pictures"
     try:
         found = shutil.disk_usage(SHM)
@@ -149,7 +155,7 @@ def shm_finding() -> Finding:
 
 
 def find_gpus() -> tuple[list[LocalGpu], list[Finding]]:
-    """The GPUs and what is said of each: nothing is missing where there is none."""
+    """The GPUs, and a finding for each. A machine without a GPU is not a problem, so its finding has no fix."""
     try:
         gpus = local_gpu.local_gpus()
     except UserError as error:
@@ -173,7 +179,7 @@ def extra_finding(extra: str) -> Finding:
     found, missing = [], []
     for requirement in wanted:
         if requirement.startswith("ditforge["):
-            continue  # another extra, which has a row of its own
+            continue  # another extra, for which there is a row of its own
         name = requirement.split("[")[0].split(">")[0].split("=")[0].split("<")[0].strip()
         try:
             found.append(f"{name} {version(name)}")
@@ -186,10 +192,10 @@ def extra_finding(extra: str) -> Finding:
 
 
 def triton_finding() -> Finding:
-    """Which tritonserver `ditforge serve` would take."""
+    """Which tritonserver `ditforge serve` would run."""
     name, on_path = "tritonserver", shutil.which("tritonserver")
     if on_path:
-        release = os.environ.get("NVIDIA_TRITON_SERVER_VERSION", "")  # which NVIDIA's container sets, e.g. 26.07
+        release = os.environ.get("NVIDIA_TRITON_SERVER_VERSION", "")  # set in NVIDIA's container, e.g. 26.07
         newer = "" if not release or release >= SAFE_TRITON else f"{WHY_NEWER}; this is {release}"
         return Finding(name, f"{on_path} {release}".strip(), newer)
     try:

@@ -33,7 +33,7 @@ TLS_HELP = "Encrypt the connection, and trust the public authorities; not needed
 
 @dataclass(frozen=True)
 class ConnectionFlags:
-    """How servers are reached; what `ditforge.client.settings.make_settings` says of each field."""
+    """How servers are reached. The docstring of `ditforge.client.Client` describes each setting."""
 
     url: Annotated[list[str] | None, typer.Option("--url", metavar="HOST:PORT", help=URL_HELP)] = None
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="How long the pictures may take in all.")] = 1800
@@ -66,7 +66,7 @@ class ConnectionFlags:
     header: Annotated[list[str] | None, typer.Option("--header", metavar="NAME:VALUE", help=HEADER_HELP)] = None
 
     def settings(self) -> ConnectionSettings:
-        """The same as a client has it. Raises UserError for what cannot be."""
+        """Make a client's settings of these options. Raises UserError for a wrong value, or a file that is wrong."""
         from ditforge.client.address import DEFAULT_URL
         from ditforge.client.headers import read_headers
         from ditforge.client.option import TOKEN
@@ -119,7 +119,7 @@ def generate(
 
 
 def save_all(made: Iterable[tuple[Request, list[Image.Image]]], paths: list[Path], grid: Path | None) -> None:
-    """Write the pictures of each request as soon as they are made, and the grid; print where they are."""
+    """Write the pictures of each request as soon as they are made, and then the grid. Print the paths at the end."""
     from ditforge.client.grid import make_grid
     from ditforge.client.picture_file import save_picture
 
@@ -134,14 +134,17 @@ def save_all(made: Iterable[tuple[Request, list[Image.Image]]], paths: list[Path
             images += pictures if grid else []
         if grid:
             save_picture(make_grid(images), grid)
-    finally:  # once all are kept: that a line cannot be printed costs no picture
+    finally:  # printed after all are written, so that no picture is lost if a line cannot be printed
         tell_paths(written)
     if grid:
         terminal.say(str(grid))
 
 
 def check_paths(output: OutputFlags, requests: list[Request], model: Model, prompts: int) -> list[Path]:
-    """Where the pictures go. Raises UserError where one of them, or the grid, cannot be written, or cannot hold it."""
+    """The paths of the pictures. Raises UserError if a picture, or the grid, cannot be written to its path.
+
+    This is also so if its file format cannot hold a picture of that size or with such parameters.
+    """
     from ditforge.client.grid import grid_size
     from ditforge.client.picture_file import check_fits, check_writable
 
@@ -162,7 +165,7 @@ def check_paths(output: OutputFlags, requests: list[Request], model: Model, prom
 def generate_all(
     client: Client, batches: list[Batch], requests: list[Request]
 ) -> Generator[tuple[Request, list[Image.Image]], None, None]:
-    """The pictures of each batch, once they are made, with what was asked for; a bar shows the steps of all."""
+    """Make the pictures of each batch, and yield its request and its pictures. A bar shows the steps of all batches."""
     total, finished, last = sum(request.steps for request in requests), 0, time.monotonic()
     with terminal.progress("generate", unit="equal steps") as report:
 
@@ -181,7 +184,7 @@ def generate_all(
 
 
 def tell_paths(written: list[tuple[Path, int]]) -> None:
-    """Print where pictures are, and their seeds: to standard output only paths, where that is no terminal."""
+    """Print the paths and seeds of pictures. If standard output is not a terminal, seeds go to standard error."""
     for path, seed in written:
         if sys.stdout.isatty():
             terminal.say(f"{path}  seed {seed}")

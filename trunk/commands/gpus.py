@@ -1,4 +1,4 @@
-"""`ditforge gpus`: the GPU table."""
+"""`ditforge gpus`: prints the table of GPUs."""
 
 from __future__ import annotations
 

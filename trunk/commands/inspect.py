@@ -1,4 +1,4 @@
-"""`ditforge inspect`: what a file or folder is."""
+"""`ditforge inspect`: tells what a file or folder is."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def inspect(
 
 
 def say(found: Contents) -> None:
-    """Print what it is."""
+    """Print what was found in the file or folder."""
     from ditforge import contents
 
     if isinstance(found, contents.Picture):
@@ -72,7 +72,7 @@ def say_stage(found: StageFolder) -> None:
 
 
 def part_row(part: Part, built: bool) -> tuple[str, ...]:
-    """A component, with its engine where there are engines."""
+    """A row for a component: with its engine if engines were built, or else with the reason for its precision."""
     known = part.name, part.precision, amount(part.size)
     if not built:
         return *known, part.reason
@@ -81,7 +81,7 @@ def part_row(part: Part, built: bool) -> tuple[str, ...]:
 
 
 def sizes(pictures: Pictures) -> str:
-    """Which pictures are made, in words."""
+    """The sizes of pictures that can be made, in words."""
     tiles = f"; the autoencoder takes tiles of {pictures.vae_tile}" if pictures.vae_tile else ""
     if pictures.sizes:
         named = ", ".join(f"{width}x{height}" for height, width in pictures.sizes)
@@ -117,10 +117,10 @@ def say_facts(facts: Iterable[tuple[str, str]]) -> None:
 
 
 def shortened(value: str) -> str:
-    """A value that is not too long for a line."""
+    """A value, cut if it is too long for a line."""
     return value if len(value) <= 100 else f"{value[:100]}…"
 
 
 def amount(size: int) -> str:
-    """Bytes in words."""
+    """A number of bytes in words."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -1,4 +1,4 @@
-"""`ditforge plan`: what will be in a GPU's memory, and when."""
+"""`ditforge plan`: tells what will be in a GPU's memory, and when."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def plan(
 
 
 def say(report: PlanReport) -> None:
-    """Print the table of one GPU, with what is where; or a row for each GPU."""
+    """Print the table of one GPU and where its networks are, or a row for each GPU if none was named."""
     if report.fits is None:
         sizes = next(gpu.sizes for gpu in report.gpus if gpu.sizes)
         headings = ("--gpu", "memory", "precision", *(str(fit.size) for fit in sizes))
@@ -66,13 +66,13 @@ def say(report: PlanReport) -> None:
 
 
 def gpu_row(gpu: GpuPlan, count: int) -> tuple[str, ...]:
-    """A GPU with a cell for each of so many sizes."""
+    """The row of a GPU, with a cell for each of `count` sizes."""
     cells = tuple(map(cell, gpu.sizes)) or ("",) * count
     return gpu.gpu, f"{gpu.memory_gb:g} GB", gpu.precision or "lacks it", *cells
 
 
 def cell(fit: Fit) -> str:
-    """A size in a few characters: the peak in GB, the strategy, the tile, and the seconds of a step."""
+    """The plan for a size in a few characters: the peak in GB, the strategy, the tile, and the seconds of a step."""
     if not fit.fits:
         return f"does not fit: {fit.peak / 1e9:.1f}"
     tiled = f", tile {fit.vae_tile}" if fit.vae_tile else ""
@@ -80,12 +80,12 @@ def cell(fit: Fit) -> str:
 
 
 def step(estimate: Estimate) -> str:
-    """The seconds of a step."""
+    """The estimated seconds of a step, as a range."""
     return f"{seconds(estimate.step_fast)}-{seconds(estimate.step_slow)} s"
 
 
 def say_one(report: PlanReport, gpu: GpuPlan) -> None:
-    """Print a GPU's table, and what is where for pictures of one size."""
+    """Print the table of a GPU, and where the networks are for pictures of one size."""
     from ditforge.engines.memory.memory_plan import PHASES, gigabytes
     from ditforge.plan_report import say_places, segments_of
 
@@ -106,10 +106,10 @@ def say_one(report: PlanReport, gpu: GpuPlan) -> None:
 
 
 def picture(estimate: Estimate) -> str:
-    """The seconds of all steps of a picture."""
+    """The estimated seconds of all steps of a picture, as a range."""
     return f"{seconds(estimate.picture_fast)}-{seconds(estimate.picture_slow)} s"
 
 
 def seconds(number: float) -> str:
-    """Seconds in two digits, or whole ones."""
+    """A number of seconds with two significant digits, or as a whole number if it is larger."""
     return f"{number:.2g}" if number < 10 else f"{number:.0f}"

@@ -31,7 +31,7 @@ def repo(
 
 
 def say_written(repository: Path, reason: str) -> None:
-    """Say why a repository was written, or, where there is no reason, that it was not."""
+    """Print that a repository was written and why, or, if there is no reason, that it was up to date."""
     from ditforge.triton_repo.repository import NEW
 
     if not reason:

@@ -1,4 +1,4 @@
-"""`ditforge serve`: a server in the foreground."""
+"""`ditforge serve`: runs a server in the foreground."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def serve(
 def serve_in_foreground(repository: Path, options: Options) -> None:
     """Serve `repository` until SIGINT or SIGTERM, then let unfinished pictures be finished.
 
-    Raises DitforgeError where the server ends by itself, and where pictures were cut off. Until the server is ready,
-    the signals end this like any other command.
+    Raises DitforgeError if the server ends by itself, or if pictures were cut off. Until the server is ready, the
+    signals end this like any other command.
     """
     from ditforge.triton_repo.server import how_it_ended, start
 
@@ -58,7 +58,7 @@ def serve_in_foreground(repository: Path, options: Options) -> None:
 
 
 def say_where(repository: Path, server: Server) -> None:
-    """Say where a server listens, who can listen too, and where its log is."""
+    """Print where a server listens, how it is protected, and where its log is."""
     host, access = server.options.host, ["gRPC", *server.options.access]
     terminal.tell(f"serving {repository} at {server.url} ({', '.join(access)}), log {server.log}")
     if server.ports.http is not None:
@@ -70,24 +70,27 @@ def say_where(repository: Path, server: Server) -> None:
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """SIGTERM is as Ctrl-C."""
+    """Treat SIGTERM like Ctrl-C."""
     raise KeyboardInterrupt
 
 
 def end(server: Server) -> bool:
-    """Stop the server. Returns whether it had its time: another signal ends it at once."""
+    """Stop the server. Returns whether it had time to stop; False if a second signal ended it at once."""
     try:
         server.stop()
     except KeyboardInterrupt:
         return False
-    finally:  # it has ended, and what remains to be done takes no time
+    finally:  # the server has ended, and the rest takes so little time that signals can be ignored
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return True
 
 
 def cut_off(server: Server, in_time: bool) -> DitforgeError:
-    """Pictures were not finished when the server ended: within its time, or because it was told to end at once."""
+    """The error for pictures that were not finished when the server ended.
+
+    `in_time` is false if the server was told to stop at once.
+    """
     count, grace = server.unfinished, server.options.grace
     pictures = "1 picture was" if count == 1 else f"{count} pictures were"
     elsewhere = "the client goes on at another server, where it has one"

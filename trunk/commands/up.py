@@ -1,4 +1,4 @@
-"""`ditforge up`: everything that `serve` needs, in a cache, and then the server."""
+"""`ditforge up`: makes everything that `serve` needs in a cache, and then runs the server."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ditforge.export.onnx_export import ExportOptions
     from ditforge.triton_repo.server import Options
 
-LONGEST_NAME = 80  # of a folder in the cache, before the digest
+LONGEST_NAME = 80  # characters of the name of a folder in the cache, without the digest
 
 
 def up(
@@ -64,7 +64,7 @@ def up(
 
 
 def check(options: Options) -> None:
-    """Raise UserError for options of `serve` that cannot be, or ports that are in use, before anything is made."""
+    """Raise UserError for wrong options of `serve` or ports that are in use. It is called before anything is made."""
     from ditforge.triton_repo.serve_options import make_options
     from ditforge.triton_repo.server import claim_ports
 
@@ -72,7 +72,7 @@ def check(options: Options) -> None:
 
 
 def check_cache(cache: Path | None) -> None:
-    """Raise UserError where folders cannot be kept in `cache`, which need not exist; nothing is made."""
+    """Raise UserError if no folders can be made in `cache`, which need not exist. Nothing is made here."""
     folder = cache or default_cache()
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if there.is_dir() and os.access(there, os.W_OK):
@@ -83,7 +83,7 @@ def check_cache(cache: Path | None) -> None:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be served: a checkpoint, on a GPU, in a precision (by default the GPU's), for sizes and batches."""
+    """What to serve: a checkpoint on a GPU, in a precision (by default the GPU's), for these sizes and batches."""
 
     source: CheckpointSource
     gpu: str = "cpu"
@@ -94,10 +94,11 @@ class Wanted:
 
 
 def prepare(wanted: Wanted, cache: Path | None) -> Path:
-    """Export, build and repo into a cache folder of this checkpoint, each only where something changed.
+    """Run export, build and repo in a cache folder for this checkpoint, each only if something has changed.
 
-    Precision and compiler are by default the GPU's; with a calibration, the precision is fp8. Raises UserError for what
-    the GPU cannot do, and for sizes that the model does not have, before the export.
+    Precision and compiler are by default those that suit the GPU. With a calibration, the default precision is fp8.
+    Returns the model repository. Raises UserError, before the export, for something that the GPU cannot do, and for
+    sizes that the model cannot make.
     """
     from ditforge import folders
 
@@ -121,7 +122,7 @@ def prepare(wanted: Wanted, cache: Path | None) -> Path:
         check_max_batch(wanted.max_batch)
     folder = (cache or default_cache()) / folder_name(source) / options_name(source, options)
     name, source = source.path, downloaded(source, weights=not source.random_weights)
-    if sizes.resolutions or sizes.static:  # of which an export knows nothing, and it takes a while
+    if sizes.resolutions or sizes.static:  # checked here, because the export takes a while and does not check them
         from ditforge.engines.profile import make_profiles
 
         with opened(source) as checkpoint:
@@ -137,7 +138,7 @@ def prepare(wanted: Wanted, cache: Path | None) -> Path:
 
 
 def choose_options(wanted: Wanted, target: Target) -> ExportOptions:
-    """How to export for the target. Raises UserError for a precision, or a compiler, that is not for it."""
+    """The options of an export for the target. Raises UserError if the precision or the compiler does not suit it."""
     from ditforge.engines.compilers.choice import check_compiler, default_compiler
     from ditforge.export.onnx_export import ExportOptions
     from ditforge.suited import suited
@@ -147,11 +148,11 @@ def choose_options(wanted: Wanted, target: Target) -> ExportOptions:
     options, reason = suited(ExportOptions(wanted.precision, calibration=wanted.calibration), target)
     if wanted.precision is None and (target.capabilities or wanted.calibration):
         terminal.note(f"precision {options.precision}: {reason}")
-    return replace(options, force=True)  # the folder is this checkpoint's, whatever is in it by now
+    return replace(options, force=True)  # the folder belongs to this checkpoint, so that anything in it can be replaced
 
 
 def folder_name(source: CheckpointSource) -> str:
-    """What the checkpoint is called in the cache: names for people, and a digest of all paths and strengths."""
+    """The name of the checkpoint's folder in the cache: names for people, and a digest of all paths and strengths."""
     path = placed(source.path)
     name = "+".join([path.name.removesuffix(".safetensors"), *(lora.stem for lora, _ in source.loras)])[:LONGEST_NAME]
     base = placed(source.base) if source.base else None
@@ -160,7 +161,7 @@ def folder_name(source: CheckpointSource) -> str:
 
 
 def options_name(source: CheckpointSource, options: ExportOptions) -> str:
-    """What an export of a checkpoint is called in the cache: precisions, and the calibration."""
+    """The name of an export's folder in the cache: its precisions, its text encoders, and the calibration."""
     from ditforge.export.quantisation.precision import EIGHT_BIT
 
     name = options.asked(source).name
@@ -172,10 +173,10 @@ def options_name(source: CheckpointSource, options: ExportOptions) -> str:
 
 
 def placed(path: Path) -> Path:
-    """The whole path of what is on this machine; else it is a repository, or the name of a published model."""
+    """The absolute path if it exists. Otherwise it is a repository, or a published model's name, and is kept."""
     return path.resolve() if path.exists() else path
 
 
 def digest(*parts: object) -> str:
-    """Eight characters that tell one list of paths and numbers from another."""
+    """Eight characters that distinguish one list of paths and numbers from another."""
     return sha256(repr([str(part) for part in parts]).encode()).hexdigest()[:8]

@@ -1,4 +1,4 @@
-"""`ditforge verify`: are a folder's files undamaged, and what does it compute?"""
+"""`ditforge verify`: tells whether the files of a folder are undamaged, and compares what its networks compute."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def say(found: Verification) -> None:
 
 
 def row(difference: Difference) -> tuple[str, ...]:
-    """A difference as text, under HEADINGS."""
+    """The row of a table for a difference, in the columns of HEADINGS."""
     what = difference.component, difference.precision, difference.output
     if difference.same_graph:
         return *what, OWN_GRAPH, "", "", ""

@@ -1,4 +1,4 @@
-"""Whether an export fits on the disk: found out before it starts."""
+"""Check that an export fits on the disk before it starts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from ditforge.errors import UserError
 from ditforge.export.network import Network
 from ditforge.option import option
 
-GRAPHS = 50 * 10**6  # bytes for what is not weights: graphs, tokenizers, the manifest
+GRAPHS = 50 * 10**6  # bytes reserved for everything but weights: graphs, tokenizers, the manifest
 
 
 def size_of(network: Network, shapes: Mapping[str, tuple[int, ...]], scheme: str | None) -> int:
-    """Bytes that the network's weights will take, by their names and `shapes`, but for scales."""
+    """Return how many bytes the network's weights will take on the disk, without the scales of 8-bit weights.
+
+    `shapes` maps the name of each weight to its shape. `scheme` is the 8-bit format, or None.
+    """
 
     def width(name: str) -> int:
         return 1 if scheme and network.may_be_8_bit(name) else network.dtype.itemsize
@@ -25,7 +28,10 @@ def size_of(network: Network, shapes: Mapping[str, tuple[int, ...]], scheme: str
 
 
 def check_space(out: Path, size: int) -> None:
-    """Raise UserError if the disk of `out`, which need not exist, has no room for `size` bytes of weights."""
+    """Raise UserError if the disk that will hold `out` is read-only or has no room for `size` bytes of weights.
+
+    `out` need not exist yet.
+    """
     parent = Path(os.path.realpath(out)).parent
     while not parent.is_dir() and parent != parent.parent:
         parent = parent.parent

@@ -1,6 +1,6 @@
-"""What the blocks of diffusion transformers have in common, called in a way that makes a small graph.
+"""The parts that the blocks of all diffusion transformers share, written so that they become a small graph.
 
-A modulated norm, an RMS norm and an attention are one or a few ONNX operators (opset 23), which compilers know.
+A modulated norm, an RMS norm and an attention each become one or a few ONNX operators (opset 23) that compilers know.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ Heads = tuple[Tensor, Tensor, Tensor]  # query, key and value, each [B, tokens, 
 
 
 def modulation(linear: nn.Linear, signal: Tensor, parts: int, opened: Tensor | None = None) -> tuple[Tensor, ...]:
-    """What the signal [B, D] says to every token: shifts, scales and gates [B, 1, D].
+    """Compute the modulation of all tokens from the signal [B, D]: `parts` shifts, scales and gates, each [B, 1, D].
 
-    All are 0 where `opened` [B, 1, 1] is 0, so that a block that ends in gates adds nothing; it is 1 elsewhere.
+    `opened` [B, 1, 1] is 1 or 0 for each sample. Where it is 0, all results are 0, so a block that multiplies what it
+    adds by a gate adds nothing to that sample.
     """
     said = linear(signal)[:, None]
     result: tuple[Tensor, ...] = (said if opened is None else said * opened).chunk(parts, dim=2)
@@ -33,12 +34,15 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def attention_inputs(x: Tensor, attn: Any) -> Heads:
-    """Query, key and value of x [B, tokens, D], the former two normed, by diffusers' attention module `attn`."""
+    """Return query, key and value of x [B, tokens, D], computed with the weights of diffusers' attention module `attn`.
+
+    Query and key are normalised where the module has norms for them.
+    """
     return _heads(x, attn.heads, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
 
 
 def added_inputs(x: Tensor, attn: Any) -> Heads:
-    """The same by the weights that `attn` has for the other stream of tokens."""
+    """Return query, key and value as attention_inputs does, with the weights that `attn` has for its second stream."""
     linears = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
     return _heads(x, attn.heads, linears, (attn.norm_added_q, attn.norm_added_k))
 
@@ -49,17 +53,20 @@ def _heads(x: Tensor, heads: int, linears: tuple[nn.Linear, ...], norms: tuple[A
 
 
 def _normed(x: Tensor, norm: Any) -> Tensor:
-    """RMS norm over each head by PyTorch's module or diffusers'; some models have none."""
+    """Apply the RMS norm over each head, with a module of PyTorch or diffusers; None, in some models, applies none."""
     return x if norm is None else rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
 
 
 def joined(first: Heads, second: Heads) -> Heads:
-    """The tokens of two streams, one behind the other."""
+    """Concatenate the tokens of two streams: first those of `first`, then those of `second`."""
     query, key, value = (torch.cat(pair, dim=1) for pair in zip(first, second, strict=True))
     return query, key, value
 
 
 def attention(inputs: Heads, rotate: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
-    """[B, tokens, D] of what each query chooses; query and key are rotated as [B, heads, tokens, head_dim]."""
+    """Return the attention's result [B, tokens, D].
+
+    `rotate` is applied to query and key [B, heads, tokens, head_dim], for rotary position embeddings.
+    """
     query, key, value = (x.transpose(1, 2) for x in inputs)
     return scaled_dot_product_attention(rotate(query), rotate(key), value).transpose(1, 2).flatten(2)

@@ -1,4 +1,8 @@
-"""What a family's file describes, and the rest of this room traces, fills and writes: one network, one ONNX graph."""
+"""The description of one network, which becomes one ONNX graph.
+
+The file of a model family makes these descriptions; the rest of the export traces the network, attaches its weights and
+writes it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dim:
-    """A dimension that varies: a whole `multiple` of a number named `name` (`Dim("height", 8)`: 8, 16, 24, …)."""
+    """A dimension that varies, called `name`. Its sizes are multiples of `multiple`: `Dim("height", 8)` is 8, 16, …"""
 
     name: str
     multiple: int = 1
@@ -25,25 +29,31 @@ BATCH = Dim("batch")
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output of a network: its dtype and shape, batch first; a dimension is a number or a Dim."""
+    """An input or output of a network. The batch is the first dimension; each dimension is a fixed number or a Dim."""
 
     dtype: torch.dtype
     shape: tuple[int | Dim, ...]
 
     def names(self) -> tuple[int | str, ...]:
-        """The shape with the names of the dimensions that vary."""
+        """The shape, with the name of each dimension that varies in place of its size."""
         return tuple(dim.name if isinstance(dim, Dim) else dim for dim in self.shape)
 
 
 @dataclass(frozen=True)
 class Network:
-    """One ONNX graph to be.
+    """The description of a network that will become one ONNX graph.
 
-    `build` makes the module; it runs under fake tensors and with `dtype` as the default dtype, so it takes no memory.
-    Its parameters are `module.KEY`, where KEY is what the checkpoint calls them in the folder `weights`; a checkpoint
-    may also write KEY behind one of `key_prefixes`. `reason` says why the network is as it is. Weights that match
-    `linears` bear 8 bits; None where none does. `factors` are what weights are multiplied by when they are read, for
-    each pattern of names: powers of two, which `build` makes up for, so that activations fit `dtype`.
+    name: the component's name, as in the contract (`dit`, `vae_decoder`, …).
+    build: makes the module. It is called with fake tensors and with `dtype` as the default dtype, so it takes no
+        memory. The module's parameters are named `module.KEY`, where KEY is the tensor's name in the checkpoint.
+    inputs, outputs: the graph's ports by name.
+    weights: the folder of the checkpoint that holds the weights, such as `transformer`.
+    dtype: the dtype of the weights and of most of the computation.
+    reason: why the network has this precision; users read it.
+    key_prefixes: prefixes that some checkpoints write before KEY.
+    linears: a pattern of the names of the weights that may be quantised to 8 bits; None if no weight may.
+    factors: for each pattern of names, the factor by which those weights are multiplied when they are read. Factors are
+        powers of two that keep activations within the range of `dtype`; the module that `build` makes compensates them.
     """
 
     name: str
@@ -58,11 +68,11 @@ class Network:
     factors: Mapping[re.Pattern[str], float] = field(default_factory=dict)
 
     def may_be_8_bit(self, weight: str) -> bool:
-        """Whether the weight of that name may be quantised."""
+        """Return whether the weight with this name may be quantised to 8 bits."""
         return self.linears is not None and self.linears.fullmatch(weight) is not None
 
     def factor(self, names: Iterable[str]) -> float:
-        """What the weight that has these names is multiplied by: 1 for most."""
+        """Return the factor for one weight, given all the names that it has. It is 1 for most weights."""
         fitting = {self.factors[p] for name in names for p in self.factors if p.fullmatch(name)}
         assert len(fitting) <= 1, f"{list(names)} has several factors: {fitting}"
         return fitting.pop() if fitting else 1.0

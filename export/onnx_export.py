@@ -1,4 +1,4 @@
-"""`ditforge export`: a checkpoint's networks, one after the other, into a folder of ONNX graphs with a manifest."""
+"""`ditforge export`: write a checkpoint's networks, one by one, into a folder of ONNX graphs with a manifest."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ TRITON_DTYPES = {
     torch.uint8: "UINT8",
 }
 
-T5 = "t5"  # the name of its network
-MEASURED_PROMPTS = 4  # of those that ship with ditforge, to measure what each linear loses to 8 bits
+T5 = "t5"  # the name of T5's network
+MEASURED_PROMPTS = 4  # how many of the prompts that ship with ditforge are used to measure each linear's 8-bit error
 
 Progress = Callable[[str, int, int], None]
 
@@ -50,9 +50,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export did: the manifest, and whether it was there already (`fresh`), so that nothing was written.
+    """The result of an export.
 
-    `choice` tells which linears were kept from 8 bits and why, where that was measured.
+    manifest: the manifest of the folder.
+    fresh: True if the folder held this export already, so that no network was exported.
+    choice: which linears were not quantised to 8 bits and why; None where that was not measured.
     """
 
     manifest: Manifest
@@ -64,12 +66,13 @@ class Exported:
 class ExportOptions:
     """How a checkpoint is exported.
 
-    precision: fp32, fp16 or bf16; for the DiT's linears also fp8, fp8-weights or int8-weights. None: fp32, by default,
-        of which no engine is built for a GPU.
-    activations: what surrounds 8-bit weights: bf16 (None), fp16 or fp32.
+    precision: fp32, fp16 or bf16; for the DiT's linears also fp8, fp8-weights or int8-weights. None means fp32 by
+        default; no engine for a GPU is built from an export whose precision was not asked for.
+    activations: the precision of everything but the 8-bit weights: bf16 (also None), fp16 or fp32.
     calibration: a file that `ditforge calibrate` wrote for this checkpoint; fp8 needs one.
-    max_error: the linears with the largest 8-bit errors stay 16-bit until the velocity's relative error is no larger.
-    force: replaces another model's export in the folder, too.
+    max_error: the largest relative error of the velocity that is allowed. Linears are left unquantised, those with the
+        largest 8-bit errors first, until the velocity's error is no larger.
+    force: whether to replace the export of another model in the folder.
     """
 
     precision: str | None = None
@@ -79,7 +82,7 @@ class ExportOptions:
     force: bool = False
 
     def asked(self, source: CheckpointSource) -> Precision:
-        """The precision of the networks of `source`. Raises UserError for a name that there is not."""
+        """Return the precision that these options and `source` ask for. Raises UserError for an unknown name."""
         precision = parse_precision(self.precision or "fp32", self.activations or "bf16")
         return with_t5(precision, source.t5_precision)
 
@@ -93,12 +96,16 @@ def export_checkpoint(
 ) -> Exported:
     """Export a checkpoint to ONNX in the folder `out`.
 
-    If `out` holds the same export of the same files, nothing is written. `progress` is called with (the network, as in
-    "dit (4 of 5)", bytes of weights written, bytes in all), often; `measuring` with the steps of finding what stays
-    16-bit. An export that is interrupted leaves `out` as it was, and its large finished components in
-    `.NAME.unfinished` beside it, which the next one takes.
-    Raises UserError for a checkpoint that is incomplete or of no known family, and if the disk has too little space,
-    before anything is written.
+    If `out` already holds the same export of the same files, no network is exported again.
+
+    `progress` is called often with (network, bytes of weights written, bytes in all), where the network reads as in
+    "dit (4 of 5)". It also reports downloads. `measuring` reports the search for the linears that stay unquantised.
+
+    An interrupted export leaves `out` as it was. Its large finished components stay in the folder `.NAME.unfinished`
+    beside `out`, and the next run of the same export uses them.
+
+    Raises UserError, before anything is written, for a checkpoint that is incomplete or of no known family, and if the
+    disk has too little space.
     """
     options = options or ExportOptions()
     options.asked(source)
@@ -107,7 +114,9 @@ def export_checkpoint(
             "the errors of random weights tell nothing",
             f"leave out {option('max_error')}, or {option('random_weights')}",
         )
-    if not source.random_weights:  # once, so that what is opened is of the commit that the digest says
+    if not source.random_weights:
+        # A branch of a Hub repository can move, so it is resolved to files only once: the files that are opened are
+        # then of the same commit as the digest in the manifest.
         source = localised(source, progress=progress)
     with opened(source) as checkpoint:
         return export_opened(checkpoint, source, out, options, progress, measuring)
@@ -121,7 +130,7 @@ def export_opened(
     progress: Progress | None,
     measuring: Progress | None,
 ) -> Exported:
-    """The same for a checkpoint that is open."""
+    """Export a checkpoint that is already open; `origin` is what it was opened from. See export_checkpoint."""
     precision, calibration = options.asked(origin), options.calibration
     ranges = read_ranges(calibration, checkpoint, precision)
     source = {
@@ -147,7 +156,7 @@ def export_opened(
     if precision.t5 and T5 not in (network.name for network in networks):
         raise UserError(f"{model.name} is exported without T5", f"leave out {option('t5_precision')}")
     sizes: dict[str, int] = {}
-    for network in networks:  # all of them are looked at before the first one is written
+    for network in networks:  # all of them are checked before the first one is written
         shapes = consistency.check_weights(network, weights_of(network, checkpoint))
         sizes[network.name] = size_of(network, shapes, scheme_of(network, precision))
     consistency.check_ports(networks)
@@ -191,7 +200,10 @@ def export_opened(
 
 
 def wished(before: Manifest, out: Path, options: ExportOptions) -> Manifest:
-    """The manifest of an export that is there already, now that its precision is asked for, if it was not before."""
+    """Return the manifest `before` of an export that is there already.
+
+    If its precision was a default and the user asks for that precision now, the manifest is rewritten to say so.
+    """
     if options.precision is None or before.origin.get(PRECISION_CHOICE) != BY_DEFAULT:
         return before
     result = before.model_copy(update={"origin": {**before.origin, PRECISION_CHOICE: ASKED}})
@@ -201,7 +213,7 @@ def wished(before: Manifest, out: Path, options: ExportOptions) -> Manifest:
 
 
 def origin_of(checkpoint: Checkpoint, source: Mapping[str, str], options: ExportOptions) -> dict[str, str]:
-    """What an export was made from, for people and for later stages."""
+    """Return the manifest's `origin`: what the export was made from, for people and for later stages."""
     weights = "random" if checkpoint.seed is not None else "the checkpoint's"
     loras = {"loras": ", ".join(checkpoint.loras)} if checkpoint.loras else {}
     told = {"precision", "calibration", "t5_precision", "exporter"}
@@ -216,19 +228,25 @@ def origin_of(checkpoint: Checkpoint, source: Mapping[str, str], options: Export
 
 
 def bytes_reported(report: Progress, doing: str, before: int, total: int) -> Callable[[int], None]:
-    """What takes the bytes written of a network, behind `before` others, and reports those of all."""
+    """Return a function that takes how many bytes of one network are written, and reports the progress of all networks.
+
+    `before` is the size in bytes of the networks that are finished, `total` that of all.
+    """
     return lambda count: report(doing, min(before + count, total), total)
 
 
 def scheme_of(network: Network, precision: Precision) -> str | None:
-    """The 8-bit format of the network's linears, if they get one."""
+    """Return the 8-bit format that `precision` asks for in this network, or None. Only its `linears` get it."""
     if network.name == T5:
         return precision.t5.scheme if precision.t5 else None
     return precision.scheme
 
 
 def weights_of(network: Network, checkpoint: Checkpoint) -> Weights:
-    """The network's weights, checkpoint and none of them read: the checkpoint's, or random ones. Raises UserError."""
+    """Return the network's weights, from the checkpoint's files or random ones. None of them is read yet.
+
+    Raises UserError if a file is missing or damaged.
+    """
     if checkpoint.seed is not None:
         return random_weights.random_weights(network, checkpoint)
     return checkpoint.weights(network.weights)
@@ -241,7 +259,10 @@ def measure_linears(
     max_error: float | None,
     progress: Progress | None,
 ) -> Choice | None:
-    """Run the checkpoint on a few prompts and choose the linears to keep; None where no `max_error` is asked for."""
+    """Run the checkpoint on a few prompts and choose the linears that are not quantised.
+
+    Returns None if no `max_error` is asked for. Raises UserError if the precision quantises nothing.
+    """
     if max_error is None:
         return None
     if precision.scheme is None:
@@ -273,9 +294,10 @@ def export_network(
     keep: Collection[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> Component:
-    """Trace one network, give it its weights, quantise what bears it but `keep`, and write it to `folder`/NAME.onnx.
+    """Trace one network, attach its weights, quantise its linears, and write it to `folder`/NAME.onnx.
 
-    `progress` is called with the bytes written so far.
+    `scheme` is the 8-bit format (None: nothing is quantised), `ranges` has the activation ranges that fp8 needs, and
+    `keep` names the linears that are not quantised. `progress` is called with the bytes written so far.
     """
     model, aliases = trace(network)
     transposed = writing.store_transposed(model)
@@ -301,7 +323,10 @@ def export_network(
 def quantise(
     model: ir.Model, network: Network, scheme: str, ranges: Calibration | None, keep: Collection[str]
 ) -> dict[str, str]:
-    """Quantise the network's linears but `keep`; returns the precision of each, in the graph's order."""
+    """Quantise the network's linears except those in `keep`. Returns the precision of each, in the graph's order.
+
+    Raises UserError if the calibration lacks a range, and DitforgeError if a linear is no matrix product in the graph.
+    """
     linears = [name for name in model.graph.initializers if network.may_be_8_bit(name)]
     chosen = {name for name in linears if name not in keep}
     done = quantise_linears(model, chosen, SCHEMES[scheme], ranges.amax if ranges else {})
@@ -312,7 +337,7 @@ def quantise(
 
 
 def export_tokenizers(tokenizers: list[Tokenizer], folder: Path) -> Component:
-    """Write every tokenizer to `folder`/tokenizer/NAME.json."""
+    """Write every tokenizer to `folder`/tokenizer/NAME.json, and return the component that describes them."""
     (folder / "tokenizer").mkdir()
     paths = {tokenizer.name: folder / "tokenizer" / f"{tokenizer.name}.json" for tokenizer in tokenizers}
     for tokenizer in tokenizers:
@@ -328,5 +353,5 @@ def export_tokenizers(tokenizers: list[Tokenizer], folder: Path) -> Component:
 
 
 def describe(port: Port) -> Tensor:
-    """The port as the manifest writes it."""
+    """Return the port as the manifest describes it."""
     return Tensor(dtype=TRITON_DTYPES[port.dtype], shape=port.names())

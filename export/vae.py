@@ -1,9 +1,9 @@
 """The autoencoder as two networks: latents to 8-bit pixels, and back. Scaling and shift are inside the graphs.
 
-In fp16 its residual streams can go beyond 65504 and turn into NaN (diffusers sets `force_upcast` for that reason; the
-model card of madebyollin/sdxl-vae-fp16-fix shows magnitudes). So they are held at a fraction of their size: every
-GroupNorm divides by the size of what it reads, and what else reads a stream is linear. The fraction is a power of two,
-so numbers are rounded as they would be anyway.
+In fp16 its residual streams can exceed 65504 and turn into NaN (diffusers sets `force_upcast` for that reason; the
+model card of madebyollin/sdxl-vae-fp16-fix shows magnitudes). They are therefore held at a fraction of their size. This
+does not change the result: every GroupNorm divides by the size of its input, and all other layers that read a stream
+are linear. The fraction is a power of two, so numbers are rounded as they would be at full size.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from ditforge.export.network import BATCH, Dim, Network, Port
 from ditforge.export.quantisation.precision import Precision, network_dtype
 
 WEIGHTS = "vae"
-# The residual streams' size in fp16, and that of what the first convolution of a residual block writes to the second
-# norm: there is room up to 2^22. What fp16 rounds off at the small end is at most 2^-25, which is 2^-19 in a stream's
-# own numbers: less than it rounds off a number of 2^-8 anyway. The weights (about 2^-7 in the widest layers, 2^-13 now)
-# just stay above 2^-14, where fp16 loses digits, so no smaller.
+# The fraction at which the residual streams are held in fp16, and with them the output of a residual block's first
+# convolution, which the second norm reads. Values up to 2^22 then fit. The rounding error of the smallest fp16 numbers
+# is at most 2^-25, which is 2^-19 at full size: less than the rounding error of any number above 2^-8. The fraction
+# cannot be smaller, because the weights (about 2^-7 in the widest layers, so 2^-13 when scaled) must stay above 2^-14,
+# below which fp16 loses digits.
 STREAM = 2.0**-6
-# Layers that read a norm's output, latents or pixels write weight and bias to a stream; those that read a stream,
-# which is smaller already, add their bias.
+# A layer that reads a norm's output, latents or pixels and writes to a stream has its weight and bias scaled. A layer
+# that reads a stream, which is scaled already, has only its bias scaled.
 FACTORS = {
     re.compile(
         r".*(\.conv[12]|coder\.conv_in|\.to_out\.0)\.(weight|bias)"
@@ -68,18 +69,18 @@ class Encoder(nn.Module):
 
 
 def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The autoencoder's configuration."""
+    """Return the autoencoder's configuration, with diffusers' defaults for keys that the file leaves out."""
     return with_defaults(AutoencoderKL, checkpoint.config(WEIGHTS))
 
 
 def factor(config: dict[str, Any]) -> int:
-    """How many pixels a latent is wide: each level of the autoencoder but the last one halves the picture."""
+    """Return how many pixels wide one latent is: each level of the autoencoder but the last halves the picture."""
     result: int = 2 ** (len(config["block_out_channels"]) - 1)
     return result
 
 
 def vae(config: dict[str, Any], precision: Precision) -> tuple[Network, Network]:
-    """Decoder and encoder of the AutoencoderKL with diffusers' configuration `config`."""
+    """Return the decoder and the encoder of the AutoencoderKL with diffusers' configuration `config`."""
     dtype, reason = network_dtype(precision), "as asked for"
     narrow = dtype == torch.float16
     if narrow:
@@ -107,7 +108,7 @@ def vae(config: dict[str, Any], precision: Precision) -> tuple[Network, Network]
 
 
 def autoencoder(config: dict[str, Any], stream: float) -> AutoencoderKL:
-    """The module, its norms made for streams that are `stream` times as large as the checkpoint's weights make them."""
+    """Make diffusers' module, with norms adapted to residual streams that are scaled by `stream` (see the top)."""
     module = AutoencoderKL.from_config(config)
     for norm in module.modules():
         if isinstance(norm, nn.GroupNorm):

@@ -1,5 +1,5 @@
-"""Engines become a Triton model repository, and a server that runs it.
+"""Write a Triton model repository for a build's engines, and run a server on it.
 
-`repository.py` writes the folder, `config.py` the models' configurations, `server.py` starts Triton; `models/` is what
-Triton's Python backend executes.
+`repository.py` writes the repository's folder, `config.py` makes the models' configurations, and `server.py` starts
+Triton. `models/` has the code that Triton's Python backend executes.
 """

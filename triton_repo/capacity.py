@@ -1,6 +1,6 @@
-"""How much the front takes at once: calls, messages that are being read, and bytes that are held.
+"""Limits how much the front takes at once: the calls, the messages that are being read, and the bytes that are held.
 
-What is more is refused (RESOURCE_EXHAUSTED) rather than taken until there is no memory left.
+Whatever exceeds a limit is refused (RESOURCE_EXHAUSTED), so that the server does not run out of memory.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ T = TypeVar("T")
 
 
 class Capacity:
-    """What is taken now, of requests that have at most `largest` bytes."""
+    """What is being taken at the moment, if a request has at most `largest` bytes."""
 
     def __init__(self, largest: int) -> None:
         self.readers = asyncio.Semaphore(max(MOST_BYTES // largest, LEAST_READERS))
-        self.waiting = 0  # requests whose message is not yet read, since others are
-        self.calls = 0  # that are being answered, probes aside
+        self.waiting = 0  # requests whose message waits until others are read
+        self.calls = 0  # calls that are being answered, without probes
         self.held = 0  # bytes of the requests that are being answered, and of answers until they are taken
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
-        """While a call is read and answered. Raises Refused where there are too many."""
+        """A context in which one call is read and answered. Raises Refused if there are too many calls."""
         if self.calls >= MOST_AT_ONCE:
             raise Refused(BUSY, "the server answers as many requests as it can; ask again later")
         self.calls += 1
@@ -47,7 +47,7 @@ class Capacity:
 
     @contextlib.contextmanager
     def holding(self, size: int) -> Iterator[None]:
-        """While a request or an answer of `size` bytes is held. Raises Refused where they are too many in all."""
+        """A context in which a message of `size` bytes is held. Raises Refused if all together are too large."""
         if self.held and self.held + size > MOST_BYTES:
             raise Refused(BUSY, "the server holds as many messages as it can; ask again later")
         self.held += size
@@ -57,7 +57,10 @@ class Capacity:
             self.held -= size
 
     async def receive(self, context: grpc.aio.ServicerContext) -> bytes:
-        """The message of an inference, once few enough others are read. Raises Refused where that takes too long."""
+        """Read the message of an inference request, once few enough others are being read.
+
+        Raises Refused if that takes too long.
+        """
         self.waiting += 1
         try:
             await asyncio.wait_for(self.readers.acquire(), ARRIVAL)
@@ -92,7 +95,7 @@ async def arrived(context: grpc.aio.ServicerContext, others_wait: Callable[[], b
 
 
 def started(work: Awaitable[T]) -> asyncio.Future[T]:
-    """A future of the work, whose error is not reported as one that was never asked for: nobody may be left to ask."""
+    """Start the work as a future. An error of it is not reported if nobody awaits the future any more."""
     future = asyncio.ensure_future(work)
     future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
     return future

@@ -23,9 +23,9 @@ CPU_INSTANCE = pb.ModelInstanceGroup(count=1, kind=pb.ModelInstanceGroup.KIND_CP
 GPU_INSTANCE = pb.ModelInstanceGroup(count=1, kind=pb.ModelInstanceGroup.KIND_GPU, gpus=[0])
 MODEL_CODE = "from ditforge.triton_repo.models.{module} import TritonPythonModel  # noqa: F401\n"
 ENGINE_MODULE, TOKENIZER_MODULE = "engine", "tokenizer"  # of triton_repo/models/
-MEMBER_PARAMETER = "ditforge_member"  # of a text encoder: it must not answer an ensemble with errors
-MAX_QUEUE = 128  # requests that wait for a model; one more is refused at once
-LONGEST_WAIT = 600  # seconds in that queue, where the request names no earlier deadline
+MEMBER_PARAMETER = "ditforge_member"  # a text encoder's: as a member of an ensemble, it must not answer with errors
+MAX_QUEUE = 128  # the most requests that wait for a model; one more is refused at once
+LONGEST_WAIT = 600  # the most seconds in that queue, unless the request has an earlier deadline
 
 
 class EngineSource(BaseModel):

@@ -1,9 +1,9 @@
-"""The gRPC front: what clients reach in Triton's place, in the same protocol.
+"""The gRPC front: clients reach it in place of Triton, with the same protocol.
 
-Triton ends, or loses a model for good, on requests that its own code reads before any model sees them, it takes
-messages of any size, and it lets whoever reaches its port change its settings. So it listens on a Unix socket that
-only this user can open, and what comes from elsewhere comes through here: a few methods are forwarded, messages are
-bounded, and a request for a model is forwarded once it is known to be one that the model takes.
+Triton itself must not be reachable. Some requests make it end, or lose a model for good, in code that runs before any
+model sees them. It takes messages of any size, and lets everybody who reaches its port change its settings. Therefore
+it listens on a Unix socket that only this user can open, and clients reach only the front. The front forwards a few
+methods, bounds the size of messages, and forwards a request for a model only if it knows that the model accepts it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ DESCRIBING = {
     "ModelReady": pb.ModelReadyRequest,
 }  # the methods that are forwarded, and their messages
 LIVE, READY = f"{SERVICE}ServerLive", f"{SERVICE}ServerReady"
-PROBES = {LIVE, READY, HEALTH}  # which are answered without their message, and however many others there are
+PROBES = {LIVE, READY, HEALTH}  # answered without reading a message, and even under full load
 OPEN = {*PROBES, f"{SERVICE}ModelReady"}  # which need no token
 SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"  # grpc.health.v1.HealthCheckResponse: field 1 is the status
 LONGEST_QUESTION = 4096  # bytes of a message that asks about the server or a model
@@ -53,11 +53,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """Answers clients: itself, or by Triton where `channel` leads to one that is ready.
+    """Answers clients: by itself, or with the answer of Triton, to which `channel` leads while it is ready.
 
-    `models` has what each model takes; `engines` is the digest of the engines, empty where nobody knows it; `token`
-    is what clients have to send, if anything; `forgone` is the folder of words about requests that nobody waits for.
-    `doubted` gets the name of a model whose process Triton complains of.
+    models: what each model accepts.
+    engines: the digest of the engines; empty if it is not known.
+    token: the token that clients have to send; None if they need none.
+    forgone: the folder with the names of requests for which nobody waits any more.
+    doubted: gets the name of a model when Triton complains about the model's process.
     """
 
     models: dict[str, ModelSignature]
@@ -74,7 +76,7 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
         self.capacity = Capacity(message_limit(self.models))
 
     def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
-        """The handler of a method: bytes in, bytes out; it reads the message itself, once there is room for it."""
+        """Return the handler of a method, from bytes to bytes. It reads a message once there is room for it."""
         metadata = dict(call.invocation_metadata or ())
         if not self.may_call(call.method, metadata):
             return grpc.stream_stream_rpc_method_handler(without_token)
@@ -112,7 +114,7 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
         await refuse(context, status, message)
 
     def may_call(self, method: str, metadata: dict[str, Any]) -> bool:
-        """Whether the caller has the token, or asks for no more than whether the server lives."""
+        """Return whether the caller has the token, or only asks whether the server lives."""
         if self.token is None or method in OPEN:
             return True
         sent = metadata.get("authorization", "")
@@ -120,7 +122,7 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
         return hmac.compare_digest(sent, b"Bearer " + self.token)
 
     async def probe(self, method: str) -> bytes:
-        """Whether the server lives, or is ready."""
+        """Answer whether the server lives, or is ready."""
         if method == LIVE:
             return wire.serialised(pb.ServerLiveResponse(live=True))
         ready = await self.is_ready(READY, b"")
@@ -173,7 +175,7 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
         return await call(data, timeout=timeout)
 
     async def infer(self, metadata: dict[str, Any], context: grpc.aio.ServicerContext) -> bytes:
-        """A model's outputs for a request that the model takes."""
+        """Return a model's outputs for a request that the model accepts."""
         request, raw = wire.parse_infer(await self.capacity.receive(context))
         name, picture = request.model_name, metadata.get(PICTURE_KEY)
         if name not in self.models:
@@ -214,12 +216,15 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
     async def run_model(
         self, request: pb.ModelInferRequest, raw: list[memoryview], left: float | None, held: contextlib.ExitStack
     ) -> bytes:
-        """Triton's answer to the request with these raw contents, which are let go of. Raises Refused after `left` s.
-        `held` counts their bytes, and is closed no sooner than Triton is done with them.
+        """Return Triton's answer to the request with the raw contents `raw`, which are released early.
 
-        A request that Triton itself sees cancelled, or run out of time, can end Triton with SIGSEGV (2.51 does; see
-        https://github.com/triton-inference-server/server/issues/8034). So it sees neither: the front waits no longer,
-        leaves a word with the request's name for the models, which do not execute it, and lets Triton finish with it.
+        `left` is the number of seconds until the deadline. Raises Refused when it has passed. `held` counts the bytes
+        of the contents, and is closed only when Triton is done with them.
+
+        A request that Triton itself sees cancelled or past its deadline can end Triton with SIGSEGV (2.51 does; see
+        https://github.com/triton-inference-server/server/issues/8034). Triton therefore sees neither. The front stops
+        waiting, leaves a note with the request's name so that the models do not execute it, and lets Triton finish with
+        it.
         """
         asked, name = request.id, uuid4().hex
         request.id = name
@@ -242,7 +247,7 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
         return result
 
     def forgo(self, name: str, running: asyncio.Future[bytes], held: contextlib.ExitStack) -> None:
-        """Nobody waits for the request of this name any more: tell the models, until Triton is done with it."""
+        """Note for the models, until Triton is done with this request, that nobody waits for it any more."""
         word = self.forgone / name
 
         def done(ended: asyncio.Future[bytes]) -> None:
@@ -254,7 +259,7 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
         running.add_done_callback(done)
 
     def admit(self, picture: str | None, engines: str | None) -> None:
-        """Raise Refused where the picture was begun with other engines, or would be begun while the server stops."""
+        """Raise Refused if the picture was begun with other engines, or would be begun while the server stops."""
         if engines and self.engines and engines != self.engines:
             raise Refused(
                 Status.FAILED_PRECONDITION,
@@ -265,7 +270,7 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
             raise Refused(Status.UNAVAILABLE, "this server is stopping and begins no more pictures")
 
     async def drain(self, grace: float) -> int:
-        """Begin no more pictures, wait up to `grace` seconds for unfinished ones; returns how many remain."""
+        """Begin no more pictures, and wait up to `grace` seconds for unfinished ones. Returns how many remain."""
         self.stopping = True
         deadline = time.monotonic() + grace
         while (active := self.pictures.active()) and time.monotonic() < deadline and self.channel is not None:

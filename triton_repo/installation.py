@@ -1,4 +1,4 @@
-"""Which tritonserver there is, and the Python that its Python backend runs models with."""
+"""Finds the tritonserver that is installed, and prepares the Python with which its Python backend runs models."""
 
 import importlib.util
 import os
@@ -17,7 +17,7 @@ LIBPYTHON = re.compile(rb"libpython3(?:-\w+)?(\.\d+)\.so[.\d]*")
 
 
 def other_triton() -> str:
-    """How to get a Triton that runs here."""
+    """Return how to get a Triton that runs here."""
     return f"{install_hint.install('serve')}, or run in the container nvcr.io/nvidia/tritonserver"
 
 

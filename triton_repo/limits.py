@@ -1,7 +1,7 @@
-"""What a model accepts: the shapes, dtypes and values of its inputs, checked before any native code sees a tensor.
+"""What a model accepts: shapes, dtypes and values of its inputs. They are checked before native code sees a tensor.
 
-The limits are written into each model's configuration when the repository is made. The front checks a request against
-them as it comes from the wire, and the models check it again, since a Triton can also be run without the front.
+The limits are written into each model's configuration when the repository is made. The front checks every request
+against them as it arrives. The models check it again, because Triton can also be run without the front.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict
 from ditforge.manifest import Component, Tensor
 from ditforge.model import TILED, Model
 
-MAX_CHARACTERS = 32_000  # of a prompt: beyond, tokenizers take seconds, and no text encoder reads a tenth of it
+# The most characters of a prompt. Tokenizers take seconds for longer ones, and no text encoder reads a tenth of them.
+MAX_CHARACTERS = 32_000
 DTYPES: dict[str, type[np.generic]] = {
     "FP64": np.float64,
     "FP32": np.float32,
@@ -41,7 +42,7 @@ VALUES: dict[str, tuple[float, float]] = {
 
 
 class BadRequest(ValueError):
-    """A request asks for what the model does not take; the message says what, and what would be taken."""
+    """A request that the model does not accept. The message says what is wrong, and what the model accepts."""
 
 
 class _Record(BaseModel):
@@ -65,10 +66,12 @@ class Axis(_Record):
 
 
 class InputLimits(_Record):
-    """What one input may be: a dtype (Triton's name), one of some shapes, and values from `lowest` to `highest`.
+    """The limits of one input.
 
-    `shapes` are without the batch, which comes first; `characters` is the most that a text may have. Floating-point
-    numbers have to be finite in any case.
+    dtype: its dtype, with Triton's name.
+    shapes: the shapes that it may have, without the batch, which is the first dimension.
+    lowest, highest: the range of its values. Floating-point numbers must be finite in any case.
+    characters: the largest number of characters of a text.
     """
 
     dtype: str
@@ -79,24 +82,24 @@ class InputLimits(_Record):
 
     @property
     def item_bytes(self) -> int:
-        """The most bytes that an element takes on the wire."""
+        """The largest number of bytes of one element in a message."""
         return 4 * (self.characters or 0) + 4 if self.dtype == "BYTES" else ITEM_BYTES[self.dtype]
 
     @property
     def sample_bytes(self) -> int:
-        """The most bytes that a sample takes on the wire."""
+        """The largest number of bytes of one sample in a message."""
         return self.item_bytes * max(math.prod(axis.most for axis in shape) for shape in self.shapes)
 
 
 class Limits(_Record):
-    """What a model takes in one request: up to `max_batch` samples of each of the `inputs`, by name."""
+    """What a model accepts in one request: up to `max_batch` samples of each of the `inputs`, by name."""
 
     max_batch: int
     inputs: dict[str, InputLimits]
 
     @property
     def request_bytes(self) -> int:
-        """The most bytes that the tensors of a request take on the wire."""
+        """The largest number of bytes of the tensors of one request in a message."""
         return max(self.max_batch, 1) * sum(limits.sample_bytes for limits in self.inputs.values())
 
     def check_names(self, names: Sequence[str]) -> None:
@@ -120,7 +123,7 @@ class Limits(_Record):
             raise BadRequest(f"{name} has the shape {allowed}, got {list(shape)}")
 
     def check_values(self, name: str, array: NDArray[Any]) -> None:
-        """Raise BadRequest unless the values of the input called `name` mean something to the model."""
+        """Raise BadRequest if the values of the input called `name` are outside its limits."""
         limits = self.inputs[name]
         if limits.dtype == "BYTES":
             for text in array.ravel():
@@ -133,16 +136,16 @@ class Limits(_Record):
             raise BadRequest(f"{name} is {at_least(lowest, highest)}, got {array.max()}")
 
     def check_finite(self, name: str, array: NDArray[Any]) -> None:
-        """Raise BadRequest if the input called `name` has a NaN or an infinity in it."""
+        """Raise BadRequest if the input called `name` contains a NaN or an infinity."""
         if array.dtype.kind == "f" and not is_finite(array):
             raise BadRequest(f"{name} holds values that are not finite numbers (NaN or infinity)")
 
     def check_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Raise BadRequest unless the arrays, whose dtypes Triton has compared, are a request that the model takes.
+        """Raise BadRequest unless the model accepts the arrays as a request. Triton has already checked their dtypes.
 
-        Triton takes away the second dimension of [B, 1] where the network wants [B]. Values are looked at in the
-        CPU's memory only: tensors on a GPU come from another model of this server. Whether large tensors are finite
-        is not looked at again: a NaN spoils the pictures of its own request, and no others.
+        An input that the network takes as [B] and clients send as [B, 1] arrives here as [B]. Only values in the CPU's
+        memory are checked; tensors on a GPU come from another model of this server. Whether large tensors are finite is
+        not checked again, because a NaN spoils only the pictures of its own request.
         """
         sizes = set()
         for name, array in arrays.items():
@@ -155,19 +158,22 @@ class Limits(_Record):
 
 
 def is_finite(array: NDArray[Any]) -> bool:
-    """Whether no value is a NaN or an infinity. NumPy's isfinite takes 2 ns for a float16; its bits tell in 0.3."""
+    """Return whether no value is a NaN or an infinity.
+
+    For float16, the bits are tested: that takes 0.3 ns per number, and NumPy's isfinite takes 2 ns.
+    """
     if array.dtype == np.float16:
         return bool((array.view(np.uint16) & 0x7FFF).max() < 0x7C00)
     return bool(np.isfinite(array).all())
 
 
 def fits(shape: Sequence[int], axes: Sequence[Axis]) -> bool:
-    """Whether a shape, without its batch, is one of those that `axes` allow."""
+    """Return whether a shape, without its batch, is allowed by `axes`."""
     return len(shape) == len(axes) and all(size in axis for size, axis in zip(shape, axes, strict=True))
 
 
 def check_batches(sizes: set[int]) -> None:
-    """Raise BadRequest unless all inputs have as many samples."""
+    """Raise BadRequest unless all inputs have the same number of samples. `sizes` are the batch sizes of the inputs."""
     if len(sizes) > 1:
         raise BadRequest(f"all inputs have the same batch, got {', '.join(map(str, sorted(sizes)))}")
 
@@ -183,19 +189,22 @@ def check_text(name: str, text: bytes, characters: int | None) -> None:
 
 
 def at_least(lowest: float | None, highest: float | None) -> str:
-    """A range in words."""
+    """Return a range of values as text."""
     if highest is None or highest == math.inf:
         return f"at least {lowest:g}"
     return f"from {lowest:g} to {highest:g}"
 
 
 def shown(text: str) -> str:
-    """What a stranger sent, short enough for an error message."""
+    """Return a text from a request, shortened for an error message."""
     return repr(text if len(text) <= 60 else text[:60] + "…")
 
 
 def limits_of(name: str, component: Component, model: Model, max_batch: int, vocabularies: Mapping[str, int]) -> Limits:
-    """The limits of the network, or tokenizer, called `name`. `vocabularies` has how many ids each `…_ids` knows."""
+    """Return the limits of the network or tokenizer called `name`.
+
+    `vocabularies` has the number of token ids for each tensor of ids, by the tensor's name.
+    """
     inputs = {}
     for tensor, described in component.inputs.items():
         lowest, highest = VALUES.get(tensor, (None, None))
@@ -212,7 +221,7 @@ def limits_of(name: str, component: Component, model: Model, max_batch: int, voc
 
 
 def shapes_of(name: str, tensor: Tensor, model: Model) -> list[tuple[Axis, ...]]:
-    """The shapes that an input of the network called `name` may have, without the batch: those of all its pictures."""
+    """Return the shapes, without the batch, that an input of the network called `name` may have for all pictures."""
     dims = tensor.shape[1:] or (1,)  # a number a sample travels as [B, 1]
     shapes = []
     for height, width in sizes_of(name, model):
@@ -223,7 +232,7 @@ def shapes_of(name: str, tensor: Tensor, model: Model) -> list[tuple[Axis, ...]]
 
 
 def sizes_of(name: str, model: Model) -> list[tuple[Axis, Axis]]:
-    """Heights and widths, in pixels, of what the network called `name` takes: whole pictures, or tiles of them."""
+    """Return the heights and widths in pixels that the network called `name` takes, of whole pictures or of tiles."""
     if model.sizes:
         pieces = [model.piece(name, height, width) for height, width in model.sizes]
         return [(Axis(least=height, most=height), Axis(least=width, most=width)) for height, width in pieces]
@@ -234,5 +243,5 @@ def sizes_of(name: str, model: Model) -> list[tuple[Axis, Axis]]:
 
 
 def latents(pixels: Axis, factor: int) -> Axis:
-    """An axis of pixels in latents, which are `factor` pixels wide."""
+    """Convert an axis from pixels to latents, which are `factor` pixels wide."""
     return Axis(least=pixels.least // factor, most=pixels.most // factor, multiple=max(pixels.multiple // factor, 1))

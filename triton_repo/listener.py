@@ -1,4 +1,4 @@
-"""The gRPC port: opened, with TLS where there is a certificate, and opened again where gRPC itself fails."""
+"""The gRPC port. It is opened with TLS if there is a certificate, and opened again if gRPC itself fails."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ditforge.triton_repo.metrics import LISTENER
 from ditforge.triton_repo.serve_options import FILES, TOKEN, ServeOptions
 from ditforge.triton_repo.served import message_limit
 
-Report = Callable[..., None]  # an event, and what is to be said of it
+Report = Callable[..., None]  # takes the name of an event, and its details
 AGAIN = 1.0  # seconds between two openings
-PING_INTERVAL = 5_000  # ms: clients may ask as often whether the connection lives
+PING_INTERVAL = 5_000  # ms; clients may ping the connection this often
 MOST_CONNECTIONS = 20_000  # each takes some 17 kB
 LEAST_CONNECTIONS = 16
-RESERVED = 128  # file descriptors that are not for connections
+RESERVED = 128  # file descriptors that are kept for other things than connections
 MOST_OF_ONE = 128  # requests over one connection; gRPC lets clients wait with one more
 WINDOW = 256 << 10  # bytes of a message that a client may send before it is read
 
@@ -41,9 +41,9 @@ class Listener:
         return self.port
 
     async def keep(self, report: Report) -> None:
-        """Open the port again whenever gRPC's own code fails, which ends a server of grpc.aio for good.
+        """Open the port again whenever gRPC's own code fails, which would end a server of grpc.aio for good.
 
-        Some versions of gRPC can be made to by any stranger: 1.84 and 1.85 by a path that is not UTF-8.
+        In some versions of gRPC, any stranger can cause that: in 1.84 and 1.85, with a path that is not UTF-8.
         """
         while True:
             try:
@@ -84,17 +84,17 @@ def listen(server: grpc.aio.Server, options: ServeOptions, port: int) -> int:
 
 
 def token_of(options: ServeOptions) -> bytes | None:
-    """The token that clients have to send, if any."""
+    """Return the token that clients have to send, if any."""
     return read_token(options.token_file, TOKEN).encode() if options.token_file else None
 
 
 def most_connections() -> int:
-    """As many as leave file descriptors for Triton to be started again."""
+    """Return the number of connections that leaves enough file descriptors to start Triton again."""
     return max(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED, MOST_CONNECTIONS), LEAST_CONNECTIONS)
 
 
 def make_server(front: Front) -> grpc.aio.Server:
-    """A gRPC server that refuses messages larger than any of the models takes before it has read them."""
+    """Make a gRPC server that refuses a message before reading it if the message is larger than any model takes."""
     options = [
         ("grpc.so_reuseport", 0),  # else two servers could share a port, and each get half of the requests
         ("grpc.max_receive_message_length", message_limit(front.models)),

@@ -1,4 +1,4 @@
-"""The log of the process that serves: a stranger can make it grow only so fast."""
+"""The log of the process that serves. Its growth is limited, because requests of strangers can cause records."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ LONGEST = 2000  # characters of a message, and of a traceback
 
 
 class Sparing(logging.Filter):
-    """Lets MOST records of each line of code pass within PERIOD seconds; the next one says how many it has left out."""
+    """Lets at most MOST records of each line of code pass within PERIOD seconds.
+
+    The next record says how many were left out.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,10 +41,10 @@ class Sparing(logging.Filter):
 
 
 class Short(logging.Formatter):
-    """Cuts tracebacks, from which the beginning is left out."""
+    """Shortens tracebacks by leaving out their beginning."""
 
     def formatException(self, ei) -> str:  # type: ignore[no-untyped-def]  # as logging has it
-        """The traceback, of which the last lines say what happened."""
+        """Format the traceback. If it is too long, its last lines are kept, because they say what happened."""
         text = super().formatException(ei)
         return text if len(text) <= LONGEST else f"…{text[-LONGEST:]}"
 

@@ -1,4 +1,4 @@
-"""Prometheus' metrics of a server: ours, and Triton's behind them."""
+"""Prometheus metrics of a server: those of ditforge, followed by Triton's own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
-    """What is counted. `models` are the names that label it, so that a stranger cannot invent labels."""
+    """The server's counters. `models` are the names that may label them, so that strangers cannot invent labels."""
 
     def __init__(self, models: Iterable[str]) -> None:
         self.registry = CollectorRegistry()
@@ -121,7 +121,7 @@ class Quiet(WSGIRequestHandler):
 
 
 def tritons_metrics(path: Path) -> bytes:
-    """Triton's own metrics from its Unix socket; empty while it is not there."""
+    """Read Triton's own metrics from its Unix socket; empty while the socket does not exist."""
     try:
         with closing(UnixConnection(path)) as connection:
             connection.request("GET", "/metrics")

@@ -1,7 +1,7 @@
-"""Which pictures are being made here: while a server stops, these are finished, and no others are begun.
+"""Keeps track of the pictures that are being made, because a server that stops finishes these and begins no others.
 
-A picture is many requests, of which none depends on this server; they carry the same `ditforge-picture` in their
-metadata. Requests without one count as a picture of their own.
+A picture consists of many requests, none of which depends on this server. Clients send the same `ditforge-picture` in
+the metadata of all requests of a picture. A request without one counts as a picture of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 IDLE = 2.0  # seconds without a request after which a picture counts as finished, or as gone on with elsewhere
 IDLE_DECODED = 0.5  # the same for one that was decoded last: there may be another tile, but no step
 REMEMBERED = 60.0  # seconds for which a picture can go on after a pause
-MOST = 10_000  # pictures remembered: a stranger can invent names
+MOST = 10_000  # the most pictures that are remembered, because a stranger can invent names
 LONGEST_NAME = 64
 
 
@@ -36,7 +36,7 @@ class Pictures:
         self.anonymous = 0  # requests in flight that belong to no picture
 
     def knows(self, name: str | None) -> bool:
-        """Whether a request of that picture was seen lately."""
+        """Return whether a request of that picture was seen lately."""
         self.forget()
         return name in self.known
 
@@ -62,13 +62,13 @@ class Pictures:
             self.touch(name, picture)
 
     def touch(self, name: str, picture: Picture) -> None:
-        """Make it the one that was seen last."""
+        """Make the picture the one that was seen last."""
         picture.seen = time.monotonic()
         self.known[name] = picture
         self.known.move_to_end(name)
 
     def forget(self) -> None:
-        """Drop those that were not seen for long, and the oldest if they are too many."""
+        """Remove the pictures that were not seen for long, and the oldest ones if there are too many."""
         now = time.monotonic()
         while self.known:
             name, picture = next(iter(self.known.items()))
@@ -82,15 +82,15 @@ class Pictures:
                 del self.known[name]
 
     def unfinished(self) -> int:
-        """How many pictures were not finished if the server ended now."""
+        """Count the pictures that would not be finished if the server ended now."""
         return self.anonymous + sum(p.requests > 0 or (not p.decoded and is_active(p)) for p in self.known.values())
 
     def active(self) -> int:
-        """How many pictures are to be waited for: a request of them is answered, or may follow."""
+        """Count the pictures to wait for: a request of theirs is being answered, or may follow."""
         return self.anonymous + sum(is_active(picture) for picture in self.known.values())
 
 
 def is_active(picture: Picture) -> bool:
-    """Whether a request of the picture is answered, or may follow soon."""
+    """Return whether a request of the picture is being answered, or may follow soon."""
     idle = IDLE_DECODED if picture.decoded else IDLE
     return picture.requests > 0 or time.monotonic() - picture.seen < idle

@@ -1,4 +1,4 @@
-"""How a call ends that gets no answer: with a status, and a reason in words that say nothing of the server's files."""
+"""Ends a call without an answer: with a status and a message, which reveals nothing about the server's files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Status = grpc.StatusCode
 
 
 class Refused(Exception):
-    """A request is not answered but by a status."""
+    """A request that is answered only with a status and a message."""
 
     def __init__(self, status: grpc.StatusCode, message: str) -> None:
         super().__init__(message)
@@ -24,7 +24,7 @@ class Refused(Exception):
 
 
 async def refuse(context: grpc.aio.ServicerContext, status: grpc.StatusCode, message: str) -> NoReturn:
-    """End a call with a status, in words, which nobody hears where the client has gone."""
+    """End a call with a status and a message. Nobody receives them if the client has gone."""
     if context.done():
         raise asyncio.CancelledError
     try:

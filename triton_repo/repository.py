@@ -1,4 +1,4 @@
-"""`ditforge repo`: a folder of engines becomes a Triton model repository."""
+"""`ditforge repo`: write a Triton model repository for a folder of engines."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from ditforge.triton_repo.limits import Limits, limits_of
 ENSEMBLES = (TEXT_ENCODERS, TEXT_ENCODERS_CLIP)
 NOT_TEXT = (DIT, VAE_DECODER, VAE_ENCODER)
 DEFAULT_MAX_BATCH = 8
-TENSORRT_BACKEND = "tensorrt"  # of Triton's own, where NVIDIA's container has it
+TENSORRT_BACKEND = "tensorrt"  # Triton's own backend for TensorRT, which NVIDIA's container has
 NEW = "there was none before"
 log = logging.getLogger(__name__)
 BUILD_AGAIN = "ditforge build ONNX_DIR --gpu GPU --out DIR   again"
@@ -44,7 +44,12 @@ BUILD_AGAIN = "ditforge build ONNX_DIR --gpu GPU --out DIR   again"
 
 @dataclass(frozen=True)
 class Triton:
-    """A model as Triton reads it: its configuration, and by path below the model's folder, texts and engine files."""
+    """A model as Triton reads it.
+
+    config: its configuration.
+    texts: the texts of further files, by their path below the model's folder.
+    engine: the engine's files in the build's folder, by their path below the model's folder.
+    """
 
     config: pb.ModelConfig
     texts: dict[str, str]
@@ -54,10 +59,11 @@ class Triton:
 def write_repository(engines: Path, out: Path, max_batch: int | None = None, force: bool = False) -> str:
     """Write a Triton model repository for the build in the folder `engines` into the folder `out`.
 
-    `max_batch` is how many samples Triton puts into one call of a model: by default 8, or what the engines take.
-    `force` replaces another model's repository in `out`, too.
-    Returns why it was written; empty where `out` holds the same repository of the same engines, and nothing was.
-    Raises UserError if the build is damaged, or does not take such batches; then `out` is as it was before.
+    `max_batch` is the largest number of samples that Triton puts into one call of a model; by default it is 8, or what
+    the engines take if that is less. With `force`, the repository of another model in `out` is replaced too.
+
+    Returns the reason for writing; it is empty if `out` holds this repository already, and then nothing is written.
+    Raises UserError if the build is damaged or does not take such batches; `out` is then as it was before.
     """
     source = manifest.read(engines, "engines")
     known_as = "" if force else stage_folder.called(source.model.name, source.origin)
@@ -86,7 +92,7 @@ def write_repository(engines: Path, out: Path, max_batch: int | None = None, for
         manifest.check_files(engines, component.files, fix=BUILD_AGAIN)
     with stage_folder.written_whole(out, "repository", own=ENSEMBLES) as folder:
         for name, model in models.items():
-            (folder / name / "1").mkdir(parents=True)  # which Triton wants also where there is nothing to put in
+            (folder / name / "1").mkdir(parents=True)  # Triton needs this folder even if it is empty
             for path, content in texts(model).items():
                 (folder / name / path).write_text(content)
             for path, file in model.engine.items():
@@ -103,7 +109,10 @@ def check_max_batch(max_batch: int) -> None:
 
 
 def choose_max_batch(source: Manifest, max_batch: int | None) -> int:
-    """The largest batch, by default 8 or what the engines take. Raises UserError if they do not take it."""
+    """Return the largest batch: `max_batch`, or by default 8, or what the engines take if that is less.
+
+    Raises UserError if the engines do not take batches of `max_batch`.
+    """
     taken = min((engine.max_batch for engine in source.engines.values() if engine.max_batch), default=None)
     if max_batch is None:
         max_batch = min(DEFAULT_MAX_BATCH, taken or DEFAULT_MAX_BATCH)
@@ -117,7 +126,7 @@ def choose_max_batch(source: Manifest, max_batch: int | None) -> int:
 
 
 def vocabularies(engines: Path, source: Manifest) -> dict[str, int]:
-    """How many token ids there are, by the name of the tensor that holds them, in the build in the folder `engines`."""
+    """Count the token ids of each tokenizer of the build, by the name of the tensor that holds its ids."""
     from tokenizers import Tokenizer
 
     found = {}
@@ -129,7 +138,7 @@ def vocabularies(engines: Path, source: Manifest) -> dict[str, int]:
 
 
 def make_model(source: Manifest, name: str, limits: Limits) -> Triton:
-    """The model of the component `name`."""
+    """Make the Triton model of the component `name`."""
     component, engine = source.components[name], source.engines.get(name)
     files = {f"1/{Path(file).name}": file for file in component.files}
     parameters = {config.LIMITS_PARAMETER: limits.model_dump_json(exclude_none=True)}
@@ -139,7 +148,7 @@ def make_model(source: Manifest, name: str, limits: Limits) -> Triton:
     if name not in (TOKENIZER, *NOT_TEXT):
         parameters[config.MEMBER_PARAMETER] = "true"
     max_batch = limits.max_batch
-    whole = engine and engine.placement == Placement()  # as Triton's own backend has it
+    whole = engine and engine.placement == Placement()  # Triton's own backend cannot run segments or load on demand
     if engine and engine.triton_backend == TENSORRT_BACKEND and whole and has_tensorrt_backend():
         plan = Path(next(iter(component.files))).name
         return Triton(
@@ -147,7 +156,7 @@ def make_model(source: Manifest, name: str, limits: Limits) -> Triton:
         )
     if engine:
         described = {Path(file).name: component.files[file] for file in component.files}
-        made = engine.model_copy(update={"cache_key": {}})  # of no use there, and long
+        made = engine.model_copy(update={"cache_key": {}})  # it is long, and nobody reads it there
         parameters[config.ENGINE_PARAMETER] = config.EngineSource(files=described, made=made).model_dump_json()
     module = config.TOKENIZER_MODULE if name == TOKENIZER else config.ENGINE_MODULE
     gpu = engine is not None and engine.target != "cpu"
@@ -156,7 +165,7 @@ def make_model(source: Manifest, name: str, limits: Limits) -> Triton:
 
 
 def texts(model: Triton) -> dict[str, str]:
-    """The files of a model beside its engine, by path below its folder."""
+    """Return the text files of a model, by their path below its folder: its configuration and its code."""
     return {"config.pbtxt": text_format.MessageToString(model.config, as_utf8=True), **model.texts}
 
 

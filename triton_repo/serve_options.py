@@ -1,4 +1,4 @@
-"""What a server is started with: one record, from the command line or Python to the process that serves."""
+"""The options of a server: one record that goes from the command line or Python to the process that serves."""
 
 from __future__ import annotations
 
@@ -37,21 +37,23 @@ Bytes = Annotated[int, Field(gt=0)]
 
 
 class ServeOptions(BaseModel):
-    """How `repo` is served.
+    """How the model repository `repo` is served.
 
-    host: an IPv4 address or name of this machine; `0.0.0.0` is every network. port: of gRPC, 0 is a free one.
-    http_port, metrics_port: where Triton's HTTP and Prometheus' metrics are served too; None: not at all.
-    log: appended to; None is a new file in the temporary folder, which stays unless the server is stopped and ends
-        cleanly.
-    timeout: seconds until the models are ready. grace: seconds that unfinished pictures get once the server is told to
-        stop.
-    tls_cert, tls_key: PEM files with which gRPC is encrypted; tls_client_ca: PEM file of the authorities of which each
-        client has to show a certificate. token_file: holds the bearer token that clients have to send, one word of
-        visible ASCII characters.
-    insecure: allows another address than loopback without any of these.
-    shm_bytes, shm_growth: what each instance of a Python model takes of /dev/shm from the start, and at a time when
-        that is too little, for good. Docker gives a container 64 MiB in all; `--shm-size` gives more.
-    extra_args: more of tritonserver's own, such as `--cache-config=local,size=1048576`, with absolute paths.
+    host: an IPv4 address or name of this machine; `0.0.0.0` means every network.
+    port: the port of gRPC; 0 means a free one.
+    http_port, metrics_port: the ports of Triton's HTTP and of Prometheus' metrics. None: these are not served.
+    log: the log file; existing content is kept. None means a new file in the temporary folder, which is removed if the
+        server is stopped and ends cleanly.
+    timeout: the seconds within which the models must be ready.
+    grace: the seconds that unfinished pictures get when the server is told to stop.
+    tls_cert, tls_key: PEM files for the encryption of gRPC.
+    tls_client_ca: a PEM file of authorities. Each client then has to show a certificate of one of them.
+    token_file: a file with the bearer token that clients have to send, one word of visible ASCII characters.
+    insecure: allows an address other than loopback without any of these protections.
+    shm_bytes, shm_growth: the bytes of /dev/shm that each instance of a Python model takes at the start, and the bytes
+        by which this grows, permanently, whenever it is too little. Docker gives a container 64 MiB in all;
+        `--shm-size` gives more.
+    extra_args: further arguments of tritonserver, such as `--cache-config=local,size=1048576`, with absolute paths.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -75,23 +77,23 @@ class ServeOptions(BaseModel):
 
     @property
     def on_loopback(self) -> bool:
-        """Whether only this machine can reach it."""
+        """Whether only this machine can reach the server."""
         return self.host == "localhost" or self.host.startswith("127.")
 
     @property
     def access(self) -> list[str]:
-        """How the port is protected, in words."""
+        """How the port is protected, as text."""
         ways = {"TLS": self.tls_cert, "client certificates": self.tls_client_ca, "token": self.token_file}
         return [*([] if self.on_loopback else [f"listening at {self.host}"]), *(w for w, file in ways.items() if file)]
 
     @property
     def closed(self) -> bool:
-        """Whether strangers are kept out, and cannot listen either."""
+        """Whether strangers can neither use the server nor read what is sent."""
         return self.tls_cert is not None and (self.tls_client_ca is not None or self.token_file is not None)
 
 
 def make_options(repo: Path, options: dict[str, Any]) -> ServeOptions:
-    """The options, checked against each other. Raises UserError for what cannot be, or is not safe."""
+    """Make the options and check them against each other. Raises UserError for values that are impossible or unsafe."""
     check_names(options, [name for name in ServeOptions.model_fields if name != "repo"])
     try:
         made = ServeOptions(repo=repo.resolve(), **options)
@@ -124,7 +126,7 @@ def make_options(repo: Path, options: dict[str, Any]) -> ServeOptions:
 
 
 def is_text(path: Path) -> bool:
-    """Whether the path can be written down as text, in JSON and in Triton's configuration."""
+    """Return whether the path can be written as text, in JSON and in Triton's configuration."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -152,7 +154,7 @@ def refused(error: ErrorDetails) -> UserError:
 
 
 def check_ports(options: ServeOptions) -> None:
-    """Raise UserError where two ports have one number, other than 0."""
+    """Raise UserError if two ports have the same number, except 0."""
     for one, other in combinations(PORTS, 2):
         number = getattr(options, one)
         if number and number == getattr(options, other):

@@ -1,4 +1,4 @@
-"""What the front knows of the models of a repository, before it asks Triton for any: read from their configurations."""
+"""What the front knows about the models of a repository before it asks Triton: it reads their configurations."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from ditforge.triton_repo.config import (
 )
 from ditforge.triton_repo.limits import Axis, BadRequest, InputLimits, Limits, shown
 
-UNBOUNDED = 64 << 20  # bytes of a request to a model that somebody else made, which says nothing of its largest
-LARGEST_MESSAGE = 2**31 - 1  # bytes that gRPC can count
-ENVELOPE = 64 << 10  # bytes of a message beside its tensors
-OWN_CODE = "from ditforge."  # how the code of our own models begins, in all versions
+UNBOUNDED = 64 << 20  # the most bytes of a request to a model that ditforge did not make and that gives no limit
+LARGEST_MESSAGE = 2**31 - 1  # the most bytes that gRPC can count
+ENVELOPE = 64 << 10  # the most bytes of a message without its tensors
+OWN_CODE = "from ditforge."  # the code of ditforge's own models begins like this in all versions
 CODES = {MODEL_CODE.format(module=module) for module in (ENGINE_MODULE, TOKENIZER_MODULE)}
 AGAIN = "ditforge repo ENGINE_DIR --out {}"
 
@@ -90,7 +90,7 @@ def read_models(repository: Path) -> tuple[dict[str, ModelSignature], str]:
 
 
 def check_code(folder: Path, fix: str) -> None:
-    """Raise UserError, with this `fix`, unless Triton's Python backend finds what it is to execute for a model."""
+    """Raise UserError, with this `fix`, unless the model in `folder` has code, and not that of another version."""
     codes = sorted(folder.glob("[1-9]*/model.py"))
     if not codes:
         raise UserError(f"the model {folder.name} has no code: there is no {folder / '1' / 'model.py'}", fix)
@@ -101,7 +101,7 @@ def check_code(folder: Path, fix: str) -> None:
 
 
 def limits_in(config: pb.ModelConfig) -> Limits:
-    """The limits that a configuration holds, or those that follow from what it says of the model's inputs."""
+    """Return the limits in a configuration or, without any, those that its description of the inputs implies."""
     if LIMITS_PARAMETER in config.parameters:
         return Limits.model_validate_json(config.parameters[LIMITS_PARAMETER].string_value)
     inputs = {}
@@ -113,5 +113,5 @@ def limits_in(config: pb.ModelConfig) -> Limits:
 
 
 def message_limit(models: dict[str, ModelSignature]) -> int:
-    """The most bytes of a message that any of the models takes: that of the largest picture served."""
+    """Return the largest number of bytes of a message for any of the models: that of the largest picture served."""
     return min(max(model.message_bytes for model in models.values()), LARGEST_MESSAGE)

@@ -1,6 +1,6 @@
 """Runs Triton Inference Server on a model repository, behind a gRPC front, in a process that watches over it.
 
-`start` returns once the models are ready. The process (service.py) ends with its owner, of whatever the owner dies.
+`start` returns once the models are ready. The process (service.py) ends when its owner ends, however that happens.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Ports:
-    """Where a server listens; None: not at all."""
+    """The ports on which a server listens. None means that the server does not offer this service."""
 
     grpc: int
     http: int | None
@@ -66,11 +66,13 @@ class Ports:
 
 
 class Server:
-    """A running server, made by start(); a context manager that stops it.
+    """A running server, made by start(). It is a context manager that stops the server at its end.
 
-    url: HOST:PORT of gRPC. pid: of the process that serves and watches over Triton. log: its file; one that nobody
-    named is removed when stop() has ended it cleanly. Once it has ended, unfinished: how many pictures were cut off,
-    and cause: in words, why they could not be waited for, if that is so.
+    url: HOST:PORT of gRPC.
+    pid: the process that serves and watches over Triton.
+    log: the log file. If the caller named none, stop() removes it after a clean end.
+    unfinished: once the server has ended, the number of pictures that were cut off.
+    cause: once the server has ended, why these pictures could not be finished, if there is a reason; empty otherwise.
     """
 
     def __init__(
@@ -152,17 +154,17 @@ class Server:
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended."""
+        """Whether the server has not ended yet."""
         return not self._exit.done()
 
     def wait_until_ready(self) -> None:
-        """Block until the models are ready. Raises what kept them from it."""
+        """Block until the models are ready. Raises the error that prevents it."""
         self._ready.result()
 
     def wait(self) -> int:
-        """Block until the server ends, by itself or by stop(); its exit code, -N where signal N killed it.
+        """Block until the server ends, by itself or by stop(). Returns its exit code: -N if signal N killed it.
 
-        Raises DitforgeError where it gave up, because processes of Triton's died again and again.
+        Raises DitforgeError if the server gave up because Triton's processes died repeatedly.
         """
         code = self._exit.result()
         if self._failure:
@@ -170,7 +172,10 @@ class Server:
         return code
 
     def stop(self, grace: float | None = None) -> None:
-        """Let unfinished pictures be finished, for `grace` seconds (None: start()'s), then end it; no-op twice."""
+        """Give unfinished pictures `grace` seconds (None: the value given to start()), and then end the server.
+
+        A second call does nothing.
+        """
         grace = self.options.grace if grace is None else grace
         assert self._process.stdin is not None
         self._told_to_stop = True
@@ -199,11 +204,12 @@ class Server:
 
 
 def start(repo: Path, on_event: Callable[[str], object] | None = None, **options: Unpack[Options]) -> Server:
-    """Serve the repository `repo` and return once every model is ready.
+    """Serve the repository `repo`, and return once every model is ready.
 
-    `on_event` is called, in a thread, with a line for people whenever something happens to the server: a process that
-    died, a restart. Raises UserError where the repository, an address, a file or the installation is at fault, and
-    DitforgeError with the reason from Triton's log where it does not get ready; nothing is left running then.
+    `on_event` is called, in a thread, with a line of text for people whenever something happens to the server, such as
+    a process that died or a restart. Raises UserError if the repository, an address, a file or the installation is at
+    fault, and DitforgeError, with the reason from Triton's log, if the server does not become ready. Nothing is left
+    running then.
     """
     made = make_options(repo, dict(options))
     if not any(made.repo.glob(f"*/{folders.CONFIG}")):
@@ -230,7 +236,7 @@ def start(repo: Path, on_event: Callable[[str], object] | None = None, **options
 
 
 def how_it_ended(code: int) -> str:
-    """How a process with this exit code ended, in words: -N is that of one that signal N killed."""
+    """Say as text how a process with this exit code ended. A code of -N means that signal N killed it."""
     if code >= 0:
         return f"ended with exit code {code}"
     try:
@@ -241,9 +247,9 @@ def how_it_ended(code: int) -> str:
 
 
 def check_gpu(repository: Path) -> None:
-    """Raise UserError where engines of the repository are for a GPU that is not here, before Triton tries them.
+    """Raise UserError if the repository has engines for a GPU that this machine does not have.
 
-    Where the driver cannot be asked, Triton finds out.
+    If the driver cannot be asked, nothing is raised here, and Triton will find out.
     """
     found = manifest.earlier(repository, "repository")
     targets = {engine.target for engine in found.engines.values()} if found else set()
@@ -266,7 +272,7 @@ def environment() -> dict[str, str]:
 
 
 def appended(file: Path) -> BinaryIO:
-    """The log, to be appended to. Raises UserError where it cannot be written."""
+    """Open the log for appending. Raises UserError if it cannot be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         return open(file, "ab")

@@ -1,9 +1,10 @@
-"""The process that serves: the front, Triton behind it, and what brings Triton back when one of its processes dies.
+"""The process that serves: it runs the front and Triton, and starts Triton again when one of its processes dies.
 
     python -m ditforge.triton_repo.service OPTIONS
 
-is how `ditforge.triton_repo.server` runs it. OPTIONS is the JSON of ServeOptions; what happens is told on standard
-output, a JSON object a line; `stop SECONDS` on standard input ends it after a drain, and the end of that input at once.
+is how `ditforge.triton_repo.server` runs it. OPTIONS is the JSON of ServeOptions. Events are written to standard
+output, one JSON object per line. The line `stop SECONDS` on standard input ends the process after unfinished pictures
+got that many seconds. The end of standard input ends it at once.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ from ditforge.triton_repo.tritonserver import Triton
 T = TypeVar("T")
 M_MMAP_THRESHOLD, LARGE = -3, 1 << 20
 BACKOFF = (0.0, 0.5, 1.0, 2.0, 4.0)  # seconds before each restart in a row
-DOUBT = 2.0  # seconds in which a process that Triton complains of shows that it has died
-STABLE = 30.0  # seconds of service after which a death is not in a row with the last one
+DOUBT = 2.0  # seconds after which a process that Triton complains about counts as hanging, if it has not died
+STABLE = 30.0  # seconds of service after which the count of deaths in a row starts again
 log = logging.getLogger(__name__)
 
 
 class Stop(Exception):
-    """The service is to end, after unfinished pictures got `grace` seconds."""
+    """The service must end, after unfinished pictures got `grace` seconds."""
 
     def __init__(self, grace: float) -> None:
         super().__init__(grace)
@@ -49,10 +50,11 @@ class Stop(Exception):
 
 
 async def serve(options: ServeOptions, report: Report, stopped: asyncio.Future[float]) -> None:
-    """Serve until `stopped` has a result. Raises DitforgeError where that cannot be, or Triton dies again and again.
+    """Serve until `stopped` has a result. Raises DitforgeError if serving is impossible, or if Triton dies repeatedly.
 
-    Reported are `listening` (with `port` and `metrics_port`), `ready`, `died`, `draining`, and `stopped` (with
-    `unfinished`, how many pictures were cut off, and `cause`, why they could not be waited for, if that is so).
+    The reported events are `listening` (with `port` and `metrics_port`), `ready`, `died`, `draining`, and `stopped`.
+    The last one has `unfinished`, the number of pictures that were cut off, and `cause`, the reason if they could not
+    be finished.
     """
     models, engines = read_models(options.repo)
     metrics = Metrics(models)
@@ -86,7 +88,7 @@ async def keep_running(
     report: Report,
     stopped: asyncio.Future[float],
 ) -> None:
-    """Run Triton behind the front, again whenever one of its processes dies, until `stopped`."""
+    """Run Triton behind the front until `stopped` has a result. Start it again whenever one of its processes dies."""
     deaths, loop, been_ready = 0, asyncio.get_running_loop(), False
     while True:
         triton = Triton(options, folder)
@@ -103,7 +105,7 @@ async def keep_running(
             report("draining", message=stopping(front.pictures.unfinished(), stop.grace))
             cause = "" if front.channel else "the models were being started"
             try:
-                if front.channel:  # a Triton that has lost a model never finishes them
+                if front.channel:  # if Triton loses a model, it never finishes them, so its end is awaited too
                     cause = await first_of(drained(front, stop.grace), end_of(triton, front))
             finally:  # also where it is to end at once, and this is cancelled
                 report("stopped", unfinished=front.pictures.unfinished(), cause=cause)
@@ -111,9 +113,9 @@ async def keep_running(
             return
         except DitforgeError as error:
             if not been_ready:
-                raise  # and would again
+                raise  # it never became ready, so starting it again would fail in the same way
             process, problem = "tritonserver", error
-        except OSError as error:  # no more file descriptors, processes or memory, which passes
+        except OSError as error:  # a temporary lack of file descriptors, processes or memory
             if not been_ready:
                 raise
             process = "tritonserver"
@@ -137,12 +139,12 @@ async def keep_running(
 
 
 def in_words(process: str, end: str, front: Front) -> str:
-    """Which process ended, and how."""
+    """Say as text which process ended, and how."""
     return f"the process of the model {process} {end}" if process in front.models else f"{process} {end}"
 
 
 async def end_of(triton: Triton, front: Front) -> str:
-    """Wait until a process of Triton's dies; in words, which and how."""
+    """Wait until one of Triton's processes dies. Return as text which one, and how."""
     return in_words(*await triton.died(), front)
 
 
@@ -153,8 +155,11 @@ async def drained(front: Front, grace: float) -> str:
 
 
 async def hangs(front: Front) -> tuple[str, str]:
-    """Wait until Triton complains of a model's process that then has not died: it is stopped, or waits for ever."""
-    while not front.doubted.empty():  # of the Triton before this one
+    """Wait until Triton complains about a model's process that is still alive after DOUBT seconds.
+
+    Such a process hangs: it was suspended, or it waits forever. Returns the model, and what is wrong with it.
+    """
+    while not front.doubted.empty():  # complaints of the Triton before this one
         front.doubted.get_nowait()
     model = await front.doubted.get()
     await asyncio.sleep(DOUBT)
@@ -162,7 +167,7 @@ async def hangs(front: Front) -> tuple[str, str]:
 
 
 def stopping(pictures: int, grace: float) -> str:
-    """What people read when the server is to end; nothing where it does at once."""
+    """Return the message for people when the server is about to end; empty if it ends at once."""
     if not pictures:
         return ""
     what = "1 unfinished picture gets" if pictures == 1 else f"{pictures} unfinished pictures get"
@@ -170,11 +175,11 @@ def stopping(pictures: int, grace: float) -> str:
 
 
 async def first_of(*waiting: Coroutine[Any, Any, T]) -> T:
-    """What the first of them gives that comes to its end; the others are cancelled."""
+    """Return the result of the first coroutine that ends, and cancel the others."""
     tasks = [asyncio.ensure_future(one) for one in waiting]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        results = [task.result() for task in done]  # which raises what any of them did
+        results = [task.result() for task in done]  # raises the error of any of them
         return results[0]
     finally:
         for task in tasks:
@@ -183,7 +188,7 @@ async def first_of(*waiting: Coroutine[Any, Any, T]) -> T:
 
 
 async def unless(stopped: asyncio.Future[float], waiting: Coroutine[Any, Any, T]) -> T:
-    """What `waiting` gives. Raises Stop, and cancels it, once `stopped` has a result."""
+    """Return the result of `waiting`. If `stopped` has a result first, cancel `waiting` and raise Stop."""
     task = asyncio.ensure_future(waiting)
     try:
         both: list[asyncio.Future[Any]] = [task, stopped]
@@ -197,7 +202,7 @@ async def unless(stopped: asyncio.Future[float], waiting: Coroutine[Any, Any, T]
 
 
 def main() -> None:
-    """Serve as the one argument says, tell what happens, and obey standard input."""
+    """Run the service with the options in the first argument. Report events, and obey standard input."""
     options = ServeOptions.model_validate_json(sys.argv[1])
     set_up()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -222,16 +227,17 @@ def main() -> None:
 
 
 def give_back_large_messages() -> None:
-    """Have each message of LARGE bytes and more returned to the system once it is done with.
+    """Make glibc return the memory of each message of at least LARGE bytes to the system when it is freed.
 
-    glibc else keeps memory of the largest size that was ever freed, in heaps that then fall to pieces (mallopt(3)).
+    By default glibc raises this size to that of the largest block that was ever freed, and keeps such memory in heaps
+    that become fragmented (mallopt(3)).
     """
     with contextlib.suppress(AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 async def obey(options: ServeOptions, report: Report) -> None:
-    """Serve until standard input says `stop SECONDS`, or ends, or SIGTERM comes."""
+    """Serve until standard input says `stop SECONDS` or ends, or until SIGTERM arrives."""
     loop = asyncio.get_running_loop()
     stopped: asyncio.Future[float] = loop.create_future()
 

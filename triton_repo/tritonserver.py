@@ -1,7 +1,8 @@
 """One run of tritonserver, from its start to its end, and the processes of its models.
 
-What a run needs beside its log lies in /dev/shm under one prefix: a folder of links and sockets, and the shared memory
-of its Python models. Both go when the server ends; where its owner was killed too, the next one sweeps up.
+Except for the log, everything that a run needs is in /dev/shm under one prefix: a folder of links and sockets, and the
+shared memory of the Python models. Both are removed when the server ends. If its owner was killed too, the next server
+removes them.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ if os.getppid() == int(sys.argv[1]):
 
 
 class Triton:
-    """A tritonserver on the repository of `options`, with sockets in `folder`. It writes where this process does."""
+    """A tritonserver on the repository of `options`, with sockets in `folder`. It writes where this process writes."""
 
     def __init__(self, options: ServeOptions, folder: Path) -> None:
         self.options, self.folder = options, folder
@@ -60,9 +61,9 @@ class Triton:
         self.models: dict[int, str] = {}  # their processes, by pid
 
     async def start(self) -> grpc.aio.Channel:
-        """Start it; returns a channel to it once all models are loaded. Raises DitforgeError where they are not.
+        """Start Triton, and return a channel to it once all models are loaded.
 
-        The error tells the reason from Triton's log.
+        Raises DitforgeError, with the reason from Triton's log, if they cannot be loaded.
         """
         command, env = prepare(self.options, self.folder)
         self.process = subprocess.Popen(
@@ -71,7 +72,7 @@ class Triton:
             stdout=sys.stderr.fileno(),
             stderr=subprocess.STDOUT,
             env=env,
-            cwd="/",  # the stub puts its working directory before everything else that Python imports from
+            cwd="/",  # the stub puts its working directory first in the list of folders that Python imports from
             start_new_session=True,
         )
         # Triton adds the port, which a Unix socket has not: it becomes a part of the name.
@@ -83,7 +84,7 @@ class Triton:
         return self.channel
 
     async def become_ready(self, pid: int, channel: grpc.aio.Channel) -> None:
-        """Wait until all models are loaded. Raises DitforgeError where it ends, takes too long, or lost a process."""
+        """Wait until all models are loaded. Raises DitforgeError if Triton ends, takes too long, or loses a process."""
         loop = asyncio.get_running_loop()
         deadline, lost_since = loop.time() + self.options.timeout, dict[int, float]()
         while not await is_ready(channel):
@@ -102,11 +103,11 @@ class Triton:
             raise self.failure(f"lost {self.name(lost)}: {how_it_ended(lost)}")
 
     def name(self, pid: int) -> str:
-        """What a model's process is called in messages; one that ended before it was seen has no name any more."""
+        """Return what messages call a model's process. One that ended before it was seen has no name any more."""
         return f"the process of the model {self.models[pid]}" if pid in self.models else "the process of a model"
 
     def failure(self, end: str) -> DitforgeError:
-        """How it failed to start, with the reason from its log."""
+        """Return the error for a start that failed, with the reason from Triton's log."""
         text = ""
         if self.options.log and self.options.log.is_file():
             with self.options.log.open("rb") as file:
@@ -124,7 +125,7 @@ class Triton:
         return "tritonserver", f"has died: {how_it_ended(self.process.pid) or 'it ended'}"
 
     async def fell_silent(self) -> tuple[str, str]:
-        """Wait until Triton, which lives, has not answered for SILENCE seconds. Returns as died() does."""
+        """Wait until Triton has not answered for SILENCE seconds although it lives. Returns as died() does."""
         assert self.channel is not None
         while True:
             try:
@@ -135,7 +136,10 @@ class Triton:
             await asyncio.sleep(ASKED_EVERY)
 
     async def stop(self) -> None:
-        """End it: by SIGTERM where all of it lives, so that models are unloaded, and by SIGKILL after a few seconds."""
+        """End Triton and its models.
+
+        If all of them live, Triton gets SIGTERM and UNLOADING seconds to unload the models. What is left is killed.
+        """
         if self.process is not None and not any(map(how_it_ended, (self.process.pid, *self.models))):
             self.process.terminate()
             with contextlib.suppress(asyncio.TimeoutError):
@@ -143,11 +147,11 @@ class Triton:
         await self.kill()
 
     async def kill(self) -> None:
-        """End it and its models at once, and remove their shared memory."""
+        """End Triton and its models at once, and remove their shared memory."""
         if self.process is not None and self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-            while self.process.poll() is None:  # which takes no file descriptor: there may be none left
+            while self.process.poll() is None:  # poll() needs no file descriptor; there may be none left
                 await asyncio.sleep(0.01)
         if self.channel is not None:
             await self.channel.close(grace=1)  # requests in flight fail by themselves: the other end is gone
@@ -208,7 +212,7 @@ def prepare(options: ServeOptions, folder: Path) -> tuple[list[str], dict[str, s
 
 
 async def is_ready(channel: grpc.aio.Channel) -> bool:
-    """Whether Triton says that all its models are."""
+    """Return whether Triton says that all its models are ready."""
     try:
         answer = await channel.unary_unary(READY)(b"", timeout=5)
     except grpc.aio.AioRpcError:
@@ -217,7 +221,7 @@ async def is_ready(channel: grpc.aio.Channel) -> bool:
 
 
 def model_processes(triton: int) -> dict[int, str]:
-    """The processes in which Triton's Python backend runs models: the models' names by pid."""
+    """Return the processes in which Triton's Python backend runs models: the models' names, by process id."""
     found = {}
     for process in psutil.Process(triton).children():
         with contextlib.suppress(psutil.Error):
@@ -228,9 +232,10 @@ def model_processes(triton: int) -> dict[int, str]:
 
 
 def lost_models(triton: int) -> list[int]:
-    """The processes in which Triton's Python backend ran a model and that have ended: Triton does not reap them.
+    """Return the processes of models that have ended. Triton's Python backend does not reap them.
 
-    While it loads models it also asks the same program, through a shell, for its version; that one is soon reaped.
+    While it loads models, Triton also runs the same program through a shell, to ask for its version. That process is
+    soon reaped.
     """
     lost = []
     for process in psutil.Process(triton).children():
@@ -260,7 +265,7 @@ def how_it_ended(pid: int) -> str | None:
 def reason_in(text: str) -> str:
     """What Triton's log says: why the models failed to load, else its errors, else its last lines."""
     entries = re.findall(r'^E\d{4} [\d:.]+ +\d+ \S+\] +"?(.*?)"?\s*$', text, re.MULTILINE)
-    errors = [entry for entry in entries if not entry.startswith("CudaDriverHelper")]  # every start without a GPU
+    errors = [entry for entry in entries if not entry.startswith("CudaDriverHelper")]  # logged wherever there is no GPU
     plain = [line for line in text.splitlines() if line.strip() and line[0] not in "+|"]
     lines = [entry for entry in errors if entry.startswith("failed to load")] or errors or plain
     return "\n".join(dict.fromkeys(lines[-10:])).replace("\\n", "\n").strip() or "it wrote nothing"
@@ -272,9 +277,9 @@ def namespace() -> str:
 
 
 def sweep() -> None:
-    """Remove what is left of servers whose owner was killed: then nobody is there to call remove().
+    """Remove what servers left behind whose owner was killed, because nobody called remove() for them.
 
-    A model's process that was in the middle of something when its Triton was killed can wait for it for ever.
+    A model's process that was busy when its Triton was killed can wait for it forever.
     """
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -286,7 +291,7 @@ def sweep() -> None:
 
 
 def is_left(name: str) -> bool:
-    """Whether a name in /dev/shm is one of a server whose owner has ended."""
+    """Return whether a name in /dev/shm belongs to a server whose owner has ended."""
     owner = name.removeprefix(namespace()).partition("-")[0]
     return name.startswith(namespace()) and not Path("/proc", owner).exists()
 

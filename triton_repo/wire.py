@@ -40,7 +40,7 @@ PARAMETERS = {"timeout", "priority"}  # of a request; all others of Triton's rea
 
 
 def is_spoilt(answer: bytes) -> bool:
-    """Whether an output in the ModelInferResponse `answer` has a NaN or an infinity in it. Copies no tensor."""
+    """Return whether an output in the ModelInferResponse `answer` contains a NaN or an infinity. Copies no tensor."""
     head, raw = split(answer, RAW_OUTPUT)
     kinds = [DTYPES.get(tensor.datatype, np.uint8) for tensor in pb.ModelInferResponse.FromString(head).outputs]
     pairs = zip(kinds, raw, strict=False)
@@ -48,7 +48,7 @@ def is_spoilt(answer: bytes) -> bool:
 
 
 def serialised(message: Message) -> bytes:
-    """The bytes of a message."""
+    """Return the bytes of a message."""
     data: bytes = message.SerializeToString()
     return data
 
@@ -102,7 +102,7 @@ def message(request: pb.ModelInferRequest, raw: Sequence[memoryview]) -> bytes:
 
 
 def as_varint(value: int) -> bytes:
-    """A number in as many bytes as it needs: seven bits in each, the lowest first; the eighth says that more follow."""
+    """Encode a number as a varint: seven bits in each byte, the lowest first; the eighth bit says that more follow."""
     written = bytearray()
     while value > 0x7F:
         written.append(value & 0x7F | 0x80)
@@ -179,12 +179,12 @@ def check(request: pb.ModelInferRequest, raw: Sequence[memoryview], served: Mode
 
 
 def limits_with_batch(limits: Limits) -> Limits:
-    """Of a model that takes no batches, the limits as if it took batches of one."""
+    """Return the limits of a model that takes no batches as if it took batches of one."""
     return limits if limits.max_batch else limits.model_copy(update={"max_batch": 1})
 
 
 def count(tensor: pb.ModelInferRequest.InferInputTensor) -> int:
-    """How many elements a tensor has by its shape. Python's integers do not overflow."""
+    """Return the number of elements of a tensor of this shape. Python's integers do not overflow."""
     elements = 1
     for size in tensor.shape:
         elements *= size
@@ -205,7 +205,7 @@ def from_raw(tensor: pb.ModelInferRequest.InferInputTensor, raw: memoryview) -> 
 
 
 def split_texts(name: str, raw: memoryview, elements: int) -> list[bytes]:
-    """The texts in `raw`: each has its length before it, in four bytes, little-endian."""
+    """Split `raw` into its texts. Before each text stands its length, in four bytes, little-endian."""
     texts: list[bytes] = []
     start = 0
     while start < len(raw) and len(texts) <= elements:

@@ -1,1 +1,1 @@
-"""The files that people have: their layouts, and their weights, read one tensor at a time."""
+"""Open checkpoints: recognise the layout of their files, and read their weights one tensor at a time."""

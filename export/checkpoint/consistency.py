@@ -1,4 +1,4 @@
-"""Whether a checkpoint's configurations and weights fit each other: found out before the first network is traced."""
+"""Check that a checkpoint's configurations and weights fit each other, before the first network is traced."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ FIX = "its config.json is not the one of these weights, or a shard is missing: c
 
 
 def check_weights(network: Network, weights: Weights) -> dict[str, tuple[int, ...]]:
-    """Raise UserError if the network cannot be made or run, or if `weights` are not those that it takes.
+    """Check that the network can be made and run, and that `weights` have its tensors in the right shapes.
 
-    Returns the names and shapes of those that it takes. Raises DitforgeError if one of the network's factors is for
-    weights that it has none of.
+    Returns the shapes of the network's parameters by name. Raises UserError if the configuration is unusable or a
+    tensor is missing or of another shape, and DitforgeError if one of the network's factors fits none of its weights.
     """
     try:
         parameters = dry_run(network)
@@ -42,7 +42,7 @@ def check_weights(network: Network, weights: Weights) -> dict[str, tuple[int, ..
 
 
 def check_ports(networks: Iterable[Network]) -> None:
-    """Raise UserError if what one network hands to another is not what that one takes."""
+    """Raise UserError if ports of the same name have different shapes in different networks."""
     seen: dict[str, tuple[str, Port]] = {}
     for network in networks:
         for name, port in {**network.inputs, **network.outputs}.items():

@@ -1,4 +1,7 @@
-"""What one of diffusers' tensors is made of, written down by diffusers' own converters instead of carried out."""
+"""Recipes: how a tensor of diffusers is made from the tensors of a file.
+
+diffusers' own converters run on recipes in place of tensors, so that what they do is recorded and not carried out.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ Tensors = Mapping[str, Lazy]
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of the tensor `name` from `start` to `stop`, as shares of all its rows."""
+    """Rows of the tensor `name`. `start` and `stop` are fractions of the number of its rows."""
 
     name: str
     start: Fraction = Fraction(0)
@@ -26,10 +29,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one of diffusers' tensors is made of: pieces, one below the other; `cut` drops trailing dimensions of 1.
+    """How one of diffusers' tensors is made: `pieces` are concatenated along their rows.
 
-    To diffusers' converters it is a tensor: they chunk, split, join and index it, and that is recorded. `shape` is that
-    of the file's tensor. Sizes to split at count as shares, because FLUX's converter has the published width built in.
+    Then the last `cut` dimensions, which must be 1, are dropped. `shape` is the shape of the file's tensor.
+
+    diffusers' converters treat a recipe as a tensor: they chunk, split, concatenate and index it, and the recipe
+    records these steps. The sizes of a split are taken as proportions, because FLUX's converter has the width of the
+    published models built in.
     """
 
     pieces: tuple[Piece, ...]
@@ -38,11 +44,11 @@ class Recipe:
 
     @property
     def ndim(self) -> int:
-        """How many dimensions it has."""
+        """The number of dimensions."""
         return len(self.shape)
 
     def split(self, sizes: Sequence[int], dim: int = 0) -> tuple[Recipe, ...]:
-        """Parts of those sizes, in proportion."""
+        """Split the rows in the proportions of `sizes`."""
         assert dim == 0 and len(self.pieces) == 1, "converters cut whole tensors along their rows"
         piece, total, first, parts = self.pieces[0], sum(sizes), 0, []
         for size in sizes:
@@ -53,7 +59,7 @@ class Recipe:
         return tuple(parts)
 
     def chunk(self, chunks: int, dim: int = 0) -> tuple[Recipe, ...]:
-        """So many equal parts."""
+        """Split the rows into `chunks` equal parts."""
         return self.split((1,) * chunks, dim)
 
     def __getitem__(self, index: tuple[slice | int, ...]) -> Recipe:
@@ -78,7 +84,10 @@ class Recipe:
         raise NotImplementedError(f"diffusers' converter uses {function}, which is not recorded")
 
     def of(self, tensors: Tensors) -> Lazy:
-        """The tensor, made of `tensors`. Raises UserError if their rows cannot be divided so."""
+        """Return the tensor that this recipe makes from `tensors`. It is read only when it is used.
+
+        Raises UserError if the rows cannot be divided in these proportions, or if a dimension to drop is not 1.
+        """
         parts = []
         for piece in self.pieces:
             tensor = tensors[piece.name]

@@ -1,4 +1,4 @@
-"""A checkpoint as a diffusers folder: which networks it names, their configurations, and where their weights are."""
+"""A checkpoint as a diffusers folder: the components that it names, their configurations, and their weights."""
 
 from __future__ import annotations
 
@@ -16,17 +16,21 @@ if TYPE_CHECKING:
     from ditforge.export.checkpoint.lazy_tensors import Lazy
 
 INDEX = "model_index.json"
-CONFIGS = Path(__file__).parents[1] / "configs"  # of published models: folders without weights and vocabularies
+CONFIGS = Path(__file__).parents[1] / "configs"  # published models' folders, without weights and vocabularies
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A diffusers folder. `pipeline` is the class that its model_index.json names, e.g. FluxPipeline.
+    """A diffusers folder, and what replaces parts of it: a single file and LoRAs (see source.py).
 
-    Where there are no weights, and random ones take their place, `seed` is what they are made from. What comes from
-    elsewhere than the folder (a single file, LoRAs: source.py) is in `title`, the model's name, `tensors`, by
-    component and name, `configs`, by component and file, and `loras`, as FILE:STRENGTH without the folders.
-    `repositories` says what of it is from the Hub, and of which commit.
+    folder: the diffusers folder.
+    pipeline: the class that its model_index.json names, for example FluxPipeline.
+    seed: the seed of the random weights, where these are used; None for real weights.
+    title: the model's name, where it is not the folder's name.
+    tensors: tensors that replace those of the folder, by component and name.
+    configs: configurations that replace those of the folder, by component and file name.
+    loras: the LoRAs that were added, as FILE:STRENGTH, without the files' folders.
+    repositories: which parts are from the Hugging Face Hub, and their commits; empty if none is.
     """
 
     folder: Path
@@ -40,16 +44,22 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """The name of the folder or file, by which people know the model."""
+        """The model's name: that of its folder, file or repository."""
         return self.title or self.folder.resolve().name
 
     def config(self, component: str, file: str = "config.json") -> dict[str, Any]:
-        """The configuration of a component (`transformer`, `vae`, …) as its file has it."""
+        """Return the configuration of a component (`transformer`, `vae`, …) as its file has it.
+
+        Raises UserError if the file is missing or damaged.
+        """
         given = self.configs.get((component, file))
         return read_json(self.folder / component / file) if given is None else given
 
     def weights(self, component: str) -> Weights:
-        """The weights of a component, opened and checked for completeness, none of them read."""
+        """Open the weights of a component and check that they are complete. No tensor is read.
+
+        Raises UserError as open_weights() does.
+        """
         if component not in self.tensors:
             return open_weights(self.folder / component)
         from ditforge.export.checkpoint.lazy_tensors import as_weights
@@ -58,7 +68,7 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open the diffusers folder. Raises UserError if it is none."""
+    """Open the diffusers folder. Raises UserError if it is not a folder in diffusers' layout."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder", "give the folder of a checkpoint in diffusers' layout")
     if not (folder / INDEX).is_file():
@@ -70,18 +80,21 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def t5_parts(index: dict[str, Any]) -> list[str]:
-    """What an index calls T5 and its tokenizer, whose class does not say whose it is; nothing where it has no T5."""
+    """Return the names that a model_index.json gives to T5 and its tokenizer; an empty list if it has no T5.
+
+    A tokenizer's class does not say which encoder it belongs to, so its name is derived from the encoder's name.
+    """
     entries = {name: value[-1] for name, value in index.items() if isinstance(value, list) and value}
     encoders = [name for name, cls in entries.items() if str(cls).startswith("T5Encoder")]
     return [*encoders, *(name.replace("text_encoder", "tokenizer") for name in encoders)]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a checkpoint's file. Raises UserError if the file is missing, or holds something else."""
+    """Read the JSON object in a checkpoint's file. Raises UserError if the file is missing or holds something else."""
     return read_json_object(path, "checkpoint")
 
 
 def with_defaults(cls: Any, config: dict[str, Any]) -> dict[str, Any]:
-    """`config` with the defaults of the constructor of `cls` for the keys that it leaves out, as diffusers reads it."""
+    """Return `config`, with the defaults of the constructor of `cls` for missing keys. diffusers reads it like this."""
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
     return {p.name: p.default for p in parameters if p.default is not p.empty} | config

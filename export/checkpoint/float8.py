@@ -1,4 +1,4 @@
-"""Weights that a checkpoint stores in float8, as ComfyUI's files do, as numbers again."""
+"""Dequantise the weights that a checkpoint stores in float8, as ComfyUI's files do."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from ditforge.export.checkpoint.lazy_tensors import Lazy
 from ditforge.export.checkpoint.refused_formats import FULL
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-# ComfyUI's names, older and newer (comfy/ops.py): a weight is float8 times its scale; the others tell its runtime how
-# to multiply, and are of no use here.
+# ComfyUI's older and newer names (comfy/ops.py). A weight is the float8 tensor times its scale. The RUNTIME_KEYS tell
+# ComfyUI's runtime how to multiply, and are not needed here.
 SCALES = (".scale_weight", ".weight_scale")
 RUNTIME_KEYS = re.compile(r"(.*\.)?(scaled_fp8|scale_input|input_scale|comfy_quant)")
 
 
 def dequantised(tensors: Tensors) -> dict[str, Lazy]:
-    """The same with float8 weights as numbers: times their scale in float32 where they have one, else in bfloat16.
+    """Return the tensors with all float8 weights dequantised, unread.
 
-    Each float8 number is a bfloat16 number. Scales are [] or one a row. Raises UserError for packed integer weights.
+    A weight with a scale is multiplied by it and becomes float32; a scale has the shape [] or one number for each row.
+    A weight without a scale becomes bfloat16, which represents every float8 number exactly. Raises UserError for
+    weights packed into integers, and for a scale of another shape.
     """
     scales = {key.removesuffix(s) + ".weight": t for key, t in tensors.items() for s in SCALES if key.endswith(s)}
     found = {}
@@ -43,7 +45,10 @@ def dequantised(tensors: Tensors) -> dict[str, Lazy]:
 
 
 def scaled(key: str, tensor: Lazy, scale: Lazy) -> Lazy:
-    """The tensor times its scale, in float32. Raises UserError if the scale has another shape than [] or one a row."""
+    """Return the weight `key` times its scale, in float32, unread.
+
+    Raises UserError if the scale is neither a single number nor one number for each row.
+    """
     numbers = prod(scale.shape)
     if numbers not in (1, tensor.length) or (scale.shape and scale.shape[0] != numbers):
         problem = f"{tensor.file}: the scale of {key} has shape {list(scale.shape)}, the weight {list(tensor.shape)}"

@@ -1,8 +1,8 @@
-"""Checkpoints that are given as repositories of the Hugging Face Hub: `owner/name`, `owner/name@revision`, and one file
-in a repository, `owner/name/file.safetensors@revision`.
+"""Checkpoints on the Hugging Face Hub: a repository, as `owner/name` or `owner/name@revision`, or one file in it, as
+`owner/name/file.safetensors@revision`.
 
-They are downloaded into the Hub's own cache, through huggingface_hub, which reads HF_TOKEN (or what `hf auth login`
-keeps), HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE. What is on the disk by that name is never looked for on the Hub.
+They are downloaded into the Hub's own cache by huggingface_hub, which reads HF_TOKEN (or the token that `hf auth login`
+keeps), HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE. A path that exists on the disk is never looked for on the Hub.
 Source: https://huggingface.co/docs/huggingface_hub, "Understand caching" and "Environment variables".
 """
 
@@ -23,7 +23,7 @@ FILE_SUFFIXES = {SAFETENSORS, ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf", "
 PART = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 REFERENCE = re.compile(rf"({PART}/{PART})(?:/([^@]+\{SAFETENSORS}))?(?:@([A-Za-z0-9_./-]+))?")
 COMMIT = re.compile("[0-9a-f]{40}")
-# By the names that people give them; lower case.
+# The repositories of published models, by the names that people use, in lower case.
 PUBLISHED = {
     "flux.1-dev": "black-forest-labs/FLUX.1-dev",
     "flux.1-schnell": "black-forest-labs/FLUX.1-schnell",
@@ -38,9 +38,9 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Reference:
-    """What is meant on the Hub: a repository, one of its files or all of it (None), at a revision or the newest (None).
+    """A repository on the Hub, or one of its files.
 
-    A revision is a branch, a tag, or a commit.
+    `file` None means the whole repository. `revision` is a branch, a tag or a commit; None means the newest commit.
     """
 
     repository: str
@@ -54,8 +54,11 @@ class Reference:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What of a diffusers folder is needed: "all" text encoders, or "clip" without T5; the weights, but for those of
-    the components in `without`, or only configurations and tokenizers.
+    """Which files of a diffusers folder are needed.
+
+    text_encoders: "all", or "clip" to leave T5 out.
+    weights: whether weights are needed; if not, only configurations and tokenizers are.
+    without: the components whose weights are not needed.
     """
 
     text_encoders: str = "all"
@@ -65,7 +68,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a path in the Hub's cache is: a repository at a commit, and a file in it ("" for all of it)."""
+    """A path in the Hub's cache: the repository, its commit, and the file in it ("" for the whole repository)."""
 
     repository: str
     commit: str
@@ -76,10 +79,14 @@ class Snapshot:
 
 
 def local(path: Path, wanted: Wanted | None = None, progress: Progress | None = None) -> Path:
-    """The folder or file `path` on this machine; where it is none and names a repository, what is downloaded of that.
+    """Return the local path of a checkpoint, and download it first if `path` names a repository or file on the Hub.
 
-    Raises UserError where neither is there, where the repository may not be read, is no diffusers folder or does not
-    fit on the disk, and DitforgeError where the Hub cannot be reached and the cache lacks something.
+    A path that exists, or that cannot be the name of a repository, is returned unchanged. `wanted` None means
+    everything. `progress` is called with (component or file, bytes downloaded, bytes in all).
+
+    Raises UserError if the repository does not exist, may not be read, is not in diffusers' layout or does not fit on
+    the disk, or if `path` is a published model's name without its owner, and DitforgeError if the Hub cannot be reached
+    and the cache does not have everything.
     """
     wanted = wanted or Wanted()
     reference = reference_of(path)
@@ -91,9 +98,10 @@ def local(path: Path, wanted: Wanted | None = None, progress: Progress | None = 
 
 
 def local_lora(path: Path, progress: Progress | None = None) -> Path:
-    """The LoRA's file `path` on this machine; of a repository, the file that is named, or the only one that it has.
+    """Return the local path of a LoRA's file, and download it first if `path` is on the Hub.
 
-    Raises as local() does, and UserError for a repository of several files.
+    For a repository without a file name, it is the repository's only safetensors file. Raises the same errors as
+    local(), and UserError if the repository has several such files.
     """
     reference = reference_of(path)
     if reference is None:
@@ -102,9 +110,9 @@ def local_lora(path: Path, progress: Progress | None = None) -> Path:
 
 
 def reference_of(path: Path) -> Reference | None:
-    """What `path` means on the Hub; None where it is on this machine, or names no repository.
+    """Return the repository or file on the Hub that `path` names; None if `path` exists, or names no repository.
 
-    Raises UserError for a path that is not there in a folder that is, which is a mistake rather than a repository.
+    Raises UserError if `path` does not exist but its folder does: that is a mistake in a path, and not a repository.
     """
     match = REFERENCE.fullmatch(str(path))
     if match is None or path.exists():
@@ -122,7 +130,7 @@ def reference_of(path: Path) -> Reference | None:
 
 
 def snapshot_of(path: Path) -> Snapshot | None:
-    """What `path` is of the Hub's cache: models--OWNER--NAME/snapshots/COMMIT/…; None where it is elsewhere."""
+    """Return what `path` is in the Hub's cache (models--OWNER--NAME/snapshots/COMMIT/…); None if it is elsewhere."""
     parts = (path.resolve() if path.is_dir() else path.absolute()).parts
     for number, part in enumerate(parts[:-2]):
         owner_name = part.removeprefix("models--").split("--")
@@ -132,13 +140,16 @@ def snapshot_of(path: Path) -> Snapshot | None:
 
 
 def title(folder: Path) -> str | None:
-    """The name of the model in a folder of the cache, which is itself called by a commit; None for other folders."""
+    """Return the name of the model in a folder of the Hub's cache; None for other folders.
+
+    The folder's own name does not tell it, because that is the commit.
+    """
     snapshot = snapshot_of(folder)
     return snapshot.repository.split("/")[-1] if snapshot else None
 
 
 def held_components(path: Path) -> frozenset[str]:
-    """The components whose weights are in the single file `path`."""
+    """Return the components whose weights are in the single file `path`; none if `path` is not a file."""
     if not path.is_file():
         return frozenset()
     from ditforge.export.checkpoint.layouts import open_single_file
@@ -147,19 +158,19 @@ def held_components(path: Path) -> frozenset[str]:
 
 
 def _suggest(path: Path) -> None:
-    """Raise UserError where a name without an owner is nearly that of a published model."""
+    """Raise UserError, with the repository's name, if `path` is nearly the name of a published model."""
     if found := published(path.name):
         raise UserError(f"{path} is not a folder", f"{found}   is the repository of that name")
 
 
 def published(name: str) -> str | None:
-    """The repository of the published model that is called nearly so."""
+    """Return the repository of the published model with the nearest name; None if none is near."""
     near = get_close_matches(NICKNAME.sub("stable-diffusion-", name.lower()), PUBLISHED, n=1, cutoff=0.85)
     return PUBLISHED[near[0]] if near else None
 
 
 def _fetched(reference: Reference, wanted: Wanted | None, progress: Progress | None) -> Path:
-    """The folder or file that `reference` means, downloaded or from the cache; `wanted` None means a LoRA's file."""
+    """Return the local path of `reference`, downloaded or from the cache. `wanted` None means a LoRA's file."""
     from huggingface_hub import constants
 
     from ditforge.export.checkpoint import hub_fetch
@@ -167,7 +178,8 @@ def _fetched(reference: Reference, wanted: Wanted | None, progress: Progress | N
 
     if constants.HF_HUB_OFFLINE:
         return hub_fetch.cached(reference, wanted)
-    # What a commit is never changes. Weights come last: where they are, the rest is.
+    # A commit never changes, so its files in the cache are current. Weights are downloaded last: if they are there,
+    # everything else is there too.
     if reference.revision and COMMIT.fullmatch(reference.revision) and (wanted is None or wanted.weights):
         with suppress(UserError):
             return hub_fetch.cached(reference, wanted)

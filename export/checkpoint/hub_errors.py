@@ -1,4 +1,4 @@
-"""What goes wrong with the Hub, in words: what happened, and what to do about it."""
+"""Turn the errors of huggingface_hub into ditforge's errors, which say what happened and what to do about it."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from ditforge.errors import DitforgeError, UserError
 from ditforge.export.checkpoint.hub import Reference, published
 from ditforge.stage_folder import FULL
 
-# That of httpx, of which huggingface_hub 1 and 2 take different packages.
+# The base class of httpx's errors. It is taken from here because huggingface_hub 1 and 2 use different packages of it.
 HTTP_ERROR: type[BaseException] = HfHubHTTPError.__bases__[0]
 LOG_IN = "hf auth login"
 AGAIN = "the same command again goes on where this one stopped"
 
 
 class Unreachable(DitforgeError):
-    """The Hub does not answer, or not as it should; what is in the cache can still be used."""
+    """The Hub does not answer, or answers wrongly. The files in the cache can still be used."""
 
 
 @contextmanager
 def explained(reference: Reference) -> Iterator[None]:
-    """Raise what the library raises inside as UserError and DitforgeError."""
+    """Within this context, turn errors of huggingface_hub and of the system into UserError or DitforgeError."""
     try:
         yield
     except DitforgeError:
@@ -44,7 +44,7 @@ def explained(reference: Reference) -> Iterator[None]:
 
 
 def explain(error: BaseException, reference: Reference) -> DitforgeError:
-    """The library's error about `reference` in words."""
+    """Return the error to raise in place of the library's `error` about `reference`."""
     here, page = reference.repository, f"{constants.ENDPOINT}/{reference.repository}"
     if isinstance(error, GatedRepoError):
         if get_token():
@@ -73,7 +73,7 @@ def explain(error: BaseException, reference: Reference) -> DitforgeError:
 
 
 def _refused(error: HfHubHTTPError, reference: Reference) -> DitforgeError:
-    """What the Hub has answered instead of what it was asked for."""
+    """Return the error for an HTTP error status with which the Hub answered."""
     status = error.response.status_code
     if isinstance(error, EntryNotFoundError):
         return UserError(f"{reference} is not in the repository", "check the file's name")
@@ -85,7 +85,7 @@ def _refused(error: HfHubHTTPError, reference: Reference) -> DitforgeError:
 
 
 def _not_written(error: BaseException, reference: Reference) -> DitforgeError:
-    """What the system has against it."""
+    """Return the error for a file that could not be written, or was not downloaded completely."""
     number, words = getattr(error, "errno", None), getattr(error, "strerror", None)
     cache = constants.HF_HUB_CACHE
     if number in FULL:
@@ -97,7 +97,7 @@ def _not_written(error: BaseException, reference: Reference) -> DitforgeError:
 
 
 def _cause(error: BaseException) -> str:
-    """The first cause: what the library wraps into advice of its own."""
+    """Return the text of the original error, which the library wraps in errors with advice of its own."""
     while error.__cause__ is not None:
         error = error.__cause__
     return _short(error)

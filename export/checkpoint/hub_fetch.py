@@ -1,4 +1,4 @@
-"""What is needed of a repository, from the Hub or from its cache alone, and what is said where it is not there."""
+"""Get the needed files of a repository from the Hub, or from its cache alone, with errors for what is not there."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from ditforge.export.checkpoint.hub import SAFETENSORS, Progress, Reference, Wan
 from ditforge.export.checkpoint.hub_errors import explained
 from ditforge.export.checkpoint.hub_repository import Meter, Repository, check_space, describe, download
 
-LISTED = 12  # files of a repository that an error lists
+LISTED = 12  # how many files of a repository an error lists
 
 
 def fetch(reference: Reference, wanted: Wanted | None, progress: Progress | None) -> Path:
-    """What `reference` means, downloaded as far as the cache lacks it; a folder as far as it is `wanted`.
+    """Download what the cache lacks of `reference`, and return its local path.
 
-    `wanted` None means a LoRA, of which there is one file. Raises UserError and DitforgeError.
+    Of a folder, only the `wanted` files are downloaded; `wanted` None means a LoRA, which is one file. Raises the same
+    errors as hub.local().
     """
     meter = Meter(progress)
     with explained(reference):
@@ -34,9 +35,9 @@ def fetch(reference: Reference, wanted: Wanted | None, progress: Progress | None
 
 
 def cached(reference: Reference, wanted: Wanted | None) -> Path:
-    """The same from the cache alone. Raises UserError where it lacks something."""
+    """Return the local path of `reference` from the cache alone. Raises UserError if a wanted file is not there."""
     fix = "run it where the Hub can be reached, with HF_HUB_OFFLINE unset: what is missing is downloaded"
-    try:  # no file is asked for: only where the revision is
+    try:  # allow_patterns=[] asks for no file: this only finds the folder of the revision
         found = snapshot_download(
             reference.repository, revision=reference.revision, local_files_only=True, allow_patterns=[]
         )
@@ -60,7 +61,10 @@ def cached(reference: Reference, wanted: Wanted | None) -> Path:
 
 
 def only_file(reference: Reference, names: Collection[str]) -> str:
-    """The one safetensors file of a repository. Raises UserError where there is none, or where there are several."""
+    """Return the only safetensors file of a repository. Those in subfolders count only if there is no other.
+
+    Raises UserError if there is none, or if there are several.
+    """
     found = sorted(name for name in names if name.endswith(SAFETENSORS))
     found = [name for name in found if "/" not in name] or found
     if len(found) == 1:
@@ -78,12 +82,12 @@ def _file(reference: Reference, repository: Repository, file: str, meter: Meter)
 
 
 def _folder(reference: Reference, repository: Repository, wanted: Wanted | None, meter: Meter) -> Path:
-    """What describes the folder first, which says what the rest is, and then the weights."""
+    """Download the configurations and tokenizers first, which say what else is needed, and then the weights."""
     assert wanted is not None, "a folder is no LoRA"
     if INDEX not in repository.files:
         raise _no_folder(reference, repository.files)
     folder = download(repository, [INDEX], meter, reference.revision or constants.DEFAULT_REVISION).parent
-    if folder.name != repository.commit:  # a branch has moved on in this moment
+    if folder.name != repository.commit:  # the branch got a new commit in the meantime
         repository = describe(replace(reference, revision=folder.name))
     parts = hub_files.components(read_json(folder / INDEX), wanted.text_encoders)
     download(repository, hub_files.descriptions(repository.files, parts), meter)
@@ -107,7 +111,7 @@ def _check_family(reference: Reference, folder: Path) -> None:
 
 
 def _known(reference: Reference, file: str, names: Collection[str]) -> str:
-    """`file`, if it is there. Raises UserError, with those that are, if not."""
+    """Return `file` if it is among `names`. Otherwise raises UserError, which lists the safetensors files."""
     if file in names:
         return file
     others = sorted(name for name in names if name.endswith(SAFETENSORS))
@@ -117,7 +121,7 @@ def _known(reference: Reference, file: str, names: Collection[str]) -> str:
 
 
 def _no_folder(reference: Reference, names: Collection[str]) -> UserError:
-    """Why a repository is no checkpoint: what it holds instead."""
+    """Return the error for a repository that is no checkpoint in diffusers' layout."""
     files = sorted(name for name in names if name.endswith(SAFETENSORS))
     if not files:
         return UserError(f"{reference} has no {INDEX}, and no {SAFETENSORS} file", "take another repository")

@@ -1,7 +1,7 @@
-"""Which files of a repository in diffusers' layout are needed: what this room reads, and nothing else.
+"""Choose the files of a repository in diffusers' layout that an export reads.
 
-A repository holds much besides: the weights once more in one file, in other formats (.bin, .msgpack, ONNX) and dtypes
-(fp16), and pictures.
+A repository holds much that is not needed: the weights again in a single file, in other formats (.bin, .msgpack, ONNX)
+and in other dtypes (fp16), and pictures.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from ditforge.small_files import read_bytes
 
 READ = re.compile(r"scheduler|transformer|vae|(text_encoder|tokenizer)(_\d+)?")
 WITHOUT_WEIGHTS = re.compile(r"scheduler|tokenizer(_\d+)?")
-DESCRIPTIONS = {".json", ".txt", ".model", ".jinja"}  # configurations and vocabularies
+DESCRIPTIONS = {".json", ".txt", ".model", ".jinja"}  # the suffixes of configurations and vocabularies
 INDICES = tuple(f"{name}.index.json" for name in SINGLE_FILES)
 OTHER_WEIGHTS = (".safetensors", ".bin", ".msgpack", ".pt", ".ckpt", ".gguf", ".onnx")
 
 
 def components(index: dict[str, Any], text_encoders: str) -> list[str]:
-    """The components of a model_index.json that are read; for the text encoders "clip", T5 is not.
+    """Return the components of a model_index.json that an export reads; T5 only if `text_encoders` is "all".
 
-    Raises UserError for other text encoders, before anything is downloaded for them.
+    `text_encoders` is "all" or "clip". Raises UserError for anything else.
     """
     if text_encoders not in ("all", "clip"):
         raise UserError(f"unknown text encoders {text_encoders!r}", f"{option('text_encoders')} with one of: all, clip")
@@ -38,15 +38,16 @@ def components(index: dict[str, Any], text_encoders: str) -> list[str]:
 
 
 def descriptions(names: Iterable[str], parts: Collection[str]) -> list[str]:
-    """Of the files `names`, those that describe the components `parts`: all but weights."""
+    """Choose from the files `names` the configurations, vocabularies and shard indices of the components `parts`."""
     paths = [path for path in map(PurePosixPath, sorted(names)) if str(path.parent) in parts]
     return [str(p) for p in paths if p.suffix in DESCRIPTIONS and (".index." not in p.name or p.name in INDICES)]
 
 
 def weights(folder: Path, names: Collection[str], parts: Iterable[str]) -> list[str]:
-    """Of the files `names`, those with the weights of the components `parts`, whose descriptions are in `folder`.
+    """Choose from the files `names` those with the weights of the components `parts`.
 
-    Raises UserError where a component has none, or an index names a shard that is not there.
+    The indices of shards must be in `folder` already. Raises UserError if a component has no weights in safetensors, or
+    if an index is damaged or names a shard that is not in the repository.
     """
     found: list[str] = []
     for part in parts:

@@ -1,8 +1,9 @@
-"""A repository of the Hub at one commit: what it holds, and its files brought into the Hub's cache.
+"""A repository of the Hub at one commit: list its files, and download them into the Hub's cache.
 
-huggingface_hub keeps whole files, and goes on within a file only while the process lives. Files of gigabytes are
-therefore written here to `blobs/DIGEST.incomplete`, as its earlier versions did, under the library's lock, and by its
-http_get, which asks for what is missing (Range). The library then finds the blob and puts it into the snapshot.
+When a process ends, huggingface_hub keeps only the files that it has downloaded completely. Large files are therefore
+downloaded here, so that the next process can continue within a file. They are written to `blobs/DIGEST.incomplete`, as
+earlier versions of the library did, under the library's lock, and by its http_get, which requests only the missing
+bytes (Range). The library then finds the finished blob and links it into the snapshot.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ from ditforge.export.checkpoint.hub import Progress, Reference
 from ditforge.export.checkpoint.hub_errors import AGAIN
 
 LIBRARY: dict[str, Any] = {"library_name": "ditforge", "library_version": __version__}
-SPARE = 10**8  # bytes that a disk keeps free
+SPARE = 10**8  # bytes that must stay free on the disk
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file as the Hub describes it: its size in bytes, the name of its blob in the cache, and whether that is the
-    SHA-256 of its content, as it is for all large files.
+    """A file as the Hub describes it.
+
+    size: its size in bytes.
+    blob: the name of its content in the cache's folder `blobs`.
+    large: whether it is stored as a large file (LFS); `blob` is then the SHA-256 of its content.
     """
 
     size: int
@@ -48,11 +52,11 @@ class Repository:
 
     @property
     def cache(self) -> Path:
-        """Its folder in the Hub's cache."""
+        """The repository's folder in the Hub's cache."""
         return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self.name, repo_type="model")
 
     def missing(self, name: str) -> int:
-        """How many bytes of the file are not in the cache yet."""
+        """Return how many bytes of the file are not in the cache yet."""
         file = self.files[name]
         if (self.cache / "snapshots" / self.commit / name).exists() or self.blob(name).exists():
             return 0
@@ -60,37 +64,37 @@ class Repository:
         return file.size - min(partial.stat().st_size if file.large and partial.exists() else 0, file.size)
 
     def blob(self, name: str) -> Path:
-        """Where the cache keeps the file's content."""
+        """Return the path at which the cache keeps the file's content."""
         return self.cache / "blobs" / self.files[name].blob
 
     def partial(self, name: str) -> Path:
-        """Where it is while it is not whole."""
+        """Return the path of the file's content while its download is incomplete."""
         return self.cache / "blobs" / f"{self.files[name].blob}.incomplete"
 
 
 class Meter:
-    """Counts the bytes of several files, and reports them; what huggingface_hub takes for a progress bar feeds it."""
+    """Counts the downloaded bytes of several files and reports them. bar() makes huggingface_hub feed it."""
 
     def __init__(self, report: Progress | None) -> None:
         self.report = report or (lambda doing, done, total: None)
         self.name, self.done, self.total = "", 0, 0
 
     def expect(self, size: int) -> None:
-        """So many bytes more will come."""
+        """Add `size` bytes to the total that will be downloaded."""
         self.total += size
 
     def count(self, size: float | None) -> None:
-        """So many have come, of what is called `name`: a component, or a file."""
+        """Count `size` more bytes as downloaded, and report them under the current `name`: a component or a file."""
         self.done = min(self.done + int(size or 0), self.total)
         self.report(self.name, self.done, self.total)
 
     def finish(self) -> None:
-        """No more will come."""
+        """Report that everything is downloaded."""
         if self.total:
             self.report("done", self.total, self.total)
 
     def bar(self) -> Any:
-        """A class like tqdm's, as far as the library uses it, that shows nothing itself."""
+        """Return a class that huggingface_hub can use in place of tqdm. It counts bytes here and displays nothing."""
         meter = self
 
         class Bar:
@@ -110,7 +114,10 @@ class Meter:
 
 
 def describe(reference: Reference) -> Repository:
-    """What the repository holds at the revision, and which commit that is; one request."""
+    """Ask the Hub, in one request, for the files of the repository at the revision, and for the revision's commit.
+
+    Raises huggingface_hub's errors, and DitforgeError if the answer names no commit.
+    """
     info = HfApi(**LIBRARY).model_info(
         reference.repository, revision=reference.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
     )
@@ -124,7 +131,7 @@ def describe(reference: Reference) -> Repository:
 
 
 def check_space(reference: Reference, repository: Repository, names: Collection[str]) -> None:
-    """Raise UserError if the disk of the cache has no room for what is missing of the files."""
+    """Raise UserError if the disk of the cache has no room for the bytes of the files that are missing there."""
     size = sum(repository.missing(name) for name in names)
     parent = repository.cache
     while not parent.is_dir() and parent != parent.parent:
@@ -138,9 +145,10 @@ def check_space(reference: Reference, repository: Repository, names: Collection[
 
 
 def download(repository: Repository, names: Collection[str], meter: Meter, revision: str | None = None) -> Path:
-    """Put files into the snapshot, and return the last one's path there.
+    """Download the files `names` into the snapshot, and return the last one's path there.
 
-    A `revision` is noted in the cache, for when the Hub cannot be reached; by default it is the commit.
+    The cache records the commit of a given `revision` (by default: the commit itself), so that it can be found when the
+    Hub cannot be reached.
     """
     meter.expect(sum(repository.missing(name) for name in names))
     at, path = revision or repository.commit, ""
@@ -153,12 +161,15 @@ def download(repository: Repository, names: Collection[str], meter: Meter, revis
 
 
 def _write_blob(repository: Repository, name: str, meter: Meter) -> None:
-    """Download a large file to where the cache keeps its content, from where an earlier download of it stopped."""
+    """Download a large file to its blob in the cache. Continue where an earlier download of it stopped.
+
+    Raises DitforgeError if the earlier part turns out to be of another content.
+    """
     file, blob, partial = repository.files[name], repository.blob(name), repository.partial(name)
     lock = Path(constants.HF_HUB_CACHE) / ".locks" / repository.cache.name / f"{file.blob}.lock"
     for folder in (lock.parent, blob.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(lock):  # another process may be at it, and may have it by then
+    with WeakFileLock(lock):  # another process may be downloading the same file, and finish while this one waits
         if blob.exists():
             meter.count(file.size)
             return

@@ -1,8 +1,8 @@
-"""Checkpoints in one file: which layout it is, told by its keys, and what each of diffusers' tensors is made of.
+"""Checkpoints in one file: recognise the layout by its keys, and make diffusers' tensors from the file's.
 
-A file is in the layout of a family's authors, or in ComfyUI's: DiT alone, or all in one, in 16 bits or in float8 with
-or without scales. The names are mapped by diffusers' own converters (diffusers.loaders.single_file_utils), which run
-here on recipes instead of tensors.
+A file has the layout of the family's authors or that of ComfyUI. It holds the DiT alone or several components, in
+16 bits or in float8, with or without scales. The names are mapped by diffusers' own converters
+(diffusers.loaders.single_file_utils), which run here on recipes (conversion.py) instead of tensors.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ DIT_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 VAE_PREFIXES = ("first_stage_model.", "vae.", "")
 VAE_KEY = "decoder.up.0.block.0.conv1.weight"
 UNUSED_KEYS = re.compile(r".*\.(logit_scale|position_ids|spiece_model)|(.*\.)?(model_ema\.|denoiser\.).*")
-SHOWN = 3  # names in a message
+SHOWN = 3  # how many names a message lists
 
 Config = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a family's DiT is written by its authors.
+    """How the authors of a family write its DiT into a file.
 
     key: the name of a tensor that only this layout has.
-    convert: diffusers' converter from the authors' names to its own.
-    hints: the authors' names that tell the converter how many blocks there are, made up from diffusers' names.
-    config: the configuration, as far as the shapes of the authors' tensors tell.
-    published: which of the family's published models has the rest of such a configuration.
-    encoders: in which of diffusers' folders each text encoder is, by ComfyUI's names.
-    lora_encoders: the same by the prefixes of Kohya's LoRA files.
+    convert: diffusers' converter from the authors' names to diffusers' names.
+    hints: takes diffusers' names, and returns names in the authors' layout from which `convert` counts the blocks.
+    config: takes the authors' tensors, and returns the part of the DiT's configuration that their shapes tell.
+    published: takes that configuration, and returns the name of the published model that has the rest of it.
+    encoders: maps ComfyUI's name of each text encoder to diffusers' folder.
+    lora_encoders: maps each prefix in Kohya's LoRA files to diffusers' folder of the text encoder.
     """
 
     key: str
@@ -56,17 +56,20 @@ class Layout:
 
 
 def count_blocks(names: Iterable[str], kind: str) -> int:
-    """How many blocks `kind`.0, `kind`.1, … there are."""
+    """Count the blocks `kind`.0, `kind`.1, … among the names."""
     numbers = [name.split(".")[1] for name in names if name.startswith(f"{kind}.")]
     return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
 
 
 @dataclass(frozen=True)
 class SingleFile:
-    """What one file holds: for each of diffusers' components, its tensors by the names that diffusers gives them.
+    """The contents of a checkpoint in one file.
 
-    `family` is the DiT's, and `config` what its shapes say of its configuration; None and {} for a file with no DiT.
-    `published` is the folder of a published model whose values fill up the rest.
+    file: the file.
+    family: the family of its DiT; None if it has no DiT.
+    components: for each of diffusers' components that it holds, the tensors by diffusers' names.
+    config: the part of the DiT's configuration that the shapes tell; {} if it has no DiT.
+    published: the configurations' folder of a published model, from which the rest is taken; None if it has no DiT.
     """
 
     file: Path
@@ -76,9 +79,10 @@ class SingleFile:
     published: Path | None
 
     def transformer_config(self, base: Config | None = None) -> Config:
-        """The DiT's configuration: what the shapes say, and the rest from `base`, or else as published.
+        """Return the DiT's configuration: what the shapes tell, and the rest from `base` or the published model.
 
-        Raises UserError if the published one is of another head size, whose rotary axes shapes do not tell.
+        Raises UserError if the rest is from the published model and that has another head size. The rotary axes depend
+        on the head size, and shapes do not tell them.
         """
         if base is not None:
             return base | self.config
@@ -93,9 +97,10 @@ class SingleFile:
 
 
 def open_single_file(file: Path) -> SingleFile:
-    """Recognise what is in the safetensors file, by its keys. No weight is read.
+    """Recognise the components in the safetensors file by its keys. No weight is read.
 
-    Raises UserError if nothing in it is known, if a tensor is lacking, or if one is left over in the DiT.
+    Raises UserError if no component is known, if a tensor is missing, or if a component has a tensor that does not
+    belong to it. Warns about tensors that belong to no component.
     """
     tensors = dequantised(open_tensors(file))
     components: dict[str, dict[str, Lazy]] = {}
@@ -104,7 +109,7 @@ def open_single_file(file: Path) -> SingleFile:
     config: Config = {}
     if family:
         dit = without_prefix(tensors, prefix)
-        if not prefix:  # nothing in front of the DiT's own keys: what else is in the file has prefixes
+        if not prefix:  # the DiT's keys have no prefix, so those of other components must be told apart by theirs
             others = ("text_encoders.", *filter(None, VAE_PREFIXES))
             dit = {key: tensor for key, tensor in dit.items() if not key.startswith(others)}
         components["transformer"] = convert_dit(family, dit, file)
@@ -129,9 +134,9 @@ def open_single_file(file: Path) -> SingleFile:
 
 
 def require(single: SingleFile, needed: Iterable[str], base: Path | None) -> None:
-    """Raise UserError, with the option that helps, if the file lacks a component of `needed` that `base` lacks too.
+    """Raise UserError, naming the option that helps, if neither the file nor `base` has a component of `needed`.
 
-    `needed` are components as model_index.json names them: tokenizers too, which no such file holds.
+    `needed` has the names of model_index.json. It includes tokenizers, which no single file holds.
     """
     missing = [name for name in needed if name not in single.components and not (base and (base / name).is_dir())]
     if missing:
@@ -142,7 +147,7 @@ def require(single: SingleFile, needed: Iterable[str], base: Path | None) -> Non
 
 
 def find_dit(tensors: Tensors) -> tuple[Family | None, str]:
-    """The family of the DiT among the tensors, and what stands before its keys; None where there is none."""
+    """Return the family of the DiT among the tensors, and the prefix of its keys; (None, "") if there is no DiT."""
     for family in families():
         for prefix in DIT_PREFIXES:
             if family.layout and prefix + family.layout.key in tensors:
@@ -151,9 +156,10 @@ def find_dit(tensors: Tensors) -> tuple[Family | None, str]:
 
 
 def encoder_folders(family: Family | None, tensors: Tensors) -> Mapping[str, str]:
-    """Where diffusers has each text encoder.
+    """Map ComfyUI's name of each text encoder to diffusers' folder.
 
-    That is told by the DiT, or without one by the family with the fewest text encoders that has all that are there.
+    A file without a DiT does not tell its family: then the family with the fewest text encoders is taken that has all
+    those in the file.
     """
     if family and family.layout:
         return family.layout.encoders
@@ -163,17 +169,17 @@ def encoder_folders(family: Family | None, tensors: Tensors) -> Mapping[str, str
 
 
 def without_prefix(tensors: Tensors, prefix: str) -> dict[str, Lazy]:
-    """The tensors behind the prefix, by their names without it."""
+    """Return the tensors whose names start with the prefix, by their names without it."""
     return {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 def convert_dit(family: Family, tensors: Tensors, file: Path) -> dict[str, Lazy]:
-    """The DiT's tensors by diffusers' names. Raises UserError if one is lacking or left over."""
+    """Return the DiT's tensors by diffusers' names. Raises UserError if one is missing or does not belong to it."""
     recipes = {key: Recipe((Piece(key),), tensor.shape) for key, tensor in tensors.items()}
     assert family.layout, f"{family.name} has no layout, and was found by it"
     try:
-        converted = family.layout.convert(recipes)  # takes away what it uses
-    except (KeyError, IndexError, ValueError) as error:  # not a KeyError where block numbers are missing or are none
+        converted = family.layout.convert(recipes)  # removes from `recipes` what it uses
+    except (KeyError, IndexError, ValueError) as error:  # the last two: block numbers are missing, or are no numbers
         lacks = f"the tensor {error.args[0]}" if isinstance(error, KeyError) else "blocks with numbers"
         problem = f"{file} lacks {lacks} of the DiT of {family.title}"
         raise UserError(problem, f"copy the file again; a LoRA belongs to {option('loras', '--lora')}") from error
@@ -184,7 +190,7 @@ def convert_dit(family: Family, tensors: Tensors, file: Path) -> dict[str, Lazy]
 
 
 def read_config(family: Family, tensors: Tensors, file: Path) -> Config:
-    """The DiT's configuration as far as shapes tell. Raises UserError for shapes that no such DiT has."""
+    """Return the part of the DiT's configuration that shapes tell. Raises UserError for shapes that no such DiT has."""
     assert family.layout, f"{family.name} has no layout, and was found by it"
     try:
         return family.layout.config(tensors)
@@ -194,16 +200,19 @@ def read_config(family: Family, tensors: Tensors, file: Path) -> Config:
 
 
 def convert_vae(tensors: Tensors, file: Path) -> dict[str, Lazy]:
-    """The autoencoder's tensors by diffusers' names. Raises UserError if one is left over."""
+    """Return the autoencoder's tensors by diffusers' names.
+
+    Raises UserError if a tensor is missing or does not belong to it.
+    """
     recipes = {key: Recipe((Piece(key),), tensor.shape) for key, tensor in tensors.items()}
     levels = len({key.split(".")[2] for key in tensors if key.startswith("decoder.up.")})
-    config = {"down_block_types": range(levels), "up_block_types": range(levels)}  # it asks for no more than how many
+    config = {"down_block_types": range(levels), "up_block_types": range(levels)}  # only their lengths are read
     try:
         converted = single_file_utils.convert_ldm_vae_checkpoint(recipes, config)
     except KeyError as error:
         problem = f"{file} lacks the tensor {error.args[0]} of the autoencoder"
         raise UserError(problem, "copy the file again") from error
-    converted = {name: recipe for name, recipe in converted.items() if recipe is not None}  # a bias that is lacking
+    converted = {name: recipe for name, recipe in converted.items() if recipe is not None}  # None: no such bias
     if left := set(tensors) - {piece.name for recipe in converted.values() for piece in recipe.pieces}:
         problem = f"{file} holds an autoencoder that is built otherwise: {shown(sorted(left))} have no place in it"
         raise UserError(problem, f"{setting('base', 'FOLDER')} has the right one; leave this one out of the file")
@@ -211,26 +220,26 @@ def convert_vae(tensors: Tensors, file: Path) -> dict[str, Lazy]:
 
 
 class _AnyKey(dict[str, Recipe]):
-    """A checkpoint of which only the blocks are known: it has every key that a converter asks for."""
+    """A stand-in for a checkpoint, for a converter to run on: it claims to have every key that is asked for."""
 
     def pop(self, key: str, *default: object) -> Recipe:
         return Recipe((Piece(key),))
 
 
 def recipes_for(layout: Layout, names: Iterable[str]) -> dict[str, Recipe]:
-    """How a DiT with diffusers' `names` is made of its authors' tensors, by diffusers' names."""
+    """Return for each of diffusers' `names` the recipe that makes it from the tensors in the authors' layout."""
     names = set(names)
     made_up = _AnyKey({key: Recipe((Piece(key),)) for key in layout.hints(names)})
     return {name: recipe for name, recipe in layout.convert(made_up).items() if name in names}
 
 
 def lora_of(file: Path) -> str:
-    """How a LoRA is given."""
+    """Return the option that gives the LoRA `file`."""
     return option(f'loras=["{file}"]', f"--lora {file}:1.0")
 
 
 def unknown(file: Path, tensors: Tensors) -> UserError:
-    """Why nothing in the file can be used."""
+    """Return the error that says why nothing in the file can be used."""
     keys = list(tensors)
     if any(".lora_" in key or ".lora." in key for key in keys):
         return UserError(
@@ -243,11 +252,11 @@ def unknown(file: Path, tensors: Tensors) -> UserError:
 
 
 def known_models() -> str:
-    """The families whose files are known, in words."""
+    """Return the titles of the families whose single files can be read, joined by "or"."""
     return " or ".join(family.title for family in families() if family.layout)
 
 
 def shown(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
+    """Return the first SHOWN names, and how many more there are, as text."""
     rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return (", ".join(names[:SHOWN]) or "no tensors") + rest

@@ -1,7 +1,7 @@
-"""Tensors that are read when they are wanted: rows of safetensors files, and what is made of such rows.
+"""Tensors that are read only when they are needed: from a safetensors file, or computed from other such tensors.
 
-Everything that is done to a weight here (cut, joined, multiplied by a scale, a LoRA added) works row by row, so that a
-part of a fused weight is made without reading the rest.
+Every operation on a weight (cutting, joining, multiplying by a scale, adding a LoRA) works row by row. A part of a
+fused weight can therefore be made without reading the rest.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ ReadRows = Callable[[int, int], torch.Tensor]
 
 @dataclass(frozen=True)
 class Lazy:
-    """A tensor that is not read yet. `file` is where it comes from; `read_rows(start, stop)` reads rows of dimension 0.
+    """A tensor that is not read yet.
 
-    A scalar has the shape () and one row.
+    `read_rows(start, stop)` reads the rows from `start` to `stop` of dimension 0. `file` is the file that the tensor
+    comes from, for error messages. A scalar has the shape () and one row.
     """
 
     shape: tuple[int, ...]
@@ -31,27 +32,30 @@ class Lazy:
 
     @property
     def length(self) -> int:
-        """How many rows it has."""
+        """The number of rows."""
         return self.shape[0] if self.shape else 1
 
     def read(self) -> torch.Tensor:
-        """All of it."""
+        """Read the whole tensor."""
         return self.read_rows(0, self.length)
 
     def rows(self, start: int, stop: int) -> Lazy:
-        """The rows from `start` to `stop`."""
+        """Return the rows from `start` to `stop`, still unread."""
         if (start, stop) == (0, self.length):
             return self
         read = self.read_rows
         return Lazy((stop - start, *self.shape[1:]), self.dtype, self.file, lambda a, b: read(start + a, start + b))
 
     def each_row(self, change: ReadRows, dtype: torch.dtype, row: tuple[int, ...] | None = None) -> Lazy:
-        """What `change` makes of rows, in `dtype`, each of the shape `row`; None: the shape that it had."""
+        """Return a tensor with as many rows, which `change(start, stop)` reads and converts.
+
+        `dtype` is the dtype of the result, and `row` the shape of each of its rows (None: as before).
+        """
         return Lazy(self.shape if row is None else (self.length, *row), dtype, self.file, change)
 
 
 def joined(parts: Iterable[Lazy]) -> Lazy:
-    """The parts one below the other."""
+    """Concatenate the parts along their rows, without reading them."""
     parts = list(parts)
     if len(parts) == 1:
         return parts[0]
@@ -70,7 +74,7 @@ def joined(parts: Iterable[Lazy]) -> Lazy:
 
 
 def as_weights(folder: Path, tensors: Mapping[str, Lazy]) -> Weights:
-    """The tensors of one network as the rest of the export takes them; `folder` is named in messages."""
+    """Return the tensors of one network as Weights. `folder` is the folder that error messages name."""
     return Weights(
         folder,
         shards={name: tensor.file for name, tensor in tensors.items()},
@@ -80,7 +84,7 @@ def as_weights(folder: Path, tensors: Mapping[str, Lazy]) -> Weights:
 
 
 def open_tensors(file: Path) -> dict[str, Lazy]:
-    """The tensors of the safetensors file by name, none of them read.
+    """Return the tensors of the safetensors file by name, without reading them.
 
     Raises UserError for a file that is truncated, damaged or of another format.
     """
@@ -88,11 +92,11 @@ def open_tensors(file: Path) -> dict[str, Lazy]:
 
 
 def in_file(stored: Stored) -> Lazy:
-    """The tensor that is stored so."""
+    """Return the stored tensor, unread."""
     return Lazy(stored.shape, getattr(torch, DTYPES[stored.dtype]), stored.file, stored.rows)
 
 
 def folder_tensors(weights: Weights) -> dict[str, Lazy]:
-    """The tensors of a diffusers component's folder by name, from all its shards, none of them read."""
+    """Return the tensors in the folder of a diffusers component by name, from all its shards, without reading them."""
     files = {file: open_tensors(file) for file in set(weights.shards.values())}
     return {name: files[file][name] for name, file in weights.shards.items()}

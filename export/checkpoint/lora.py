@@ -1,8 +1,8 @@
-"""LoRA files, added to the weights while these are read: W + strength * alpha / rank * up @ down (arXiv:2106.09685).
+"""LoRAs, added to the weights when these are read: W + strength * alpha / rank * up @ down (arXiv:2106.09685).
 
-Read are the names that diffusers and PEFT write, those of Kohya's scripts (and OneTrainer's), and those of Black Forest
-Labs' and Stability's own modules, with or without a prefix. What is written for a fused weight (`qkv`, `linear1`) is
-cut along its rows as the weight itself is.
+The names in a LoRA file can be those of diffusers and PEFT, those of Kohya's scripts and OneTrainer, or those of the
+modules of Black Forest Labs and Stability, with or without a prefix. A LoRA for a fused weight (`qkv`, `linear1`) is
+cut along its rows in the same way as the weight itself.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PART = re.compile(
     r"(?P<module>.+)\.(?:(?P<down>lora_A|lora_down|lora\.down)|(?P<up>lora_B|lora_up|lora\.up))"
     r"(\.default)?\.weight|(?P<scaled>.+)\.alpha"
 )
-# What is no LoRA, or more than one, by the ends of its keys.
+# Adapters that are not plain LoRAs, recognised by the ends of their keys.
 OTHER_KINDS = (
     (r"\.hada_w\d_[ab]|\.hada_t\d", "a LoHa"),
     (r"\.lokr_(w\d(_[ab])?|t\d)", "a LoKr"),
@@ -41,12 +41,12 @@ OTHER_KINDS = (
     (r"\.(diff|diff_b)", "a difference of whole weights"),
     (r"(controlnet_.*|.*\.(lora_B|lora_up)\.bias)", "a control LoRA or ControlNet"),
 )
-METADATA_KEY = "lora_adapter_metadata"  # where diffusers writes PEFT's configuration
+METADATA_KEY = "lora_adapter_metadata"  # diffusers writes PEFT's configuration under this key of a file's metadata
 
 
 @dataclass
 class Pair:
-    """What a LoRA file holds for one module: down [rank, in…], up [out, rank, …], alpha []."""
+    """The tensors that a LoRA file has for one module: down [rank, in…], up [out, rank, …] and alpha []."""
 
     down: Lazy | None = None
     up: Lazy | None = None
@@ -55,7 +55,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Target:
-    """One of diffusers' weights, and the rows of the LoRA's `up` that belong to it."""
+    """One of diffusers' weights that a LoRA's module changes. `recipe` cuts the rows of this weight from `up`."""
 
     component: str
     name: str
@@ -64,25 +64,28 @@ class Target:
 
 @dataclass(frozen=True)
 class Addition:
-    """What is added to one weight: scale * up @ down."""
+    """A LoRA's addition to one weight: scale * up @ down."""
 
     up: Lazy
     down: Lazy
     scale: float
 
 
-Additions = dict[tuple[str, str], list[Addition]]  # to each weight, by component and name
+Additions = dict[tuple[str, str], list[Addition]]  # the additions to each weight, by its component and name
 
 
 def fuse(
     components: Mapping[str, Tensors], loras: Sequence[tuple[Path, float]], layout: Layout | None
 ) -> dict[str, dict[str, Lazy]]:
-    """The components with the LoRAs added, each (file, strength), in float32, when a tensor is read.
+    """Return the components with LoRAs added. The sums are computed in float32 when a tensor is read.
 
-    `layout` has the names that the authors of the DiT's family gave to its modules (None: diffusers' names alone are
-    known). `components` are the DiT (`transformer`) and text encoders, with their tensors by diffusers' names; those
-    that no LoRA changes are as they were. Raises UserError for a file with a key that fits nothing here, with shapes of
-    another model, or without the other half of a pair.
+    components: the DiT (`transformer`) and the text encoders, each with its tensors by diffusers' names. Tensors that
+        no LoRA changes stay as they are.
+    loras: the LoRA files, each with its strength.
+    layout: has the names that the authors of the DiT's family use; if it is None, only diffusers' names are known.
+
+    Raises UserError for a file that is not a plain LoRA, has keys or shapes that do not fit this model, or has only one
+    of the two matrices of a pair.
     """
     targets = spellings(components, layout)
     found: Additions = {}
@@ -95,7 +98,7 @@ def fuse(
 
 
 def added(weight: Lazy, additions: Sequence[Addition]) -> Lazy:
-    """The weight with the additions, in float32."""
+    """Return the weight with the additions, in float32, unread."""
 
     def read(start: int, stop: int) -> torch.Tensor:
         total = weight.read_rows(start, stop).float()
@@ -115,7 +118,10 @@ def read_lora(
     targets: Mapping[str, list[Target]],
     found: Additions,
 ) -> None:
-    """Add what is in the file to `found`. Raises UserError as fuse does."""
+    """Read a LoRA file and append its additions to `found`. Raises UserError as fuse() does.
+
+    `targets` is what spellings() returned.
+    """
     tensors = open_tensors(file)
     check_kind(file, tensors)
     pairs, strange = parse_keys(tensors)
@@ -147,7 +153,7 @@ def read_lora(
 
 
 def check_kind(file: Path, keys: Iterable[str]) -> None:
-    """Raise UserError if the file is of a kind that is known, and is not added here."""
+    """Raise UserError if the keys show that the file is an adapter of another kind, which cannot be added."""
     for key in keys:
         for pattern, kind in OTHER_KINDS:
             if re.search(f"({pattern})$", key):
@@ -156,7 +162,7 @@ def check_kind(file: Path, keys: Iterable[str]) -> None:
 
 
 def parse_keys(tensors: Tensors) -> tuple[dict[str, Pair], list[str]]:
-    """The pairs by the name of their module as the file writes it, and the keys that belong to none."""
+    """Return the pairs by the name that the file gives to their module, and the keys that belong to no pair."""
     pairs: dict[str, Pair] = {}
     strange = []
     for key, tensor in tensors.items():
@@ -175,7 +181,7 @@ def parse_keys(tensors: Tensors) -> tuple[dict[str, Pair], list[str]]:
 
 
 def spellings(components: Mapping[str, Tensors], layout: Layout | None) -> dict[str, list[Target]]:
-    """What each module that a LoRA file may name stands for, in all the ways that it may be written."""
+    """Map every name that a LoRA file may use for a module to the weights that this module has in diffusers."""
     found: dict[str, list[Target]] = {}
 
     def add(spelling: str, target: Target) -> None:
@@ -200,13 +206,13 @@ def spellings(components: Mapping[str, Tensors], layout: Layout | None) -> dict[
 
 
 def dit_names(module: str) -> Iterable[str]:
-    """The ways in which a module of the DiT is written."""
+    """Return all names that LoRA files use for a module of the DiT."""
     yield from (prefix + module for prefix in DIT_PREFIXES)
     yield from (prefix + module.replace(".", "_") for prefix in DIT_UNDERSCORED)
 
 
 def encoder_names(component: str, module: str, layout: Layout | None) -> Iterable[str]:
-    """The ways in which a module of a text encoder is written."""
+    """Return all names that LoRA files use for a module of a text encoder."""
     bare = module.removeprefix("text_model.")
     kohya = [prefix for prefix, folder in layout.lora_encoders.items() if folder == component] if layout else []
     for written in (bare, f"text_model.{bare}"):
@@ -216,12 +222,16 @@ def encoder_names(component: str, module: str, layout: Layout | None) -> Iterabl
 
 @dataclass(frozen=True)
 class Settings:
-    """PEFT's configuration of each component, as diffusers writes it into the file; empty where it does not."""
+    """PEFT's configuration of each component, which diffusers writes into the file; empty if the file has none."""
 
     of: Mapping[str, Mapping[str, Any]]
 
     def scale(self, module: str, rank: int, alpha: Lazy | None) -> float:
-        """alpha / rank; alpha is the rank where the file does not say."""
+        """Return alpha / rank, the factor of the module's product.
+
+        `alpha` is the file's tensor. If it is None, alpha is from PEFT's configuration, or else is the rank. In this
+        case, the result is alpha / sqrt(rank) if the configuration has `use_rslora`.
+        """
         if alpha is not None:
             return float(alpha.read().float().reshape(-1)[0]) / rank
         component, _, name = module.partition(".")
@@ -234,7 +244,7 @@ class Settings:
 
 
 def read_settings(file: Path) -> Settings:
-    """What the file's metadata says. Raises UserError if it is not what diffusers writes."""
+    """Read PEFT's configuration from the file's metadata. Raises UserError if it is damaged."""
     with safetensors_file(file, "np") as opened:
         text = (opened.metadata() or {}).get(METADATA_KEY, "{}")
     found: dict[str, dict[str, Any]] = {}

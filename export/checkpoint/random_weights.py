@@ -1,6 +1,7 @@
-"""`--random-weights`: a model's real architecture for those who have no checkpoint of it, with values made as needed.
+"""`--random-weights`: a model's real architecture with random weights, for people who have no checkpoint of it.
 
-Pictures of such a model are noise. What it is for: sizes, times and memory, and whether every stage goes through.
+The weights are made when they are needed. The pictures of such a model are noise, but it shows sizes, times and memory,
+and whether every stage works.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ from ditforge.export.graph.tracing import dry_run
 from ditforge.export.network import Network
 
 SEED = 0
-DTYPE = torch.bfloat16  # what the large checkpoints are published in
-BLOCK = 2**24 - 3  # a prime: where a tensor is larger, its rows do not repeat in step
-DESCRIPTIONS = {".json", ".txt", ".model"}  # configurations and vocabularies: what is not weights
-CLIP_ENDS = ("<|startoftext|>", "<|endoftext|>")  # the last ids: CLIP takes the largest one as the end of a text
+DTYPE = torch.bfloat16  # the large checkpoints are published in this dtype
+BLOCK = 2**24 - 3  # a prime number, so that the rows of a larger tensor do not repeat
+DESCRIPTIONS = {".json", ".txt", ".model"}  # the suffixes of configurations and vocabularies
+CLIP_ENDS = ("<|startoftext|>", "<|endoftext|>")  # have the largest ids, because CLIP takes the largest as a text's end
 T5_SPECIAL = ("<pad>", "</s>", "<unk>")
-T5_TOKENS = 512  # the authors' length of T5's input, where the tokenizer that would say so is missing
+T5_TOKENS = 512  # the authors' length of T5's input; used where the tokenizer, which would say it, is missing
 BYTES = 256
 
 
 @contextmanager
 def random_checkpoint(folder: Path, seed: int = SEED) -> Iterator[Checkpoint]:
-    """The model in the diffusers folder `folder`, or of a name like `flux.1-dev`, with random weights.
+    """Open a model with random weights: one in a diffusers folder, or a published one by a name like `flux.1-dev`.
 
-    Only its configurations are read, and its tokenizers; one that is missing is made (see save_tokenizer). Raises
-    UserError if there is neither such a folder nor such a name.
+    Only its configurations and tokenizers are read. A missing tokenizer is made (see save_tokenizer). Raises UserError
+    if there is neither such a folder nor a published model of this name.
     """
     source = folder if folder.is_dir() else find_published(str(folder))
     if source is None:
@@ -59,14 +60,14 @@ def random_checkpoint(folder: Path, seed: int = SEED) -> Iterator[Checkpoint]:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """A digest of the contents of the configurations and tokenizers, and of the seed."""
+    """Return a digest of the seed and of the contents of the configurations and tokenizers."""
     paths = sorted(path for path in checkpoint.folder.rglob("*") if path.is_file())
     listed = [(str(path.relative_to(checkpoint.folder)), sha256(path.read_bytes()).hexdigest()) for path in paths]
     return sha256(repr((checkpoint.seed, listed)).encode()).hexdigest()
 
 
 def random_weights(network: Network, checkpoint: Checkpoint) -> Weights:
-    """Weights for all parameters of the network, none of them made yet."""
+    """Return random weights for all parameters of the network. Each tensor is made when it is read."""
     folder = checkpoint.folder / network.weights
     weights = Weights(folder, {}, {}, {})
     for (name, *_), shape in dry_run(network):
@@ -76,12 +77,15 @@ def random_weights(network: Network, checkpoint: Checkpoint) -> Weights:
 
 
 def random_tensor(name: str, shape: tuple[int, ...], seed: int = SEED) -> torch.Tensor:
-    """The tensor `name` in bfloat16: biases are 0, norms 1, all else is normal with a deviation of 1 / sqrt(fan-in).
+    """Make the tensor `name` of this shape, in bfloat16.
 
-    The same for the same name, shape and seed, whatever else is made. Billions of normal numbers take minutes to draw,
-    so one block of 17 million is drawn, and a tensor is a piece of it from a place that its name decides; a larger
-    tensor is several such pieces. Tensors therefore share numbers, in other places: matrices are unlike each other, and
-    each has the statistics of random ones, but they are not independent.
+    Biases are 0 and the weights of norms are 1. Everything else is normally distributed with a standard deviation of
+    1 / sqrt(fan-in). The same name, shape and seed always give the same tensor.
+
+    Billions of normal numbers would take minutes to draw. So only one block of 17 million is drawn. A tensor is a piece
+    of it that starts at a place given by the tensor's name; a larger tensor consists of several such pieces. Tensors
+    therefore share numbers, at different places: matrices differ from each other, and each has the statistics of a
+    random one, but they are not independent.
     """
     if len(shape) < 2:
         return torch.zeros(shape, dtype=DTYPE) if name.endswith("bias") else torch.ones(shape, dtype=DTYPE)
@@ -94,23 +98,23 @@ def random_tensor(name: str, shape: tuple[int, ...], seed: int = SEED) -> torch.
         until_end = min(len(piece), BLOCK - start)
         piece[:until_end] = block[start : start + until_end]
         piece[until_end:] = block[: len(piece) - until_end]
-    fan_in = math.prod(shape[1:]) if shape[0] > 1 else shape[-1]  # a table of one sample is a list of vectors
+    fan_in = math.prod(shape[1:]) if shape[0] > 1 else shape[-1]  # [1, N, D] is a table of N vectors, not a matrix
     return tensor.mul_(fan_in**-0.5)
 
 
 @cache
 def normal_block(seed: int) -> torch.Tensor:
-    """BLOCK normal numbers in bfloat16, from which all tensors are made."""
+    """Return the BLOCK normal numbers in bfloat16 from which all tensors are made."""
     return torch.randn(BLOCK, generator=torch.Generator().manual_seed(seed)).to(DTYPE)
 
 
 def make_tokenizers(checkpoint: Checkpoint) -> None:
-    """Make the tokenizers that the model's index names, and whose folders are missing."""
+    """Make the tokenizers that the model's index names and whose folders are missing."""
     index = checkpoint.config("", INDEX)
     clips = 0
     for component in sorted(name for name in index if name.startswith("tokenizer") and index[name]):
         name = component.replace("tokenizer", "text_encoder")
-        kind = str((index.get(name) or [None])[-1])  # the encoder's class: tokenizers have several
+        kind = str((index.get(name) or [None])[-1])  # the encoder's class: a tokenizer can be of several classes
         clips += kind.startswith("CLIP")
         if kind.startswith(("CLIP", "T5")) and not (checkpoint.folder / component).is_dir():
             filler = "!" if clips == 2 else CLIP_ENDS[1]
@@ -118,11 +122,11 @@ def make_tokenizers(checkpoint: Checkpoint) -> None:
 
 
 def save_tokenizer(folder: Path, kind: str, encoder: dict[str, Any], filler: str) -> None:
-    """Write a tokenizer for a text encoder of the class `kind`, which has learnt nothing: a token for each byte.
+    """Write an untrained tokenizer, with one token for each byte, for a text encoder of the class `kind`.
 
-    Its vocabulary is as large as the configuration `encoder` says; the entries beyond bytes and special tokens occur in
-    no text. `filler` fills up CLIP's (a model's second one takes "!", as OpenCLIP's does). Raises UserError for a
-    vocabulary too small.
+    Its vocabulary is as large as the encoder's configuration `encoder` says; the entries beyond bytes and special
+    tokens occur in no text. `filler` is CLIP's padding token ("!" for a model's second CLIP, as OpenCLIP has it).
+    Raises UserError if the vocabulary is too small for the bytes and special tokens.
     """
     size = encoder.get("vocab_size")
     least = 2 * BYTES + len(CLIP_ENDS) if kind.startswith("CLIP") else BYTES + len(T5_SPECIAL) + 1
@@ -136,7 +140,7 @@ def save_tokenizer(folder: Path, kind: str, encoder: dict[str, Any], filler: str
 
 
 def save_clip_tokenizer(folder: Path, size: int, tokens: int, filler: str) -> None:
-    """CLIP's, without merges."""
+    """Write a tokenizer of CLIP's kind with `size` tokens, without merges, for prompts of `tokens` tokens."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
@@ -149,7 +153,7 @@ def save_clip_tokenizer(folder: Path, size: int, tokens: int, filler: str) -> No
 
 
 def save_t5_tokenizer(folder: Path, size: int) -> None:
-    """T5's, whose Unigram model falls back to bytes for all but spaces."""
+    """Write a tokenizer of T5's kind with `size` tokens: a Unigram model that knows spaces and single bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,7 @@
-"""Weights in formats that are not read here, refused by name: how a file begins, and what its tensors are called."""
+"""Recognise weights in formats that cannot be read, by the first bytes of a file and the names of its tensors.
+
+The errors name the format and the way out.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ from ditforge.errors import UserError
 PICKLED = "a pickled checkpoint, which can run code when opened"
 SAFETENSORS = "use the model's .safetensors file"
 FULL = "use the file with weights in bf16, fp16, fp32 or float8; ditforge export quantises it itself"
-START_BYTES = 8  # of a file, which tell a format
-# How files begin, what they are, and the way out. As lengths of a header, all of these would be too large, but a zip's.
+START_BYTES = 8  # how many bytes at the start of a file tell its format
+# How a file begins, its format, and what to do. A safetensors file begins with the length of its header instead. Read
+# as such a length, all these beginnings are too large, except that of a zip file.
 STARTS = (
     (rb"PK\x03\x04", PICKLED, SAFETENSORS),
     (rb"(?s)\x80[\x02-\x05]..(?!\0{4})", PICKLED, SAFETENSORS),
@@ -20,7 +24,7 @@ STARTS = (
     (rb"version ", "a pointer of Git LFS, not the file that it stands for", "git lfs pull, or download the file"),
     (rb"(?i)\s*<(!doc|html|\?xml)", "a web page", "log in where the file came from, and download it again"),
 )
-# What packers call the tensors that they put beside the packed ones.
+# The names of the tensors that tools store beside packed weights, and the tools.
 PACKERS = (
     (r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)", "bitsandbytes in 4 bits (nf4, fp4)"),
     (r"\.SCB", "bitsandbytes in 8 bits"),
@@ -32,14 +36,14 @@ PACKERS = (
 
 
 def check_start(file: Path, start: bytes) -> None:
-    """Raise UserError if the file, which begins with `start` (8 bytes do), is known to be of another format."""
+    """Raise UserError if `start`, the first START_BYTES bytes of the file, shows that it has another format."""
     for pattern, kind, fix in STARTS:
         if re.match(pattern, start):
             raise UserError(f"{file} is {kind}", fix)
 
 
 def check_packing(file: Path, names: Iterable[str]) -> None:
-    """Raise UserError if tensors of these names tell that the file's weights are packed."""
+    """Raise UserError if the names of the file's tensors show that its weights are packed."""
     for name in names:
         for pattern, packer in PACKERS:
             if re.search(pattern + "$", name):

@@ -1,4 +1,4 @@
-"""The noise schedule of a checkpoint, from its scheduler's configuration."""
+"""Read the noise schedule of a checkpoint from its scheduler's configuration."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ UNKNOWN_OPTIONS = ("shift_terminal", "invert_sigmas", "use_karras_sigmas", "use_
 
 
 def flow_schedule(config: dict[str, Any], class_name: str, patch_size: int, pipeline_spaces: bool = True) -> Schedule:
-    """The schedule that diffusers' FlowMatchEulerDiscreteScheduler has with `config`.
+    """Return the schedule that diffusers' FlowMatchEulerDiscreteScheduler has with the configuration `config`.
 
-    `pipeline_spaces`: the pipeline passes the sigmas, else the scheduler spaces them by itself. Raises UserError for
-    another scheduler, or an option that would place the noise levels otherwise.
+    `pipeline_spaces` says who spaces the sigmas: the pipeline, which passes them to the scheduler (True), or the
+    scheduler itself (False). Raises UserError for another scheduler, and for an option that places the sigmas in a way
+    that is not known here.
     """
     fix = "use the scheduler folder that the model's authors ship"
     if class_name != SCHEDULER:

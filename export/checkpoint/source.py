@@ -1,4 +1,4 @@
-"""A checkpoint put together: one file, a diffusers folder for what the file lacks, and LoRAs on top."""
+"""Put a checkpoint together from a single file, a diffusers folder with what the file lacks, and LoRAs."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ SCHEDULER = "scheduler", "scheduler_config.json"
 class CheckpointSource:
     """What a checkpoint is put together from.
 
-    path: a folder in diffusers' layout, or a .safetensors file; or one of the Hub (see hub.py): OWNER/NAME, or
-        OWNER/NAME/FILE.safetensors. The base and the LoRAs can be on the Hub too. With `random_weights`, it may
+    path: a folder in diffusers' layout, or a .safetensors file. Both can be on the Hugging Face Hub (see hub.py), as
+        OWNER/NAME or OWNER/NAME/FILE.safetensors, and so can the base and the LoRAs. With `random_weights`, it can
         also be the name of a published model, such as "flux.1-dev".
-    base: a folder in diffusers' layout that has what a single file lacks, for example its tokenizers.
-    loras: files, each with the strength at which it is added to the weights.
-    text_encoders: "all", or "clip" for a model without T5, whose files may be missing then.
-    t5_precision: the precision of T5, where it is to differ from the rest.
-    random_weights: only the configurations are read, and random numbers take the weights' place.
+    base: a folder in diffusers' layout with the components that a single file lacks, for example the tokenizers.
+    loras: LoRA files, each with the strength at which it is added to the weights.
+    text_encoders: "all", or "clip" to leave T5 out. With "clip", T5's files may be missing.
+    t5_precision: the precision of T5; None if it is that of the rest.
+    random_weights: read only the configurations, and use random numbers as weights.
     """
 
     path: Path
@@ -44,14 +44,17 @@ class CheckpointSource:
 
 @contextmanager
 def opened(source: CheckpointSource) -> Iterator[Checkpoint]:
-    """Open the checkpoint; no weight is read. Raises UserError if something is missing, or if parts do not fit."""
+    """Open the checkpoint without reading any weight.
+
+    Raises UserError if something is missing, or if the parts do not fit each other.
+    """
     if not source.random_weights:
         yield open_files(source)
         return
     if source.base or source.loras:
         files = f"{option('base')} and {option('loras', '--lora')}" if source.loras else option("base")
         raise UserError("random weights take nothing from files", f"leave out {files}, or {option('random_weights')}")
-    from ditforge.export.checkpoint.random_weights import random_checkpoint  # which needs torch
+    from ditforge.export.checkpoint.random_weights import random_checkpoint  # imported late, because it imports torch
 
     here = hub.local(source.path, hub.Wanted(source.text_encoders, weights=False))
     with random_checkpoint(here) as checkpoint:
@@ -59,7 +62,7 @@ def opened(source: CheckpointSource) -> Iterator[Checkpoint]:
 
 
 def open_files(source: CheckpointSource) -> Checkpoint:
-    """Open a checkpoint whose weights are in files. Raises UserError as `opened` does."""
+    """Open a checkpoint whose weights are in files. Raises UserError in the same cases as opened()."""
     source = localised(source)
     if source.path.is_file():
         checkpoint = _open_file(source.path, source.base, source.text_encoders)
@@ -76,10 +79,11 @@ def open_files(source: CheckpointSource) -> Checkpoint:
 
 
 def localised(source: CheckpointSource, weights: bool = True, progress: hub.Progress | None = None) -> CheckpointSource:
-    """The same, all of it on this machine: what is on the Hub is downloaded.
+    """Download what is on the Hub, and return the source with local paths only.
 
-    Of a folder `base`, weights that the single file `path` holds are left out. `weights` False takes only what
-    describes a folder. `progress` is called with (component or file, bytes, bytes in all). Raises as hub.local() does.
+    The weights of `base` that the single file `path` already has are not downloaded. With `weights` False, only the
+    configurations and tokenizers of a folder are downloaded. `progress` is called with (component or file, bytes
+    downloaded, bytes in all). Raises the same errors as hub.local().
     """
     path, base = hub.local(source.path, hub.Wanted(source.text_encoders, weights), progress), source.base
     if base is not None and hub.reference_of(base):
@@ -89,9 +93,10 @@ def localised(source: CheckpointSource, weights: bool = True, progress: hub.Prog
 
 
 def with_text_encoders(checkpoint: Checkpoint, name: str) -> Checkpoint:
-    """The same with all its text encoders, or, for "clip", as if it had come without T5: its index names none.
+    """Return the checkpoint with the text encoders that `name` chooses.
 
-    Raises UserError for another name.
+    "all" returns it unchanged. "clip" returns it without T5: its model_index.json then names no T5 and no tokenizer of
+    T5. Raises UserError for any other name.
     """
     if name not in TEXT_ENCODERS:
         raise UserError(
@@ -103,12 +108,15 @@ def with_text_encoders(checkpoint: Checkpoint, name: str) -> Checkpoint:
 
 
 def _without_t5(index: dict[str, Any]) -> dict[str, Any]:
-    """An index with null for T5 and its tokenizer, as diffusers writes what was left out."""
+    """Return the index with null for T5 and its tokenizer, which is how diffusers marks components left out."""
     return index | {name: [None, None] for name in t5_parts(index)}
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
-    """`FILE:0.8` as file and strength; `FILE` alone has strength 1. Raises UserError for a strength that is none."""
+    """Split `FILE:0.8` into file and strength. The strength of `FILE` alone is 1.
+
+    Raises UserError if the strength is not a finite number.
+    """
     path, colon, strength = text.rpartition(":")
     if not colon or Path(text).is_file():
         return Path(text), 1.0
@@ -125,14 +133,17 @@ def parse_lora(text: str) -> tuple[Path, float]:
 
 
 def fingerprint(source: CheckpointSource) -> str:
-    """A digest of the files by name, size and time of change, which tells whether they are still the same."""
+    """Return a digest of the names, sizes and modification times of the files: it changes when a file changes.
+
+    A part from the Hub counts with its repository and commit instead, and each LoRA also with its strength.
+    """
     listed: list[tuple[object, ...]] = [*_files(source.path), *(_files(source.base) if source.base else ())]
     listed += [(*entry, strength) for lora, strength in source.loras for entry in _files(lora)]
     return sha256(repr(listed).encode()).hexdigest()
 
 
 def repositories(source: CheckpointSource) -> str:
-    """Which of them are from the Hub, each with its commit, for people to read; empty where none is."""
+    """Describe the parts that come from the Hub, each with its commit, for people to read. Empty if none does."""
     loras = {f"LoRA {number} ": lora for number, (lora, _) in enumerate(source.loras, 1)}
     parts = {"": source.path, "base ": source.base, **loras}
     found = {name: hub.snapshot_of(part) for name, part in parts.items() if part is not None}
@@ -140,7 +151,8 @@ def repositories(source: CheckpointSource) -> str:
 
 
 def _files(path: Path) -> list[tuple[object, ...]]:
-    if snapshot := hub.snapshot_of(path):  # what a commit is never changes, and files come to it as they are needed
+    # A commit never changes, so its name is enough. Its files in the cache would not do: more come as they are needed.
+    if snapshot := hub.snapshot_of(path):
         return [(str(snapshot),)]
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     start = path.parent if path.is_file() else path
@@ -192,5 +204,5 @@ def _with_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) -> 
 
 
 def _components(index: dict[str, Any]) -> list[str]:
-    """What an index names that has files: a class, and not null where something was left out."""
+    """Return the names of an index's components. Those left out have null in place of a class and are not listed."""
     return [name for name, value in index.items() if isinstance(value, list) and value and value[-1]]

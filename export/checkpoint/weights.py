@@ -1,7 +1,7 @@
 """Weights in safetensors files, found by name and read one at a time.
 
-The files are read by safetensors itself, which checks a header before it believes it. Its `pread` backend reads a
-tensor into memory of the tensor's size: a mapped file would count as memory in use, and stay.
+The files are read by the safetensors library, which validates the header. Its `pread` backend is used, which reads a
+tensor into memory of the tensor's size: the pages of a mapped file would stay and count as memory in use.
 Format: https://huggingface.co/docs/safetensors, "Format".
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 SINGLE_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-# What PyTorch calls the types of elements.
+# PyTorch's names of safetensors' element types.
 DTYPES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -48,10 +48,12 @@ Read = Callable[[], "torch.Tensor"]
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of one network, of which none is in memory.
+    """The tensors of one network. None of them is in memory.
 
-    By name: `shards` says which file holds a tensor, `shapes` how large it is, and `reads` makes it, anew with each
-    call, in its own dtype: from a file, or from what another `Weights` reads (a slice, several side by side).
+    folder: the folder that error messages name.
+    shards: the file that holds each tensor, by the tensor's name.
+    shapes: the shape of each tensor, by name.
+    reads: a function for each tensor, by name, that reads or computes it anew with each call, in its own dtype.
     """
 
     folder: Path
@@ -60,14 +62,15 @@ class Weights:
     reads: dict[str, Read]
 
     def find(self, names: Iterable[str], prefixes: Iterable[str] = ()) -> str | None:
-        """The first of `names` that is there, as it is or behind one of the prefixes; None if none is."""
+        """Return the first key that exists of all `names`, without and with the prefixes; None if none exists."""
         prefixes = ("", *prefixes)
         return next((p + name for name in names for p in prefixes if p + name in self.shards), None)
 
     def read(self, name: str, factor: float = 1.0) -> torch.Tensor:
-        """The tensor `name` in its own dtype; times `factor` in float32, so that a power of two loses no digit.
+        """Read the tensor `name`, in its own dtype if `factor` is 1.
 
-        Raises UserError if its file is no longer what it was when it was opened.
+        Otherwise it is multiplied by `factor` in float32, where a power of two loses no digit. Raises UserError if the
+        tensor's file cannot be read or has changed since it was opened.
         """
         tensor = self.reads[name]()
         return tensor if factor == 1 else tensor.float() * factor
@@ -75,7 +78,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: its name, the type's name in DTYPES, and its shape."""
+    """A tensor in a file: its name, its dtype as safetensors names it (a key of DTYPES), and its shape."""
 
     file: Path
     name: str
@@ -83,13 +86,13 @@ class Stored:
     shape: tuple[int, ...]
 
     def read(self) -> torch.Tensor:
-        """All of it. Raises UserError if the file cannot be read, or is no longer what it was."""
+        """Read the whole tensor. Raises UserError if the file cannot be read or has changed since it was opened."""
         return self.rows(0, self.shape[0] if self.shape else 1)
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Its rows from `start` to `stop`; a scalar is one row. Raises UserError as `read` does.
+        """Read the rows from `start` to `stop`; a scalar has one row. Raises UserError as read() does.
 
-        safetensors reads the whole tensor for them, and gives back what it does not need.
+        safetensors reads the whole tensor for this, and frees the memory of the other rows.
         """
         with safetensors_file(self.file, "pt") as opened:
             part = opened.get_slice(self.name)
@@ -101,16 +104,16 @@ class Stored:
 
 
 def open_weights(folder: Path) -> Weights:
-    """The weights in `folder`: one safetensors file, or shards with an index. No tensor is read.
+    """Open the weights in `folder`, which are one safetensors file, or shards with an index. No tensor is read.
 
-    Raises UserError if a file is missing, truncated or damaged, or if only pickled weights are there.
+    Raises UserError if a file is missing, truncated or damaged, or if there are only pickled weights.
     """
     single = [folder / name for name in SINGLE_FILES if (folder / name).is_file()]
     return open_files(folder, single) if single else _open_shards(folder)
 
 
 def open_files(folder: Path, files: Iterable[Path]) -> Weights:
-    """The tensors of all `files`, which are in safetensors' format. Raises UserError for one that is not."""
+    """Open the tensors of all `files`. Raises UserError for a file that is not a whole safetensors file."""
     weights = Weights(folder, {}, {}, {})
     for file in files:
         for name, stored in read_header(file).items():
@@ -119,10 +122,11 @@ def open_files(folder: Path, files: Iterable[Path]) -> Weights:
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file, by name, none of them read.
+    """Return the tensors of a safetensors file by name, without reading them.
 
-    Raises UserError for what safetensors refuses (an impossible length, no JSON, sizes that do not fit, bytes that
-    belong to no tensor or to two), for types that PyTorch lacks, for files of other formats, and for packed weights.
+    Raises UserError for files of other formats, for packed weights, for element types that PyTorch lacks, and for
+    everything that safetensors refuses: an impossible header length, a header that is not JSON, sizes that do not fit,
+    and bytes that belong to no tensor or to two.
     """
     try:
         with file.open("rb") as opened:
@@ -144,7 +148,10 @@ def read_header(file: Path) -> dict[str, Stored]:
 
 @contextmanager
 def safetensors_file(file: Path, framework: str) -> Iterator[Any]:
-    """The file, opened by safetensors; its tensors are of the framework (pt or np). Raises UserError."""
+    """Open the file with safetensors, for tensors of PyTorch (`framework` "pt") or NumPy ("np").
+
+    Raises UserError if the file cannot be read or is damaged.
+    """
     try:
         with safe_open(file, framework=framework, backend="pread") as opened:
             yield opened
@@ -157,7 +164,7 @@ def safetensors_file(file: Path, framework: str) -> Iterator[Any]:
 
 
 def unreadable(file: Path, error: OSError) -> UserError:
-    """What is wrong with a file that cannot be read."""
+    """Return the error for a file that cannot be read."""
     reason = error.strerror or _short(error)
     return UserError(f"cannot read {file}: {reason}", "check the file and its permissions")
 

@@ -1,1 +1,1 @@
-"""The configurations of published models, a folder each in diffusers' layout, without weights and vocabularies."""
+"""The configurations of published models: for each, a folder in diffusers' layout, without weights and vocabularies."""

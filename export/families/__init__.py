@@ -1,7 +1,7 @@
-"""What a family of models is to the rest of the export, and which families there are.
+"""The interface between families of models and the rest of the export, and the families that are installed.
 
-A family is one file here, or in a package of somebody else's, that ends with an object of the class Family; its DiT and
-its layout may have files of their own beside it. An entry point of the group `ditforge.families` names the object.
+A family is one file, here or in another package, that ends with an object of the class Family. Its DiT and its layout
+may be in files of their own. An entry point of the group `ditforge.families` names the object.
 """
 
 from __future__ import annotations
@@ -27,20 +27,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """A family of models: all that differs from one to another is in here.
+    """A family of models. It contains everything that differs from one family to another.
 
-    name: as the entry point has it.
-    title: how people call its models.
-    pipeline: the class that its model_index.json names, e.g. FluxPipeline.
-    model: what a client must know of a checkpoint: sizes, steps, guidance, noise levels.
-    read_tokenizers: its tokenizers.
-    networks: what becomes ONNX graphs, in the order in which data flows.
-    read_config: the DiT's configuration, by which calibrations know the model.
-    linears: the names of the DiT's weights that may bear 8 bits.
-    load_pipeline, run_pipeline: the family's own pipeline, which calibration runs. The latter takes the loaded one, the
-        model, a prompt, the number of steps and a seed, and makes all steps of a picture without decoding it.
-    layout: how its authors write the DiT into one file, and the names in LoRA files; None: only folders are read.
-    published: folders of the configurations of published models, without weights, by name.
+    name: its name, which is that of the entry point.
+    title: the name that people use for its models.
+    pipeline: the class that its model_index.json names, for example FluxPipeline.
+    model: returns what a client must know of a checkpoint: sizes, steps, guidance, noise levels.
+    read_tokenizers: returns a checkpoint's tokenizers.
+    networks: returns the networks that become ONNX graphs, in the order in which data flows.
+    read_config: returns the DiT's configuration. A calibration fits all models with the same configuration.
+    linears: a pattern of the names of the DiT's weights that may be quantised to 8 bits.
+    load_pipeline: loads diffusers' pipeline of the family, which calibration runs.
+    run_pipeline: takes the loaded pipeline, the model, a prompt, the number of steps and a seed, and runs all steps of
+        a picture without decoding it.
+    layout: how the authors write the DiT into one file, and the names in LoRA files. If it is None, only diffusers
+        folders can be read.
+    published: for each published model, by name, a folder with its configurations, without weights.
     """
 
     name: str
@@ -58,7 +60,7 @@ class Family:
 
 
 def families() -> list[Family]:
-    """All families that are installed."""
+    """Return all installed families. Raises UserError for an entry point that does not name a Family."""
     found = []
     for name in entry_points.installed(entry_points.FAMILIES):
         family = entry_points.load(entry_points.FAMILIES, name)
@@ -69,7 +71,7 @@ def families() -> list[Family]:
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
-    """The family of this checkpoint. Raises UserError for a pipeline that none knows."""
+    """Return the family of the checkpoint. Raises UserError if no family has the checkpoint's pipeline."""
     known = {family.pipeline: family for family in families()}
     if checkpoint.pipeline not in known:
         raise UserError(
@@ -80,22 +82,23 @@ def family_of(checkpoint: Checkpoint) -> Family:
 
 
 def published_models() -> dict[str, Path]:
-    """The folders of published models' configurations, of all families, by name."""
+    """Return the folders with the configurations of the published models of all families, by the model's name."""
     return {name: folder for family in families() for name, folder in family.published.items()}
 
 
 def find_published(name: str) -> Path | None:
-    """The configurations of the published model of that name, in any case, or of its repository; None if none has it.
+    """Return the folder with the configurations of a published model; None if there is no such model.
 
-    `FLUX.1-dev`, `flux.1-dev` and `black-forest-labs/FLUX.1-dev` are the same.
+    `name` is the model's name in upper or lower case, or its repository: `FLUX.1-dev`, `flux.1-dev` and
+    `black-forest-labs/FLUX.1-dev` are the same model.
     """
     return published_models().get(name.rpartition("/")[2].lower().replace("stable-diffusion-", "sd"))
 
 
 def read_networks(checkpoint: Checkpoint, precision: Precision) -> tuple[Model, list[Tokenizer], list[Network]]:
-    """What a client must know of the checkpoint, its tokenizers and its networks.
+    """Return what a client must know of the checkpoint, its tokenizers, and its networks.
 
-    Raises UserError if one of its configurations cannot be used, or if it needs T5 and its index names none.
+    Raises UserError if a configuration cannot be used, or if the model needs T5 and the checkpoint's index names none.
     """
     family = family_of(checkpoint)
     try:
@@ -105,7 +108,7 @@ def read_networks(checkpoint: Checkpoint, precision: Precision) -> tuple[Model, 
         return model, family.read_tokenizers(checkpoint), family.networks(checkpoint, precision)
     except DitforgeError:
         raise
-    except Exception as error:  # the libraries' configuration classes raise many kinds
+    except Exception as error:  # the libraries' configuration classes raise many types of errors
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         problem = f"a configuration in {checkpoint.folder} cannot be used: {reason}"
         raise UserError(problem, "copy the checkpoint's folder again") from error

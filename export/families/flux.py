@@ -1,7 +1,7 @@
-"""The FLUX.1 family (dev, schnell and their fine-tunes): the networks it consists of, and what a client must know.
+"""The FLUX.1 family (dev, schnell and their fine-tunes): its networks, and what a client must know of its models.
 
-Source: black-forest-labs/flux and diffusers' FluxPipeline and FluxTransformer2DModel. What is traced as the DiT is in
-flux_dit.py: packing of latents into tokens, position ids and rotary tables are in the graph.
+The DiT that is traced is in flux_dit.py. Its graph includes packing latents into tokens, position ids and rotary
+tables. Source: black-forest-labs/flux and diffusers' FluxPipeline and FluxTransformer2DModel.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ from ditforge.export.text_encoders.tokenizers import Tokenizer, read_tokenizer
 from ditforge.model import Model
 
 PUBLISHED = ("flux.1-dev", "flux.1-schnell")
-MAX_SIZE_RATIO = 4  # to the size it was trained at: beyond, pictures fall apart while attention costs 256 times as much
-# The linears of the blocks, but for the modulation (norm…), whose errors reach every token; the embedders and the final
-# layers stay high too, as in NVIDIA's recipe (TensorRT-Model-Optimizer, diffusers example).
+# The largest side of a picture, relative to the side that the model was trained for. Larger pictures fall apart, and at
+# this one, attention takes 256 times as long already.
+MAX_SIZE_RATIO = 4
+# The linears of the blocks, without those of the modulation (norm…), whose errors reach every token. The embedders and
+# the final layers are not quantised either, as in NVIDIA's recipe (TensorRT-Model-Optimizer, diffusers example).
 LINEARS = re.compile(r"(single_)?transformer_blocks\.\d+\.(?!.*norm).*\.weight")
-SCHNELL_TOKENS = 256  # the authors' length of T5's input where guidance is not embedded; 512 where it is
+SCHNELL_TOKENS = 256  # the authors' length of T5's input in models without embedded guidance; with it, it is 512
 
 
 def dit(config: dict[str, Any], tokens: int, precision: Precision) -> Network:
-    """The DiT with diffusers' configuration `config`, for `tokens` text tokens."""
+    """Describe the DiT that has diffusers' configuration `config`, for `tokens` text tokens."""
     dtype, reason = network_dtype(precision), "as asked for"
     if dtype == torch.float16:
         reason += "; the residual streams are clamped to fp16's range"
@@ -63,12 +65,12 @@ def dit(config: dict[str, Any], tokens: int, precision: Precision) -> Network:
 
 
 def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The DiT's configuration."""
+    """Return the DiT's configuration, with diffusers' defaults for keys that the file leaves out."""
     return with_defaults(FluxTransformer2DModel, checkpoint.config("transformer"))
 
 
 def networks(checkpoint: Checkpoint, precision: Precision) -> list[Network]:
-    """All networks of the checkpoint, in the order in which data flows."""
+    """Describe all networks of the checkpoint, in the order in which data flows."""
     tokenizers = {tokenizer.name: tokenizer for tokenizer in read_tokenizers(checkpoint)}
     length = tokenizers["t5"].max_tokens
     return [
@@ -80,7 +82,7 @@ def networks(checkpoint: Checkpoint, precision: Precision) -> list[Network]:
 
 
 def read_tokenizers(checkpoint: Checkpoint) -> list[Tokenizer]:
-    """CLIP's and T5's tokenizers."""
+    """Return CLIP's and T5's tokenizers."""
     embedded = read_config(checkpoint)["guidance_embeds"]
     return [
         read_tokenizer(checkpoint, "tokenizer", "clip"),
@@ -89,7 +91,7 @@ def read_tokenizers(checkpoint: Checkpoint) -> list[Tokenizer]:
 
 
 def model(checkpoint: Checkpoint) -> Model:
-    """What a client must know. Steps and guidance are those that the authors recommend for dev and for schnell."""
+    """Return what a client must know. Steps and guidance are those that the authors recommend for dev and schnell."""
     transformer, autoencoder = read_config(checkpoint), vae.read_config(checkpoint)
     scheduler = checkpoint.config("scheduler", "scheduler_config.json")
     embedded = transformer["guidance_embeds"]
@@ -110,12 +112,12 @@ def model(checkpoint: Checkpoint) -> Model:
 
 
 def load_pipeline(checkpoint: Checkpoint) -> FluxPipeline:
-    """diffusers' own pipeline, to calibrate with."""
+    """Load diffusers' own pipeline, for calibration."""
     return reference_pipeline.load(FluxPipeline, checkpoint, networks(checkpoint, Precision("fp32")))
 
 
 def run_pipeline(loaded: FluxPipeline, model: Model, prompt: str, steps: int, seed: int) -> None:
-    """All steps of a picture, without decoding it."""
+    """Run all steps of a picture, without decoding it."""
     reference_pipeline.run(loaded, model, prompt, steps, seed, model.max_tokens["t5"])
 
 

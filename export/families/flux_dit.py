@@ -1,8 +1,9 @@
 """The DiT of FLUX.1: diffusers' modules, called in a way that makes a small graph.
 
-A rotation, an RMS norm and an attention are one ONNX operator each (opset 23): spelled out, a rotation alone copies its
-input ten times. The single blocks keep text and image joined, which diffusers parts and joins again in each block.
-Source: black-forest-labs/flux (model.py, layers.py, math.py) and diffusers' transformer_flux.py.
+A rotation, an RMS norm and an attention each become one ONNX operator (opset 23). Made of simpler operators, a rotation
+alone would copy its input ten times. The single blocks keep text and image in one tensor, while diffusers separates and
+joins them in each block. Source: black-forest-labs/flux (model.py, layers.py, math.py) and diffusers'
+transformer_flux.py.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.onnx.ops import rotary_embedding
 from ditforge.export.dit_blocks import added_inputs, attention, attention_inputs, joined, modulated, modulation
 
 PATCH = 2  # a token is a patch of 2 by 2 latents
-EMBEDDING_SCALE = 1000  # timestep and guidance are embedded as a thousand times what they are
+EMBEDDING_SCALE = 1000  # timestep and guidance are multiplied by this before they are embedded
 
 Rotary = tuple[Tensor, Tensor]  # cosine and sine for each token and pair of channels, [B, tokens, head_dim / 2] float32
 
@@ -27,13 +28,13 @@ Rotary = tuple[Tensor, Tensor]  # cosine and sine for each token and pair of cha
 class FluxVelocity(nn.Module):
     """The contract's `dit`: latents [B, C, h, w], timestep [B], … → velocity float32 [B, C, h, w].
 
-    Raises ValueError where the axes' rotary channels are not those of a head.
+    Raises ValueError if the rotary channels of all axes do not add up to the channels of a head.
     """
 
     def __init__(self, module: FluxTransformer2DModel) -> None:
         super().__init__()
         rotated, head = module.pos_embed.axes_dim, module.config.attention_head_dim
-        if sum(rotated) != head:  # the operator would take fewer, and leave the others as they are
+        if sum(rotated) != head:  # the operator would accept fewer, and not rotate the other channels
             raise ValueError(f"axes_dims_rope {list(rotated)} add up to {sum(rotated)}, attention_head_dim is {head}")
         self.module = module
 
@@ -73,7 +74,10 @@ class FluxVelocity(nn.Module):
 def double_block(
     block: FluxTransformerBlock, text: Tensor, image: Tensor, signal: Tensor, rotary: Rotary
 ) -> tuple[Tensor, Tensor]:
-    """Text and image [B, tokens, D] with weights of their own, but in one attention."""
+    """Apply a double block, and return text and image [B, tokens, D].
+
+    Each has weights of its own, but one attention is over the tokens of both.
+    """
     shift, scale, gate, *image_mlp = modulation(block.norm1.linear, signal, 6)
     text_shift, text_scale, text_gate, *text_mlp = modulation(block.norm1_context.linear, signal, 6)
     attn = block.attn
@@ -92,7 +96,10 @@ def double_block(
 
 
 def single_block(block: FluxSingleTransformerBlock, stream: Tensor, signal: Tensor, rotary: Rotary) -> Tensor:
-    """The stream [B, tokens, D] of text and image joined; attention and MLP side by side."""
+    """Apply a single block to the stream [B, tokens, D], which has the tokens of the text and then of the image.
+
+    Attention and MLP are computed in parallel, from the same input.
+    """
     shift, scale, gate = modulation(block.norm.linear, signal, 3)
     normed = modulated(stream, shift, scale)
     attended = attention(attention_inputs(normed, block.attn), partial(rotated, rotary=rotary))
@@ -106,10 +113,10 @@ def rotated(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 def rotary_tables(ids: Tensor, theta: float, axes_dim: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [tokens, head_dim / 2] for position ids [tokens, axes].
+    """Return cosine and sine, float32 [tokens, head_dim / 2], for position ids [tokens, axes].
 
-    diffusers computes them in float64, a type that TensorRT lacks. Here, frequencies are computed in double precision
-    while tracing; only their product with a position is rounded to float32.
+    diffusers computes them in float64, which TensorRT lacks. Here, the frequencies are computed in double precision
+    while the graph is traced. The graph multiplies them by the positions in float32.
     """
     angles = []
     for axis, dim in enumerate(axes_dim):
@@ -120,7 +127,7 @@ def rotary_tables(ids: Tensor, theta: float, axes_dim: tuple[int, ...]) -> tuple
 
 
 def positions(tokens: int, rows: int, columns: int) -> Tensor:
-    """Position ids float32 [tokens + rows * columns, 3]: zeros for the text, then (0, row, column)."""
+    """Return position ids, float32 [tokens + rows * columns, 3]: zeros for the text, then (0, row, column)."""
     row = torch.arange(rows, dtype=torch.float32)[:, None].expand(rows, columns)
     column = torch.arange(columns, dtype=torch.float32)[None, :].expand(rows, columns)
     image = torch.stack((torch.zeros(rows, columns), row, column), dim=-1).reshape(rows * columns, 3)
@@ -128,6 +135,6 @@ def positions(tokens: int, rows: int, columns: int) -> Tensor:
 
 
 def clamped(x: Tensor) -> Tensor:
-    """Keep a residual stream of fp16 finite, where diffusers does."""
+    """Clamp a residual stream to the range of fp16, if that is its dtype. diffusers does so in the same places."""
     limit = torch.finfo(torch.float16).max
     return x.clip(-limit, limit) if x.dtype == torch.float16 else x

@@ -1,4 +1,4 @@
-"""FLUX.1 in one file, as Black Forest Labs and ComfyUI write it."""
+"""The layout of FLUX.1 in one file, as Black Forest Labs (BFL) and ComfyUI write it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ditforge.export.checkpoint.layouts import Layout, count_blocks
 
 
 def flux_config(tensors: Tensors) -> dict[str, Any]:
-    """FluxTransformer2DModel's configuration as far as the shapes of BFL's tensors tell."""
+    """Return the part of FluxTransformer2DModel's configuration that the shapes of BFL's tensors tell."""
     head = tensors["double_blocks.0.img_attn.norm.query_norm.scale"].shape[0]
     width, channels = tensors["img_in.weight"].shape
     out = tensors["final_layer.linear.weight"].shape[0]
@@ -31,7 +31,7 @@ def flux_config(tensors: Tensors) -> dict[str, Any]:
 
 
 def flux_hints(names: Iterable[str]) -> list[str]:
-    """BFL's keys for as many blocks as there are among diffusers' `names`."""
+    """Return keys in BFL's layout for as many blocks as diffusers' `names` have."""
     double, single = count_blocks(names, "transformer_blocks"), count_blocks(names, "single_transformer_blocks")
     blocks = [f"double_blocks.{i}." for i in range(double)] + [f"single_blocks.{i}." for i in range(single)]
     return [*blocks, "guidance_in."]
@@ -44,7 +44,7 @@ LAYOUT = Layout(
     config=flux_config,
     published=lambda config: "flux.1-dev" if config["guidance_embeds"] else "flux.1-schnell",
     encoders={"clip_l": "text_encoder", "t5xxl": "text_encoder_2"},
-    lora_encoders={  # some call T5 the third text encoder, even where there are two
+    lora_encoders={  # some tools call T5 the third text encoder, although FLUX.1 has only two
         "lora_te_": "text_encoder",
         "lora_te1_": "text_encoder",
         "lora_te2_": "text_encoder_2",

@@ -1,6 +1,6 @@
 """The Stable Diffusion 3.5 family (medium, large, large-turbo and their fine-tunes), and Stable Diffusion 3 medium.
 
-sd3_dit.py has the DiT; CLIP's and T5's concatenation is a graph of its own. Source: Esser et al. 2024
+The DiT is in sd3_dit.py. The outputs of CLIP and T5 are concatenated by a graph of its own. Source: Esser et al. 2024
 (arXiv:2403.03206), Stability-AI/sd3.5, and diffusers' StableDiffusion3Pipeline.
 """
 
@@ -31,17 +31,23 @@ from ditforge.model import Model, SkipLayers
 from ditforge.option import setting
 
 PUBLISHED = ("sd3.5-large", "sd3.5-large-turbo", "sd3.5-medium")
-T5_TOKENS = 256  # diffusers' default max_sequence_length; with zeros in T5's place, there are as many
-MAX_SIZE_RATIO = 4  # to the size it was trained at, as far as the table of positions goes
-# The linears of the blocks, but for the modulation (norm…), whose errors reach every token.
+T5_TOKENS = 256  # diffusers' default max_sequence_length; also the number of zeros that take T5's place without T5
+# The largest side of a picture, relative to the side that the model was trained for. The table of positions may limit
+# it further.
+MAX_SIZE_RATIO = 4
+# The linears of the blocks, without those of the modulation (norm…), whose errors reach every token.
 LINEARS = re.compile(r"transformer_blocks\.\d+\.(?!.*norm).*\.weight")
-# What medium's authors recommend (its model card, and diffusers' defaults), of its 24 blocks.
+# Skip-layer guidance as the authors recommend it for medium, which has 24 blocks (its model card; diffusers' defaults).
 SKIPPED, OF_BLOCKS = (7, 8, 9), 24
 SKIP_SCALE, SKIP_START, SKIP_STOP = 2.8, 0.01, 0.2
 
 
 class JoinedText(nn.Module):
-    """CLIP's states side by side, filled up with zeros, and then T5's; and CLIP's pooled outputs side by side."""
+    """Concatenate the outputs of the text encoders: → prompt_embeds [B, tokens, width], pooled_embeds [B, P].
+
+    The hidden states of the two CLIPs are concatenated along the channels and padded with zeros to `width`; T5's tokens
+    follow. The pooled outputs of the two CLIPs are concatenated.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -61,7 +67,11 @@ class JoinedText(nn.Module):
 
 
 class JoinedClip(nn.Module):
-    """The same with zeros in T5's place, as it was trained at times to have (Esser et al. 2024, section 5.3.3)."""
+    """Do the same as JoinedText with `tokens` zeros in T5's place.
+
+    The model was trained to work without T5: its output was at times replaced by zeros (Esser et al. 2024, section
+    5.3.3).
+    """
 
     def __init__(self, width: int, tokens: int) -> None:
         super().__init__()
@@ -77,7 +87,10 @@ class JoinedClip(nn.Module):
 
 
 def joined(clips: list[Network], states: Network | None, tokens: int, width: int, precision: Precision) -> Network:
-    """What makes the contract's embeddings of CLIP's outputs and T5's `states`, or `tokens` zeros in their place."""
+    """Describe the network that joins CLIP's outputs and T5's `states` to the contract's embeddings.
+
+    If `states` is None, `tokens` zeros take the place of T5's output.
+    """
     out = text_dtype(precision)
     inputs = {name: port for network in clips for name, port in network.outputs.items()}
     pooled = sum(fixed(port.shape[1]) for name, port in inputs.items() if name.endswith("_pooled"))
@@ -87,20 +100,20 @@ def joined(clips: list[Network], states: Network | None, tokens: int, width: int
         build=lambda: JoinedText(width) if states else JoinedClip(width, tokens),
         inputs={**inputs, **(states.outputs if states else {})},
         outputs={"prompt_embeds": Port(out, (BATCH, length, width)), "pooled_embeds": Port(out, (BATCH, pooled))},
-        weights=clips[0].weights,  # it has none of its own
+        weights=clips[0].weights,  # any folder will do, because this network has no weights
         dtype=out,
         reason="as its inputs",
     )
 
 
 def fixed(size: int | Dim) -> int:
-    """The size of a dimension that does not vary."""
+    """Return the size of a dimension that does not vary."""
     assert isinstance(size, int), f"{size} varies"
     return size
 
 
 def dit(config: dict[str, Any], tokens: int, precision: Precision) -> Network:
-    """The DiT with diffusers' configuration `config`, for `tokens` text tokens, CLIP's and T5's together."""
+    """Describe the DiT that has diffusers' configuration `config`. `tokens` counts the text tokens of CLIP and T5."""
     dtype, reason = network_dtype(precision), "as asked for"
     patch = config["patch_size"]
     size = Dim("latent_height", patch), Dim("latent_width", patch)
@@ -126,7 +139,10 @@ def dit(config: dict[str, Any], tokens: int, precision: Precision) -> Network:
 
 
 def skip_layers(config: dict[str, Any]) -> SkipLayers | None:
-    """Skip-layer guidance, for what is built as medium is (MMDiT-X); in another depth, blocks at the same height."""
+    """Return the settings of skip-layer guidance for a model built like medium (MMDiT-X); None for all others.
+
+    A model of another depth skips the blocks at the same relative depth.
+    """
     if not config["dual_attention_layers"]:
         return None
     blocks = config["num_layers"]
@@ -135,17 +151,17 @@ def skip_layers(config: dict[str, Any]) -> SkipLayers | None:
 
 
 def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The DiT's configuration."""
+    """Return the DiT's configuration, with diffusers' defaults for keys that the file leaves out."""
     return with_defaults(SD3Transformer2DModel, checkpoint.config("transformer"))
 
 
 def has_t5(checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint comes with T5: its index names a class then, null where it was left out."""
+    """Return whether the checkpoint comes with T5. Its index names a class for T5, or null if it was left out."""
     return bool(t5_parts(checkpoint.config("", INDEX)))
 
 
 def check_t5(checkpoint: Checkpoint) -> None:
-    """Raise UserError if T5 is named by the index and not there: who meant to do without it can say so."""
+    """Raise UserError if the index names T5 but T5's files are missing. The error says how to leave T5 out."""
     parts = t5_parts(checkpoint.config("", INDEX))
     missing = [name for name in parts if name not in checkpoint.tensors and not (checkpoint.folder / name).is_dir()]
     if missing:
@@ -156,7 +172,10 @@ def check_t5(checkpoint: Checkpoint) -> None:
 
 
 def networks(checkpoint: Checkpoint, precision: Precision) -> list[Network]:
-    """All networks of the checkpoint, in the order in which data flows; two that join, where T5 can be left out."""
+    """Describe all networks of the checkpoint, in the order in which data flows.
+
+    A checkpoint with T5 has two networks that join the text encoders' outputs, because a prompt may do without T5.
+    """
     config = read_config(checkpoint)
     length = {tokenizer.name: tokenizer.max_tokens for tokenizer in read_tokenizers(checkpoint)}
     folders = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
@@ -175,10 +194,10 @@ def networks(checkpoint: Checkpoint, precision: Precision) -> list[Network]:
 
 
 def read_tokenizers(checkpoint: Checkpoint) -> list[Tokenizer]:
-    """CLIP's two tokenizers, and T5's where it is there."""
+    """Return CLIP's two tokenizers, and T5's if the checkpoint has T5."""
     check_t5(checkpoint)
     clip_l = read_tokenizer(checkpoint, "tokenizer", "clip_l")
-    # StableDiffusion3Pipeline cuts both at the first one's length.
+    # StableDiffusion3Pipeline cuts the prompts of both CLIPs at the first one's length.
     tokenizers = [clip_l, read_tokenizer(checkpoint, "tokenizer_2", "clip_g", limit=clip_l.max_tokens)]
     if has_t5(checkpoint):
         tokenizers.append(read_tokenizer(checkpoint, "tokenizer_3", "t5", limit=T5_TOKENS))
@@ -186,9 +205,9 @@ def read_tokenizers(checkpoint: Checkpoint) -> list[Tokenizer]:
 
 
 def model(checkpoint: Checkpoint) -> Model:
-    """What a client must know. Steps and guidance are those of the authors' model cards.
+    """Return what a client must know. Steps and guidance are those of the authors' model cards.
 
-    Nothing in its files tells large-turbo from large, so its name does.
+    Large-turbo is recognised by its name, because nothing in its files distinguishes it from large.
     """
     transformer, autoencoder = read_config(checkpoint), vae.read_config(checkpoint)
     scheduler = checkpoint.config("scheduler", "scheduler_config.json")
@@ -216,7 +235,7 @@ def model(checkpoint: Checkpoint) -> Model:
 
 
 def load_pipeline(checkpoint: Checkpoint) -> StableDiffusion3Pipeline:
-    """diffusers' own pipeline, to calibrate with."""
+    """Load diffusers' own pipeline, for calibration."""
     without = {} if has_t5(checkpoint) else {"text_encoder_3": None, "tokenizer_3": None}
     return reference_pipeline.load(
         StableDiffusion3Pipeline, checkpoint, networks(checkpoint, Precision("fp32")), **without
@@ -224,7 +243,7 @@ def load_pipeline(checkpoint: Checkpoint) -> StableDiffusion3Pipeline:
 
 
 def run_pipeline(loaded: StableDiffusion3Pipeline, model: Model, prompt: str, steps: int, seed: int) -> None:
-    """All steps of a picture, without decoding it."""
+    """Run all steps of a picture, without decoding it."""
     reference_pipeline.run(loaded, model, prompt, steps, seed, model.max_tokens.get("t5", T5_TOKENS))
 
 

@@ -1,7 +1,7 @@
 """The DiT of Stable Diffusion 3.5: diffusers' modules, called in a way that makes a small graph.
 
-Patches and the table of their positions are in the graph. Source: Esser et al. 2024 (arXiv:2403.03206),
-Stability-AI/sd3.5 (mmditx.py) and diffusers' SD3Transformer2DModel.
+The graph includes cutting latents into patches, and the table of their positions. Source: Esser et al. 2024
+(arXiv:2403.03206), Stability-AI/sd3.5 (mmditx.py) and diffusers' SD3Transformer2DModel.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ from torch.nn.functional import silu
 
 from ditforge.export.dit_blocks import added_inputs, attention, attention_inputs, joined, modulated, modulation
 
-TIMESTEPS = 1000  # the module counts noise levels from 0 to 1000
+TIMESTEPS = 1000  # the module takes timesteps from 0 to 1000, the contract's are from 0 to 1
 
 
 class PositionTable(nn.Module):
-    """Patches and their positions: the checkpoint's table [1, M * M, D], of which the middle is taken.
+    """Embed patches, and add their positions from the middle of the checkpoint's table [1, M * M, D].
 
-    Takes the place of diffusers' PatchEmbed, which slices the table at symbolic places: tracing would limit the sizes.
+    Latents [B, C, h, w] become tokens [B, tokens, D]. This replaces diffusers' PatchEmbed, which slices the table at
+    positions that depend on the input's size; tracing that would limit the sizes.
     """
 
     def __init__(self, proj: nn.Conv2d, table: Tensor, size: int) -> None:
         super().__init__()
         self.proj = proj
-        self.pos_embed = nn.Parameter(table.to(proj.weight.dtype), requires_grad=False)  # weights are parameters here
+        # diffusers has a buffer here. In this package, all weights of a checkpoint are parameters.
+        self.pos_embed = nn.Parameter(table.to(proj.weight.dtype), requires_grad=False)
         self.size = size
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -42,8 +44,8 @@ class PositionTable(nn.Module):
 class StableDiffusion3Velocity(nn.Module):
     """The contract's `dit`: latents [B, C, h, w], timestep [B], … → velocity float32 [B, C, h, w].
 
-    skip_layers [B, blocks]: where there is a 1, a block leaves a sample as it is, since its gates are closed. The
-    module's own `forward` leaves blocks out for a whole batch.
+    skip_layers [B, blocks] is 1 where a block must be skipped for a sample: the block's gates are then 0, so it adds
+    nothing. The `forward` of diffusers' module can skip blocks only for a whole batch.
     """
 
     def __init__(self, module: SD3Transformer2DModel) -> None:
@@ -79,13 +81,14 @@ class StableDiffusion3Velocity(nn.Module):
 def joint_block(
     block: JointTransformerBlock, text: Tensor, image: Tensor, signal: Tensor, opened: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Text and image [B, tokens, D] with weights of their own, but in one attention. The last block leaves the text.
+    """Apply a block, and return text and image [B, tokens, D].
 
-    Where `opened` [B, 1, 1] is 0, the block adds nothing.
+    Each has weights of its own, but one attention is over the tokens of both. The last block returns the text
+    unchanged. Where `opened` [B, 1, 1] is 0, the block adds nothing to the sample.
     """
     of_image = modulation(block.norm1.linear, signal, 9 if block.use_dual_attention else 6, opened)
     if block.context_pre_only:
-        of_text = modulation(block.norm1_context.linear, signal, 2)[::-1]  # this one says the scale first
+        of_text = modulation(block.norm1_context.linear, signal, 2)[::-1]  # this module gives the scale first
     else:
         of_text = modulation(block.norm1_context.linear, signal, 6, opened)
     text, image = with_attention(block, text, image, of_text, of_image)
@@ -98,7 +101,7 @@ def joint_block(
 def with_attention(
     block: JointTransformerBlock, text: Tensor, image: Tensor, of_text: tuple[Tensor, ...], of_image: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Both after their attention; some blocks have a second one for the image alone."""
+    """Add the attention to text and image [B, tokens, D]. Some blocks have a second attention for the image alone."""
     attn, tokens = block.attn, image.shape[1]
     normed, text_normed = modulated(image, *of_image[:2]), modulated(text, *of_text[:2])
     attended = attention(joined(attention_inputs(normed, attn), added_inputs(text_normed, attn)))
@@ -113,6 +116,6 @@ def with_attention(
 
 
 def with_mlp(x: Tensor, mlp: nn.Module, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-    """A stream after its MLP."""
+    """Add the modulated MLP to the stream x [B, tokens, D]."""
     result: Tensor = x + gate * mlp(modulated(x, shift, scale))
     return result

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3.5 in one file, as Stability and ComfyUI write it."""
+"""The layout of Stable Diffusion 3.5 in one file, as Stability and ComfyUI write it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ditforge.export.checkpoint.layouts import Layout, count_blocks
 
 
 def sd3_config(tensors: Tensors) -> dict[str, Any]:
-    """SD3Transformer2DModel's configuration as far as the shapes of Stability's tensors tell."""
+    """Return the part of SD3Transformer2DModel's configuration that the shapes of Stability's tensors tell."""
     width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
     norm = tensors.get("joint_blocks.0.x_block.attn.ln_q.weight")
     head = norm.shape[0] if norm else 64
@@ -37,7 +37,7 @@ def sd3_config(tensors: Tensors) -> dict[str, Any]:
 
 
 def sd3_hints(names: Iterable[str]) -> list[str]:
-    """Stability's keys for as many blocks as there are among diffusers' `names`, each with all that it may have."""
+    """Return keys in Stability's layout for as many blocks as diffusers' `names` have, with all optional parts."""
     blocks = range(count_blocks(names, "transformer_blocks"))
     keys = [f"joint_blocks.{i}.x_block.{part}." for i in blocks for part in ("attn.ln_q", "attn2.qkv")]
     return [*keys, "context_embedder.weight"]

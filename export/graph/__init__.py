@@ -1,1 +1,1 @@
-"""A network becomes an ONNX graph: traced without weights, and written with weights that stream into it."""
+"""A network becomes an ONNX graph: it is traced without weights, and weights are read one by one as it is written."""

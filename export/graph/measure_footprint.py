@@ -1,7 +1,7 @@
-"""What a network takes of a device's memory, found out with fake tensors: no weights, no memory, seconds.
+"""Measure how much device memory a network needs. Fake tensors are used, so this takes seconds and no weights.
 
-Activations are those of PyTorch's eager execution: what an operator reads, and what it writes, live at the same time.
-An engine that fuses operators needs less; docs/memory.md has the comparison.
+The activations are those of PyTorch's eager execution, where the inputs and outputs of an operator are in memory at the
+same time. An engine that fuses operators needs less; docs/memory.md compares the two.
 """
 
 from __future__ import annotations
@@ -27,15 +27,19 @@ from ditforge.export.network import BATCH, Dim, Network, Port
 from ditforge.footprint import Footprint
 from ditforge.model import Model
 
-SIDES = (1 / 4, 1 / 2, 1, 3 / 2, 2, 4)  # of the pictures that are measured, as parts of the model's default size
-FUSED_HEAD = 256  # channels of the widest heads that FlashAttention and its like are made for (arXiv:2307.08691)
-BLOCK = re.compile(r"(.*?\.\d+)\.")  # what the names of a block's weights begin with
+SIDES = (1 / 4, 1 / 2, 1, 3 / 2, 2, 4)  # the sides of the pictures that are measured, relative to the default size
+FUSED_HEAD = 256  # the most channels of a head that kernels such as FlashAttention take (arXiv:2307.08691)
+BLOCK = re.compile(r"(.*?\.\d+)\.")  # the start of the names of a block's weights
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Shapes of the parameters that a network reads, by name; by the picture's side bytes of activations, and floating
-    point operations of products, convolutions and attention, a multiplication with its addition counting as two.
+    """What was measured of a network.
+
+    parameters: the shapes of the parameters that the network reads, by name.
+    activations: the peak bytes of activations, by the side of the picture in pixels.
+    flops: the floating point operations of matrix products, convolutions and attention, by the side of the picture in
+        pixels. A multiplication and the addition of its result count as two.
     """
 
     network: Network
@@ -44,16 +48,17 @@ class Measured:
     flops: dict[int, int]
 
     def footprint(self, scheme: str | None = None) -> Footprint:
-        """What it takes with those linears that bear it in the 8-bit format `scheme`; None: all as the network's dtype.
+        """Return the memory that the network takes, in bytes, with its linears in the 8-bit format `scheme`.
 
-        Where a GPU multiplies in that dtype, it widens the weights of a linear before: the largest one's count.
+        `scheme` None means that all weights have the network's dtype. A GPU that multiplies in that dtype first
+        converts the 8-bit weights of a linear to it, so the converted weights of the largest linear are counted too.
         """
         width, widened = self.network.dtype.itemsize, 0
         blocks: dict[str, int] = {}
         for name, shape in self.parameters.items():
             count = math.prod(shape)
             eight_bit = scheme is not None and self.network.may_be_8_bit(name)
-            size = count + width * shape[0] if eight_bit else count * width  # a scale for each output channel
+            size = count + width * shape[0] if eight_bit else count * width  # with a scale for each output channel
             widened = max(widened, count * width) if eight_bit else widened
             found = BLOCK.match(name)
             block = found[1] if found else name
@@ -67,7 +72,7 @@ class Measured:
 
 
 def measured_sides(model: Model) -> list[int]:
-    """In pixels: parts and multiples of the model's default size, up to its largest."""
+    """Return the sides in pixels of the pictures to measure: SIDES times the default size, up to the largest size."""
     multiple = model.size_multiple
     largest = model.max_size // multiple * multiple
     wanted = (round(model.default_size * part / multiple) * multiple for part in SIDES)
@@ -75,16 +80,20 @@ def measured_sides(model: Model) -> list[int]:
 
 
 def runs(network: Network, model: Model) -> list[int]:
-    """The sides of the pictures to measure it with: one, where no input varies with the size."""
+    """Return the sides in pixels of the pictures to measure the network with.
+
+    It is only the default size if no input of the network depends on the picture's size.
+    """
     varies = any(isinstance(dim, Dim) and dim != BATCH for port in network.inputs.values() for dim in port.shape)
     return measured_sides(model) if varies else [model.default_size]
 
 
 def measure(network: Network, model: Model, step: Callable[[], None] | None = None) -> Measured:
-    """Run the network on one sample of each size, without values. `step` is called after each.
+    """Run the network with fake tensors on one sample of each size. `step` is called after each.
 
-    All of it is run at the first size. At the others, of equal blocks that follow each other only the first two are,
-    where that makes no difference to the memory at the first size; operations are then counted for all of them.
+    At the first size the whole network is run. At the other sizes, only the first two of each row of equal blocks are
+    run, provided that this does not change the memory at the first size. The operations that are counted are then
+    scaled up to all blocks.
     """
     first, *others = runs(network, model)
     report = step or (lambda: None)
@@ -127,9 +136,9 @@ Lists = list[tuple[nn.Module, str, nn.ModuleList]]
 
 @contextmanager
 def shortened(module: nn.Module) -> Iterator[Lists]:
-    """Inside, lists of modules hold the first two of those in a row that are built alike; gives the lists as they were.
+    """Within this context, each row of equal modules in the module's lists is cut to its first two modules.
 
-    The lists are whole again at the end.
+    Yields the lists that were replaced. They are put back at the end.
     """
     lists: Lists = []
     for parent in list(module.modules()):
@@ -147,18 +156,18 @@ def shortened(module: nn.Module) -> Iterator[Lists]:
 
 
 def restore(lists: Lists) -> None:
-    """Put the lists of modules back that shortened() took away."""
+    """Put back the lists of modules that shortened() replaced."""
     for parent, name, whole in lists:
         setattr(parent, name, whole)
 
 
 def built(module: nn.Module) -> tuple[object, ...]:
-    """How a module is built: equal for those of one class whose parameters have the same names and shapes."""
+    """Return a key that is equal for modules of the same class whose parameters have the same names and shapes."""
     return type(module), tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
 
 
 def _sample(port: Port, side: int, model: Model) -> Tensor:
-    """An input for one picture of side x side pixels; a dimension's multiple is contained in its size."""
+    """Return an input for one picture of side x side pixels. (`multiple` of a Dim is not multiplied in again.)"""
 
     def size(dim: Dim) -> int:
         return 1 if dim == BATCH else side // (model.vae_factor if dim.name.startswith("latent_") else 1)
@@ -167,10 +176,12 @@ def _sample(port: Port, side: int, model: Model) -> Tensor:
 
 
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside, `peak` is the most bytes of tensors that were there at a time, and `read` the storages of what was read.
+    """A context that records the memory and the operations of everything that is run within it.
 
-    `flops` are floating point operations, by the operator that does them. Tensors count by their storage, so that a
-    view costs nothing; those in `given` do not count.
+    peak: the most bytes of tensors that were in memory at the same time. Tensors count by their storage, so a view
+        costs nothing. The tensors in `given` do not count.
+    read: the storages of the tensors that were read.
+    flops: the floating point operations, by operator.
     """
 
     def __init__(self, given: Iterable[Tensor]) -> None:
@@ -202,18 +213,18 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def freed(self, key: int, size: int) -> None:
-        """A storage is gone, and its address free for another one."""
+        """Note that a storage was freed. Its address can then be used by another one."""
         self.known.discard(key)
         self.live -= size
 
 
 def tensors(tree: object) -> list[Tensor]:
-    """The tensors among an operator's arguments or results."""
+    """Return the tensors among an operator's arguments or results."""
     return [leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor)]
 
 
 def attention_flops(args: tuple[Any, ...]) -> int:
-    """Floating point operations of attention: of the scores, and of the values that they weigh."""
+    """Count the floating point operations of attention: those of the scores, and of the weighted sum of the values."""
     query, key, value = args[:3]
     rows: int = math.prod(query.shape[:-1])
     operations: int = 2 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1])
@@ -221,7 +232,10 @@ def attention_flops(args: tuple[Any, ...]) -> int:
 
 
 def unfused_scores(args: tuple[Any, ...]) -> int:
-    """Bytes of attention's scores, before and after the softmax, where no fused kernel keeps them in registers."""
+    """Return the bytes of attention's scores, before and after the softmax.
+
+    It is 0 where a fused kernel keeps the scores in registers, that is for heads of up to FUSED_HEAD channels.
+    """
     query, key = args[:2]
     scores = math.prod(query.shape[:-1]) * key.shape[-2] * query.dtype.itemsize
     return 2 * scores if query.shape[-1] > FUSED_HEAD else 0

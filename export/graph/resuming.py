@@ -1,4 +1,4 @@
-"""What an interrupted export had finished, kept beside its target, so that the next run goes on from there."""
+"""Keep the finished components of an interrupted export beside its target, so that the next run continues from them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ditforge import manifest
 from ditforge.errors import UserError
 from ditforge.manifest import Component
 
-WORTH = 256 * 10**6  # bytes of a component that is kept; a smaller one is made again in seconds
+WORTH = 256 * 10**6  # components of fewer bytes are not kept: they are made again in seconds
 
 
 class Record(BaseModel):
-    """Beside the files of a finished component: what it is, and `key`, what it was made from."""
+    """The JSON file beside the files of a finished component: its description, and what it was made from (`key`)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -29,8 +29,8 @@ class Record(BaseModel):
 class Unfinished:
     """The folder `.NAME.unfinished` beside an export's target NAME. Its files are hard links, which take no space.
 
-    `key` is what the export is made from: components of another one are of no use. On file systems without hard links,
-    nothing is kept.
+    `key` is what the export is made from; only components with the same key are used again. On file systems without
+    hard links, nothing is kept.
     """
 
     folder: Path
@@ -38,27 +38,28 @@ class Unfinished:
 
     @classmethod
     def beside(cls, target: Path, key: dict[str, str]) -> Unfinished:
-        """That of an export to the folder `target`."""
+        """Return the folder for an export to the folder `target`."""
         target = Path(os.path.realpath(target))
         return cls(target.with_name(f".{target.name}.unfinished"), key)
 
     def keep(self, name: str, component: Component, made: Path) -> None:
-        """Keep the finished component `name`, whose files are in the folder `made`, if it is large."""
+        """Keep the finished component `name`, whose files are in the folder `made`, if it has at least WORTH bytes."""
         if sum(file.size for file in component.files.values()) < WORTH:
             return
         try:
             self.folder.mkdir(exist_ok=True)
             record = Record(key=self.key, component=component)
-            self._record(name).write_text(record.model_dump_json())  # first: what it names can be removed again
+            # The record is written first, because only files that a record names are ever removed.
+            self._record(name).write_text(record.model_dump_json())
             for file in component.files:
-                (self.folder / file).unlink(missing_ok=True)  # of a record that was damaged
+                (self.folder / file).unlink(missing_ok=True)  # left over if an earlier record was damaged
                 os.link(made / file, self.folder / file)
         except OSError:
             self._drop(name)
             self._remove_if_empty()
 
     def kept(self) -> dict[str, Component]:
-        """The components that an earlier run has finished, as far as sizes tell."""
+        """Return the components that an earlier run of this export finished, by name. Only file sizes are checked."""
         found = {path.stem: self._read(path.stem) for path in sorted(self.folder.glob("*.json"))}
         return {
             name: record.component
@@ -67,7 +68,10 @@ class Unfinished:
         }
 
     def take(self, name: str, into: Path) -> Component | None:
-        """Put the component `name` into the folder `into`; None if there is none that is undamaged."""
+        """Link the files of the kept component `name` into the folder `into`, after checking their contents.
+
+        Returns None, and leaves nothing in `into`, if the component is not there or is damaged.
+        """
         component = self.kept().get(name)
         if component is None:
             return None
@@ -82,7 +86,7 @@ class Unfinished:
         return component
 
     def drop_others(self) -> None:
-        """Remove the components of another export, or of a damaged record."""
+        """Remove components of another export, and those whose record or files are damaged."""
         kept = self.kept()
         for path in sorted(self.folder.glob("*.json")):
             if path.stem not in kept:
@@ -90,7 +94,7 @@ class Unfinished:
         self._remove_if_empty()
 
     def drop_all(self) -> None:
-        """Remove all of it, when the export is whole."""
+        """Remove all kept components. This is done when the export is complete."""
         for path in sorted(self.folder.glob("*.json")):
             self._drop(path.stem)
         self._remove_if_empty()
@@ -106,7 +110,7 @@ class Unfinished:
         return record if all(Path(file).name == file for file in record.component.files) else None
 
     def _drop(self, name: str) -> None:
-        """Only what the record names: nobody's other files are deleted."""
+        """Remove the component `name`: only the files that its record names, and the record itself."""
         record = self._read(name)
         for file in record.component.files if record else ():
             (self.folder / file).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A network becomes an ONNX graph, traced with fake tensors: shapes and dtypes only, so any size fits in memory."""
+"""Trace a network to an ONNX graph with fake tensors. They have only shapes and dtypes, so any size fits in memory."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from torch.export import Dim as TorchDim
 
 from ditforge.export.network import BATCH, Dim, Network, Port
 
-OPSET = 23  # the first with RMSNormalization, RotaryEmbedding and Attention; convolutions take bf16 from 22 on
-PREFIX = "module."  # what Network.build puts before the checkpoint's keys
-# The example's sizes: at least 2 (1 would be traced as a constant), and each dimension another one.
+# The first opset with RMSNormalization, RotaryEmbedding and Attention. Convolutions take bf16 from opset 22 on.
+OPSET = 23
+PREFIX = "module."  # the modules of Network.build have this before the checkpoint's keys in their parameters' names
+# The sizes of the example inputs: at least 2 (1 would be traced as a constant), and different for each dimension.
 EXAMPLE_BATCH = 2
 EXAMPLE_SIZES = (4, 6, 10, 14)
-TRACED_BATCHES = 63  # from 64 images on, PyTorch's upsampling takes a branch of its own, to the same result
+TRACED_BATCHES = 63  # for 64 images and more, PyTorch's upsampling takes another branch, which has the same result
 
 
 def trace(network: Network) -> tuple[ir.Model, dict[str, list[str]]]:
-    """The network's graph, its parameters as initializers without values; and the names that each of these may have.
+    """Trace the network, and return its graph and the names of its parameters.
 
-    Initializers are named as in the checkpoint; where modules share a parameter, all its names are given.
+    The parameters are initializers without values, named as in the checkpoint. The second result maps the name of each
+    such initializer to all the names that the checkpoint may use for it: more than one where modules share a parameter.
     """
     with fake(network), quiet():
         module = network.build().eval()
@@ -40,7 +42,7 @@ def trace(network: Network) -> tuple[ir.Model, dict[str, list[str]]]:
     aliases: dict[str, list[str]] = {}
     for name, value in list(model.graph.initializers.items()):
         if not isinstance(getattr(value.const_value, "raw", None), FakeTensor):
-            continue  # a constant that tracing computed: its value is known
+            continue  # this is a constant that tracing computed, so its value is known
         value.const_value = None
         key = names[name][0]
         model.graph.initializers.pop(name)
@@ -51,9 +53,10 @@ def trace(network: Network) -> tuple[ir.Model, dict[str, list[str]]]:
 
 
 def dry_run(network: Network) -> list[tuple[list[str], tuple[int, ...]]]:
-    """Make and run the network without values, which raises whatever is wrong with its configuration.
+    """Make and run the network with fake tensors, which raises an error if its configuration is wrong.
 
-    Returns its parameters: the names that each may have in the checkpoint, and its shape.
+    The error can be of any type: it comes from PyTorch's modules. Returns for each parameter the names that it may have
+    in the checkpoint, and its shape.
     """
     with fake(network), quiet():
         module = network.build().eval()
@@ -65,14 +68,14 @@ def dry_run(network: Network) -> list[tuple[list[str], tuple[int, ...]]]:
 
 @contextmanager
 def fake(network: Network) -> Iterator[None]:
-    """Tensors that are made inside have shapes and dtypes, but no values; parameters have the network's dtype."""
+    """Within this context, new tensors have shapes and dtypes but no values. Parameters have the network's dtype."""
     with FakeTensorMode(allow_non_fake_inputs=True), default_dtype(network.dtype), torch.no_grad():
         yield
 
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Modules that are made inside have parameters of `dtype` (converting fake ones afterwards fails)."""
+    """Within this context, new modules have parameters of `dtype`. (Converting fake parameters afterwards fails.)"""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -83,7 +86,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the exporter's remarks to its developers (missing torchvision, deprecations of its own) from the user."""
+    """Hide the exporter's warnings that are of no use to users (missing torchvision, its own deprecations)."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch._subclasses.fake_tensor")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -121,7 +124,7 @@ def _dynamic_shapes(network: Network, sizes: dict[str, int]) -> dict[str, dict[i
 
 
 def _parameter_names(module: torch.nn.Module) -> dict[str, list[str]]:
-    """For each name of a parameter, the checkpoint keys of it and of its twins (shared parameters)."""
+    """Map the name of each parameter to its keys in the checkpoint: several where modules share the parameter."""
     twins: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         twins.setdefault(id(parameter), []).append(name)
@@ -129,7 +132,7 @@ def _parameter_names(module: torch.nn.Module) -> dict[str, list[str]]:
 
 
 def _name_ports(model: ir.Model, network: Network) -> None:
-    """Give the graph's outputs the contract's names; the inputs have them from the module's arguments."""
+    """Give the graph's outputs the contract's names. Its inputs already have them, from the arguments of `forward`."""
     graph = model.graph
     assert [value.name for value in graph.inputs] == list(network.inputs), "the tracer reordered the inputs"
     for value, (name, port) in zip(graph.outputs, network.outputs.items(), strict=True):

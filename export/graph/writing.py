@@ -1,4 +1,4 @@
-"""What is done to a traced graph: weights stored as they are multiplied, values attached, constants folded, written."""
+"""The steps from a traced graph to a file: transpose the weights, attach their values, fold constants, and write it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ditforge.export.checkpoint.weights import Weights
 from ditforge.export.network import Network
 
 DATA_SUFFIX = ".data"
-SOURCE = "source"  # in an initializer's meta: reads the checkpoint's tensor, in its own dtype
+SOURCE = "source"  # the key in an initializer's meta of the function that reads the checkpoint's tensor
 
 
 def store_transposed(model: ir.Model) -> set[str]:
-    """Drop every Transpose of a weight matrix and declare the weight transposed instead; returns those weights' names.
+    """Remove every Transpose of a weight matrix and store the weight transposed instead. Returns those weights' names.
 
-    Otherwise constant folding would hold a second copy of them in memory, and nothing may stand between a quantised
-    weight and its MatMul.
+    There are two reasons: constant folding would hold a second copy of each weight in memory, and no operator may stand
+    between a quantised weight and its MatMul.
     """
     transposed = set()
     for node in list(model.graph):
@@ -49,9 +49,10 @@ def store_transposed(model: ir.Model) -> set[str]:
 def attach_weights(
     model: ir.Model, aliases: dict[str, list[str]], transposed: set[str], weights: Weights, network: Network
 ) -> None:
-    """Give every initializer without a value the checkpoint's tensor, in the graph's dtype, read only when written.
+    """Attach the checkpoint's tensor to every initializer without a value.
 
-    That they fit has been checked by fit.check_weights.
+    Each tensor is read, and converted to the graph's dtype, only when it is written. `aliases` comes from trace(), and
+    `transposed` from store_transposed(). consistency.check_weights() has already checked that the weights fit.
     """
     for name, names in aliases.items():
         value = model.graph.initializers[name]
@@ -66,32 +67,38 @@ def attach_weights(
 
 
 def read_tensor(weights: Weights, key: str, factor: float, flip: bool) -> torch.Tensor:
-    """The checkpoint's tensor `key`, in its own dtype (times a `factor`: in float32), transposed if `flip`."""
+    """Read the checkpoint's tensor `key`, times `factor`, and transposed if `flip` is True.
+
+    Its dtype is the checkpoint's if `factor` is 1, else float32.
+    """
     tensor = weights.read(key, factor)
     return tensor.T.contiguous() if flip else tensor
 
 
 def converted(source: Callable[[], torch.Tensor], dtype: ir.DataType, name: str) -> TorchTensor:
-    """The tensor as the graph's initializer `name`."""
+    """Read the tensor from `source` and convert it to `dtype`, as the value of the graph's initializer `name`."""
     return TorchTensor(source().to(to_torch_dtype(dtype)), name=name)
 
 
 def simplify(model: ir.Model, network: Network) -> None:
-    """Fold constants, drop what does nothing, and name dimensions as the contract does. Weights are not read."""
+    """Fold constants, remove operators without effect, and name dimensions as the contract does.
+
+    Weights are not read.
+    """
     import onnxscript.optimizer
 
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
-    with np.errstate(all="ignore"):  # it evaluates both sides of every Where
+    with np.errstate(all="ignore"):  # the optimiser evaluates both sides of every Where, so it may divide by 0
         onnxscript.optimizer.optimize(model)
     graph = model.graph
-    model.metadata_props.clear()  # the tracer's, of which some are in another order each time
+    model.metadata_props.clear()  # the tracer's metadata: parts of it are in another order each time
     graph.metadata_props.clear()
     for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
         value.metadata_props.clear()
     for node in model.graph:
         for value in node.outputs:
             if not value.is_graph_output():
-                value.shape = None  # the tracer's own names of dimensions, which are not those of the inputs
+                value.shape = None  # the tracer's names for dimensions are not those of the inputs
                 value.metadata_props.clear()
         node.metadata_props.clear()  # stack traces of the machine that exported
     ports = {**network.inputs, **network.outputs}
@@ -100,10 +107,10 @@ def simplify(model: ir.Model, network: Network) -> None:
 
 
 def save(model: ir.Model, path: Path, progress: Callable[[int], None] | None = None) -> list[Path]:
-    """Write the graph to `path` and its weights beside it, one tensor at a time; returns the files written.
+    """Write the graph to `path` and its weights beside it, one tensor at a time. Returns the files written.
 
-    `progress` is called with the bytes of weights before each tensor. The result has passed onnx.checker with full
-    shape inference.
+    `progress` is called before each tensor with the bytes of weights written so far. The written graph is checked by
+    onnx.checker with full shape inference.
     """
     data, done = path.with_name(path.name + DATA_SUFFIX), 0
 
@@ -120,9 +127,9 @@ def save(model: ir.Model, path: Path, progress: Callable[[int], None] | None = N
 
 
 def return_freed_memory() -> None:
-    """Give back to the system what has been freed, where the C library can (glibc: malloc_trim(3)).
+    """Return freed memory to the operating system, where the C library can (glibc: malloc_trim(3)).
 
-    Left to itself it keeps pieces between tensors of many sizes, gigabytes in the end.
+    Otherwise the C library keeps the freed memory of tensors of many sizes, which adds up to gigabytes.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
@@ -130,7 +137,7 @@ def return_freed_memory() -> None:
 
 
 def assert_no_float64(model: ir.Model) -> None:
-    """TensorRT has no float64: a graph that computes in it is a mistake of ours."""
+    """Assert that the graph has no float64 values, which TensorRT lacks. One would be a mistake in this package."""
     wide = [value.name for node in model.graph for value in node.outputs if value.dtype == ir.DataType.DOUBLE]
     wide += [name for name, value in model.graph.initializers.items() if value.dtype == ir.DataType.DOUBLE]
     assert not wide, f"float64 in the graph: {wide[:5]}"

@@ -1,1 +1,1 @@
-"""Number formats: which a network gets, what 8 bits need to be calibrated, and which linear layers bear them."""
+"""Number formats: which one a network gets, calibration for 8 bits, and which linear layers are quantised."""

@@ -1,7 +1,7 @@
-"""Activation ranges for fp8: a checkpoint's own pipeline is run over prompts, and the largest inputs are noted.
+"""Activation ranges for fp8: run a checkpoint's own pipeline over prompts, and record each linear's largest input.
 
-The file is small JSON that can be shared: it says what it was made from, and the same inputs give the same ranges,
-but for the rounding of sums, whose order is the CPU's.
+The result is a small JSON file that can be shared. It says what it was made from. The same inputs give the same ranges,
+except for rounding errors, because the order of sums depends on the CPU.
 """
 
 from __future__ import annotations
@@ -30,16 +30,19 @@ from ditforge.model import MAX_STEPS
 from ditforge.option import option, setting
 
 FORMAT = 2
-SEED = 0  # of the first prompt; the next ones count up
+SEED = 0  # the seed of the first prompt; each further prompt has the next number
 
 Progress = Callable[[str, int, int], None]
 
 
 class Calibration(BaseModel):
-    """amax: the largest absolute input of each linear, by its weight's name, over `prompts` prompts and all steps.
+    """Activation ranges, and what they were made from.
 
-    `model` and `loras` (FILE:STRENGTH) tell what was run, `config_sha256` what the ranges fit: models of one
-    configuration share them.
+    amax: the largest absolute input of each linear over all prompts and steps, by the name of its weight.
+    model, loras: the name of the model that was run, and its LoRAs as FILE:STRENGTH.
+    config_sha256: the digest of the DiT's configuration. The ranges can be used for any model with this configuration.
+    prompts_sha256, prompts: the digest of the prompts, and their number.
+    steps, seed, guidance, height, width: how the pictures were made; `seed` is that of the first one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -59,16 +62,21 @@ class Calibration(BaseModel):
 
 
 def config_digest(checkpoint: Checkpoint) -> str:
-    """A digest of the DiT's configuration, by which a calibration knows its model: the same for a file and a folder."""
+    """Return a digest of the DiT's configuration, which tells whether a calibration fits a model.
+
+    It is the same whether the checkpoint is a single file or a folder.
+    """
     config = family_of(checkpoint).read_config(checkpoint)
     public = {key: value for key, value in config.items() if not key.startswith("_")}
     return sha256(json.dumps(public, sort_keys=True).encode()).hexdigest()
 
 
 def read_ranges(path: Path | None, checkpoint: Checkpoint, precision: Precision) -> Calibration | None:
-    """The calibration in the file `path`. Raises UserError if fp8 lacks one, or if it is another model's or damaged.
+    """Read the calibration in the file `path`. Returns None if `path` is None.
 
-    Warns if it was made with other weights of the same configuration: a fine-tune's, or other LoRAs.
+    Raises UserError if the precision needs a calibration and has none, or has one and takes none, or if the file is
+    damaged or was made for a DiT of another configuration. Warns if it was made with other weights of the same
+    configuration, for example with other LoRAs.
     """
     if path is None:
         if precision.scheme and SCHEMES[precision.scheme].activations:
@@ -97,18 +105,21 @@ def read_ranges(path: Path | None, checkpoint: Checkpoint, precision: Precision)
 
 
 def how() -> str:
-    """How a checkpoint is calibrated, and what needs no calibration."""
+    """Return the fix in errors about calibrations: how to calibrate, and a precision that needs no calibration."""
     file, weights_only = setting("calibration", "FILE"), setting("precision", "fp8-weights")
     return f"ditforge calibrate CHECKPOINT --out FILE   writes one, for {file}; or {weights_only}"
 
 
 def called(model: str, loras: Sequence[str]) -> str:
-    """The model with its LoRAs, in words."""
+    """Return the model's name with its LoRAs, as text."""
     return f"{model} with {' and '.join(loras)}" if loras else model
 
 
 def read_prompts(path: Path | None) -> list[str]:
-    """The prompts in the file `path`, one a line; without one, the 128 that ship with ditforge. Raises UserError."""
+    """Read the prompts in the file `path`, one per line; without a path, the 128 prompts that ship with ditforge.
+
+    Raises UserError if the file cannot be read, is not UTF-8, or has no prompts.
+    """
     if path is None:
         text = files("ditforge.export.quantisation").joinpath("prompts.txt").read_text(encoding="utf-8")
     else:
@@ -135,9 +146,10 @@ def calibrate(
     steps: int | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Run the checkpoint over `prompts` and all steps at its default size, and write the ranges to the file `out`.
+    """Run the checkpoint on `prompts` with all steps at its default size, and write the ranges to the file `out`.
 
-    Raises UserError if the checkpoint cannot be used or `out` cannot be written, before anything is run.
+    `steps` None means the model's default. `progress` is called with (prompt, prompts done, prompts in all). Raises
+    UserError, before anything is run, if the checkpoint cannot be used or `out` cannot be written.
     """
     import torch
 
@@ -179,7 +191,7 @@ def calibrate(
 
 
 def find_linears(module: Any, names: re.Pattern[str]) -> dict[str, Any]:
-    """The linear layers of `module` whose weights' names match, by those names."""
+    """Return the linear layers of `module` whose weights' names match the pattern, by these names."""
     import torch
 
     layers = {f"{name}.weight": layer for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)}
@@ -188,7 +200,7 @@ def find_linears(module: Any, names: re.Pattern[str]) -> dict[str, Any]:
 
 @contextmanager
 def largest_inputs(module: Any, linears: re.Pattern[str], amax: dict[str, float]) -> Iterator[None]:
-    """While inside, `amax` keeps the largest absolute input of each linear of `module` that `linears` names."""
+    """Within this context, record in `amax` the largest absolute input of each linear of `module` that matches."""
     import torch
 
     def note(name: str) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:

@@ -1,4 +1,4 @@
-"""Calibrations that were made before: the same checkpoint is not run over the same prompts twice."""
+"""Keep calibrations, so that the same checkpoint is not run on the same prompts twice."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def calibrate_once(
     steps: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Calibration, bool]:
-    """As `calibrate`, and whether it was kept from an earlier run: then `out` gets the same content.
+    """Calibrate as calibrate() does, or copy the result of an earlier run to `out`.
 
-    `source` is on this machine. What is made is kept in the cache folder (ditforge.cache); where that cannot be
-    written, it is made again the next time.
+    Returns the calibration, and whether it is from an earlier run. All parts of `source` must be on this machine.
+    Calibrations are kept in the cache folder (ditforge.cache); if that cannot be written, nothing is kept.
     """
     small_files.check_writable(out, "ranges.json")
     file = kept_file(source, prompts, steps)
@@ -48,7 +48,7 @@ def calibrate_once(
 
 
 def kept_file(source: CheckpointSource, prompts: list[str], steps: int | None) -> Path:
-    """Where the calibration is kept: everything that changes it is in the name's digest."""
+    """Return the path of a kept calibration. Its name is a digest of everything that changes the calibration."""
     libraries = [version(name) for name in ("torch", "diffusers", "transformers")]
     paths = [str(path.resolve()) for path in (source.path, source.base) if path]
     made_of = (fingerprint(source), paths, [lora.name for lora, _ in source.loras], source.text_encoders)
@@ -57,7 +57,7 @@ def kept_file(source: CheckpointSource, prompts: list[str], steps: int | None) -
 
 
 def read_kept(file: Path) -> Calibration | None:
-    """What was made the last time; None if nothing was, or what is there cannot be read."""
+    """Read the calibration of an earlier run; None if there is none, or if it cannot be read."""
     try:
         return Calibration.model_validate_json(small_files.read_bytes(file))
     except (OSError, ValidationError):

@@ -1,4 +1,4 @@
-"""Which number formats each network gets when the user asks for a precision, and why."""
+"""The precisions that a user can ask for, and the number formats that each network then gets."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ FULL = ("fp32", "fp16", "bf16")
 EIGHT_BIT = ("fp8", "fp8-weights", "int8-weights")
 PRECISIONS = (*FULL, *EIGHT_BIT)
 ACTIVATIONS = ("bf16", "fp16", "fp32")
-T5_PRECISIONS = (*FULL, "fp8-weights", "int8-weights")  # what takes no calibration, which is of the DiT only
+T5_PRECISIONS = (*FULL, "fp8-weights", "int8-weights")  # without fp8, because only the DiT is calibrated
 
 
 @dataclass(frozen=True)
 class Precision:
-    """What the user asked for: `base` is fp32, fp16 or bf16; `scheme` the 8-bit format of the DiT's linears, if any.
+    """A precision as the user asked for it.
 
-    `t5` is that of T5, where it has one of its own; then `scheme` there is the format of T5's linears.
+    base: fp32, fp16 or bf16.
+    scheme: the 8-bit format of the DiT's linears; None if they are not quantised.
+    t5: the precision of T5, if it has its own; None if it has `base`. Its `scheme` is the format of T5's linears.
     """
 
     base: str
@@ -31,7 +33,7 @@ class Precision:
 
     @property
     def name(self) -> str:
-        """The name under which users know it."""
+        """The precision's name on the command line."""
         return self.scheme or self.base
 
 
@@ -39,7 +41,10 @@ FP32 = Precision("fp32")
 
 
 def parse_precision(name: str, activations: str = "bf16") -> Precision:
-    """The precision called `name`; `activations` is what surrounds 8-bit weights. Raises UserError for another name."""
+    """Return the precision called `name`. `activations` is the precision of everything but the 8-bit weights.
+
+    Raises UserError for an unknown name.
+    """
     if name not in PRECISIONS:
         raise UserError(f"unknown precision {name!r}", f"use one of: {', '.join(PRECISIONS)}")
     if activations not in ACTIVATIONS:
@@ -48,7 +53,10 @@ def parse_precision(name: str, activations: str = "bf16") -> Precision:
 
 
 def with_t5(precision: Precision, name: str | None) -> Precision:
-    """The same with T5 in the precision called `name`; None: as the rest. Raises UserError for another name."""
+    """Return the precision with T5 in the precision called `name`; unchanged if `name` is None.
+
+    Raises UserError for an unknown name.
+    """
     if name is None:
         return precision
     if name not in T5_PRECISIONS:
@@ -59,21 +67,21 @@ def with_t5(precision: Precision, name: str | None) -> Precision:
 
 
 def network_dtype(precision: Precision) -> torch.dtype:
-    """The dtype that a network's weights and products have, 8-bit ones apart."""
+    """Return the dtype of a network's weights and computations, except those in 8 bits."""
     import torch
 
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision.base]
 
 
 def text_dtype(precision: Precision) -> torch.dtype:
-    """The dtype of `prompt_embeds` and `pooled_embeds` between encoders and DiT: fp32 in an fp32 export, else fp16."""
+    """Return the dtype of `prompt_embeds` and `pooled_embeds`: fp32 in an fp32 export, else fp16."""
     import torch
 
     return torch.float32 if precision.base == "fp32" else torch.float16
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`fp32`, `fp16` or `bf16`."""
+    """Return the dtype's name: `fp32`, `fp16` or `bf16`."""
     import torch
 
     return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]

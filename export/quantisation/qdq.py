@@ -1,9 +1,9 @@
-"""Linear layers of a graph become 8-bit: Q/DQ pairs in standard ONNX, which compilers fuse into 8-bit products.
+"""Quantise linear layers of a graph to 8 bits with Q/DQ pairs in standard ONNX, which compilers fuse into products.
 
-Weights are quantised for each output channel, symmetrically, and stored as 8-bit numbers with their scales in the
-graph's own dtype; nothing stands between a DequantizeLinear and its MatMul. Source: NVIDIA TensorRT documentation,
-"Working with Quantized Types"; ONNX operators QuantizeLinear-21 and DequantizeLinear-21; Micikevicius et al. 2022,
-arXiv:2209.05433 (E4M3).
+Weights are quantised symmetrically with one scale for each output channel. They are stored as 8-bit numbers, and the
+scales in the graph's own dtype. No operator stands between a DequantizeLinear and its MatMul. Source: NVIDIA TensorRT
+documentation, "Working with Quantized Types"; ONNX operators QuantizeLinear-21 and DequantizeLinear-21; Micikevicius et
+al. 2022, arXiv:2209.05433 (E4M3).
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ from ditforge.option import setting
 
 @dataclass(frozen=True)
 class Scheme:
-    """A number format for weights, and whether activations get it too (then ranges from a calibration are needed)."""
+    """An 8-bit number format for weights.
+
+    dtype: the dtype of the 8-bit numbers.
+    largest: the largest number that is used.
+    activations: whether activations are quantised too. Their ranges are then needed, from a calibration.
+    """
 
     name: str
     dtype: torch.dtype
@@ -43,26 +48,27 @@ SCHEMES = {
 
 
 def weight_scale(weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:
-    """The scale of each column of `weight` [K, N] (an output channel), [N] in `dtype`: its amax is the largest number.
+    """Return the scales [N] in `dtype` of the columns of `weight` [K, N]. A column is an output channel.
 
-    A column of zeros gets the smallest normal scale.
+    A scale maps the column's largest absolute value to the scheme's largest number. A column of zeros gets the smallest
+    normal number as its scale.
     """
     amax = weight.float().abs().amax(dim=0)
     return (amax / scheme.largest).clamp(min=torch.finfo(dtype).tiny).to(dtype)
 
 
 def quantise_weight(weight: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """`weight` [K, N] divided by `scale` [N] and rounded to the scheme's 8-bit numbers."""
+    """Divide `weight` [K, N] by `scale` [N], and round it to the scheme's 8-bit numbers."""
     scaled = (weight.float() / scale.float()).clamp(-scheme.largest, scheme.largest)
     return (scaled if scheme.dtype.is_floating_point else scaled.round()).to(scheme.dtype)
 
 
 def quantise_linears(model: ir.Model, layers: set[str], scheme: Scheme, amax: Mapping[str, float]) -> list[str]:
-    """Quantise the MatMuls whose weight is one of `layers`; returns their names, in the graph's order.
+    """Quantise the MatMuls whose weights are named in `layers`. Returns these names, in the graph's order.
 
-    `amax` is the largest absolute input of each layer (only read where the scheme quantises activations); layers that
-    share an input share its Q/DQ pair. Weights are read when they are written, not now. Raises UserError for a layer
-    without a calibrated range.
+    `amax` has the largest absolute input of each layer; it is used only if the scheme quantises activations. Layers
+    that share an input and its range share a Q/DQ pair. Weights are read only when they are written. Raises UserError
+    if a layer's range is needed and missing.
     """
     done: list[str] = []
     pairs: dict[tuple[str, float], ir.Value] = {}
@@ -83,7 +89,7 @@ def quantise_linears(model: ir.Model, layers: set[str], scheme: Scheme, amax: Ma
 
 
 def calibrated(amax: Mapping[str, float], layer: str) -> float:
-    """The range of a layer's input. Raises UserError if the calibration has none."""
+    """Return the largest absolute input of a layer. Raises UserError if the calibration does not have it."""
     if layer not in amax:
         raise UserError(
             f"the calibration has no range for {layer}: it was made for another model",
@@ -94,9 +100,10 @@ def calibrated(amax: Mapping[str, float], layer: str) -> float:
 
 
 def dequantised_weight(model: ir.Model, weight: ir.Value, scheme: Scheme) -> ir.Value:
-    """Replace the initializer `weight` by 8-bit numbers, scales and a DequantizeLinear; returns the latter's output."""
+    """Replace the initializer `weight` with 8-bit numbers, scales and a DequantizeLinear. Returns its output."""
     name, dtype, shape = weight.name or "", weight.dtype, weight.shape
-    source: Callable[[], torch.Tensor] = weight.meta[SOURCE]  # the graph's dtype would round before 8 bits do
+    # The checkpoint's own tensor is quantised, because one in the graph's dtype would have been rounded already.
+    source: Callable[[], torch.Tensor] = weight.meta[SOURCE]
     assert dtype is not None, f"{name} has no dtype"
     assert shape is not None, f"{name} has no shape"
     torch_dtype = to_torch_dtype(dtype)
@@ -126,7 +133,7 @@ def dequantised_weight(model: ir.Model, weight: ir.Value, scheme: Scheme) -> ir.
 def quantised_and_back(
     model: ir.Model, activation: ir.Value, amax: float, dtype: ir.DataType | None, scheme: Scheme
 ) -> ir.Value:
-    """Put a Q/DQ pair with one scale for the whole tensor behind `activation`; returns the pair's output."""
+    """Insert a Q/DQ pair with one scale for the whole tensor after `activation`. Returns the pair's output."""
     assert dtype is not None, f"{activation.name} has no dtype"
     name = activation.name or ""
     torch_dtype = to_torch_dtype(dtype)
@@ -147,7 +154,7 @@ def quantised_and_back(
 
 
 def initializer(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    """Add an initializer to the graph."""
+    """Add an initializer called `name` to the graph, and return it."""
     tensor.name = name
     value = ir.Value(
         name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor

@@ -1,4 +1,4 @@
-"""diffusers' own pipelines, as calibration and the measuring of linears run them."""
+"""Load and run diffusers' own pipelines, for calibration and for measuring linears."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from ditforge.export.network import Network
 from ditforge.model import Model
 
 LOGS = (diffusers_log, transformers_log)
-LIBRARIES = ("diffusers", "transformers")  # whose classes a model_index.json names
+LIBRARIES = ("diffusers", "transformers")  # a model_index.json may name classes of these libraries only
 
 
 def load(
     cls: type[DiffusionPipeline], checkpoint: Checkpoint, networks: Iterable[Network], **components: Any
 ) -> DiffusionPipeline:
-    """The checkpoint's pipeline, of the class `cls`: bf16 on a GPU, fp32 without one.
+    """Load the checkpoint's pipeline of the class `cls`, in bf16 onto a GPU, or in fp32 if there is none.
 
-    `networks` are all of the checkpoint's; `components` take the place of its own, None leaves one out. What comes from
-    elsewhere than the checkpoint's folder (Checkpoint.tensors) is read one tensor at a time, straight to the device.
-    Raises UserError if the folder's index names a class of another library.
+    `networks` are all networks of the checkpoint. `components` replace those of the checkpoint; None leaves one out.
+    Tensors that are not from the checkpoint's folder (Checkpoint.tensors) are read one at a time, directly to the
+    device. Raises UserError if the folder's index names a class of another library.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -52,19 +52,19 @@ def load(
 def filled(
     checkpoint: Checkpoint, component: str, networks: Iterable[Network], device: torch.device, dtype: torch.dtype
 ) -> torch.nn.Module:
-    """The component's module with the checkpoint's tensors; that they are those of `networks` has been checked."""
+    """Make the component's module with the checkpoint's tensors, which must have been checked against `networks`."""
     cls, config = class_of(checkpoint, component), checkpoint.config(component)
     with init_empty_weights():
         if hasattr(cls, "from_config"):
             module = cls.from_config(config)
-        else:  # transformers' classes have one that the public may not use
+        else:  # transformers has only a private method for this
             module = cls._from_config(cls.config_class.from_dict(config))
     weights, state = checkpoint.weights(component), {}
     for network in networks:
         for names, _ in dry_run(network):
             key = weights.find(names, network.key_prefixes)
             assert key is not None, f"{weights.folder} lacks {names[0]}"
-            if names[0] not in state:  # the two halves of an autoencoder share some
+            if names[0] not in state:  # the two networks of an autoencoder may share weights
                 state.update(dict.fromkeys(names, weights.read(key).to(device, dtype)))
     module.load_state_dict(state, strict=False, assign=True)
     left = [name for name, parameter in module.named_parameters() if parameter.is_meta]
@@ -74,7 +74,7 @@ def filled(
 
 
 def class_of(checkpoint: Checkpoint, component: str) -> Any:
-    """The class that the checkpoint's index names. Raises UserError if it is of no library that diffusers takes."""
+    """Return the class that the checkpoint's index names. Raises UserError if it is in none of the LIBRARIES."""
     library, name = checkpoint.config("", INDEX)[component]
     found = getattr(importlib.import_module(library), name, None) if library in LIBRARIES else None
     if found is None:
@@ -84,7 +84,7 @@ def class_of(checkpoint: Checkpoint, component: str) -> Any:
 
 
 def run(pipeline: DiffusionPipeline, model: Model, prompt: str, steps: int, seed: int, t5_tokens: int) -> None:
-    """All steps of a picture of the model's own size and guidance, without decoding it."""
+    """Run all steps of a picture with the model's default size and guidance, without decoding it."""
     with silent():
         pipeline(
             prompt,
@@ -100,9 +100,10 @@ def run(pipeline: DiffusionPipeline, model: Model, prompt: str, steps: int, seed
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Without the libraries' own bars, one for each component, and their remarks on each prompt that is cut off.
+    """Within this context, the libraries show no progress bars, and no warnings about prompts that are cut off.
 
-    They would run through our progress; a calibration takes prompts as they are, and T5 reads what CLIP does not.
+    Their bars would disturb ditforge's own. The warnings are not needed: calibration takes prompts as they are, and
+    what CLIP cuts off is read by T5.
     """
     before = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in LOGS]
     try:

@@ -1,4 +1,4 @@
-"""Which linears bear 8 bits: each one's error is measured, the worst stay 16-bit until the velocity is good enough."""
+"""Choose the linears to quantise: measure the error of each, and leave out the worst until the velocity is good."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ditforge.errors import UserError
 from ditforge.export.quantisation.qdq import Scheme, quantise_weight, weight_scale
 from ditforge.option import setting
 
-SAMPLES = 4  # calls of the DiT that are kept from each prompt, evenly over the steps
+SAMPLES = 4  # how many calls of the DiT are recorded for each prompt, spread evenly over the steps
 
 Call = dict[str, Any]  # the keyword arguments of a call of the DiT
 Progress = Callable[[str, int, int], None]
@@ -22,9 +22,12 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Choice:
-    """errors: relative error of each linear's output, quantised alone, by its weight's name, the worst first.
+    """The linears that are not quantised, and the measured errors.
 
-    keep: the linears that stay 16-bit. velocity: the relative error of the DiT's output with all others quantised.
+    errors: the relative error of each linear's output if it alone is quantised, by the name of its weight, the largest
+        first.
+    keep: the linears that are not quantised.
+    velocity: the relative error of the DiT's output with all other linears quantised.
     """
 
     errors: dict[str, float]
@@ -41,10 +44,11 @@ def choose_linears(
     max_error: float,
     progress: Progress | None = None,
 ) -> Choice:
-    """The fewest linears to keep, worst first, so that the velocity's relative error over `calls` is ≤ `max_error`.
+    """Find the smallest number of linears to leave unquantised so that the velocity's relative error is ≤ `max_error`.
 
-    `linears` are the layers of `transformer` in question, by their weights' names. Raises UserError if `max_error` is
-    not positive.
+    Those with the largest errors are left unquantised first. `linears` are the layers of `transformer` to choose from,
+    by the names of their weights. `calls` are the calls over which errors are measured. Raises UserError if `max_error`
+    is not positive.
     """
     if not max_error > 0:
         raise UserError(f"the largest error must be above 0, got {max_error}", setting("max_error", 0.05))
@@ -64,7 +68,7 @@ def choose_linears(
             return relative(torch.stack(outputs), torch.stack(reference))
 
         fewest, enough, error = 0, len(ranked), 0.0
-        while fewest < enough:  # keeping more layers lowers the error: bisection
+        while fewest < enough:  # bisection, because keeping more layers lowers the error
             report("velocity", fewest, len(ranked))
             kept = (fewest + enough) // 2
             measured = velocity_error(kept)
@@ -78,7 +82,7 @@ def choose_linears(
 
 @contextmanager
 def recorded_calls(transformer: nn.Module, calls: list[Call]) -> Iterator[None]:
-    """While inside, `calls` gets the keyword arguments of every call of `transformer`."""
+    """Within this context, append the keyword arguments of every call of `transformer` to `calls`."""
 
     def note(module: nn.Module, args: tuple[()], kwargs: Call) -> None:
         calls.append({key: value for key, value in kwargs.items() if key != "return_dict"})
@@ -94,7 +98,7 @@ def recorded_calls(transformer: nn.Module, calls: list[Call]) -> Iterator[None]:
 def output_errors(
     linears: Mapping[str, nn.Linear], scheme: Scheme, amax: Mapping[str, float], errors: dict[str, float]
 ) -> Iterator[None]:
-    """While inside, `errors` keeps each linear's worst relative error if it alone were quantised."""
+    """Within this context, record in `errors` the largest relative error of each linear if it alone were quantised."""
 
     def note(name: str) -> Callable[[nn.Linear, tuple[Tensor, ...], Tensor], None]:
         weight = rounded_weight(linears[name], scheme)
@@ -116,7 +120,7 @@ def output_errors(
 
 @contextmanager
 def quantised(linears: Mapping[str, nn.Linear], scheme: Scheme, amax: Mapping[str, float]) -> Iterator[None]:
-    """While inside, the linears compute with 8-bit weights, and inputs where the scheme says so."""
+    """Within this context, the linears compute with weights rounded to 8 bits, and inputs too if the scheme says so."""
 
     def narrow(name: str) -> Callable[[nn.Linear, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         return lambda layer, inputs: (rounded_input(inputs[0], scheme, amax.get(name)), *inputs[1:])
@@ -135,14 +139,14 @@ def quantised(linears: Mapping[str, nn.Linear], scheme: Scheme, amax: Mapping[st
 
 
 def rounded_weight(layer: nn.Linear, scheme: Scheme) -> Tensor:
-    """The layer's weight [N, K] as its 8-bit numbers stand for it."""
+    """Return the layer's weight [N, K] after quantising and dequantising, in its own dtype."""
     weight = layer.weight.data.T
     scale = weight_scale(weight, scheme, torch.float32)
     return (quantise_weight(weight, scale, scheme).float() * scale).T.to(layer.weight.dtype)
 
 
 def rounded_input(x: Tensor, scheme: Scheme, amax: float | None) -> Tensor:
-    """An input as the scheme rounds it: unchanged where only weights are 8-bit."""
+    """Return an input after quantising and dequantising; unchanged if the scheme quantises only weights."""
     if not scheme.activations or amax is None:
         return x
     scale = amax / scheme.largest
@@ -150,6 +154,6 @@ def rounded_input(x: Tensor, scheme: Scheme, amax: float | None) -> Tensor:
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
-    """L2 norm of the difference over that of `expected`."""
+    """Return the L2 norm of the difference, divided by the L2 norm of `expected`."""
     result: float = ((actual - expected).float().norm() / expected.float().norm().clamp(min=1e-30)).item()
     return result

@@ -1,4 +1,4 @@
-"""CLIP's text encoder as a network: token ids in, the pooled embedding out, and hidden states where they are wanted."""
+"""CLIP's text encoder as a network: token ids in; the pooled embedding out, and hidden states if they are needed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from ditforge.export.network import BATCH, Network, Port
 from ditforge.export.quantisation.precision import Precision, network_dtype, text_dtype
 
-KEY_PREFIXES = ("text_model.",)  # transformers 4 wrote them, transformers 5 does not
+KEY_PREFIXES = ("text_model.",)  # transformers 4 wrote this before the keys, transformers 5 does not
 
 
 class PooledText(nn.Module):
@@ -28,9 +28,9 @@ class PooledText(nn.Module):
 
 
 class PenultimateText(nn.Module):
-    """Token ids int32 [B, T] → states [B, T, D], the last layer's input; pooled [B, P], projected.
+    """Token ids int32 [B, T] → states [B, T, D], which are the last layer's input, and the projected pooled [B, P].
 
-    The tracer takes an input's name from the argument of `forward`, so each encoder of a model has a class of its own.
+    The tracer takes the names of inputs from the arguments of `forward`, so each encoder has a class of its own.
     """
 
     def __init__(self, module: CLIPTextModelWithProjection, dtype: torch.dtype) -> None:
@@ -61,19 +61,22 @@ PENULTIMATE: dict[str, type[PenultimateText]] = {"clip_l": ClipL, "clip_g": Clip
 
 
 def positions(ids: Tensor) -> Tensor:
-    """Position ids [1, T]: the module's own are a buffer, which the checkpoint lacks."""
+    """Return position ids [1, T]. The module's own cannot be used: they are a buffer, which the checkpoint lacks."""
     return torch.arange(ids.shape[1])[None]
 
 
 def read_settings(config: dict[str, Any]) -> CLIPTextConfig:
-    """The configuration without the dtype that the checkpoint was saved in, which would come before ours."""
+    """Return the configuration without the checkpoint's dtype, which would override that of the network."""
     return CLIPTextConfig.from_dict(
         {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
     )
 
 
 def clip_pooled(config: dict[str, Any], weights: str, tokens: int, precision: Precision) -> Network:
-    """CLIP with the configuration `config` (transformers' CLIPTextConfig), reading `tokens` tokens a prompt."""
+    """Describe CLIP with a pooled output only. It reads `tokens` tokens per prompt.
+
+    `config` is the configuration of transformers' CLIPTextModel, and `weights` the checkpoint's folder.
+    """
     dtype, reason = network_dtype(precision), "as asked for"
     out = text_dtype(precision)
     settings = read_settings(config)
@@ -90,7 +93,11 @@ def clip_pooled(config: dict[str, Any], weights: str, tokens: int, precision: Pr
 
 
 def clip_penultimate(name: str, config: dict[str, Any], weights: str, tokens: int, precision: Precision) -> Network:
-    """CLIP with a projection, called `name` (one of PENULTIMATE): what the DiT attends to, and what modulates it."""
+    """Describe CLIP with hidden states, to which the DiT attends, and a projected pooled output, which modulates it.
+
+    `name` is a key of PENULTIMATE. The other arguments are those of clip_pooled(). Raises ValueError if the
+    configuration has no projection_dim.
+    """
     dtype, reason = network_dtype(precision), "as asked for"
     out = text_dtype(precision)
     settings = read_settings(config)

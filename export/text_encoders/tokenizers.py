@@ -1,4 +1,4 @@
-"""Tokenizers, saved as one tokenizer.json each, with truncation and padding set as the text encoder wants them."""
+"""Tokenizers, each saved as one JSON file with the truncation and padding that the text encoder needs."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from typing import Any
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.diffusers_folder import Checkpoint
 
-# Without one of these, transformers makes a tokenizer that knows no words, and says nothing.
+# A tokenizer's folder needs one of these groups of files. Without them, transformers silently makes a tokenizer that
+# knows no words.
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """The tokenizer of the text encoder `name`, which always reads `max_tokens` tokens: longer prompts are cut."""
+    """The tokenizer of the text encoder `name`. Prompts are cut or padded to exactly `max_tokens` tokens."""
 
     name: str
     max_tokens: int
     tokenizer: Any  # transformers' PreTrainedTokenizerFast
 
     def save(self, path: Path) -> None:
-        """Write it to the file `path` in the Hugging Face tokenizers format."""
+        """Write the tokenizer to the file `path`, in the format of Hugging Face's tokenizers library."""
         backend, pad = self.tokenizer.backend_tokenizer, self.tokenizer.pad_token
         backend.enable_truncation(self.max_tokens)
         backend.enable_padding(length=self.max_tokens, pad_id=self.tokenizer.pad_token_id, pad_token=pad)
@@ -30,7 +31,11 @@ class Tokenizer:
 
 
 def read_tokenizer(checkpoint: Checkpoint, component: str, name: str, limit: int | None = None) -> Tokenizer:
-    """The tokenizer in the checkpoint's folder `component`, for prompts of its own length, or `limit` if less."""
+    """Read the tokenizer in the checkpoint's folder `component`, as that of the text encoder `name`.
+
+    Prompts have the length that its files say, but at most `limit` tokens. Raises UserError if the folder has no
+    vocabulary, or if its files are damaged or give no length.
+    """
     from transformers import AutoTokenizer
 
     folder = checkpoint.folder / component
@@ -43,6 +48,6 @@ def read_tokenizer(checkpoint: Checkpoint, component: str, name: str, limit: int
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"the tokenizer in {folder} cannot be read: {reason}", "copy the folder again") from error
     length = tokenizer.model_max_length
-    if length > 1 << 20:  # transformers' way to say that the files name none
+    if length > 1 << 20:  # transformers returns such a number if the files give no length
         raise UserError(f"{folder}/tokenizer_config.json has no model_max_length", "copy the folder again")
     return Tokenizer(name, min(length, limit or length), tokenizer)

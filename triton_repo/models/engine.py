@@ -1,4 +1,4 @@
-"""What Triton's Python backend executes for a network: one engine, run on whatever requests Triton batched."""
+"""The code that Triton's Python backend executes for a network: one engine, run on all requests that Triton batched."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class TritonPythonModel:
         self.fail = self.spoil if MEMBER_PARAMETER in config["parameters"] else failure
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """One engine call for all requests that are sound: Triton only batches equal shapes."""
+        """Run the engine once for all valid requests. Triton batches only requests with equal shapes."""
         return answer_each(self.name, requests, self.read, self.engine.run_batch, self.fail)
 
     def spoil(self, request: Any, message: str, code: Any) -> Any:
@@ -73,11 +73,11 @@ def answer_each(
     run_batch: Callable[[list[Arrays]], Arrays],
     fail: Callable[[Any, str, Any], Any] | None = None,
 ) -> list[Any]:
-    """A response for each request: what is wrong with one of them is an error for that one alone.
+    """Return a response for each request. If something is wrong with one request, only that request gets an error.
 
-    What nobody waits for any more is not executed. Where a batch fails, its requests are executed one by one. Each
-    response gets an error object of its own: one that several responses share ends Triton. `fail` makes the response to
-    a request that was not executed, or failed; by default it is an error.
+    A request for which nobody waits any more is not executed. If a batch fails, its requests are executed one by one.
+    Each response gets an error object of its own, because Triton ends if several responses share one. `fail` makes the
+    response to a request that was not executed, or failed; by default it is an error.
     """
     fail = fail or failure
     answers: dict[int, Any] = {}
@@ -106,13 +106,13 @@ def answer_each(
 
 
 def is_forgone(name: str) -> bool:
-    """Whether the front left word that nobody waits for the request of this name any more."""
+    """Return whether the front noted that nobody waits for the request of this name any more."""
     folder = os.environ.get(FORGONE_VARIABLE)
     return bool(folder and name) and os.path.exists(f"{folder}/{name}")
 
 
 def run_together(parts: dict[int, Arrays], run_batch: Callable[[list[Arrays]], Arrays]) -> dict[int, Any]:
-    """The responses of several requests, by their number, from one call."""
+    """Run several requests in one call of the engine. Returns their responses by the number of the request."""
     if not parts:
         return {}
     outputs = run_batch(list(parts.values()))
@@ -124,7 +124,7 @@ def run_together(parts: dict[int, Arrays], run_batch: Callable[[list[Arrays]], A
 
 
 def failure(request: Any, message: str, code: Any) -> Any:
-    """A response to a request that is an error."""
+    """Make the response to a request that says its error."""
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
 
 
@@ -134,7 +134,7 @@ def log(model: str, error: Exception) -> None:
 
 
 def read_limits(config: dict[str, Any]) -> Limits:
-    """The limits in a model's configuration."""
+    """Read the limits from a model's configuration."""
     return Limits.model_validate_json(config["parameters"][LIMITS_PARAMETER]["string_value"])
 
 
@@ -153,6 +153,6 @@ def write(name: str, array: Any) -> Any:
 
 
 def spans(sizes: list[int]) -> list[tuple[int, int]]:
-    """Where each request's samples start and end in the batch: [2, 1] gives [(0, 2), (2, 3)]."""
+    """Return where each request's samples start and end in the batch: [2, 1] gives [(0, 2), (2, 3)]."""
     ends = np.cumsum(sizes).tolist()
     return list(zip([0, *ends[:-1]], ends, strict=True))

@@ -1,4 +1,4 @@
-"""What Triton's Python backend executes for the tokenizer: prompts become token ids, for every text encoder at once."""
+"""The code that Triton's Python backend executes for the tokenizer: prompts become token ids for all text encoders."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TritonPythonModel:
         files = [str(folder / f"{name.removesuffix('_ids')}.json") for name in self.outputs]
         self.tokenizers = [Tokenizer.from_file(file) for file in files]
         self.counters = [Tokenizer.from_file(file) for file in files]
-        for counter in self.counters:  # how long the prompts are before they are cut
+        for counter in self.counters:  # these count the tokens of prompts before they are cut
             counter.no_truncation()
             counter.no_padding()
 
@@ -37,13 +37,13 @@ class TritonPythonModel:
         return answer_each(self.name, requests, self.read, self.tokenize)
 
     def read(self, request: Any) -> Arrays:
-        """The prompts of one request. Raises BadRequest for what is no text, or too long."""
+        """Read the prompts of one request. Raises BadRequest for a prompt that is not UTF-8 or too long."""
         inputs = {"prompt": pb_utils.get_input_tensor_by_name(request, "prompt").as_numpy()}
         self.limits.check_arrays(inputs)
         return inputs
 
     def tokenize(self, parts: list[Arrays]) -> Arrays:
-        """The outputs for the prompts of several requests."""
+        """Tokenize the prompts of several requests, and return the outputs."""
         prompts = [prompt.decode() for part in parts for prompt in part["prompt"][:, 0]]
         tensors: Arrays = {
             name: np.array([e.ids for e in tokenizer.encode_batch(prompts)], np.int32)

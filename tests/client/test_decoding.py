@@ -32,7 +32,7 @@ from ditforge.triton_repo.server import Server, start
 FACTOR = 8
 TILE = 256
 SIZE = 400, 520
-SCENES = range(6)
+SCENES = range(3)
 
 
 MODEL = Model(

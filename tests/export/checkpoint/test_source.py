@@ -67,7 +67,7 @@ def test_export_of_all_in_one_is_that_of_the_folder(random_schnell: Path, tmp_pa
     base = tmp_path / "base"
     shutil.copytree(random_schnell, base, ignore=shutil.ignore_patterns("*.safetensors"))
     lora = save_lora(tmp_path / "lora.safetensors")
-    options = ExportOptions("fp16")
+    options = ExportOptions("fp32")  # which other tests have traced
     source = CheckpointSource(file, base, ((lora, 0.5),))
     found = export_checkpoint(source, tmp_path / "single", options)
     assert export_checkpoint(source, tmp_path / "single", options).fresh

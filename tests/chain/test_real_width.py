@@ -1,4 +1,4 @@
-"""FLUX.1-dev's DiT in its real width, cut to three blocks: what `make full-size` does to all 57, on every submission."""
+"""FLUX.1-dev's DiT in its real width, cut to three blocks: what `make full-size` does to all 57, in every test run."""
 
 from __future__ import annotations
 

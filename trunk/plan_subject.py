@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 # Compared with bf16, int8-weights makes an error of 0.9 % in the output of a linear, and fp8-weights one of 2.6 %.
 T5, SMALLER_T5 = "t5", "int8-weights"
+SHIPPED = "footprints.json"  # beside the configurations of a published model, written by scripts/measure_published.py
 log = logging.getLogger(__name__)
 
 
@@ -114,7 +115,7 @@ def read_subject(wanted: Wanted) -> Subject:
             source = downloaded(source, weights=False)
     wanted = replace(wanted, source=source)
     file = kept_at(wanted)
-    found = read_kept(file)
+    found = read_shipped(wanted) or read_kept(file)
     if found is None:
         from ditforge.export.checkpoint.source import opened
 
@@ -123,6 +124,18 @@ def read_subject(wanted: Wanted) -> Subject:
         keep(found, file)
     check_size(found.model, wanted.size)
     return Subject(found.model, found.footprints)
+
+
+def read_shipped(wanted: Wanted) -> Measurement | None:
+    """The measurement that a published model's configurations come with; None if the user asks for something else."""
+    source, published = wanted.source, None
+    if source.random_weights and not source.path.exists():
+        from ditforge.export.families import find_published
+
+        published = find_published(str(source.path))
+    if published is None or wanted.precision == "fp32" or source.text_encoders != "all":
+        return None
+    return read_kept(published / SHIPPED)
 
 
 def kept_at(wanted: Wanted) -> Path:

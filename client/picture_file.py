@@ -88,10 +88,19 @@ def exif(parameters: dict[str, Any], comment: bool = True) -> bytes:
 
 def read_parameters(path: Path) -> dict[str, Any]:
     """The parameters of a picture that ditforge made. Raises UserError for any other file."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file", OURS)
     try:
         with Image.open(path) as image:
             text, described = image.info.get(METADATA_KEY), image.getexif().get(DESCRIPTION)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, RecursionError) as error:
+    except (
+        OSError,
+        UnidentifiedImageError,
+        SyntaxError,
+        ValueError,
+        RecursionError,
+        Image.DecompressionBombError,
+    ) as error:
         raise UserError(f"{path} is not a picture: {error}", OURS) from error
     try:
         parameters = json.loads(text) if text else json.loads(described or "null")[METADATA_KEY]

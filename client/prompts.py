@@ -17,6 +17,7 @@ from ditforge.option import option
 from ditforge.small_files import read_bytes
 
 FILE = option("path", "--prompts FILE")
+MOST_DIGITS = 20  # of 2^64 - 1, the largest seed
 FORM = "one prompt a line, with a tab and a seed behind it where it has one; or lines of JSON, with any option"
 
 
@@ -68,8 +69,8 @@ def read_line(line: str, given: Mapping[str, Any]) -> Prompt:
         text, tab, seed = line.rpartition("\t")
         if not tab:
             return Prompt.of(line.strip(), given)
-        if not seed.strip().isdecimal():
-            raise UserError(f"behind the tab is {seed.strip()!r}, not a seed", f"write {FORM}")
+        if not seed.strip().isdecimal() or len(seed.strip()) > MOST_DIGITS:
+            raise UserError(f"behind the tab is {seed.strip()[:40]!r}, not a seed", f"write {FORM}")
         return Prompt.of(text.strip(), {**given, "seed": int(seed)})
     try:
         values = json.loads(line)

@@ -165,7 +165,7 @@ def find_schedule(schedule: str | ScheduleFunction) -> ScheduleFunction:
     """
     if callable(schedule):
         return schedule
-    if schedule in SCHEDULES:
+    if isinstance(schedule, str) and schedule in SCHEDULES:
         return SCHEDULES[schedule]
     close = get_close_matches(str(schedule).lower(), SCHEDULES, n=1) or ["default"]
     problem = f"unknown schedule {schedule!r}, known are {', '.join(SCHEDULES)}"

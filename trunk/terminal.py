@@ -188,12 +188,13 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print rows of text under headings. Raises what written() raises."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text  # plain: in a string, rich would read [words] in brackets as markup
 
     shown = Table(box=None, pad_edge=False)
     for heading in headings:
         shown.add_column(heading, overflow="fold")
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*map(Text, row))
     console = Console(soft_wrap=False)
     if not console.is_terminal:
         console.width = WIDE  # rows are not wrapped for a program that reads them

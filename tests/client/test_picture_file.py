@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,16 @@ def test_what_is_no_picture(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_text("no picture")
     with pytest.raises(UserError, match="is not a picture"):
         read_parameters(tmp_path / "a.jpg")
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UserError, match="is not a regular file"):
+        read_parameters(tmp_path / "fifo")
+
+
+def test_a_picture_that_says_it_is_enormous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="is not a picture"):
+        read_parameters(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,8 @@ def test_a_file(tmp_path: Path) -> None:
     ("line", "words"),
     [
         ("a\tb", r"line 2: behind the tab is 'b', not a seed"),
+        ("a\t" + "9" * 5000, r"line 2: behind the tab is '9+', not a seed"),
+        ('{"prompt": "a", "schedule": [1]}', r"line 2: unknown schedule \[1\]"),
         ("a\t", "behind the tab is ''"),
         ("a\t18446744073709551616", "line 2: seed must be"),
         ("{a|b} cats", "line 2: this is not JSON"),

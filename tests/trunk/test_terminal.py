@@ -9,6 +9,10 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
+
+from ditforge import terminal
+
 BYTES = """
 import sys
 from ditforge import terminal
@@ -142,3 +146,8 @@ QUIET = "from ditforge import verbosity; verbosity.choose(verbose=False, quiet=T
 def test_quiet() -> None:
     for program in (BYTES, BEGINS, WAITING.format(seconds=1)):
         assert elsewhere(QUIET + program) == []
+
+
+def test_brackets_in_a_table_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.table(("name", "shape"), [("a [red] circle", "[batch, 16]"), ("[/x]", "[1]")])
+    assert capsys.readouterr().out.split() == ["name", "shape", "a", "[red]", "circle", "[batch,", "16]", "[/x]", "[1]"]

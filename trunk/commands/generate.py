@@ -154,7 +154,7 @@ def check_paths(output: OutputFlags, requests: list[Request], model: Model, prom
         check_writable(path)
         check_fits(path, (request.width, request.height), request.parameters(index, model))
     if output.grid:
-        if output.grid in paths:
+        if output.grid.resolve() in [path.resolve() for path in paths]:
             raise UserError(f"{output.grid} is both the grid and a picture", "--grid grid.png")
         columns, width, height = grid_size([(request.width, request.height) for request, _ in pictures])
         parameters = [request.parameters(index, model) for request, index in pictures]

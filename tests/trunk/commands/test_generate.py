@@ -115,6 +115,7 @@ def test_a_file_of_prompts_and_a_grid(run: Run) -> None:
         (("a", "-o", "a.gif"), ("a.gif", "--out a.png")),
         (("a", "--grid", "grid.gif"), ("grid.gif",)),
         (("a", "-o", "a.png", "--grid", "a.png"), ("both the grid and a picture",)),
+        (("a", "-o", "a.png", "--grid", "./folder/../a.png"), ("both the grid and a picture",)),
         (("a", "--seed", "3", "--grid", "picture-3.png"), ("both the grid and a picture",)),
         (("a", "-o", "folder/none.png", "--count", "2", "--grid", "/proc/grid.png"), ("/proc/grid.png",)),
         (("a", "--count", "2", "-o", "b.png"), ("b-1.png is a folder",)),

@@ -105,6 +105,14 @@ class Client:
         calls = self._connection.begin()
         return run(calls, make_request(calls.model, prompts, made), callback)
 
+    def run_request(self, request: Request, callback: Callback | None = None) -> list[Image.Image]:
+        """The pictures of a request that ditforge.client.request.make_request has made for this client's model.
+
+        Each carries its parameters in `info`. `callback` is called once a step with a ditforge.client.Step. Raises as
+        `generate` does.
+        """
+        return run(self._connection.begin(), request, callback)
+
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()

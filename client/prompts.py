@@ -12,7 +12,9 @@ from typing import Any
 
 from ditforge.client.options import NAMES, GenerateOptions, check_names, check_text, combined
 from ditforge.client.picture_file import read_parameters
+from ditforge.client.request import Request, make_request
 from ditforge.errors import UserError
+from ditforge.model import Model
 from ditforge.option import option
 from ditforge.small_files import read_bytes
 
@@ -98,27 +100,19 @@ def read_picture(path: Path, given: Mapping[str, Any]) -> tuple[Prompt, str]:
     return Prompt.of(text, combined(values, given)), str(parameters.get("model"))
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Pictures that one call of `Client.generate` makes: their prompts, and their options with a seed for each."""
+def make_requests(model: Model, prompts: list[Prompt], count: int = 1, seed: int | None = None) -> list[Request]:
+    """Requests for `count` pictures of each prompt, in their order. Neighbours that differ in nothing else are one.
 
-    prompts: list[str]
-    options: GenerateOptions
-
-
-def make_batches(prompts: list[Prompt], count: int = 1, seed: int | None = None) -> list[Batch]:
-    """Make batches with `count` pictures of each prompt, in their order. Prompts in a row with equal options share one.
-
-    The pictures of a prompt with a seed have this seed and the following ones. If a prompt has none, picture number i
-    of all pictures has `seed` + i; by default, `seed` is random.
+    The pictures of a prompt have its seed and the next ones. Where it has none, picture number i of all has `seed` + i,
+    by default from a random one.
     """
     first = secrets.randbits(32) if seed is None else seed
     seeded = [
         replace(prompt, seed=first + i * count) if prompt.seed is None else prompt for i, prompt in enumerate(prompts)
     ]
-    batches = []
+    requests = []
     for options, alike in groupby(seeded, key=lambda prompt: prompt.options):
         pictures = [(prompt.text, (prompt.seed or 0) + k) for prompt in alike for k in range(count)]
         seeds = tuple(picture_seed for _, picture_seed in pictures)
-        batches.append(Batch([text for text, _ in pictures], replace(options, seed=seeds)))
-    return batches
+        requests.append(make_request(model, [text for text, _ in pictures], replace(options, seed=seeds)))
+    return requests

@@ -114,8 +114,10 @@ def read_subject(wanted: Wanted) -> Subject:
         else:
             source = downloaded(source, weights=False)
     wanted = replace(wanted, source=source)
-    file = kept_at(wanted)
-    found = read_shipped(wanted) or read_kept(file)
+    found = read_shipped(wanted)
+    if found is None:
+        file = kept_at(wanted)
+        found = read_kept(file)
     if found is None:
         from ditforge.export.checkpoint.source import opened
 

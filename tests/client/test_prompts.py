@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from published import MODEL
 
 from ditforge.client import GenerateOptions
 from ditforge.client.picture_file import METADATA_KEY, save_picture
-from ditforge.client.prompts import Prompt, make_batches, read_picture, read_prompts
+from ditforge.client.prompts import Prompt, make_requests, read_picture, read_prompts
 from ditforge.errors import UserError
 
 FILE = """
@@ -76,14 +76,14 @@ def test_a_file_without_prompts(content: bytes | None, words: str, tmp_path: Pat
         read_prompts(tmp_path / "prompts.txt", {})
 
 
-def test_neighbours_that_differ_in_nothing_else_are_one_batch() -> None:
+def test_neighbours_that_differ_in_nothing_else_are_one_request() -> None:
     small, large = GenerateOptions(height=64), GenerateOptions(height=128)
     prompts = [Prompt("a", None, small), Prompt("b", 7, small), Prompt("c", None, large), Prompt("d", None, small)]
-    first, second, third = make_batches(prompts, 2, seed=100)
-    assert (first.prompts, first.options) == (["a", "a", "b", "b"], replace(small, seed=(100, 101, 7, 8)))
-    assert (second.prompts, second.options) == (["c", "c"], replace(large, seed=(104, 105)))
-    assert (third.prompts, third.options) == (["d", "d"], replace(small, seed=(106, 107)))
-    random = [make_batches(prompts)[0].options.seed for _ in range(8)]
+    first, second, third = make_requests(MODEL, prompts, 2, seed=100)
+    assert (first.prompts, first.seeds) == (("a", "a", "b", "b"), (100, 101, 7, 8))
+    assert (second.prompts, second.seeds, second.height) == (("c", "c"), (104, 105), 128)
+    assert (third.prompts, third.seeds, third.height) == (("d", "d"), (106, 107), 64)
+    random = [make_requests(MODEL, prompts)[0].seeds[0] for _ in range(8)]
     assert len(set(random)) > 1
 
 

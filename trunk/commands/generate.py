@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ditforge.client import Client, Step
-    from ditforge.client.prompts import Batch
     from ditforge.client.request import Request
     from ditforge.client.settings import ConnectionSettings
     from ditforge.model import Model
@@ -103,18 +102,16 @@ def generate(
     Example: ditforge generate "a large red circle" --seed 0 --size 16:9 -o circle.png
     """
     from ditforge.client import Client
-    from ditforge.client.prompts import make_batches
-    from ditforge.client.request import make_request
+    from ditforge.client.prompts import make_requests
 
     prompts, repeated = source.read(prompt, picture.values())
     output.check(len(prompts))
     with Client(connection.settings()) as client:
         if repeated not in (None, client.model.name) and not verbosity.is_quiet():
             print(f"warning: that picture is of {repeated}, and the server has {client.model.name}", file=sys.stderr)
-        batches = make_batches(prompts, output.count, picture.seed)
-        requests = [make_request(client.model, batch.prompts, batch.options) for batch in batches]
+        requests = make_requests(client.model, prompts, output.count, picture.seed)
         paths = check_paths(output, requests, client.model, len(prompts))
-        with closing(generate_all(client, batches, requests)) as made:
+        with closing(run_all(client, requests)) as made:
             save_all(made, paths, output.grid)
 
 
@@ -162,10 +159,8 @@ def check_paths(output: OutputFlags, requests: list[Request], model: Model, prom
     return paths
 
 
-def generate_all(
-    client: Client, batches: list[Batch], requests: list[Request]
-) -> Generator[tuple[Request, list[Image.Image]], None, None]:
-    """Make the pictures of each batch, and yield its request and its pictures. A bar shows the steps of all batches."""
+def run_all(client: Client, requests: list[Request]) -> Generator[tuple[Request, list[Image.Image]], None, None]:
+    """Yield each request and its pictures once they are made, with a bar over the steps of all requests."""
     total, finished, last = sum(request.steps for request in requests), 0, time.monotonic()
     with terminal.progress("generate", unit="equal steps") as report:
 
@@ -176,8 +171,8 @@ def generate_all(
             last = now
             report(f"{client.model.name}{each}", finished + step.index, total)
 
-        for batch, request in zip(batches, requests, strict=True):
-            images = client.generate(batch.prompts, batch.options, callback=show)
+        for request in requests:
+            images = client.run_request(request, show)
             finished += request.steps
             report(client.model.name, finished, total)
             yield request, images

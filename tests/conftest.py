@@ -35,8 +35,8 @@ OTHER = {"fp32": "fp16", "fp16": "bf16", "bf16": "fp16"}  # which exports to mak
 # earlier one brought. For others: pytest --hypothesis-profile default
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile("same")
-# What `make test-quick` leaves out: tests that need one of these fixtures, and these files or folders, which trace,
-# compile, train or serve by themselves.
+# What `make test-quick` leaves out, beside tests marked as slow: tests that need one of these fixtures, and these files
+# or folders, which trace, compile, train or serve by themselves.
 SLOW_FIXTURES = {
     *("schnell", "tiny", "sd3", "sd3_turbo", "sd3_clip", "dits", "exports", "sd3_exports", "ranges"),
     *("schnell_server", "tiny_server", "sd3_server", "sd3_turbo_server", "sd3_clip_server"),
@@ -58,6 +58,7 @@ SLOW_PATHS = (
     "models/test_train_flux_tiny.py",
     "models/test_train_sd35_tiny.py",
     "support",
+    "toy",
     "triton_repo/models",
     "triton_repo/test_front.py",
     "triton_repo/test_server.py",

@@ -194,12 +194,14 @@ def decoded(flux_tiny: Path) -> list[Decoded]:
     return found
 
 
+@pytest.mark.slow
 def test_tiles_are_nearer_to_the_whole_picture_than_diffusers_tiles(decoded: list[Decoded]) -> None:
     """Not the same: norms and attention over a tile are others than over the picture, for both."""
     for each in decoded:
         assert psnr(difference(each.tiled, each.whole)) > psnr(difference(each.diffusers, each.whole))
 
 
+@pytest.mark.slow
 def test_tiles_have_no_seam_where_a_cut_has_one(decoded: list[Decoded]) -> None:
     edges = [edges_of_tiles(length) for length in SIZE]
     middles = [[at + TILE // 8 for at in along[2::2]] for along in edges]

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +28,28 @@ from ditforge.triton_repo.server import start
 
 TOY = Path(__file__).parent
 PROMPT, SEED, STEPS = "a large red circle", 7, 4
+STAGES = (
+    "calibrate toy-model --out ranges.json --steps 2",
+    "export toy-model --out onnx",
+    "export toy-model --out onnx-int8 --precision int8-weights --activations fp32",
+    "build onnx --compiler toy --out engines",
+    "verify engines --against onnx",
+    "verify onnx-int8 --against onnx",
+    "plan onnx --gpu rtx4090",
+    "repo engines --out repo",
+)
+# Every process imports PyTorch for seconds, so there is one for all commands.
+ALL_IN_ONE_PROCESS = """
+import json, sys
+from ditforge import cli
+for command in json.loads(sys.argv[1]):
+    sys.argv = ["ditforge", *command.split()]
+    try:
+        cli.main()
+    except SystemExit as ended:
+        if ended.code:
+            sys.exit(f"{command}: exit code {ended.code}")
+"""
 
 
 def toys() -> ModuleType:
@@ -44,11 +67,9 @@ def installed() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(TOY)}
 
 
-@pytest.fixture(scope="module")
-def checkpoint(flux_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A toy checkpoint of random weights, with the tokenizer and autoencoder of a trained model."""
+def save_checkpoint(flux_tiny: Path, folder: Path) -> None:
+    """Save a toy checkpoint of random weights, with the tokenizer and autoencoder of a trained model."""
     toy_family = toys()
-    folder = tmp_path_factory.mktemp("toy") / "toy-model"
     shutil.copytree(flux_tiny / "tokenizer", folder / "tokenizer")
     shutil.copytree(flux_tiny / "vae", folder / "vae")
     vocabulary = Tokenizer.from_file(str(flux_tiny / "tokenizer" / "tokenizer.json")).get_vocab_size()
@@ -71,37 +92,34 @@ def checkpoint(flux_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         "vae": ["diffusers", "AutoencoderKL"],
     }
     (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
 
 
 @pytest.fixture(scope="module")
-def folder(checkpoint: Path, installed: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the command line makes of it: an export, engines and a repository."""
-    out = tmp_path_factory.mktemp("stages")
-    for arguments in (
-        ["calibrate", checkpoint, "--out", "ranges.json", "--steps", "2"],
-        ["export", checkpoint, "--out", "onnx"],
-        ["export", checkpoint, "--out", "onnx-int8", "--precision", "int8-weights", "--activations", "fp32"],
-        ["build", "onnx", "--compiler", "toy", "--out", "engines"],
-        ["verify", "engines", "--against", "onnx"],
-        ["verify", "onnx-int8", "--against", "onnx"],
-        ["plan", "onnx", "--gpu", "rtx4090"],
-        ["repo", "engines", "--out", "repo"],
-    ):
-        command = [sys.executable, "-m", "ditforge", *map(str, arguments)]
+def folder(shared: Callable[[str, Callable[[Path], None]], Path], flux_tiny: Path, installed: dict[str, str]) -> Path:
+    """A checkpoint, and what the command line makes of it: an export, engines and a repository."""
+
+    def make(out: Path) -> None:
+        save_checkpoint(flux_tiny, out / "toy-model")
+        command = [sys.executable, "-c", ALL_IN_ONE_PROCESS, json.dumps(STAGES)]
         done = subprocess.run(command, cwd=out, env=installed, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{arguments}: {done.stderr}"
-    return out
+        assert done.returncode == 0, done.stderr
+
+    return shared("toy", make)
 
 
-def by_hand(checkpoint: Path) -> np.ndarray:
+@pytest.fixture
+def checkpoint(folder: Path) -> Path:
+    return folder / "toy-model"
+
+
+def by_hand(checkpoint: Path, out: Path) -> np.ndarray:
     """The same picture by PyTorch and diffusers: [H, W, 3] uint8."""
     toy_family = toys()
     opened = open_checkpoint(checkpoint)
     text, dit = toy_family.reference(opened)
     (tokenizer,) = toy_family.read_tokenizers(opened)
-    tokenizer.save(checkpoint.parent / "toy.json")
-    ids = Tokenizer.from_file(str(checkpoint.parent / "toy.json")).encode(PROMPT).ids
+    tokenizer.save(out / "toy.json")
+    ids = Tokenizer.from_file(str(out / "toy.json")).encode(PROMPT).ids
     side = 64 // toy_family.vae.factor(toy_family.vae.read_config(opened))
     latents = torch.randn(1, 16, side, side, generator=torch.Generator().manual_seed(SEED))
     sigmas = [*torch.linspace(1, 1 / STEPS, STEPS).tolist(), 0.0]
@@ -116,13 +134,13 @@ def by_hand(checkpoint: Path) -> np.ndarray:
 
 
 def test_the_same_picture_as_by_hand(
-    folder: Path, checkpoint: Path, installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, checkpoint: Path, installed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", installed["PYTHONPATH"])
     with start(folder / "repo", port=0) as server, Client(server.url) as client:
         picture = client.generate(PROMPT, seed=SEED)
     assert isinstance(picture, Image.Image)
-    assert np.abs(np.asarray(picture, int) - by_hand(checkpoint).astype(int)).max() <= 1
+    assert np.abs(np.asarray(picture, int) - by_hand(checkpoint, tmp_path).astype(int)).max() <= 1
 
 
 def test_what_the_toys_declare_is_what_is_made(folder: Path) -> None:

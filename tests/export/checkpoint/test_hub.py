@@ -206,6 +206,7 @@ def test_the_digest_of_a_commit_stays_when_files_come_to_it(hub: Hub) -> None:
     assert fingerprint(CheckpointSource(folder)) == before
 
 
+@pytest.mark.slow
 def test_the_commit_is_in_the_manifest(hub: Hub, tmp_path: Path) -> None:
     out, commit = tmp_path / "onnx", hub.repositories[FLUX_ID].branches["main"]
     exported = export_checkpoint(CheckpointSource(FLUX), out)

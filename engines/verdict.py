@@ -25,9 +25,9 @@ LARGEST_LIMIT = max(LIMITS.values())
 class Verification:
     """What `verify` found.
 
-    verdict: "whole" if only files were checked; "same" if the outputs also equal those of `against` within their
-    limits;
-        "damaged" if files are damaged, which `damaged` describes; "different" if an output exceeds its limit.
+    verdict: "whole" if only files were checked, as there were no other outputs to compare; "same" if the outputs also
+        equal those of `against` within their limits; "damaged" if files are damaged, which `damaged` describes;
+        "different" if an output exceeds its limit.
     reason: why, in words. fix: what to do about damaged files or different outputs.
     """
 
@@ -89,18 +89,16 @@ def verify(
         other = "" if found.model.name == reference.model.name else f", {reference.model.name}"
         fix = f"compare with an fp32 export of the same checkpoint as {found.model.name}'s (now: {against}{other}); or "
         return verification("different", reason, fix + again, differences)
-    reason = f"{len(files)} files are whole, and {in_words(worst, limit)}"
-    return verification("same", reason, differences=differences)
-
-
-def in_words(worst: Difference, limit: float) -> str:
-    """Describe how close the outputs are to the reference; `worst` is the one that is furthest from it."""
     if worst.same_graph:
-        return (
-            "all networks are the reference's own graphs, executed by the same ONNX Runtime: nothing else was compared"
+        reason = (
+            f"{len(files)} files, all as the manifest says; the networks are the reference's own graphs, which the "
         )
-    allowed = f"{worst.precision} explains up to {limit:g}"
-    return f"the numbers are the same within {worst.relative:.3g} ({worst.component}'s {worst.output}; {allowed})"
+        return verification(
+            "whole", reason + "same ONNX Runtime executes: there was nothing to compare", "", differences
+        )
+    numbers = f"the numbers are the same within {worst.relative:.3g} ({worst.component}'s {worst.output}; "
+    reason = f"{len(files)} files are whole, and {numbers}{worst.precision} explains up to {limit:g})"
+    return verification("same", reason, differences=differences)
 
 
 def limit_of(difference: Difference) -> float:

@@ -27,6 +27,9 @@ class Dim:
 BATCH = Dim("batch")
 
 
+OF_THE_EXPORT = "the export's number format, 8-bit layers aside"
+
+
 @dataclass(frozen=True)
 class Port:
     """An input or output of a network. The batch is the first dimension; each dimension is a fixed number or a Dim."""
@@ -49,7 +52,7 @@ class Network:
     inputs, outputs: the graph's ports by name.
     weights: the folder of the checkpoint that holds the weights, such as `transformer`.
     dtype: the dtype of the weights and of most of the computation.
-    reason: why the network has this precision; users read it.
+    reason: why the network has this precision, and what it needs there; users read it.
     key_prefixes: prefixes that some checkpoints write before KEY.
     linears: a pattern of the names of the weights that may be quantised to 8 bits; None if no weight may.
     factors: for each pattern of names, the factor by which those weights are multiplied when they are read. Factors are
@@ -62,7 +65,7 @@ class Network:
     outputs: dict[str, Port]
     weights: str
     dtype: torch.dtype
-    reason: str
+    reason: str = OF_THE_EXPORT
     key_prefixes: tuple[str, ...] = ()
     linears: re.Pattern[str] | None = None
     factors: Mapping[re.Pattern[str], float] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ditforge.contract import VAE_DECODER, VAE_ENCODER
 from ditforge.export.checkpoint.diffusers_folder import Checkpoint, with_defaults
-from ditforge.export.network import BATCH, Dim, Network, Port
+from ditforge.export.network import BATCH, OF_THE_EXPORT, Dim, Network, Port
 from ditforge.export.quantisation.precision import Precision, network_dtype
 
 WEIGHTS = "vae"
@@ -81,7 +81,7 @@ def factor(config: dict[str, Any]) -> int:
 
 def vae(config: dict[str, Any], precision: Precision) -> tuple[Network, Network]:
     """Return the decoder and the encoder of the AutoencoderKL with diffusers' configuration `config`."""
-    dtype, reason = network_dtype(precision), "as asked for"
+    dtype, reason = network_dtype(precision), OF_THE_EXPORT
     narrow = dtype == torch.float16
     if narrow:
         reason += f"; its residual streams are held at 1/{1 / STREAM:.0f} of their size, which can overflow fp16"

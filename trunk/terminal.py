@@ -18,7 +18,8 @@ from ditforge.progress_line import Pace, Unit
 if TYPE_CHECKING:
     from rich.console import Console
 
-WIDE = 200
+SHORT = 12  # characters of a cell that is not wrapped
+UNBOUNDED = 1 << 20  # columns, of a terminal so wide that no cell is wrapped
 DONE = "done"
 EVERY = 5.0  # seconds between two lines of progress if the output is not a terminal
 SILENCE = 2.0  # seconds that something may take, without a terminal, before a line says what it is
@@ -185,18 +186,22 @@ def give_up_output() -> None:
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print rows of text under headings. Raises what written() raises."""
+    """Print rows of text under headings. Raises what written() raises.
+
+    On a terminal, long cells are wrapped, and short ones stay whole. For a program that reads them, no cell is wrapped.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text  # plain: in a string, rich would read [words] in brackets as markup
 
     shown = Table(box=None, pad_edge=False)
-    for heading in headings:
-        shown.add_column(heading, overflow="fold")
+    rows = list(rows)
+    for heading, *cells in zip(headings, *rows, strict=True):
+        shown.add_column(heading, overflow="fold", no_wrap=max(map(len, [heading, *cells])) <= SHORT)
     for row in rows:
         shown.add_row(*map(Text, row))
-    console = Console(soft_wrap=False)
+    console = Console()
     if not console.is_terminal:
-        console.width = WIDE  # rows are not wrapped for a program that reads them
+        console.width = UNBOUNDED
     with written():
         console.print(shown)

@@ -282,7 +282,7 @@ def explain(plan: Plan, parts: Sequence[Part], tried: Mapping[str, int], side: i
     if not plan.fits:
         yield f"does not fit: needs {gigabytes(plan.peak)}, {gigabytes(plan.usable)} can be used"
     for strategy, peak in tried.items():
-        if not strategy.startswith("offload"):
+        if strategy != plan.strategy and not strategy.startswith("offload"):  # of offloads there are many
             yield f"{strategy} would take {gigabytes(peak)} of {gigabytes(plan.usable)}"
     for part in parts:
         placement, size = plan.placements[part.name], gigabytes(plan.sizes[part.name])

@@ -19,7 +19,7 @@ from ditforge.export.checkpoint.schedule import flow_schedule
 from ditforge.export.families import Family
 from ditforge.export.families.flux_dit import PATCH, FluxVelocity
 from ditforge.export.families.flux_layout import LAYOUT
-from ditforge.export.network import BATCH, Dim, Network, Port
+from ditforge.export.network import BATCH, OF_THE_EXPORT, Dim, Network, Port
 from ditforge.export.quantisation import reference_pipeline
 from ditforge.export.quantisation.precision import Precision, network_dtype, text_dtype
 from ditforge.export.text_encoders import clip, t5
@@ -38,7 +38,7 @@ SCHNELL_TOKENS = 256  # the authors' length of T5's input in models without embe
 
 def dit(config: dict[str, Any], tokens: int, precision: Precision) -> Network:
     """Describe the DiT that has diffusers' configuration `config`, for `tokens` text tokens."""
-    dtype, reason = network_dtype(precision), "as asked for"
+    dtype, reason = network_dtype(precision), OF_THE_EXPORT
     if dtype == torch.float16:
         reason += "; the residual streams are clamped to fp16's range"
     channels = config["in_channels"] // PATCH**2

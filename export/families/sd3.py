@@ -114,7 +114,6 @@ def fixed(size: int | Dim) -> int:
 
 def dit(config: dict[str, Any], tokens: int, precision: Precision) -> Network:
     """Describe the DiT that has diffusers' configuration `config`. `tokens` counts the text tokens of CLIP and T5."""
-    dtype, reason = network_dtype(precision), "as asked for"
     patch = config["patch_size"]
     size = Dim("latent_height", patch), Dim("latent_width", patch)
     text = text_dtype(precision)
@@ -132,8 +131,7 @@ def dit(config: dict[str, Any], tokens: int, precision: Precision) -> Network:
         inputs=inputs,
         outputs={"velocity": Port(torch.float32, (BATCH, config["out_channels"] or config["in_channels"], *size))},
         weights="transformer",
-        dtype=dtype,
-        reason=reason,
+        dtype=network_dtype(precision),
         linears=LINEARS,
     )
 

@@ -77,7 +77,6 @@ def clip_pooled(config: dict[str, Any], weights: str, tokens: int, precision: Pr
 
     `config` is the configuration of transformers' CLIPTextModel, and `weights` the checkpoint's folder.
     """
-    dtype, reason = network_dtype(precision), "as asked for"
     out = text_dtype(precision)
     settings = read_settings(config)
     return Network(
@@ -86,8 +85,7 @@ def clip_pooled(config: dict[str, Any], weights: str, tokens: int, precision: Pr
         inputs={"clip_ids": Port(torch.int32, (BATCH, tokens))},
         outputs={"pooled_embeds": Port(out, (BATCH, settings.hidden_size))},
         weights=weights,
-        dtype=dtype,
-        reason=reason,
+        dtype=network_dtype(precision),
         key_prefixes=KEY_PREFIXES,
     )
 
@@ -98,7 +96,6 @@ def clip_penultimate(name: str, config: dict[str, Any], weights: str, tokens: in
     `name` is a key of PENULTIMATE. The other arguments are those of clip_pooled(). Raises ValueError if the
     configuration has no projection_dim.
     """
-    dtype, reason = network_dtype(precision), "as asked for"
     out = text_dtype(precision)
     settings = read_settings(config)
     if settings.projection_dim is None:
@@ -112,7 +109,6 @@ def clip_penultimate(name: str, config: dict[str, Any], weights: str, tokens: in
             f"{name}_pooled": Port(out, (BATCH, settings.projection_dim)),
         },
         weights=weights,
-        dtype=dtype,
-        reason=reason,
+        dtype=network_dtype(precision),
         key_prefixes=KEY_PREFIXES,
     )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from ditforge.export.network import BATCH, Network, Port
+from ditforge.export.network import BATCH, OF_THE_EXPORT, Network, Port
 from ditforge.export.quantisation.precision import Precision, network_dtype, text_dtype
 
 # The fraction at which the residual stream is held in fp16. Values up to 65504 * 2^8 = 1.7e7 then fit. In t5-base,
@@ -47,7 +47,7 @@ class HiddenStates(nn.Module):
 
 def t5_hidden_states(config: dict[str, Any], weights: str, tokens: int, precision: Precision) -> Network:
     """Describe T5 with the configuration `config` (transformers' T5Config). It reads `tokens` tokens per prompt."""
-    dtype, reason = network_dtype(precision.t5 or precision), "as asked for"
+    dtype, reason = network_dtype(precision.t5 or precision), "chosen for T5 alone" if precision.t5 else OF_THE_EXPORT
     out = text_dtype(precision)
     settings = T5Config.from_dict(config)
     settings._attn_implementation = "eager"  # with fake tensors, the strides of the other one break the exporter

@@ -26,7 +26,7 @@ from ditforge.export import vae
 from ditforge.export.checkpoint import consistency
 from ditforge.export.checkpoint.diffusers_folder import open_checkpoint
 from ditforge.export.families import flux
-from ditforge.export.network import Network
+from ditforge.export.network import OF_THE_EXPORT, Network
 from ditforge.export.onnx_export import export_network
 from ditforge.export.quantisation.precision import FP32, parse_precision
 from ditforge.export.text_encoders import t5
@@ -232,7 +232,7 @@ def test_only_fp16_is_rescaled_and_the_reason_says_so(random_schnell: Path) -> N
     for precision in ("fp32", "bf16", "int8-weights"):  # the last one with bf16 around it
         for network in networks(random_schnell, parse_precision(precision)).values():
             assert not network.factors
-            assert network.reason == "as asked for"
+            assert network.reason == OF_THE_EXPORT
     for precision in (FP16, parse_precision("int8-weights", "fp16")):
         reasons = {name: network.reason for name, network in networks(random_schnell, precision).items()}
         assert "stream, which would overflow, is held at 1/256 of its size" in reasons["t5"]

@@ -151,7 +151,7 @@ def test_blocks_that_install_name_what_there_is() -> None:
         if words[0] == "make":
             assert words[1] in targets
         elif words[:2] == ["pip", "install"]:
-            assert set(words[2].removeprefix(".[").removesuffix("]").split(",")) <= known
+            assert set(words[-1].removeprefix(".[").removesuffix("]").split(",")) <= known
         else:
             assert words[:3] == ["python3", "-m", "venv"] or words[0] == ".", words
 

@@ -69,12 +69,12 @@ def test_what_is_compared_with_itself_is_not_shown_as_zero(schnell, tmp_path: Pa
     """The engines of ONNX Runtime are the reference's graphs, which ONNX Runtime executes as well."""
     result = ditforge("verify", schnell.engines, "--against", schnell.onnx, cwd=tmp_path)
     assert result.code == 0, result.err
-    assert result.out.splitlines()[-1].startswith("verdict: same: 12 files are whole, and ")
+    assert result.out.splitlines()[-1].startswith("verdict: whole: 12 files, all as the manifest says; ")
     for line in result.out.splitlines()[1:-1]:
         assert "the reference's own graph" in line and not line.rstrip().endswith("equal")
     same = verify(schnell.onnx, schnell.onnx)
     assert all(one.same_graph and one.relative == 0 for one in same.differences)
-    assert "own graphs" in same.reason
+    assert (same.verdict, same.good) == ("whole", True) and "own graphs" in same.reason
 
 
 def test_the_same_numbers_within_what_the_precision_explains(schnell, dits) -> None:

@@ -101,7 +101,6 @@ def networks(checkpoint: Checkpoint, precision: Precision) -> list[Network]:
             outputs={"prompt_embeds": embeds},
             weights="text_encoder",
             dtype=dtype,
-            reason="as asked for",
         ),
         Network(
             name=DIT,
@@ -110,7 +109,6 @@ def networks(checkpoint: Checkpoint, precision: Precision) -> list[Network]:
             outputs={"velocity": latents},
             weights="transformer",
             dtype=dtype,
-            reason="as asked for",
             linears=LINEARS,
         ),
         *vae.vae(vae.read_config(checkpoint), precision),

@@ -151,3 +151,17 @@ def test_quiet() -> None:
 def test_brackets_in_a_table_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     terminal.table(("name", "shape"), [("a [red] circle", "[batch, 16]"), ("[/x]", "[1]")])
     assert capsys.readouterr().out.split() == ["name", "shape", "a", "[red]", "circle", "[batch,", "16]", "[/x]", "[1]"]
+
+
+def test_short_cells_stay_whole_and_programs_get_unwrapped_rows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [("on-demand", "19.3 GB", " ".join(["words"] * 40)) for _ in range(3)]
+    monkeypatch.setenv("COLUMNS", "60")
+    terminal.table(("strategy", "takes", "why"), rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all(rows[0][2] in line for line in lines[1:])
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what makes rich take any output for a terminal
+    terminal.table(("strategy", "takes", "why"), rows)
+    shown = capsys.readouterr().out
+    assert shown.count("on-demand  19.3 GB") == 3 and max(map(len, shown.splitlines()[1:])) <= 60

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from ditforge.engines.speed import Estimate
     from ditforge.plan_report import Fit, GpuPlan, PlanReport
 
-HOW_RECKONED = (
-    "Times are estimates: the DiT's operations at 38 to 56 % of the GPU's published rate, as ONNX Runtime and compiled "
-    "PyTorch were measured on an H100. Text encoding, decoding and what is loaded in each step come on top."
-)
+HOW_RECKONED = """
+Times are estimates: the DiT's operations at 38 to 56 % of the GPU's published
+rate, as ONNX Runtime and compiled PyTorch were measured on an H100. Encoding,
+decoding, and the loading of segments in each step come on top."""
 
 
 def plan(
@@ -55,33 +55,39 @@ def plan(
 def say(report: PlanReport) -> None:
     """Print the table of one GPU and where its networks are, or a row for each GPU if none was named."""
     if report.fits is None:
-        sizes = next(gpu.sizes for gpu in report.gpus if gpu.sizes)
-        headings = ("--gpu", "memory", "precision", *(str(fit.size) for fit in sizes))
-        terminal.table(headings, [gpu_row(gpu, len(sizes)) for gpu in report.gpus])
+        terminal.say(f"{report.model}, pictures of up to {report.shown} x {report.shown} (--size plans for others):")
+        headings = ("--gpu", "memory", "precision", "takes", "strategy", "tile", "a step")
+        terminal.table(headings, [gpu_row(gpu, report.shown) for gpu in report.gpus])
     else:
         say_one(report, report.gpus[0])
     if any(fit.estimate for gpu in report.gpus for fit in gpu.sizes):
-        terminal.say("")
         terminal.say(HOW_RECKONED)
 
 
-def gpu_row(gpu: GpuPlan, count: int) -> tuple[str, ...]:
-    """The row of a GPU, with a cell for each of `count` sizes."""
-    cells = tuple(map(cell, gpu.sizes)) or ("",) * count
-    return gpu.gpu, f"{gpu.memory_gb:g} GB", gpu.precision or "lacks it", *cells
+def gpu_row(gpu: GpuPlan, size: int) -> tuple[str, ...]:
+    """The row of a GPU, for pictures of that size."""
+    from ditforge.engines.memory.memory_plan import gigabytes
+
+    known = gpu.gpu, f"{gpu.memory_gb:g} GB"
+    if not gpu.sizes:
+        return *known, "lacks it", "", "", "", ""
+    fit = next(fit for fit in gpu.sizes if fit.size == size)
+    return *known, gpu.precision, gigabytes(fit.peak), strategy(fit), tile(fit), step(fit.estimate)
 
 
-def cell(fit: Fit) -> str:
-    """The plan for a size in a few characters: the peak in GB, the strategy, the tile, and the seconds of a step."""
-    if not fit.fits:
-        return f"does not fit: {fit.peak / 1e9:.1f}"
-    tiled = f", tile {fit.vae_tile}" if fit.vae_tile else ""
-    return f"{fit.peak / 1e9:.1f} {fit.strategy}{tiled}" + (f", {step(fit.estimate)}" if fit.estimate else "")
+def strategy(fit: Fit) -> str:
+    """What is done to save memory."""
+    return fit.strategy if fit.fits else "does not fit"
 
 
-def step(estimate: Estimate) -> str:
+def tile(fit: Fit) -> str:
+    """The side of the autoencoder's tiles."""
+    return str(fit.vae_tile or "-")
+
+
+def step(estimate: Estimate | None) -> str:
     """The estimated seconds of a step, as a range."""
-    return f"{seconds(estimate.step_fast)}-{seconds(estimate.step_slow)} s"
+    return "-" if estimate is None else f"{seconds(estimate.step_fast)}-{seconds(estimate.step_slow)} s"
 
 
 def say_one(report: PlanReport, gpu: GpuPlan) -> None:
@@ -90,24 +96,23 @@ def say_one(report: PlanReport, gpu: GpuPlan) -> None:
     from ditforge.plan_report import say_places, segments_of
 
     terminal.say(f"{report.model} on {gpu.gpu}, {gpu.memory_gb:g} GB, precision {gpu.precision}")
-    rows = []
-    for fit in gpu.sizes:
-        strategy = fit.strategy if fit.fits else f"does not fit: needs {gigabytes(fit.peak)}"
-        peaks = (gigabytes(fit.peaks[phase]) for phase in PHASES)
-        times = (step(fit.estimate), picture(fit.estimate)) if fit.estimate else ("-", "-")
-        tile = str(fit.vae_tile or "-")
-        rows.append((f"{fit.size} x {fit.size}", strategy, tile, *peaks, gigabytes(fit.usable or 0), *times))
-    headings = ("pictures up to", "strategy", "tile", *PHASES, "of", "a step", f"{report.steps} steps")
-    terminal.table(headings, rows)
+    rows = [
+        (f"{f.size} x {f.size}", strategy(f), tile(f), gigabytes(f.peak), step(f.estimate), picture(f.estimate))
+        for f in gpu.sizes
+    ]
+    usable = gigabytes(next(fit.usable or 0 for fit in gpu.sizes))
+    terminal.table(("pictures", "strategy", "tile", f"of {usable}", "a step", f"{report.steps} steps"), rows)
     shown = next(fit for fit in gpu.sizes if fit.size == report.shown)
     terminal.say("")
-    terminal.say(f"for pictures of up to {shown.size} x {shown.size}:")
+    terminal.say(f"pictures of up to {shown.size} x {shown.size} take of the {usable}:")
+    terminal.table(PHASES, [[gigabytes(shown.peaks[phase]) for phase in PHASES]])
+    terminal.say("")
     say_places([(p.name, p.precision, p.place, segments_of(p), p.size) for p in shown.places], shown.reasons)
 
 
-def picture(estimate: Estimate) -> str:
+def picture(estimate: Estimate | None) -> str:
     """The estimated seconds of all steps of a picture, as a range."""
-    return f"{seconds(estimate.picture_fast)}-{seconds(estimate.picture_slow)} s"
+    return "-" if estimate is None else f"{seconds(estimate.picture_fast)}-{seconds(estimate.picture_slow)} s"
 
 
 def seconds(number: float) -> str:

@@ -15,7 +15,7 @@ from ditforge.export.checkpoint import hub
 from ditforge.export.checkpoint.diffusers_folder import INDEX, Checkpoint, open_checkpoint, read_json, t5_parts
 from ditforge.option import option, setting
 
-TEXT_ENCODERS = ("all", "clip")
+TEXT_ENCODER_CHOICES = ("all", "clip")
 CONFIG = "config.json"
 SCHEDULER = "scheduler", "scheduler_config.json"
 
@@ -37,7 +37,7 @@ class CheckpointSource:
     path: Path
     base: Path | None = None
     loras: tuple[tuple[Path, float], ...] = ()
-    text_encoders: str = TEXT_ENCODERS[0]
+    text_encoders: str = TEXT_ENCODER_CHOICES[0]
     t5_precision: str | None = None
     random_weights: bool = False
 
@@ -98,9 +98,10 @@ def with_text_encoders(checkpoint: Checkpoint, name: str) -> Checkpoint:
     "all" returns it unchanged. "clip" returns it without T5: its model_index.json then names no T5 and no tokenizer of
     T5. Raises UserError for any other name.
     """
-    if name not in TEXT_ENCODERS:
+    if name not in TEXT_ENCODER_CHOICES:
         raise UserError(
-            f"unknown text encoders {name!r}", f"{option('text_encoders')} with one of: {', '.join(TEXT_ENCODERS)}"
+            f"unknown text encoders {name!r}",
+            f"{option('text_encoders')} with one of: {', '.join(TEXT_ENCODER_CHOICES)}",
         )
     if name == "all":
         return checkpoint

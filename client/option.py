@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from shlex import quote
+
 from ditforge.option import option
 
 
 def pair(certificate: str, key: str) -> str:
     """The options that give a client's certificate and its key, both paths of files."""
     python = f'tls=TLS(certificate="{certificate}", key="{key}")'
-    return option(python, f"--tls-cert {certificate} --tls-key {key}")
+    return option(python, f"--tls-cert {quote(certificate)} --tls-key {quote(key)}")
 
 
 CA = option('tls=TLS(ca="FILE")', "--tls-ca FILE")

@@ -12,10 +12,11 @@ from ditforge.client.samplers import DEFAULT, SAMPLERS, Callback, Sampler, sampl
 from ditforge.client.schedules import ScheduleFunction, check_sigmas, check_steps, find_schedule
 from ditforge.client.sizes import parse_size
 from ditforge.errors import UserError
-from ditforge.option import check_names as check_known, option
+from ditforge.option import check_names as check_known, option, setting
 
 MAX_GUIDANCE = 100.0
 MAX_NOISE = 10.0
+PROMPT = option("prompt", "the prompt")
 T5 = Literal["auto", "always", "never"]
 T5_NAMES: tuple[str, ...] = get_args(T5)
 
@@ -42,7 +43,10 @@ ELSEWHERE = {
 }
 INSTEAD = dict.fromkeys(
     ("num_images_per_prompt", "num_images", "batch_size", "batch_count", "n_iter", "count", "n"),
-    "give a list with the prompt as often as wanted: generate([prompt] * 4, seed=0)",
+    option(
+        "give a list with the prompt as often as wanted: generate([prompt] * 4, seed=0)",
+        "--count 4 makes so many pictures of each prompt; or write the line as often as wanted",
+    ),
 ) | {"prompt": "give the prompt, or a list of prompts, first: generate(prompt, …)"}
 
 
@@ -119,7 +123,7 @@ class GenerateOptions:
         for seed in listed(self.seed):
             check_seed(seed)
         if self.negative_prompt is not None:
-            check_text("negative prompt", self.negative_prompt)
+            check_text(option("negative_prompt"), self.negative_prompt)
         check_scale("guidance", self.guidance, MAX_GUIDANCE, 3.5)
         check_scale("true_cfg", self.true_cfg, MAX_GUIDANCE, 4.0)
         check_scale("skip_layer_guidance", self.skip_layer_guidance, MAX_GUIDANCE, 2.8)
@@ -131,7 +135,9 @@ class GenerateOptions:
         if self.size is not None:
             parse_size(self.size)
             if self.height is not None or self.width is not None:
-                raise UserError(f"size={self.size!r} is both the height and the width", "leave out height and width")
+                given = [option(name) for name in ("height", "width") if getattr(self, name) is not None]
+                problem = f"{setting('size', self.size)} is both the height and the width"
+                raise UserError(problem, f"leave out {' and '.join(map(str, given))}")
         self._check_levels()
         self._check_sampler()
 
@@ -142,13 +148,15 @@ class GenerateOptions:
             find_schedule(self.schedule)
         if self.sigmas is None:
             return
-        steps = len(check_sigmas(self.sigmas, "sigmas")) - 1
+        sigmas = option("sigmas")
+        steps = len(check_sigmas(self.sigmas, sigmas)) - 1
         if self.schedule is not None:
-            raise UserError("sigmas are the noise levels that a schedule would make", "leave out schedule, or sigmas")
+            schedule = option("schedule")
+            problem = f"{sigmas} are the noise levels that {schedule} would make"
+            raise UserError(problem, f"leave out {schedule}, or {sigmas}")
         if self.steps not in (None, steps):
-            raise UserError(
-                f"{len(self.sigmas)} sigmas are {steps} steps, and steps is {self.steps}", "leave out steps"
-            )
+            problem = f"{len(self.sigmas)} {sigmas} are {steps} steps, and {option('steps')} is {self.steps}"
+            raise UserError(problem, f"leave out {option('steps')}")
 
     def _check_sampler(self) -> None:
         sampler = self.used_sampler
@@ -239,11 +247,11 @@ def listed(seed: int | Sequence[int] | None) -> tuple[int, ...]:
 def check_text(what: str, text: str) -> None:
     """Raise UserError unless `text`, which errors call `what`, is a string that can be encoded in UTF-8."""
     if not isinstance(text, str):
-        raise UserError(f"a {what} is a {type(text).__name__}, not a string", "give a string, or a list of strings")
+        raise UserError(f"{what} must be a string, got {text!r:.60}", "write it as text")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"the {what} {text!r} is not text: {error.reason}", "give it in UTF-8") from error
+        raise UserError(f"{what} {text!r} is not text: {error.reason}", "give it in UTF-8") from error
 
 
 def check_scale(name: str, value: float | None, largest: float, suggestion: float) -> None:

@@ -4,85 +4,130 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ditforge.client.options import NAMES, GenerateOptions, check_names, check_text, combined
+from ditforge.client.noise import MAX_SEED
+from ditforge.client.options import NAMES, PROMPT, GenerateOptions, check_names, check_text, combined
 from ditforge.client.picture_file import read_parameters
-from ditforge.client.request import Request, make_request
+from ditforge.client.request import Request, following, make_request
 from ditforge.errors import UserError
 from ditforge.model import Model
-from ditforge.option import option
+from ditforge.option import as_keys, option
 from ditforge.small_files import read_bytes
 
 FILE = option("path", "--prompts FILE")
-MOST_DIGITS = 20  # of 2^64 - 1, the largest seed
+COMMENT = "#"
+MOST_DIGITS = len(str(MAX_SEED))
 FORM = "one prompt a line, with a tab and a seed behind it where it has one; or lines of JSON, with any option"
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a prompt comes from.
+
+    place: the line of a file, or the picture, as errors name it; empty for the command line.
+    names: the options that were read there.
+    replaceable: whether options of the command line replace those.
+    """
+
+    place: str = ""
+    names: Collection[str] = ()
+    replaceable: bool = False
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Name the place in a UserError about an option that was read there, and write the option as it is there."""
+        with as_keys(self.names, self.replaceable) as written:
+            try:
+                yield
+            except UserError as error:
+                if not written:
+                    raise
+                raise UserError(f"{self.place}: {error.problem}", error.fix) from None
+
+
+@dataclass(frozen=True)
 class Prompt:
-    """A prompt, the seed of its first picture (None: not given), and its other options."""
+    """A prompt, the seed of its first picture (None: not given), its other options, and where it comes from."""
 
     text: str
     seed: int | None
     options: GenerateOptions
+    origin: Origin = field(default=Origin(), compare=False)
 
     @classmethod
-    def of(cls, text: str, values: Mapping[str, Any]) -> Prompt:
+    def of(cls, text: str, values: Mapping[str, Any], origin: Origin | None = None) -> Prompt:
         """Make a prompt with options, `values` by name, which may include a seed. Raises UserError for a bad value."""
-        check_text("prompt", text)
-        options = GenerateOptions(**values)
-        if options.seed is not None and not isinstance(options.seed, int):
-            raise UserError(f"a prompt has one seed, got {options.seed!r}", '{"prompt": "a red circle", "seed": 1}')
-        return cls(text, options.seed, replace(options, seed=None))
+        origin = origin or Origin()
+        with origin.named():
+            check_text(PROMPT, text)
+            options = GenerateOptions(**values)
+            if options.seed is not None and not isinstance(options.seed, int):
+                raise UserError(f"{option('seed')} must be one seed, got {options.seed!r:.60}", option("seed=1"))
+        return cls(text, options.seed, replace(options, seed=None), origin)
 
 
 def read_prompts(path: Path, given: Mapping[str, Any]) -> list[Prompt]:
     """Read the prompts in a file. The options `given` count for a line that does not have its own.
 
     A line is a prompt, or a prompt, a tab and a seed, or a JSON object with a "prompt" and any options. Empty lines are
-    ignored. Raises UserError for anything else, with the number of the line.
+    ignored, and so are comments, which begin with #. Raises UserError for anything else, with the number of the line.
     """
     try:
-        text = read_bytes(path).decode()
+        text = read_bytes(path).decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read the prompts {path}: {error.strerror}", f"{FILE} has {FORM}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error.reason}", f"{FILE} has {FORM}") from None
-    prompts = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                prompts.append(read_line(line, given))
-            except UserError as error:
-                raise UserError(f"{path}, line {number}: {error.problem}", error.fix) from None
+    if "\0" in text:
+        raise UserError(f"{path} is not UTF-8 text: there are null bytes in it", f"{FILE} has {FORM}")
+    prompts = [
+        read_line(line, f"{path}, line {number}", given)
+        for number, line in enumerate(text.split("\n"), 1)
+        if line.strip() and not line.lstrip().startswith(COMMENT)
+    ]
     if not prompts:
         raise UserError(f"there is no prompt in {path}", f"{FILE} has {FORM}")
     return prompts
 
 
-def read_line(line: str, given: Mapping[str, Any]) -> Prompt:
-    """Read one line of a prompt file."""
+def read_line(line: str, place: str, given: Mapping[str, Any]) -> Prompt:
+    """Read one line of a prompt file, which errors call `place`."""
+    try:
+        with as_keys(NAMES):
+            text, values = parse_line(line)
+    except UserError as error:
+        raise UserError(f"{place}: {error.problem}", error.fix) from None
+    origin = Origin(place, ("prompt", *values))
+    with origin.named():
+        together = combined(given, values)
+    return Prompt.of(text, together, origin)
+
+
+def parse_line(line: str) -> tuple[str, dict[str, Any]]:
+    """The prompt in a line, and its options by name. Raises UserError if there is no prompt, or an unknown option."""
     if not line.lstrip().startswith("{"):
         text, tab, seed = line.rpartition("\t")
+        seed = seed.strip()
         if not tab:
-            return Prompt.of(line.strip(), given)
-        if not seed.strip().isdecimal() or len(seed.strip()) > MOST_DIGITS:
-            raise UserError(f"behind the tab is {seed.strip()[:40]!r}, not a seed", f"write {FORM}")
-        return Prompt.of(text.strip(), {**given, "seed": int(seed)})
+            return line.strip(), {}
+        if not seed.isdecimal() or len(seed) > MOST_DIGITS or int(seed) > MAX_SEED:
+            raise UserError(f"behind the tab is {seed[:40]!r}, not a seed from 0 to 2^64 - 1", f"write {FORM}")
+        return text.strip(), {"seed": int(seed)}
     try:
-        values = json.loads(line)
-        text = values.pop("prompt")
+        values: dict[str, Any] = json.loads(line)
+        prompt: str = values.pop("prompt")
     except (ValueError, RecursionError) as error:
         raise UserError(f"this is not JSON: {error}", f"write {FORM}") from None
     except KeyError:
         raise UserError('there is no "prompt"', '{"prompt": "a red circle", "seed": 1}') from None
     check_names(values, NAMES)
-    return Prompt.of(text, combined(given, values))
+    return prompt, values
 
 
 def read_picture(path: Path, given: Mapping[str, Any]) -> tuple[Prompt, str]:
@@ -97,7 +142,10 @@ def read_picture(path: Path, given: Mapping[str, Any]) -> tuple[Prompt, str]:
             f"{path} has no prompt in it", f"{option('path', '--from PICTURE')} is a single picture that ditforge made"
         )
     values = {name: value for name, value in parameters.items() if name in NAMES}
-    return Prompt.of(text, combined(values, given)), str(parameters.get("model"))
+    origin = Origin(str(path), {"prompt", *values} - given.keys(), replaceable=True)
+    with origin.named():
+        together = combined(values, given)
+    return Prompt.of(text, together, origin), str(parameters.get("model"))
 
 
 def make_requests(model: Model, prompts: list[Prompt], count: int = 1, seed: int | None = None) -> list[Request]:
@@ -106,13 +154,17 @@ def make_requests(model: Model, prompts: list[Prompt], count: int = 1, seed: int
     The pictures of a prompt have its seed and the next ones. Where it has none, picture number i of all has `seed` + i,
     by default from a random one.
     """
-    first = secrets.randbits(32) if seed is None else seed
-    seeded = [
-        replace(prompt, seed=first + i * count) if prompt.seed is None else prompt for i, prompt in enumerate(prompts)
-    ]
+    numbered = following(secrets.randbits(32) if seed is None else seed, len(prompts) * count)
+    seeded: list[tuple[Prompt, tuple[int, ...]]] = []
+    for i, prompt in enumerate(prompts):
+        with prompt.origin.named():
+            own = None if prompt.seed is None else following(prompt.seed, count)
+        seeded.append((prompt, own or numbered[i * count : (i + 1) * count]))
     requests = []
-    for options, alike in groupby(seeded, key=lambda prompt: prompt.options):
-        pictures = [(prompt.text, (prompt.seed or 0) + k) for prompt in alike for k in range(count)]
-        seeds = tuple(picture_seed for _, picture_seed in pictures)
-        requests.append(make_request(model, [text for text, _ in pictures], replace(options, seed=seeds)))
+    for options, group in groupby(seeded, key=lambda pair: pair[0].options):
+        alike = list(group)
+        texts = [prompt.text for prompt, _ in alike for _ in range(count)]
+        seeds = [picture_seed for _, seeds in alike for picture_seed in seeds]
+        with alike[0][0].origin.named():
+            requests.append(make_request(model, texts, replace(options, seed=seeds)))
     return requests

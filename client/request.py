@@ -6,8 +6,8 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ditforge.client.noise import check_seed
-from ditforge.client.options import GenerateOptions, check_text
+from ditforge.client.noise import MAX_SEED, check_seed
+from ditforge.client.options import PROMPT, GenerateOptions, check_text
 from ditforge.client.samplers import DEFAULT, Sampler, sampler_name
 from ditforge.client.schedules import Sigmas, Spacing, check_sigmas, make_sigmas, schedule_name
 from ditforge.client.sizes import choose_size, choose_vae_tile
@@ -103,7 +103,7 @@ def make_request(model: Model, prompts: Sequence[str], options: GenerateOptions)
     if not prompts:
         raise UserError("no prompt was given", "give one, or a list of at least one")
     for prompt in prompts:
-        check_text("prompt", prompt)
+        check_text(PROMPT, prompt)
     height, width = choose_size(options.height, options.width, options.size, model)
     spacing = Spacing(model.schedule, height // model.vae_factor, width // model.vae_factor)
     schedule, sigmas = choose_sigmas(options, model, spacing)
@@ -136,14 +136,22 @@ def choose_seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...
         if len(seed) != count:
             raise UserError(f"there are {count} prompts and {len(seed)} seeds", "give one seed, or one for each prompt")
         return tuple(map(check_seed, seed))
-    first = secrets.randbits(32) if seed is None else check_seed(seed)
-    return tuple(check_seed(first + i) for i in range(count))
+    return following(secrets.randbits(32) if seed is None else seed, count)
+
+
+def following(seed: int, count: int) -> tuple[int, ...]:
+    """`count` seeds, from `seed` on. Raises UserError if one of them is too large for a seed."""
+    last = check_seed(seed) + count - 1
+    if last > MAX_SEED:
+        problem = f"{count} pictures with the seeds from {seed} on would end at {last}, above the largest, 2^64 - 1"
+        raise UserError(problem, f"{option(f'seed={MAX_SEED - count + 1}')}, or a lower one")
+    return tuple(range(seed, last + 1))
 
 
 def choose_sigmas(options: GenerateOptions, model: Model, spacing: Spacing) -> tuple[str, Sigmas]:
     """The name of the schedule, and its noise levels, float32 [steps + 1]."""
     if options.sigmas is not None:
-        return GIVEN, check_sigmas(options.sigmas, "sigmas")
+        return GIVEN, check_sigmas(options.sigmas, option("sigmas"))
     schedule = "default" if options.schedule is None else options.schedule
     steps = model.default_steps if options.steps is None else options.steps
     return schedule_name(schedule), make_sigmas(schedule, steps, spacing)
@@ -189,7 +197,7 @@ def choose_skip_layer_guidance(scale: float | None, model: Model) -> float:
     if scale and model.skip_layers is None:
         raise UserError(
             f"{model.name} has no skip-layer guidance",
-            option("leave out skip_layer_guidance", "leave out --skip-layer-guidance"),
+            f"leave out {option('skip_layer_guidance')}",
         )
     return float(scale or 0.0)
 

@@ -105,6 +105,6 @@ def check_seconds(name: str, value: float, default: float) -> None:
     """Raise UserError unless `value` is a number of seconds above 0 and at most a week. retry_timeout may also be 0."""
     number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and value <= LONGEST
     if not number or value < 0 or (value == 0 and name != "retry_timeout"):
-        least = "0" if name == "retry_timeout" else "above 0"
-        problem = f"{name} must be from {least} to {LONGEST:.0f} seconds, got {value!r}"
+        least = "from 0 to" if name == "retry_timeout" else "above 0 and at most"
+        problem = f"{option(name)} must be {least} {LONGEST:.0f} seconds, got {value!r}"
         raise UserError(problem, option(f"{name}={default:g}"))

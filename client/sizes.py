@@ -8,7 +8,7 @@ from numbers import Integral
 
 from ditforge.errors import UserError
 from ditforge.model import LEAST_TILE, Model
-from ditforge.option import option
+from ditforge.option import option, setting
 
 SHAPES = {"square": (1, 1), "portrait": (3, 4), "landscape": (4, 3)}  # the ratio of width to height
 LARGEST_RATIO = 8
@@ -43,7 +43,7 @@ def choose_size(height: int | None, width: int | None, size: str | None, model: 
         parsed = parse_size(size)
         if isinstance(parsed, float):
             return shaped(size, parsed, model)
-        width, height = parsed
+        return choose_pixels(size, parsed, model)
     if not model.sizes:
         height = check_size("height", model.default_size if height is None else height, model)
         return height, check_size("width", model.default_size if width is None else width, model)
@@ -52,12 +52,43 @@ def choose_size(height: int | None, width: int | None, size: str | None, model: 
             return made
     asked = f"{'any' if height is None else height} x {'any' if width is None else width}"
     problem = f"the engines were built for fixed sizes, and {asked} (height x width) is none of them"
-    raise UserError(problem, fixed_sizes(model))
+    raise UserError(problem, " or ".join(f"{option(f'height={h}')} and {option(f'width={w}')}" for h, w in model.sizes))
+
+
+def choose_pixels(size: str, pixels: tuple[int, int], model: Model) -> tuple[int, int]:
+    """The height and width of a picture of so many `pixels`, (width, height), which were given as `size`.
+
+    Raises UserError if the model cannot make it.
+    """
+    width, height = pixels
+    if model.sizes:
+        if (height, width) not in model.sizes:
+            problem = f"the engines were built for fixed sizes, and {size.strip()} is none of them"
+            raise UserError(problem, fixed_sizes(model))
+        return height, width
+    least, most = bounds(model)
+    better = nearest(width, model), nearest(height, model)
+    if better != pixels:
+        sides = f"sides from {least} to {most} pixels that are divisible by {model.size_multiple}"
+        raise UserError(f"{option('size')} must have {sides}, got {size!r}", setting("size", "{}x{}".format(*better)))
+    return height, width
 
 
 def fixed_sizes(model: Model) -> str:
-    """The options, for the advice in errors, that give each size of a model with fixed sizes."""
-    return " or ".join(str(option(f"height={h}, width={w}", f"--height {h} --width {w}")) for h, w in model.sizes)
+    """The option, for the advice in errors, that gives each size of a model with fixed sizes."""
+    return " or ".join(str(setting("size", f"{width}x{height}")) for height, width in model.sizes)
+
+
+def bounds(model: Model) -> tuple[int, int]:
+    """The smallest and the largest side of a picture, in pixels, of a model without fixed sizes."""
+    multiple = model.size_multiple
+    return -(-max(model.min_size, multiple) // multiple) * multiple, model.max_size // multiple * multiple
+
+
+def nearest(side: int, model: Model) -> int:
+    """The side of a picture, in pixels, that the model can make and that is nearest to `side`."""
+    least, most = bounds(model)
+    return min(max(round(side / model.size_multiple) * model.size_multiple, least), most)
 
 
 def shaped(size: str, ratio: float, model: Model) -> tuple[int, int]:
@@ -73,7 +104,7 @@ def shaped(size: str, ratio: float, model: Model) -> tuple[int, int]:
             raise UserError(problem, fixed_sizes(model))
         return height, width
     multiple = model.size_multiple
-    least, most = -(-max(model.min_size, multiple) // multiple), model.max_size // multiple
+    least, most = (side // multiple for side in bounds(model))
     short = max(least, round(model.default_size / math.sqrt(max(ratio, 1 / ratio)) / multiple))
     long = round(short * max(ratio, 1 / ratio))
     if long > most:
@@ -88,15 +119,15 @@ def check_size(name: str, value: int, model: Model) -> int:
     `name` is the option: height or width.
     """
     multiple = model.size_multiple
-    smallest = max(multiple, model.min_size)
-    if not isinstance(value, Integral) or isinstance(value, bool) or not smallest <= value <= model.max_size:
+    least, most = bounds(model)
+    if not isinstance(value, Integral) or isinstance(value, bool) or not least <= value <= most:
         raise UserError(
-            f"{option(name)} must be from {smallest} to {model.max_size} pixels, got {value!r}",
+            f"{option(name)} must be from {least} to {most} pixels, got {value!r}",
             option(f"{name}={model.default_size}"),
         )
     if value % multiple:
-        near = min(max(round(value / multiple), 1) * multiple, model.max_size // multiple * multiple)
-        raise UserError(f"{option(name)} must be divisible by {multiple}, got {value}", option(f"{name}={near}"))
+        better = option(f"{name}={nearest(int(value), model)}")
+        raise UserError(f"{option(name)} must be divisible by {multiple}, got {value}", better)
     return int(value)
 
 
@@ -113,15 +144,19 @@ def check_vae_tile(vae_tile: int, model: Model) -> int:
     """Return `vae_tile`, in pixels. Raises UserError if the model's decoder takes no tiles of that size."""
     multiple, largest = model.vae_factor, model.max_size if model.vae_tile is None else model.vae_tile
     if model.sizes and vae_tile != model.vae_tile:  # the decoder takes only the fixed sizes, or its own tiles
-        fix = "leave it out" if model.vae_tile is None else option(f"vae_tile={model.vae_tile}")
-        raise UserError(f"the engines were built for fixed sizes, and decode no tiles of {vae_tile!r}", fix)
-    least = min(max(multiple * LEAST_TILE, model.min_size), largest // multiple * multiple)
-    if not isinstance(vae_tile, Integral) or isinstance(vae_tile, bool) or not least <= vae_tile <= largest:
-        problem = f"{option('vae_tile')} must be from {least} to {largest} pixels, got {vae_tile!r}"
-        raise UserError(problem, option(f"vae_tile={least}"))
-    if vae_tile % multiple:
-        near = vae_tile // multiple * multiple
+        tile = option("vae_tile")
+        fix = f"leave out {tile}" if model.vae_tile is None else option(f"vae_tile={model.vae_tile}")
+        problem = f"the engines were built for fixed sizes, and {tile} cannot be {vae_tile!r}"
+        raise UserError(problem, fix)
+    most = largest // multiple * multiple
+    least = min(-(-max(multiple * LEAST_TILE, model.min_size) // multiple) * multiple, most)
+    if not isinstance(vae_tile, Integral) or isinstance(vae_tile, bool):
         raise UserError(
-            f"{option('vae_tile')} must be divisible by {multiple}, got {vae_tile}", option(f"vae_tile={near}")
+            f"{option('vae_tile')} must be a number of pixels, got {vae_tile!r}", option(f"vae_tile={most}")
         )
+    better = option(f"vae_tile={min(max(vae_tile // multiple * multiple, least), most)}")
+    if not least <= vae_tile <= most:
+        raise UserError(f"{option('vae_tile')} must be from {least} to {most} pixels, got {vae_tile}", better)
+    if vae_tile % multiple:
+        raise UserError(f"{option('vae_tile')} must be divisible by {multiple}, got {vae_tile}", better)
     return int(vae_tile)

@@ -1,19 +1,34 @@
-"""How errors write an option: as a parameter in Python, and as a flag on the command line."""
+"""How errors write an option: as a parameter in Python, as a flag on the command line, and as a key in a file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from difflib import get_close_matches
+from shlex import quote
 
 from ditforge.errors import UserError
 
 _flags = False
 
 
+@dataclass
+class Keys:
+    """The names of the options that a file gives as JSON, those of them that were written, and who can change them."""
+
+    names: Collection[str]
+    replaceable: bool
+    written: set[str] = field(default_factory=set)
+
+
+_keys: ContextVar[Keys | None] = ContextVar("ditforge.option.keys", default=None)
+
+
 class Option(str):
-    """An option in Python's form, which is written as its flag on the command line.
+    """An option in Python's form, which is written as its flag on the command line, and as its key for a file.
 
     The form is chosen when the option is formatted, not when it is made.
     """
@@ -21,6 +36,14 @@ class Option(str):
     flag: str
 
     def __str__(self) -> str:
+        name, _, value = str.__str__(self).partition("=")
+        keys = _keys.get()
+        if keys is not None and name in keys.names:
+            keys.written.add(name)
+            if not value:
+                return json.dumps(name)
+            if not keys.replaceable:
+                return f"{json.dumps(name)}: {value}"
         return self.flag if _flags else str.__str__(self)
 
     def __format__(self, spec: str) -> str:
@@ -44,10 +67,14 @@ def option(python: str, flag: str = "") -> str:
 
 
 def setting(name: str, value: object) -> str:
-    """Make an option with a value, as errors write it: `precision="fp8"` in Python, and `--precision fp8` as a flag."""
+    """Make an option with a value, as errors write it: `precision="fp8"` in Python, and `--precision fp8` as a flag.
+
+    The flag's value is quoted for a shell where it has to be.
+    """
     if value is True:
         return option(f"{name}=True", f"--{name.replace('_', '-')}")
-    return option(f"{name}={json.dumps(value, ensure_ascii=False)}", f"--{name.replace('_', '-')} {value}")
+    dashed = name.replace("_", "-")
+    return option(f"{name}={json.dumps(value, ensure_ascii=False)}", f"--{dashed} {quote(str(value))}")
 
 
 def check_names(names: Iterable[str], known: Iterable[str], meant: Mapping[str, str] | None = None) -> None:
@@ -59,8 +86,23 @@ def check_names(names: Iterable[str], known: Iterable[str], meant: Mapping[str, 
     for name in names:
         if name not in known:
             near = [meant[name]] if meant and name in meant else get_close_matches(name, known, n=1)
-            better = f"{near[0]}=…" if near else "leave it out"
+            better = option(f"{near[0]}=…") if near else "leave it out"
             raise UserError(f"there is no option {name!r}", f"{better}; the options are {', '.join(known)}")
+
+
+@contextmanager
+def as_keys(names: Collection[str], replaceable: bool = False) -> Iterator[set[str]]:
+    """Write the options with these names, which a file gives, as its JSON keys: `"size": "16:9"`, until the block ends.
+
+    If `replaceable`, others replace those in the file, and an option with a value, which is advice, is one of them.
+    Yields the set of the names that have been written so, which tells whether an error is about the file.
+    """
+    keys = Keys(names, replaceable)
+    token = _keys.set(keys)
+    try:
+        yield keys.written
+    finally:
+        _keys.reset(token)
 
 
 def are_flags() -> bool:

@@ -24,7 +24,10 @@ OUT_HELP = (
 )
 COUNT_HELP = "How many pictures of each prompt, of the seeds SEED, SEED + 1, …"
 GRID_HELP = "One image of all the pictures, beside them."
-PROMPTS_HELP = "A file of prompts, one a line, with a tab and a seed where it has one; or JSON lines with any option."
+PROMPTS_HELP = (
+    "A file of prompts, one a line, with a tab and a seed where it has one; or JSON lines with any option. "
+    "Lines that begin with # are comments."
+)
 FROM_HELP = "Repeat a picture that ditforge made; other options, and a prompt, are used instead of its own."
 
 

@@ -11,6 +11,7 @@ import ditforge.client
 from ditforge.client import SAMPLERS, SCHEDULES, GenerateOptions
 from ditforge.client.options import ELSEWHERE, NAMES, Options, make_options
 from ditforge.errors import UserError
+from ditforge.option import as_flags
 
 
 def test_keywords_are_the_fields_and_the_callback() -> None:
@@ -73,7 +74,7 @@ def test_what_other_tools_call_it_is_an_option_here() -> None:
         ({"steps": 0}, "steps must be"),
         ({"guidance": math.nan}, "guidance must be a number from 0 to 100, got nan"),
         ({"true_cfg": "3"}, "true_cfg must be"),
-        ({"negative_prompt": 3}, "negative prompt"),
+        ({"negative_prompt": 3}, "negative_prompt must be a string, got 3"),
         ({"t5": "sometimes"}, "t5 must be one of"),
         ({"size": "large"}, "size must be WIDTHxHEIGHT"),
         ({"size": "16:9", "width": 64}, "both the height and the width"),
@@ -92,6 +93,24 @@ def test_what_other_tools_call_it_is_an_option_here() -> None:
 def test_what_no_model_takes(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         GenerateOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem", "fix"),
+    [
+        ({"size": "16:9", "width": 64}, "--size 16:9 is both the height and the width", "leave out --width"),
+        ({"size": "64x64", "width": 64, "height": 64}, "--size 64x64 is both", "leave out --height and --width"),
+        ({"schedule": "karras", "sigmas": [1, 0]}, "--schedule would make", "leave out --schedule, or --sigmas"),
+        ({"steps": 3, "sigmas": [1, 0]}, "2 --sigmas are 1 steps, and --steps is 3", "leave out --steps"),
+        ({"sigmas": [0, 1]}, "--sigmas must fall", "--sigmas 1,0.75,0.5,0.25,0"),
+        ({"negative_prompt": "\udcff"}, "--negative-prompt '\\udcff' is not text", "give it in UTF-8"),
+    ],
+)
+def test_the_command_line_is_told_flags(options: dict[str, Any], problem: str, fix: str) -> None:
+    with as_flags(), pytest.raises(UserError) as error:
+        GenerateOptions(**options)
+    assert problem in error.value.problem
+    assert error.value.fix == fix
 
 
 def test_every_name_is_taken() -> None:

@@ -198,7 +198,7 @@ def test_negative_prompt_without_effect(model: Model, options: dict[str, Any], f
 
 @pytest.mark.parametrize("prompt", [3, b"blue", ["blue"], "\udcff"])
 def test_negative_prompt_that_is_no_text(prompt: object) -> None:
-    with pytest.raises(UserError, match="negative prompt"):
+    with pytest.raises(UserError, match="negative_prompt"):
         ask(SD3, negative_prompt=prompt)
 
 

@@ -106,8 +106,8 @@ def test_a_client_is_kept_to_static_sizes() -> None:
         ask(model, 1024, 1344)
     assert error.value.fix == " or ".join(
         [
-            "height=768, width=1344",
-            "height=1024, width=1024",
+            "height=768 and width=1344",
+            "height=1024 and width=1024",
         ]
     )
 

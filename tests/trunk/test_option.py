@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ditforge.errors import UserError
-from ditforge.option import as_flags, check_names, option, setting
+from ditforge.option import as_flags, as_keys, check_names, option, setting
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -55,6 +55,24 @@ def test_an_option_with_a_value(value: object, python: str, flags: str) -> None:
     assert str(setting("precision", value)) == python
     with as_flags():
         assert str(setting("precision", value)) == flags
+
+
+def test_a_value_is_quoted_for_a_shell() -> None:
+    with as_flags():
+        assert str(setting("out", "my folder/a.png")) == "--out 'my folder/a.png'"
+
+
+def test_an_option_of_a_file() -> None:
+    size = setting("size", "16:9")
+    with as_flags(), as_keys(["size"]) as written:
+        assert str(option("steps=3")) == "--steps 3"
+        assert not written
+        assert f"{option('size')}, {size}" == '"size", "size": "16:9"'
+    assert written == {"size"}
+    with as_flags(), as_keys(["size"], replaceable=True) as written:
+        assert f"{option('size')}; {size}" == '"size"; --size 16:9'
+    assert written == {"size"}
+    assert str(size) == 'size="16:9"'
 
 
 def test_names_that_there_are_not() -> None:

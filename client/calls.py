@@ -33,8 +33,8 @@ log = logging.getLogger("ditforge.client")
 class Calls:
     """The calls of one picture to the servers in `order`. The first server gets all of them, as long as it answers.
 
-    `served` is the model and the engines that the picture is begun with. The picture's time starts to count when this
-    is made. `told` gives the warnings about servers, each only once.
+    `served` is the model and the engines that the picture is begun with. `told` gives the warnings about servers, each
+    only once. `deadline`, of time.monotonic, is when the picture's time is over.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class Calls:
         served: Served,
         told: Told,
         transport: Transport,
+        deadline: float,
     ) -> None:
         self._settings, self._order, self._served, self._told = settings, order, served, told
-        self._transport = transport
-        self._deadline = time.monotonic() + settings.timeout
+        self._transport, self._deadline = transport, deadline
         self._metadata = {PICTURE_KEY: uuid.uuid4().hex, **settings.metadata()}
         if served.engines:
             self._metadata[ENGINES_KEY] = served.engines

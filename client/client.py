@@ -105,13 +105,16 @@ class Client:
         calls = self._connection.begin()
         return run(calls, make_request(calls.model, prompts, made), callback)
 
-    def run_request(self, request: Request, callback: Callback | None = None) -> list[Image.Image]:
+    def run_request(
+        self, request: Request, callback: Callback | None = None, deadline: float | None = None
+    ) -> list[Image.Image]:
         """The pictures of a request that ditforge.client.request.make_request has made for this client's model.
 
-        Each carries its parameters in `info`. `callback` is called once a step with a ditforge.client.Step. Raises as
-        `generate` does.
+        Each carries its parameters in `info`. `callback` is called once a step with a ditforge.client.Step. `deadline`,
+        of time.monotonic, is when they have to be finished, by default within the setting `timeout`; it lets several
+        requests share that time. Raises as `generate` does.
         """
-        return run(self._connection.begin(), request, callback)
+        return run(self._connection.begin(deadline), request, callback)
 
     def close(self) -> None:
         """Close the connection."""

@@ -64,15 +64,17 @@ class Connection:
         assert self._known is not None
         return self._known
 
-    def begin(self) -> Calls:
-        """Return the calls of a new picture, whose time starts to count now. Each picture begins at the next server.
+    def begin(self, deadline: float | None = None) -> Calls:
+        """Return the calls of a new picture. Each picture begins at the next server.
 
-        The picture is made with the engines of the picture before, unless every server now has other engines.
+        The picture has to be finished by `deadline` of time.monotonic, by default within `timeout` from now on. It is
+        made with the engines of the picture before, unless every server now has other engines.
         """
+        deadline = time.monotonic() + self.settings.timeout if deadline is None else deadline
         wanted, others = self._served, list[Served]()
         first = next(self._turns) % len(self._replicas)
         order = self._replicas[first:] + self._replicas[:first]
-        for replica, timeout in self._asked(order):
+        for replica, timeout in self._asked(order, deadline):
             try:
                 served = replica.describe(timeout)
             except CallFailed:
@@ -85,7 +87,7 @@ class Connection:
                 others.append(served)
         if len(others) == len(order):
             self._known = wanted = others[0]
-        return Calls(self.settings, order, wanted, self._told, self._transport)
+        return Calls(self.settings, order, wanted, self._told, self._transport, deadline)
 
     def infer(self, name: str, inputs: Inputs) -> Arrays:
         """Run the model `name` once on `inputs`, arrays with the batch dimension first, like a picture of one call."""
@@ -164,11 +166,11 @@ class Connection:
             elif not answer.makes_the_same(served):
                 self._told.of_engines(replica.url, served.engines, answer.engines, count)
 
-    def _asked(self, order: list[Replica]) -> Iterator[tuple[Replica, float]]:
-        """Yield each server and the seconds that it has to answer, its share of what is left of connect_timeout.
+    def _asked(self, order: list[Replica], deadline: float) -> Iterator[tuple[Replica, float]]:
+        """Yield each server and the seconds that it has to answer: its share of connect_timeout, or of the time left.
 
         Servers that failed recently come last.
         """
-        until = time.monotonic() + self.settings.connect_timeout
+        until = min(time.monotonic() + self.settings.connect_timeout, deadline)
         for number, replica in enumerate(sorted(order, key=lambda replica: replica.failed_lately)):
             yield replica, max((until - time.monotonic()) / (len(order) - number), LEAST_TIMEOUT)

@@ -8,7 +8,7 @@ from ditforge import install_hint
 from ditforge.client.option import CA, ENCRYPT, PAIR, PLAIN, TOKEN
 from ditforge.client.probe import Speaks, speaks_tls
 from ditforge.client.retry import Failure, Retries
-from ditforge.client.settings import ConnectionSettings
+from ditforge.client.settings import LONGEST, ConnectionSettings
 from ditforge.client.tls import TLS
 from ditforge.errors import DitforgeError, UserError
 from ditforge.option import option
@@ -54,7 +54,12 @@ def connect_error(url: str, failure: Failure, settings: ConnectionSettings, prob
 
 
 def longer(settings: ConnectionSettings) -> str:
-    return f"{option(f'connect_timeout={max(60, 2 * settings.connect_timeout):g}')} waits longer"
+    return f"{option(f'connect_timeout={longer_than(max(30, settings.connect_timeout))}')} waits longer"
+
+
+def longer_than(seconds: float) -> str:
+    """Twice as many seconds, for the advice in errors, but no more than a setting can be."""
+    return f"{min(2 * seconds, LONGEST):.15g}"
 
 
 def tls_error(
@@ -166,12 +171,13 @@ def stopping(failures: Mapping[str, Failure], unfit: Mapping[str, DitforgeError]
 
 
 def too_late(what: str, failures: Mapping[str, Failure], timeout: float) -> DitforgeError:
-    """The error for a picture that was not finished within `timeout` seconds."""
+    """The error for a picture, or for the last of several, that was not finished within `timeout` seconds."""
     each = ", ".join(f"{url} {failure.reason}" for url, failure in failures.items() if failure.reason)
     problem = f"the picture was not finished within {timeout:g} s: it was at {what}" + (
         f", where {each}" if each else ""
     )
-    return DitforgeError(problem, f"{option(f'timeout={2 * timeout:g}')}, or fewer steps, or a smaller picture")
+    longer = option(f"timeout={longer_than(timeout)}")
+    return DitforgeError(problem, f"{longer}, or fewer steps, or fewer or smaller pictures")
 
 
 def short(engines: str) -> str:

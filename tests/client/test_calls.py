@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 import pytest
 from both_clients import BOTH, FILES
-from command_line import ditforge
+from command_line import ditforge, run_here
 from front import Call, Front, Refusal, front
 
 from ditforge import manifest
@@ -223,6 +223,22 @@ def test_settings_that_are_ready_with_some_changed(between: Front) -> None:
     assert {(call.headers["authorization"], call.headers["x-team"]) for call in between.calls} == {
         ("Bearer s3cret", "red")
     }
+
+
+def test_the_pictures_of_a_command_share_its_time(
+    between: Front, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also those of different options, which are requests of their own."""
+    between.change = lambda call, answer: time.sleep(0.6)
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text('a\n{"prompt": "b", "sampler": "heun"}\n')
+    options = ("--prompts", "prompts.txt", "--steps", "1", "--height", "32", "--width", "32")
+    times = ("--timeout", "20", "--step-timeout", "50")
+    result = run_here(["generate", "--url", between.url, *options, *times], monkeypatch, capfd)
+    assert result.code == 0, result.err
+    first, second = [call.timeout for call in between.calls if call.model == "text_encoders"]
+    assert 15 < first < 21
+    assert 0 < second < first - 1  # it is 1.8, which gRPC rounds
 
 
 def test_headers_of_the_command_line(between: Front, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def generate(
             print(f"warning: that picture is of {repeated}, and the server has {client.model.name}", file=sys.stderr)
         requests = make_requests(client.model, prompts, output.count, picture.seed)
         paths = check_paths(output, requests, client.model, len(prompts))
-        with closing(run_all(client, requests)) as made:
+        with closing(run_all(client, requests, connection.timeout)) as made:
             save_all(made, paths, output.grid)
 
 
@@ -159,9 +159,15 @@ def check_paths(output: OutputFlags, requests: list[Request], model: Model, prom
     return paths
 
 
-def run_all(client: Client, requests: list[Request]) -> Generator[tuple[Request, list[Image.Image]], None, None]:
-    """Yield each request and its pictures once they are made, with a bar over the steps of all requests."""
+def run_all(
+    client: Client, requests: list[Request], timeout: float
+) -> Generator[tuple[Request, list[Image.Image]], None, None]:
+    """Yield each request and its pictures once they are made, with a bar over the steps of all requests.
+
+    Raises DitforgeError if they are not all made within `timeout` seconds.
+    """
     total, finished, last = sum(request.steps for request in requests), 0, time.monotonic()
+    deadline = last + timeout
     with terminal.progress("generate", unit="equal steps") as report:
 
         def show(step: Step) -> None:
@@ -172,7 +178,7 @@ def run_all(client: Client, requests: list[Request]) -> Generator[tuple[Request,
             report(f"{client.model.name}{each}", finished + step.index, total)
 
         for request in requests:
-            images = client.run_request(request, show)
+            images = client.run_request(request, show, deadline)
             finished += request.steps
             report(client.model.name, finished, total)
             yield request, images

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ditforge import small_files
 from ditforge.errors import UserError
-from ditforge.option import option
+from ditforge.option import setting
 
 METADATA_KEY = "ditforge"  # the parameters as JSON: prompt, seed, steps, …
 COMMON_KEY = "parameters"  # the same as one text; gallery programs for generated pictures look for it here
@@ -24,26 +25,28 @@ LARGEST_EXIF = 65_000  # bytes; Exif has to fit into one JPEG segment, of at mos
 OURS = "give a picture that ditforge made"
 
 
-def png(path: Path) -> str:
-    """The option, for the advice in errors, that names a PNG file in place of `path`."""
-    better = path.with_suffix(".png")
-    return option(f'path="{better}"', f"--out {better}")
+def png(path: Path, name: str) -> str:
+    """The option `name`, for the advice in errors, with a PNG file in place of `path`."""
+    return setting(name, str(path.with_suffix(".png")))
 
 
-def check_writable(path: Path) -> None:
-    """Raise UserError if no picture can be written to `path`. It is called before the picture is made."""
-    if path.suffix.lower() not in FORMATS and not path.is_dir():
-        raise UserError(f"{path} is not a .png, .jpg or .webp file", png(path))
-    small_files.check_writable(path, "picture.png")
+def check_writable(path: Path, name: str = "out") -> None:
+    """Raise UserError if no picture can be written to `path`, which the option `name` gives. It makes its folder.
+
+    It is called before the picture is made.
+    """
+    if path.suffix.lower() not in FORMATS and (os.path.isfile(path) or not os.path.exists(path)):
+        raise UserError(f"{path} is not a .png, .jpg or .webp file", png(path, name))
+    small_files.check_writable(path, "picture.png", name)
 
 
-def check_fits(path: Path, size: tuple[int, int], parameters: dict[str, Any]) -> None:
+def check_fits(path: Path, size: tuple[int, int], parameters: dict[str, Any], name: str = "out") -> None:
     """Raise UserError if the file format of `path` cannot hold a picture of that size, or parameters of that length.
 
-    `size` is (width, height) in pixels.
+    `size` is (width, height) in pixels. `name` is the option that gives the path.
     """
     kind = FORMATS[path.suffix.lower()]
-    fix = png(path)
+    fix = png(path, name)
     if max(size) > LONGEST_SIDE[kind]:
         raise UserError(f"a {kind} file cannot be {size[0]} x {size[1]} pixels large", fix)
     if kind == "JPEG" and len(exif(parameters, comment=False)) > LARGEST_EXIF:
@@ -56,14 +59,15 @@ def read_info(image: Image.Image) -> dict[str, Any]:
     return parameters
 
 
-def save_picture(image: Image.Image, path: Path) -> None:
+def save_picture(image: Image.Image, path: Path, name: str = "out") -> None:
     """Write the picture and its parameters to `path`, in the format that its suffix names.
 
     The file appears complete or not at all, and replaces an existing file. Raises UserError if it cannot be written.
+    `name` is the option that gives the path.
     """
     kind = FORMATS[path.suffix.lower()]
     parameters = read_info(image)
-    with small_files.written_whole(path) as temporary:
+    with small_files.written_whole(path, name) as temporary:
         if kind == "PNG":
             info = PngInfo()
             info.add_itxt(METADATA_KEY, image.info[METADATA_KEY])
@@ -88,9 +92,9 @@ def exif(parameters: dict[str, Any], comment: bool = True) -> bytes:
 
 def read_parameters(path: Path) -> dict[str, Any]:
     """The parameters of a picture that ditforge made. Raises UserError for any other file."""
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a regular file", OURS)
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a regular file", OURS)
         with Image.open(path) as image:
             text, described = image.info.get(METADATA_KEY), image.getexif().get(DESCRIPTION)
     except (
@@ -101,7 +105,9 @@ def read_parameters(path: Path) -> dict[str, Any]:
         RecursionError,
         Image.DecompressionBombError,
     ) as error:
-        raise UserError(f"{path} is not a picture: {error}", OURS) from error
+        reason = getattr(error, "strerror", None)  # the system's, and not Pillow's
+        problem = f"cannot read {path}: {reason}" if reason else f"{path} is not a picture: {error}"
+        raise UserError(problem, OURS) from error
     try:
         parameters = json.loads(text) if text else json.loads(described or "null")[METADATA_KEY]
     except (TypeError, ValueError, KeyError, RecursionError):

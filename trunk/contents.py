@@ -18,6 +18,7 @@ from ditforge.small_files import read_json_object
 
 INDEX = "model_index.json"  # every checkpoint in diffusers' layout has this file
 SAFETENSORS = ".safetensors"
+GIVE = "give a folder that a stage wrote, a checkpoint, a .safetensors file, or a picture"
 BLOCK = re.compile(r"\.\d+\.")
 LORA = re.compile(r"\.lora(_[AB]|_down|_up|\.down|\.up)\b")
 
@@ -170,6 +171,12 @@ Contents = StageFolder | CheckpointFolder | TensorFile | Picture
 
 def look_into(path: Path) -> Contents:
     """Find out what the file or folder is. Raises UserError if it is none of the above, or does not exist."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist", GIVE) from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}", GIVE) from None
     if (path / manifest.FILE_NAME).is_file():
         return stage_folder(path, manifest.parse(path / manifest.FILE_NAME))
     if (path / INDEX).is_file():
@@ -183,7 +190,7 @@ def look_into(path: Path) -> Contents:
     if path.is_dir():
         problem = f"{path} has no {manifest.FILE_NAME}, which each stage of ditforge writes, and no {INDEX}"
         raise UserError(f"{problem}: it is no checkpoint either", "give one of the folders or files inside")
-    raise UserError(f"{path} does not exist", "give a folder that a stage wrote, a checkpoint, or a picture")
+    raise UserError(f"{path} is no folder, and not a regular file", GIVE)
 
 
 def stage_folder(path: Path, found: Manifest) -> StageFolder:

@@ -77,7 +77,9 @@ class PictureFlags:
             try:
                 values["sigmas"] = [float(sigma) for sigma in self.sigmas.split(",")]
             except ValueError:
-                raise UserError(f"sigmas must be numbers, got {self.sigmas!r}", "--sigmas 1,0.75,0.5,0.25,0") from None
+                raise UserError(
+                    f"--sigmas must be numbers, got {self.sigmas!r}", "--sigmas 1,0.75,0.5,0.25,0"
+                ) from None
         return values
 
 
@@ -97,9 +99,10 @@ class OutputFlags:
             raise UserError(f"the number of pictures must be from 1 to {MAX_COUNT}, got {self.count}", "--count 1")
         if self.out is not None and not self.out.name:
             check_writable(self.out)  # a path without a name is a folder, and cannot be numbered; this raises the error
-        paths = self.paths([None] * (prompts * self.count), prompts)
-        for path in [*paths, *([self.grid] if self.grid else [])]:
+        for path in self.paths([None] * (prompts * self.count), prompts):
             check_writable(path)
+        if self.grid:
+            check_writable(self.grid, "grid")
 
     def paths(self, seeds: Sequence[int | None], prompts: int) -> list[Path]:
         """The paths of the pictures with these seeds. Several pictures are numbered, or named by their seeds."""

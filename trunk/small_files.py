@@ -20,7 +20,6 @@ from ditforge.errors import UserError
 from ditforge.option import option, setting
 
 LARGEST = 64 << 20  # bytes; the largest such files, indices of checkpoints and vocabularies, have a few MB
-OTHER_FILE = option("choose another out", "choose another --out")
 
 
 def read_bytes(path: str | PathLike[str], largest: int = LARGEST) -> bytes:
@@ -59,34 +58,40 @@ def read_json_object(path: Path, whole: str = "") -> dict[str, Any]:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path, name: str = "out") -> Iterator[Path]:
     """Yield the path of a temporary file beside `path`, for the block to write.
 
     When the block ends, the file takes the place of `path`; if the block fails, it is removed. Raises UserError if it
-    cannot be written.
+    cannot be written. `name` is the option that gives the path.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}", OTHER_FILE) from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}", another(name)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(path: Path, example: str) -> None:
+def check_writable(path: Path, example: str, name: str = "out") -> None:
     """Make the folder for a file that will be written, and check that it can be. `example` is a name for the file.
 
-    Raises UserError if it cannot be written, or if `path` is not a regular file, which is then left as it is.
+    Raises UserError if it cannot be written, or if `path` is not a regular file, which is then left as it is. `name` is
+    the option that gives the path.
     """
     try:
         if path.is_dir():
-            raise UserError(f"{path} is a folder", setting("out", str(path / example)))
+            raise UserError(f"{path} is a folder", setting(name, str(path / example)))
         if path.exists() and not path.is_file():
-            raise UserError(f"{path} is not a regular file", OTHER_FILE)
+            raise UserError(f"{path} is not a regular file", another(name))
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
             pass
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}", OTHER_FILE) from error
+        raise UserError(f"cannot write {path}: {error.strerror}", another(name)) from error
+
+
+def another(name: str) -> str:
+    """The advice to give another file with the option of that name."""
+    return f"choose another {option(name)}"

@@ -15,6 +15,7 @@ from PIL import Image
 from ditforge.client.grid import grid_size, make_grid
 from ditforge.client.picture_file import METADATA_KEY, check_fits, check_writable, read_parameters, save_picture
 from ditforge.errors import UserError
+from ditforge.option import as_flags
 
 PARAMETERS: dict[str, Any] = {
     "prompt": 'ein "großer" 圆 🔴\n',
@@ -74,7 +75,7 @@ def test_a_prompt_that_fits_into_a_jpeg_only_once(tmp_path: Path) -> None:
     check_fits(tmp_path / "a.jpg", (48, 32), long)
     save_picture(picture(long), tmp_path / "a.jpg")
     assert read_parameters(tmp_path / "a.jpg") == long
-    with pytest.raises(UserError, match=r"(?s)too long for the JPEG file.*path=.*a\.png"):
+    with pytest.raises(UserError, match=r"(?s)too long for the JPEG file.*out=.*a\.png"):
         check_fits(tmp_path / "a.jpg", (48, 32), {**PARAMETERS, "prompt": "a" * 70_000})
     check_fits(tmp_path / "a.webp", (48, 32), {**PARAMETERS, "prompt": "a" * 70_000})
 
@@ -139,3 +140,21 @@ def test_a_grid_of_several_sizes() -> None:
     grid = make_grid([picture(), picture(size=(16, 64))])
     assert grid.size == (96, 64)
     assert grid.getpixel((95, 63)) == (255, 255, 255)
+
+
+def test_the_advice_is_an_option_that_a_shell_reads(tmp_path: Path) -> None:
+    for path, name, words in (
+        (Path("my grid.gif"), "grid", "fix:   --grid 'my grid.png'"),
+        (tmp_path, "grid", f"is a folder\nfix:   --grid {tmp_path}/picture.png"),
+        (Path("/dev/null"), "out", "not a regular file\nfix:   choose another --out"),
+        (Path("a" * 300 + ".png"), "grid", "File name too long\nfix:   choose another --grid"),
+    ):
+        with as_flags(), pytest.raises(UserError) as error:
+            check_writable(path, name)
+        assert words in str(error.value)
+
+
+def test_what_cannot_be_read(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.png", tmp_path / ("a" * 300)):
+        with pytest.raises(UserError, match=r"^cannot read .*: [\w ]+\nfix"):
+            read_parameters(path)

@@ -14,6 +14,7 @@ import typer
 
 from ditforge import terminal, verbosity
 from ditforge.errors import UserError
+from ditforge.option import setting
 from ditforge.picture_flags import OutputFlags, PictureFlags, PromptFlags
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def save_all(made: Iterable[tuple[Request, list[Image.Image]]], paths: list[Path
                 written.append((path, seed))
             images += pictures if grid else []
         if grid:
-            save_picture(make_grid(images), grid)
+            save_picture(make_grid(images), grid, "grid")
     finally:  # printed after all are written, so that no picture is lost if a line cannot be printed
         tell_paths(written)
     if grid:
@@ -152,10 +153,11 @@ def check_paths(output: OutputFlags, requests: list[Request], model: Model, prom
         check_fits(path, (request.width, request.height), request.parameters(index, model))
     if output.grid:
         if output.grid.resolve() in [path.resolve() for path in paths]:
-            raise UserError(f"{output.grid} is both the grid and a picture", "--grid grid.png")
+            other = output.grid.with_stem(f"{output.grid.stem}-grid")
+            raise UserError(f"{output.grid} is both the grid and a picture", setting("grid", str(other)))
         columns, width, height = grid_size([(request.width, request.height) for request, _ in pictures])
         parameters = [request.parameters(index, model) for request, index in pictures]
-        check_fits(output.grid, (width, height), {"columns": columns, "pictures": parameters})
+        check_fits(output.grid, (width, height), {"columns": columns, "pictures": parameters}, "grid")
     return paths
 
 

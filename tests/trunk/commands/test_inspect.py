@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.numpy import save_file
 from ditforge import manifest
 from ditforge.commands.inspect import say
 from ditforge.contents import look_into
+from ditforge.errors import UserError
 from ditforge.manifest import Engine, Manifest
 
 
@@ -99,3 +101,10 @@ def test_files_of_tensors(random_schnell: Path, tmp_path: Path, capsys: pytest.C
     found = look_into(vae)
     assert found.kind == "tensors" and found.problem
     assert found.parameters > 0 and set(found.dtypes) == {"F32"}
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name, words in (("pipe", "not a regular file"), ("none", "does not exist"), ("a" * 300, "File name too long")):
+        with pytest.raises(UserError, match=words):
+            look_into(tmp_path / name)

@@ -13,11 +13,12 @@ from typing import Annotated
 
 import typer
 
-from ditforge import __version__
+from ditforge import __version__, terminal
 from ditforge.commands import commands
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 from ditforge.option import as_flags
 from ditforge.options import grouped
+from ditforge.plain_text import plain
 
 app = typer.Typer(
     name="ditforge",
@@ -57,10 +58,6 @@ def usage_problem(error: typer.BadParameter) -> str:
 
 def flush_output() -> None:
     """Flush standard output when a command has ended. Raises UserError if it cannot be written."""
-    from ditforge import terminal
-
-    if sys.stdout is None:
-        return
     try:
         with terminal.written():
             sys.stdout.flush()
@@ -72,8 +69,14 @@ def flush_output() -> None:
         raise
 
 
+def tell(text: str) -> None:
+    """Print an error or a warning, which may quote a file or a server."""
+    print(plain(text), file=sys.stderr)
+
+
 def main() -> None:
     """Run the command line. Exit codes: 0, 2 for a wrong input, 1 for other failures, 130 (Ctrl-C), 143 (SIGTERM)."""
+    terminal.open_closed_streams()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # a normal exit removes temporary files
     interrupted = threading.Event()
 
@@ -90,7 +93,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # ditforge's errors say what matters of gRPC's log
     warnings.simplefilter("default", DitforgeWarning)
-    warnings.showwarning = lambda message, *args, **kwargs: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *args, **kwargs: tell(f"warning: {message}")
     try:
         with as_flags():
             code = app(standalone_mode=False)
@@ -100,11 +103,11 @@ def main() -> None:
             print("interrupted", file=sys.stderr)
         sys.exit(code)
     except DitforgeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         sys.exit(error.exit_code)
     except USAGE_ERROR as error:
         command = error.ctx.command_path if error.ctx else "ditforge"
-        print(f"error: {usage_problem(error)}\nfix:   {command} --help", file=sys.stderr)
+        tell(f"error: {usage_problem(error)}\nfix:   {command} --help")
         sys.exit(2)
     except Exception as error:
         if interrupted.is_set():  # native modules turn an interrupt during their import into other errors

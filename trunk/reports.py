@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from ditforge import terminal
+from ditforge.plain_text import plain_json
 
 R = TypeVar("R")
 
@@ -30,8 +31,12 @@ def show(report: R, say: Callable[[R], None], as_json: bool) -> None:
 
 
 def as_document(report: Any) -> str:
-    """A dataclass as an indented JSON object. Numbers that are not finite, which JSON lacks, become null."""
-    return json.dumps(_finite(dataclasses.asdict(report)), indent=2, allow_nan=False, ensure_ascii=False)
+    """A dataclass as an indented JSON object. Numbers that are not finite, which JSON lacks, become null.
+
+    Characters that could steer a terminal are escaped.
+    """
+    document = json.dumps(_finite(dataclasses.asdict(report)), indent=2, allow_nan=False, ensure_ascii=False)
+    return plain_json(document)
 
 
 def _finite(value: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ditforge import verbosity
 from ditforge.errors import UserError
+from ditforge.plain_text import plain
 from ditforge.progress_line import Pace, Unit
 
 if TYPE_CHECKING:
@@ -131,6 +132,19 @@ def waiting(title: str, what: str) -> Iterator[None]:
         timer.cancel()
 
 
+def open_closed_streams() -> None:
+    """Open os.devnull in place of standard input, output or error where it is closed, and is None in Python.
+
+    print() would write to standard output what was meant for a standard error that is None. And the next file that is
+    opened would get the stream's number, and what native code and other processes write there.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode)  # noqa: SIM115  it gets the stream's number, which is the lowest free one
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
+
+
 def tell_aside(title: str, line: str) -> None:
     """Print a line of progress on standard error."""
     print(f"[{title}] {line}", file=sys.stderr, flush=True)
@@ -199,7 +213,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for heading, *cells in zip(headings, *rows, strict=True):
         shown.add_column(heading, overflow="fold", no_wrap=max(map(len, [heading, *cells])) <= SHORT)
     for row in rows:
-        shown.add_row(*map(Text, row))
+        shown.add_row(*(Text(plain(cell)) for cell in row))
     console = Console()
     if not console.is_terminal:
         console.width = UNBOUNDED

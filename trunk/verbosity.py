@@ -7,6 +7,7 @@ import sys
 import warnings
 
 from ditforge.errors import DitforgeWarning, UserError
+from ditforge.plain_text import plain
 
 LOGGER = "ditforge"  # the parent of the loggers of all modules
 _quiet = False
@@ -16,7 +17,7 @@ class ToStandardError(logging.Handler):
     """Writes the log to sys.stderr as it is at that moment, because a progress bar replaces it for a while."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        print(plain(self.format(record)), file=sys.stderr)
 
 
 _handler = ToStandardError()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import pty
 import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -165,3 +167,17 @@ def test_short_cells_stay_whole_and_programs_get_unwrapped_rows(
     terminal.table(("strategy", "takes", "why"), rows)
     shown = capsys.readouterr().out
     assert shown.count("on-demand  19.3 GB") == 3 and max(map(len, shown.splitlines()[1:])) <= 60
+
+
+@pytest.mark.parametrize(
+    ("command", "closed", "code"),
+    [("doctor", "1", 0), ("inspect nothing", "2", 2), ("inspect", "0 2", 2), ("gpus --json", "0 1 2", 0)],
+)
+def test_streams_that_are_closed(command: str, closed: str, code: int, tmp_path: Path) -> None:
+    """What belongs on standard error is not on standard output; and a command ends as it would otherwise."""
+    closing = " ".join(f"{number}>&-" for number in closed.split())
+    program = f"{shlex.quote(sys.executable)} -m ditforge {command} {closing}"
+    done = subprocess.run(["sh", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""

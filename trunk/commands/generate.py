@@ -16,6 +16,7 @@ from ditforge import terminal, verbosity
 from ditforge.errors import UserError
 from ditforge.option import setting
 from ditforge.picture_flags import OutputFlags, PictureFlags, PromptFlags
+from ditforge.plain_text import plain
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -109,7 +110,8 @@ def generate(
     output.check(len(prompts))
     with Client(connection.settings()) as client:
         if repeated not in (None, client.model.name) and not verbosity.is_quiet():
-            print(f"warning: that picture is of {repeated}, and the server has {client.model.name}", file=sys.stderr)
+            warning = f"that picture is of {plain(repeated)}, and the server has {client.model.name}"
+            print(f"warning: {warning}", file=sys.stderr)
         requests = make_requests(client.model, prompts, output.count, picture.seed)
         paths = check_paths(output, requests, client.model, len(prompts))
         with closing(run_all(client, requests, connection.timeout)) as made:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ditforge import terminal
+from ditforge.plain_text import plain
 from ditforge.reports import Json, show
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def say(found: Contents) -> None:
 
 def say_stage(found: StageFolder) -> None:
     """Print what is in a folder that `export`, `build` or `repo` wrote."""
-    terminal.say(f"{found.path}: {found.kind} of {found.model}, written by ditforge {found.ditforge}")
+    line(f"{found.path}: {found.kind} of {found.model}, written by ditforge {found.ditforge}")
     facts = [
         ("size", f"{amount(found.size)}, sha256 {found.sha256[:16]}…"),
         ("pictures", sizes(found.pictures)),
@@ -56,7 +57,7 @@ def say_stage(found: StageFolder) -> None:
     say_facts(facts)
     built = any(part.target for part in found.parts)
     headings = ("component", "precision", "size", *(("where", "segments", "engine") if built else ("why",)))
-    terminal.say("")
+    line("")
     terminal.table(headings, [part_row(part, built) for part in found.parts])
     ports = [
         (part.name, direction, port.name, port.dtype, f"[{', '.join(map(str, port.shape))}]")
@@ -64,10 +65,10 @@ def say_stage(found: StageFolder) -> None:
         for direction, side in (("in", part.inputs), ("out", part.outputs))
         for port in side
     ]
-    terminal.say("")
+    line("")
     terminal.table(("component", "", "tensor", "dtype", "shape"), ports)
     if layers := [(p.name, f"{one.count} x {one.name}", one.precision) for p in found.parts for one in p.layers]:
-        terminal.say("")
+        line("")
         terminal.table(("component", "layers", "precision"), layers)
 
 
@@ -92,9 +93,9 @@ def sizes(pictures: Pictures) -> str:
 
 def say_checkpoint(found: CheckpointFolder) -> None:
     """Print what is in a checkpoint."""
-    terminal.say(f"{found.path}: a checkpoint in diffusers' layout, {found.pipeline or 'of no named class'}")
+    line(f"{found.path}: a checkpoint in diffusers' layout, {found.pipeline or 'of no named class'}")
     say_facts([("weights", amount(found.weights))])
-    terminal.say("")
+    line("")
     rows = [(part.name, part.class_name, amount(part.weights) if part.weights else "") for part in found.parts]
     terminal.table(("component", "class", "weights"), rows)
 
@@ -102,7 +103,7 @@ def say_checkpoint(found: CheckpointFolder) -> None:
 def say_tensors(found: TensorFile) -> None:
     """Print what is in a file of tensors."""
     what = {"lora": "a LoRA", "checkpoint file": f"a checkpoint in one file, {found.pipeline or 'without a DiT'}"}
-    terminal.say(f"{found.path}: {what.get(found.kind, 'tensors that ditforge does not export')}")
+    line(f"{found.path}: {what.get(found.kind, 'tensors that ditforge does not export')}")
     facts = [("size", amount(found.size)), ("tensors", f"{found.tensors}, {found.parameters:,} parameters")]
     facts += [("dtypes", ", ".join(f"{name} {amount(size)}" for name, size in found.dtypes.items()))]
     facts += [("components", ", ".join(found.holds))] if found.holds else []
@@ -110,10 +111,15 @@ def say_tensors(found: TensorFile) -> None:
     say_facts(facts + [(key, shortened(value)) for key, value in found.metadata.items()])
 
 
+def line(text: str) -> None:
+    """Print a line of what was read from files."""
+    terminal.say(plain(text))
+
+
 def say_facts(facts: Iterable[tuple[str, str]]) -> None:
     """Print names and values, one a line."""
     for name, value in facts:
-        terminal.say(f"  {name:12} {value}")
+        line(f"  {name:12} {value}")
 
 
 def shortened(value: str) -> str:

@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import ditforge
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import save_file
 
 from ditforge import manifest
+from ditforge.client.picture_file import METADATA_KEY
 from ditforge.commands.inspect import say
 from ditforge.contents import look_into
 from ditforge.errors import UserError
 from ditforge.manifest import Engine, Manifest
+from ditforge.reports import as_document
 
 
 def inspected(path: Path, tmp_path: Path) -> dict[str, Any]:
@@ -108,3 +112,17 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     for name, words in (("pipe", "not a regular file"), ("none", "does not exist"), ("a" * 300, "File name too long")):
         with pytest.raises(UserError, match=words):
             look_into(tmp_path / name)
+
+
+def test_a_picture_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = Image.new("RGB", (8, 8))
+    parameters = {"prompt": "a\x1b[31mb\x9b2J", "model": "m\x1b]0;x\x07"}
+    info = PngInfo()
+    info.add_itxt(METADATA_KEY, json.dumps(parameters, ensure_ascii=False))
+    image.save(tmp_path / "a.png", pnginfo=info)
+    text = shown(tmp_path / "a.png", capsys)
+    assert r"a\x1b[31mb\x9b2J" in text and r"m\x1b]0;x\x07" in text
+    save_file({"a": np.zeros(1, np.float16)}, tmp_path / "a.safetensors", {"author": "s\x1b[0m"})
+    text += shown(tmp_path / "a.safetensors", capsys) + as_document(look_into(tmp_path / "a.png"))
+    assert all(character.isprintable() or character == "\n" for character in text)
+    assert json.loads(as_document(look_into(tmp_path / "a.png")))["parameters"] == parameters

@@ -18,10 +18,9 @@ from ditforge.client.request import Request, following, make_request
 from ditforge.errors import UserError
 from ditforge.model import Model
 from ditforge.option import as_keys, option
-from ditforge.small_files import read_bytes
+from ditforge.small_files import read_lines
 
 FILE = option("path", "--prompts FILE")
-COMMENT = "#"
 MOST_DIGITS = len(str(MAX_SEED))
 FORM = "one prompt a line, with a tab and a seed behind it where it has one; or lines of JSON, with any option"
 
@@ -78,22 +77,8 @@ def read_prompts(path: Path, given: Mapping[str, Any]) -> list[Prompt]:
     A line is a prompt, or a prompt, a tab and a seed, or a JSON object with a "prompt" and any options. Empty lines are
     ignored, and so are comments, which begin with #. Raises UserError for anything else, with the number of the line.
     """
-    try:
-        text = read_bytes(path).decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read the prompts {path}: {error.strerror}", f"{FILE} has {FORM}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason}", f"{FILE} has {FORM}") from None
-    if "\0" in text:
-        raise UserError(f"{path} is not UTF-8 text: there are null bytes in it", f"{FILE} has {FORM}")
-    prompts = [
-        read_line(line, f"{path}, line {number}", given)
-        for number, line in enumerate(text.split("\n"), 1)
-        if line.strip() and not line.lstrip().startswith(COMMENT)
-    ]
-    if not prompts:
-        raise UserError(f"there is no prompt in {path}", f"{FILE} has {FORM}")
-    return prompts
+    lines = read_lines(path, "prompts", f"{FILE} has {FORM}")
+    return [read_line(line, f"{path}, line {number}", given) for number, line in lines]
 
 
 def read_line(line: str, place: str, given: Mapping[str, Any]) -> Prompt:

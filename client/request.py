@@ -164,7 +164,8 @@ def check_together(request: Request, model: Model) -> None:
     scale = model.default_guidance if model.default_guidance > 1 else USUAL_CFG
     fix = option(f"guidance={scale:g}" if model.guidance == "classifier-free" else f"true_cfg={USUAL_CFG:g}")
     if request.skip_layer_guidance:
-        raise UserError("skip-layer guidance works on top of classifier-free guidance, which is off", fix)
+        problem = f"{option('skip_layer_guidance')} works on top of classifier-free guidance, which is off"
+        raise UserError(problem, fix)
     if request.negative_prompt:
         warn(f"the negative prompt is ignored without {fix}")
 
@@ -187,7 +188,7 @@ def choose_true_cfg(true_cfg: float | None, model: Model) -> float:
     if true_cfg is None:
         return 1.0
     if model.guidance == "classifier-free":
-        problem = f"the guidance of {model.name} is classifier-free guidance already"
+        problem = f"the guidance of {model.name} is classifier-free guidance already, without {option('true_cfg')}"
         raise UserError(problem, option(f"guidance={true_cfg}"))
     return float(true_cfg)
 

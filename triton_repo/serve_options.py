@@ -102,7 +102,8 @@ def make_options(repo: Path, options: dict[str, Any]) -> ServeOptions:
     check_ports(made)
     for name, path in made:
         if isinstance(path, Path) and not is_text(path):
-            problem = f"{name} is {str(path)!r}, which is not text in UTF-8"
+            named = option(name, "REPO_DIR") if name == "repo" else option(name)
+            problem = f"{named} is {str(path)!r}, which is not text in UTF-8"
             raise UserError(problem, "rename it; or, where the locale says so, set PYTHONUTF8=1")
     check_pair(made.tls_cert, made.tls_key, FILES)
     if made.tls_client_ca and not made.tls_cert:

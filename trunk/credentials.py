@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
+from shlex import quote
 from typing import NoReturn
 
 from ditforge.errors import UserError
@@ -86,7 +87,9 @@ def check_pair(certificate: File | None, key: File | None, options: Options) -> 
         raise UserError(f"the TLS key {key} should hold a private key in PEM, and holds {key_holds}", options.key)
 
     def password() -> NoReturn:  # OpenSSL would ask for it on the terminal
-        fix = f"openssl pkey -in {key} -out plain.key   writes it without its password, for {options.key}"
+        fix = (
+            f"openssl pkey -in {quote(fspath(key))} -out plain.key   writes it without its password, for {options.key}"
+        )
         raise UserError(f"the TLS key {key} is encrypted, and there is nobody to ask for its password", fix)
 
     try:

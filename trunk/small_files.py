@@ -39,6 +39,27 @@ def read_bytes(path: str | PathLike[str], largest: int = LARGEST) -> bytes:
     return content
 
 
+def read_lines(path: Path, what: str, fix: str) -> list[tuple[int, str]]:
+    """The lines of a file that a person wrote, in UTF-8, with their numbers, from 1 on.
+
+    Empty lines, and comments, which begin with #, are left out. Raises UserError with the advice `fix` if the file
+    cannot be read, is not UTF-8 or has no line; `what` is what it should have, such as "prompts".
+    """
+    try:
+        text = read_bytes(path).decode("utf-8-sig")  # without the mark that Windows' editors put at the beginning
+    except OSError as error:
+        raise UserError(f"cannot read the {what} {path}: {error.strerror}", fix) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason}", fix) from None
+    if "\0" in text:
+        raise UserError(f"{path} is not UTF-8 text: there are null bytes in it", fix)
+    numbered = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1)]
+    lines = [(number, line) for number, line in numbered if line.strip() and not line.lstrip().startswith("#")]
+    if not lines:
+        raise UserError(f"there are no {what} in {path}", fix)
+    return lines
+
+
 def read_json_object(path: Path, whole: str = "") -> dict[str, Any]:
     """Read the JSON object in a file. Raises UserError if the file is missing, or holds something else.
 

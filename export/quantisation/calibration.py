@@ -118,25 +118,13 @@ def called(model: str, loras: Sequence[str]) -> str:
 def read_prompts(path: Path | None) -> list[str]:
     """Read the prompts in the file `path`, one per line; without a path, the 128 prompts that ship with ditforge.
 
+    Empty lines are ignored, and so are comments, which begin with #.
     Raises UserError if the file cannot be read, is not UTF-8, or has no prompts.
     """
     if path is None:
-        text = files("ditforge.export.quantisation").joinpath("prompts.txt").read_text(encoding="utf-8")
-    else:
-        try:
-            text = small_files.read_bytes(path).decode()
-        except OSError as error:
-            raise UserError(
-                f"cannot read the prompts {path}: {error.strerror}", f"{setting('prompts', 'FILE')}, one prompt a line"
-            ) from error
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path} is not UTF-8 text: {error.reason}", f"{setting('prompts', 'FILE')}, one prompt a line"
-            ) from error
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise UserError(f"{path} has no prompts in it", f"{setting('prompts', 'FILE')}, one prompt a line")
-    return prompts
+        return files("ditforge.export.quantisation").joinpath("prompts.txt").read_text(encoding="utf-8").splitlines()
+    lines = small_files.read_lines(path, "prompts", f"{setting('prompts', 'FILE')}, one prompt a line")
+    return [line.strip() for _, line in lines]
 
 
 def calibrate(

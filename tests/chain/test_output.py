@@ -100,5 +100,6 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     os.rename(repository, odd)
     ended = subprocess.run([*COMMAND, b"serve", odd, b"--port", b"0"], capture_output=True, text=True)
     assert ended.returncode == 2
+    assert ended.stderr.startswith("error: REPO_DIR is ")
     assert "which is not text in UTF-8\nfix:   rename it" in ended.stderr
     assert len(ended.stderr.splitlines()) == 2

@@ -83,6 +83,12 @@ def test_a_line_that_is_wrong(line: str, words: str, tmp_path: Path) -> None:
         ('{"prompt": "a"}', {"size": "17x17"}, "--size must have sides .*got '17x17'", "--size 64x64"),
         ('{"prompt": "a", "steps": 3}', {"height": 700}, "--height must be", "--height 704"),
         ('{"prompt": "a", "height": 700}', {"steps": 3}, 'p.txt, line 1: "height" must be divisible', '"height": 704'),
+        (
+            '{"prompt": "a", "skip_layer_guidance": 3}',
+            {},
+            "p.txt, line 1: .* has no",
+            'leave out "skip_layer_guidance"',
+        ),
         ('{"prompt": "a", "size": "17x17"}', {}, 'p.txt, line 1: "size" must have sides', '"size": "64x64"'),
         (
             '{"prompt": "a", "seed": 18446744073709551615}',

@@ -11,7 +11,7 @@ import pytest
 from command_line import assert_error, ditforge
 
 from ditforge.errors import UserError
-from ditforge.small_files import check_writable, read_bytes
+from ditforge.small_files import check_writable, read_bytes, read_lines
 
 
 def test_what_is_read(tmp_path: Path) -> None:
@@ -27,6 +27,22 @@ def test_what_is_read(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(OSError, match=words):
             read_bytes(path, largest=3)
+
+
+def test_lines_that_a_person_wrote(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes("\ufeffone\r\n\r\n # none\r\n two\x0bthree\u2028\t4\n\x1c5 # 5".encode())
+    lines = read_lines(tmp_path / "a", "prompts", "")
+    assert lines == [(1, "one"), (4, " two\x0bthree\u2028\t4"), (5, "\x1c5 # 5")]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"# a\n\n", "there are no prompts in"), (b"\xff", "not UTF-8 text"), ("a".encode("utf-16-le"), "null bytes")],
+)
+def test_lines_that_cannot_be_read(content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(UserError, match=f"{words}(?s:.*)fix:   do so"):
+        read_lines(tmp_path / "a", "prompts", "do so")
 
 
 def test_what_is_written(tmp_path: Path) -> None:

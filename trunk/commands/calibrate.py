@@ -16,7 +16,9 @@ def calibrate(
     checkpoint: Source,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The JSON file to write.")],
     source: SourceFlags,
-    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="One a line; by default 128 of ours.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="One a line, # for comments; by default 128 of ours.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Sampler steps; by default the model's.")] = None,
 ) -> None:
     """Activation ranges for fp8: runs the checkpoint over prompts and notes the largest inputs.

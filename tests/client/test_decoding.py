@@ -222,13 +222,13 @@ def test_tiles_have_no_seam_where_a_cut_has_one(decoded: list[Decoded]) -> None:
         ({}, 120, "from 128 to 512 pixels, got 120", "vae_tile=128"),
         ({}, 520, "from 128 to 512 pixels, got 520", "vae_tile=512"),
         ({}, 300, "divisible by 8, got 300", "vae_tile=296"),
-        ({}, True, "got True", "vae_tile=128"),
-        ({}, "256", "got '256'", "vae_tile=128"),
+        ({}, True, "got True", "vae_tile=512"),
+        ({}, "256", "got '256'", "vae_tile=512"),
         ({"vae_tile": 256}, 264, "from 128 to 256 pixels, got 264", "vae_tile=256"),
         ({"vae_tile": 256, "min_size": 192}, 184, "from 192 to 256 pixels, got 184", "vae_tile=192"),
         ({"vae_tile": 256, "min_size": 384}, 248, "from 256 to 256 pixels, got 248", "vae_tile=256"),
-        ({"sizes": ((512, 512),)}, 256, "fixed sizes, and decode no tiles of 256", "leave it out"),
-        ({"sizes": ((512, 512),), "vae_tile": 256}, 128, "fixed sizes, and decode no tiles of 128", "vae_tile=256"),
+        ({"sizes": ((512, 512),)}, 256, "fixed sizes, and vae_tile cannot be 256", "leave out vae_tile"),
+        ({"sizes": ((512, 512),), "vae_tile": 256}, 128, "fixed sizes, and vae_tile cannot be 128", "vae_tile=256"),
     ],
 )
 def test_tiles_that_cannot_be(model: dict, tile: object, problem: str, fix: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any, overload
 from PIL import Image
 from typing_extensions import Self, Unpack
 
+from ditforge.arguments import bound
 from ditforge.client.address import DEFAULT_URL
 from ditforge.client.client import Client
 from ditforge.client.connection import Connection
@@ -36,6 +37,7 @@ class AsyncClient:
     If the task that makes a picture is cancelled, its call at the server is cancelled at once.
     """
 
+    @bound
     def __init__(
         self, url: str | Sequence[str] | ConnectionSettings = DEFAULT_URL, **settings: Unpack[Settings]
     ) -> None:
@@ -66,6 +68,7 @@ class AsyncClient:
         self, prompt: list[str], options: GenerateOptions | None = None, **keywords: Unpack[Options]
     ) -> Coroutine[Any, Any, list[Image.Image]]: ...
 
+    @bound
     def generate(
         self, prompt: str | list[str], options: GenerateOptions | None = None, **keywords: Unpack[Options]
     ) -> Coroutine[Any, Any, Image.Image | list[Image.Image]]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from typing_extensions import Self, Unpack
 
+from ditforge.arguments import bound
 from ditforge.client.address import DEFAULT_URL
 from ditforge.client.answer import Arrays
 from ditforge.client.calls import Calls
@@ -19,7 +20,7 @@ from ditforge.client.connection import Connection
 from ditforge.client.decoding import Pixels, decode
 from ditforge.client.guidance import guided
 from ditforge.client.noise import BatchNoise
-from ditforge.client.options import GenerateOptions, Options, make_options
+from ditforge.client.options import GenerateOptions, Options, check_callback, make_options
 from ditforge.client.picture_file import METADATA_KEY
 from ditforge.client.request import Request, make_request
 from ditforge.client.samplers import Array, Callback, Denoise, Noise, find_sampler, sampler_name
@@ -57,6 +58,7 @@ class Client:
     if no server becomes ready in time.
     """
 
+    @bound
     def __init__(
         self, url: str | Sequence[str] | ConnectionSettings = DEFAULT_URL, **settings: Unpack[Settings]
     ) -> None:
@@ -83,6 +85,7 @@ class Client:
         self, prompt: list[str], options: GenerateOptions | None = None, **keywords: Unpack[Options]
     ) -> list[Image.Image]: ...
 
+    @bound
     def generate(
         self, prompt: str | list[str], options: GenerateOptions | None = None, **keywords: Unpack[Options]
     ) -> Image.Image | list[Image.Image]:
@@ -114,6 +117,10 @@ class Client:
         of time.monotonic, is when they have to be finished, by default within the setting `timeout`; it lets several
         requests share that time. Raises as `generate` does.
         """
+        check_callback(callback)
+        if not isinstance(request, Request):
+            problem = f"a request is a Request of ditforge.client.request, got {request!r}"
+            raise UserError(problem, "make_request(client.model, prompts, options)")
         return run(self._connection.begin(deadline), request, callback)
 
     def close(self) -> None:

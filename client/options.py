@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any, Literal, TypedDict, get_args
 
+from ditforge.arguments import bound_fields, check_takes
 from ditforge.client.noise import check_seed
 from ditforge.client.samplers import DEFAULT, SAMPLERS, Callback, Sampler, sampler_name, sampler_options
 from ditforge.client.schedules import ScheduleFunction, check_sigmas, check_steps, find_schedule
@@ -72,6 +73,7 @@ class Options(TypedDict, total=False):
     callback: Callback | None
 
 
+@bound_fields
 @dataclass(frozen=True)
 class GenerateOptions:
     """The options that pictures are made with. A field that is not given, or None, means the model's default.
@@ -127,7 +129,7 @@ class GenerateOptions:
         check_scale("guidance", self.guidance, MAX_GUIDANCE, 3.5)
         check_scale("true_cfg", self.true_cfg, MAX_GUIDANCE, 4.0)
         check_scale("skip_layer_guidance", self.skip_layer_guidance, MAX_GUIDANCE, 2.8)
-        if self.t5 is not None and self.t5 not in T5_NAMES:
+        if self.t5 is not None and (not isinstance(self.t5, str) or self.t5 not in T5_NAMES):
             raise UserError(
                 f"{option('t5')} must be one of {', '.join(T5_NAMES)}, got {self.t5!r}",
                 option('t5="auto"', "--t5 auto"),
@@ -202,6 +204,7 @@ def make_options(options: GenerateOptions | None, keywords: Options) -> tuple[Ge
         raise UserError(problem, "generate(prompt, GenerateOptions(steps=20)), or generate(prompt, steps=20)")
     given: dict[str, Any] = {name: value for name, value in keywords.items() if value is not None}
     callback: Callback | None = given.pop("callback", None)
+    check_callback(callback)
     older = {name: getattr(options, name) for name in NAMES} if options else {}
     return GenerateOptions(**combined(older, given)), callback
 
@@ -242,6 +245,16 @@ def listed(seed: int | Sequence[int] | None) -> tuple[int, ...]:
     if isinstance(seed, Sequence):
         return tuple(seed)
     return () if seed is None else (seed,)
+
+
+def check_callback(callback: Callback | None) -> None:
+    """Raise UserError unless `callback` is None, or a function that takes a step."""
+    if callback is None:
+        return
+    fix = "callback=lambda step: print(step.index)"
+    if not callable(callback):
+        raise UserError(f"callback must be a function, got {callback!r}", fix)
+    check_takes(callback, 1, "the callback ", fix)
 
 
 def check_text(what: str, text: str) -> None:

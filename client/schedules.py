@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ditforge.arguments import check_takes
 from ditforge.errors import UserError
 from ditforge.model import MAX_STEPS, Schedule as ModelSchedule
 from ditforge.option import option
@@ -161,9 +162,11 @@ SCHEDULES: dict[str, ScheduleFunction] = {
 def find_schedule(schedule: str | ScheduleFunction) -> ScheduleFunction:
     """Return the schedule of that name; a function is returned unchanged.
 
-    Raises UserError for an unknown name, and suggests the closest one.
+    Raises UserError for an unknown name, with the closest one, and for a function that cannot be called as a schedule.
     """
     if callable(schedule):
+        fix = "def schedule(steps, spacing): …"
+        check_takes(schedule, 2, f"the schedule {schedule_name(schedule)}", fix)
         return schedule
     if isinstance(schedule, str) and schedule in SCHEDULES:
         return SCHEDULES[schedule]
@@ -200,7 +203,7 @@ def check_sigmas(levels: npt.ArrayLike | Sequence[float], what: str) -> Sigmas:
     """
     try:
         sigmas = np.asarray(levels, np.float64).astype(np.float32)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"{what} must be numbers, got {levels!r}", FALLING) from None
     if sigmas.ndim != 1 or not 2 <= len(sigmas) <= MAX_STEPS + 1:
         raise UserError(

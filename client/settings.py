@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
@@ -13,6 +12,7 @@ from typing import TypedDict
 
 from typing_extensions import Unpack
 
+from ditforge.arguments import bound_fields
 from ditforge.client.address import DEFAULT_URL, check_url
 from ditforge.client.headers import AUTHORIZATION, check_headers
 from ditforge.client.option import TOKEN
@@ -39,6 +39,7 @@ class Settings(TypedDict, total=False):
     headers: Mapping[str, str | bytes]
 
 
+@bound_fields
 @dataclass(frozen=True)
 class ConnectionSettings:
     """The addresses (HOST:PORT of gRPC) of one server, or of several that serve the same engines, and the settings.
@@ -68,12 +69,7 @@ class ConnectionSettings:
     shared: Shared = field(default_factory=Shared, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not self.urls:
-            raise UserError("no server was named", option(f'Client("{DEFAULT_URL}")', f"--url {DEFAULT_URL}"))
-        for url in self.urls:
-            check_url(url)
-            if self.urls.count(url) > 1:
-                raise UserError(f"the server {url} is named more than once", "name it once")
+        check_urls(self.urls)
         for setting in fields(self):
             if isinstance(setting.default, float):
                 check_seconds(setting.name, getattr(self, setting.name), setting.default)
@@ -96,15 +92,26 @@ def make_settings(url: str | Sequence[str] | ConnectionSettings, **settings: Unp
     check_names(settings, Settings.__annotations__)
     if isinstance(url, ConnectionSettings):
         return replace(url, **settings) if settings else url
-    if not isinstance(url, str) and not all(isinstance(each, str) for each in url):
-        raise UserError(f"addresses are strings, HOST:PORT, got {url!r}", f'"{DEFAULT_URL}", or a list of such')
-    return ConnectionSettings(urls=(url,) if isinstance(url, str) else tuple(url), **settings)
+    urls = (url,) if isinstance(url, str) else tuple(url) if isinstance(url, Sequence) else url
+    return ConnectionSettings(urls=urls, **settings)
+
+
+def check_urls(urls: Sequence[str]) -> None:
+    """Raise UserError unless these are addresses, HOST:PORT, at least one and none of them twice."""
+    if isinstance(urls, str | bytes) or not isinstance(urls, Sequence) or not all(isinstance(u, str) for u in urls):
+        raise UserError(f"addresses are strings, HOST:PORT, got {urls!r}", f'"{DEFAULT_URL}", or a list of such')
+    if not urls:
+        raise UserError("no server was named", option(f'Client("{DEFAULT_URL}")', f"--url {DEFAULT_URL}"))
+    for url in urls:
+        check_url(url)
+        if urls.count(url) > 1:
+            raise UserError(f"the server {url} is named more than once", "name it once")
 
 
 def check_seconds(name: str, value: float, default: float) -> None:
     """Raise UserError unless `value` is a number of seconds above 0 and at most a week. retry_timeout may also be 0."""
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and value <= LONGEST
-    if not number or value < 0 or (value == 0 and name != "retry_timeout"):
+    number = isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= LONGEST
+    if not number or (value == 0 and name != "retry_timeout"):
         least = "from 0 to" if name == "retry_timeout" else "above 0 and at most"
         problem = f"{option(name)} must be {least} {LONGEST:.0f} seconds, got {value!r}"
         raise UserError(problem, option(f"{name}={default:g}"))

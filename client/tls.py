@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from os import PathLike
 
-from typing_extensions import Self
-
+from ditforge.arguments import bound_fields
 from ditforge.client.option import CA, CERTIFICATE, KEY, pair
 from ditforge.credentials import Options, check_authorities, check_pair, read_file
-from ditforge.errors import UserError
 
 FILES = Options(CA, CERTIFICATE, KEY, pair)
 
 
+@bound_fields
 @dataclass(frozen=True)
 class TLS:
     """Encrypt the connections, with files in PEM format.
@@ -29,13 +28,6 @@ class TLS:
     ca: str | PathLike[str] | None = None
     certificate: str | PathLike[str] | None = None
     key: str | PathLike[str] | None = None
-
-    def __new__(cls, *files: object, **named: object) -> Self:
-        for name in named:
-            if name not in ("ca", "certificate", "key"):
-                fix = 'TLS(ca="ca.pem", certificate="client.pem", key="client.key"), of which each can be left out'
-                raise UserError(f"TLS has no file {name!r}, but ca, certificate and key", fix)
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if self.ca is not None:

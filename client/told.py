@@ -15,7 +15,7 @@ from typing import Any
 from ditforge.client.failures import short
 from ditforge.errors import DitforgeWarning
 
-INSIDE = "ditforge.client."
+INSIDE = ("ditforge.client.", "ditforge.arguments")
 
 
 @dataclass(frozen=True)

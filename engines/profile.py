@@ -138,9 +138,10 @@ def tiled(model: Model, vae_tile: int | None) -> Model:
     """The model with tiles of `vae_tile` pixels for the autoencoder. Raises UserError for an impossible size."""
     if vae_tile is not None:
         multiple, least = model.vae_factor, model.vae_factor * LEAST_TILE
-        near = max(round(vae_tile / multiple) * multiple, least)
+        most = max(model.max_size // multiple * multiple, least)
+        near = min(max((vae_tile + multiple // 2) // multiple * multiple, least), most)
         if vae_tile != near:
-            problem = f"a tile's side must be at least {least} pixels and divisible by {multiple}, got {vae_tile}"
+            problem = f"a tile's side must be from {least} to {most} pixels and divisible by {multiple}, got {vae_tile}"
             raise UserError(problem, setting("vae_tile", near))
     return model.model_copy(update={"vae_tile": vae_tile})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,14 +10,16 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from ditforge import arguments
+from ditforge.arguments import FilePath, Name, Number, Whole
 from ditforge.credentials import Options, check_authorities, check_pair, read_token
 from ditforge.errors import UserError
 from ditforge.option import check_names, option
 
 LAST_PORT = (1 << 16) - 1
 LONGEST = 7 * 24 * 3600  # seconds
-PORTS = ("port", "http_port", "metrics_port")
-PYTHON_ONLY = ("repo", "shm_bytes", "shm_growth", "extra_args")  # without an option on the command line
+DEFAULT_PORTS = {"port": 8001, "http_port": 8000, "metrics_port": 8002}  # Triton's own
+PORTS = tuple(DEFAULT_PORTS)
 CLIENT_CA = option('tls_client_ca="FILE"', "--tls-client-ca FILE")
 TOKEN = option('token_file="FILE"', "--token-file FILE")
 
@@ -31,9 +34,9 @@ PAIR = pair("FILE", "FILE")
 FILES = Options(
     CLIENT_CA, option('tls_cert="FILE"', "--tls-cert FILE"), option('tls_key="FILE"', "--tls-key FILE"), pair
 )
-PortNumber = Annotated[int, Field(ge=0, le=LAST_PORT)]
-Seconds = Annotated[float, Field(ge=0, le=LONGEST, allow_inf_nan=False)]
-Bytes = Annotated[int, Field(gt=0)]
+PortNumber = Annotated[Whole, Field(ge=0, le=LAST_PORT)]
+Seconds = Annotated[Number, Field(ge=0, le=LONGEST)]
+Bytes = Annotated[Whole, Field(gt=0)]
 
 
 class ServeOptions(BaseModel):
@@ -56,24 +59,24 @@ class ServeOptions(BaseModel):
     extra_args: further arguments of tritonserver, such as `--cache-config=local,size=1048576`, with absolute paths.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     repo: Path
-    host: str = "127.0.0.1"
+    host: Name = "127.0.0.1"
     port: PortNumber = 8001
     http_port: PortNumber | None = None
     metrics_port: PortNumber | None = None
-    log: Path | None = None
+    log: FilePath | None = None
     timeout: Annotated[Seconds, Field(gt=0)] = 600
     grace: Seconds = 30
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    tls_client_ca: Path | None = None
-    token_file: Path | None = None
+    tls_cert: FilePath | None = None
+    tls_key: FilePath | None = None
+    tls_client_ca: FilePath | None = None
+    token_file: FilePath | None = None
     insecure: bool = False
     shm_bytes: Bytes = 8 << 20
     shm_growth: Bytes = 16 << 20
-    extra_args: tuple[str, ...] = ()
+    extra_args: Sequence[Name] = ()
 
     @property
     def on_loopback(self) -> bool:
@@ -138,20 +141,13 @@ def is_text(path: Path) -> bool:
 def refused(error: ErrorDetails) -> UserError:
     """What is wrong with an option, what it may be, and how to write it."""
     name, value = str(error["loc"][0]), error["input"]
-    fields = ServeOptions.model_fields
-    written = name if name in PYTHON_ONLY else option(name, f"--{name.replace('_', '-')}")
-    default = fields[name].default
     if name in PORTS:
-        must, example = (
-            f"from 0 to {LAST_PORT}, where 0 is a free one",
-            {"port": 8001, "http_port": 8000}.get(name, 8002),
-        )
+        must, example = f"an integer from 0 to {LAST_PORT}, where 0 is a free one", DEFAULT_PORTS[name]
     elif name in ("timeout", "grace"):
-        must, example = f"from 0 to {LONGEST} seconds", default
+        must, example = f"from 0 to {LONGEST} seconds", ServeOptions.model_fields[name].default
     else:
-        return UserError(f"{written} cannot be {value!r}: {error['msg']}", f"{name}={default!r} is its default")
-    fix = f"{name}={example}"
-    return UserError(f"{written} must be {must}, got {value!r}", fix if name in PYTHON_ONLY else option(fix))
+        return arguments.refused(error)
+    return UserError(f"{option(name)} must be {must}, got {value!r}", option(f"{name}={example}"))
 
 
 def check_ports(options: ServeOptions) -> None:

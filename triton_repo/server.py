@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, TimeoutError as StillRunning
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +53,7 @@ class Options(TypedDict, total=False):
     insecure: bool
     shm_bytes: int
     shm_growth: int
-    extra_args: tuple[str, ...]
+    extra_args: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class Server:
         self.stop()
 
 
-def start(repo: Path, on_event: Callable[[str], object] | None = None, **options: Unpack[Options]) -> Server:
+def start(repo: Path, /, on_event: Callable[[str], object] | None = None, **options: Unpack[Options]) -> Server:
     """Serve the repository `repo`, and return once every model is ready.
 
     `on_event` is called, in a thread, with a line of text for people whenever something happens to the server, such as

@@ -4,18 +4,14 @@ Each function imports what it needs when it is called, and prints nothing. It ra
 DitforgeError if something else fails. For an unknown option, the error suggests the nearest name.
 """
 
-from __future__ import annotations
-
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
-from typing_extensions import Unpack
+from typing_extensions import TypedDict, Unpack
 
-from ditforge.errors import UserError
+from ditforge.arguments import AnyPath, Lora, Name, Number, Whole, checked, read
 from ditforge.option import check_names
 
 if TYPE_CHECKING:
@@ -24,9 +20,9 @@ if TYPE_CHECKING:
     from ditforge.export.onnx_export import Exported
     from ditforge.triton_repo.server import Options as ServeKeywords, Server
 
-AnyPath = str | os.PathLike[str]
-Lora = AnyPath | tuple[AnyPath, float]
 Progress = Callable[[str, int, int], None]
+Planned = Callable[["Plan"], None]
+Event = Callable[[str], object]
 T = TypeVar("T")
 
 
@@ -35,35 +31,36 @@ class ExportKeywords(TypedDict, total=False):
 
     base: AnyPath | None
     loras: Sequence[Lora]
-    text_encoders: str
-    t5_precision: str | None
+    text_encoders: Name
+    t5_precision: Name | None
     random_weights: bool
-    gpu: str | None
-    precision: str | None
-    activations: str | None
+    gpu: Name | None
+    precision: Name | None
+    activations: Name | None
     calibration: AnyPath | None
-    max_error: float | None
+    max_error: Number | None
     force: bool
 
 
 class BuildKeywords(TypedDict, total=False):
     """The options of `build_engines`, which are the fields of BuildOptions."""
 
-    gpu: str
-    compiler: str | None
-    resolutions: str | None
-    static: str | None
-    batch: int | None
-    vae_tile: int | None
-    segments: int | None
-    residency: str | None
-    gpu_memory: float | None
+    gpu: Name
+    compiler: Name | None
+    resolutions: Name | None
+    static: Name | None
+    batch: Whole | None
+    vae_tile: Whole | None
+    segments: Whole | None
+    residency: Name | None
+    gpu_memory: Number | None
     force: bool
 
 
+@checked
 def export_checkpoint(
     checkpoint: AnyPath, out: AnyPath, progress: Progress | None = None, **options: Unpack[ExportKeywords]
-) -> Exported:
+) -> "Exported":
     """Export a checkpoint to ONNX in the folder `out`: the same as `ditforge export`.
 
     `checkpoint` is a folder in diffusers' layout, or a .safetensors file. `progress` is called with (the
@@ -88,27 +85,25 @@ def export_checkpoint(
     UserError, before anything is written, if the checkpoint is incomplete or of no known family, or if the disk has too
     little space.
     """
+    given = keywords(ExportKeywords, options)
     from ditforge.engines.gpus import find_target
     from ditforge.export.checkpoint.source import CheckpointSource
     from ditforge.export.onnx_export import ExportOptions, export_checkpoint as export
-    from ditforge.suited import For, suited
+    from ditforge.suited import suited
 
-    check_fields(options, CheckpointSource, ExportOptions, For)
-    given: dict[str, Any] = {"path": checkpoint, **options}
-    if "loras" in given:
-        given["loras"] = [lora if isinstance(lora, tuple) else (lora, 1.0) for lora in given["loras"]]
-    gpu = made(For, given).gpu
+    gpu = given.pop("gpu", None)
     chosen, _ = suited(made(ExportOptions, given), find_target(gpu) if gpu else None)
-    return export(made(CheckpointSource, given), Path(out), chosen, progress)
+    return export(made(CheckpointSource, {"path": checkpoint, **given}), Path(out), chosen, progress)
 
 
+@checked
 def build_engines(
     onnx: AnyPath,
     out: AnyPath,
     progress: Progress | None = None,
-    planned: Callable[[Plan], None] | None = None,
+    planned: Planned | None = None,
     **options: Unpack[BuildKeywords],
-) -> Built:
+) -> "Built":
     """Compile what `export_checkpoint` wrote into engines in the folder `out`: the same as `ditforge build`.
 
     `progress` is called with (what is being done, steps done, steps in all), and `planned` with the plan for the GPU's
@@ -130,13 +125,14 @@ def build_engines(
     Returns the manifest, and the reason for each engine that was compiled. Raises UserError if the GPU cannot execute a
     component or has too little memory; `out` is then left as it was.
     """
+    given = keywords(BuildKeywords, options)
     from ditforge.engines.build import BuildOptions, build
 
-    check_fields(options, BuildOptions)
-    return build(Path(onnx), Path(out), made(BuildOptions, options), progress, planned)
+    return build(Path(onnx), Path(out), BuildOptions(**given), progress, planned)
 
 
-def write_repository(engines: AnyPath, out: AnyPath, max_batch: int | None = None, force: bool = False) -> str:
+@checked
+def write_repository(engines: AnyPath, out: AnyPath, max_batch: Whole | None = None, force: bool = False) -> str:
     """Write a Triton model repository of what `build_engines` wrote: the same as `ditforge repo`.
 
     `max_batch` is how many samples Triton puts into one call of a model: by default 8, or what the engines take.
@@ -149,9 +145,8 @@ def write_repository(engines: AnyPath, out: AnyPath, max_batch: int | None = Non
     return write(Path(engines), Path(out), max_batch, force)
 
 
-def serve(
-    repository: AnyPath, on_event: Callable[[str], object] | None = None, **options: Unpack[ServeKeywords]
-) -> Server:
+@checked
+def serve(repository: AnyPath, on_event: Event | None = None, **options: Unpack["ServeKeywords"]) -> "Server":
     """Run Triton on a model repository: the same as `ditforge serve`, but in the background.
 
     Returns once every model is ready. The server is a context manager that stops it, and `server.url` is where clients
@@ -165,17 +160,16 @@ def serve(
     return start(Path(repository), on_event, **options)
 
 
-def check_fields(options: Mapping[str, object], *records: type) -> None:
-    """Raise UserError for an option that is not a field of any of the dataclasses. It suggests the nearest name."""
-    check_names(options, [field.name for record in records for field in fields(record) if field.name != "path"])
+def keywords(kind: Any, options: Mapping[str, object]) -> dict[str, Any]:
+    """The options as the TypedDict `kind` has them. Raises UserError for an unknown one, and for one of another type.
+
+    For an unknown option, the error suggests the nearest name.
+    """
+    check_names(options, kind.__annotations__)
+    return dict(read(kind, options))
 
 
-def made(record: type[T], given: Mapping[str, object]) -> T:
-    """Make the dataclass from the options that are its fields. Raises UserError for a value of another type."""
-    own = {field.name: given[field.name] for field in fields(record) if field.name in given}  # type: ignore[arg-type]
-    try:
-        return TypeAdapter(record).validate_python(own)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name, value = str(first["loc"][0]) if first["loc"] else "an option", first["input"]
-        raise UserError(f"{name} cannot be {value!r}: {first['msg'].lower()}", f"another {name}=…") from None
+def made(record: type[T], given: Mapping[str, Any]) -> T:
+    """Make a dataclass of those of the options that are its fields."""
+    names = [field.name for field in fields(record)]  # type: ignore[arg-type]
+    return record(**{name: given[name] for name in names if name in given})

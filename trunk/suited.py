@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ditforge.contract import DIT
@@ -12,13 +12,6 @@ from ditforge.option import setting
 
 if TYPE_CHECKING:
     from ditforge.export.onnx_export import ExportOptions
-
-
-@dataclass(frozen=True)
-class For:
-    """What an export is for: a GPU as ditforge.engines.gpus.find_target takes it, or None if the user named none."""
-
-    gpu: str | None = None
 
 
 def suited(options: ExportOptions, target: Target | None) -> tuple[ExportOptions, str]:

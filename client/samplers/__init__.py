@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ditforge.arguments import check_takes
 from ditforge.errors import UserError
 from ditforge.option import option
 
@@ -69,7 +70,8 @@ def find_sampler(sampler: str | Sampler) -> Sampler:
     Raises UserError for an unknown name, with the closest one, and for a function that cannot be called as a sampler.
     """
     if callable(sampler):
-        check_signature(sampler)
+        fix = "def sampler(denoise, latents, sigmas, noise, callback=None): …"
+        check_takes(sampler, 5, f"the sampler {sampler_name(sampler)}", fix)
         return sampler
     if sampler in SAMPLERS:
         found: Sampler = getattr(import_module(f"{__name__}.{sampler}"), f"sample_{sampler}")
@@ -78,19 +80,6 @@ def find_sampler(sampler: str | Sampler) -> Sampler:
     close = get_close_matches(wanted, SAMPLERS, n=1) or [DEFAULT]
     problem = f"unknown sampler {sampler!r}, known are {', '.join(SAMPLERS)}"
     raise UserError(problem, option(f'sampler="{close[0]}"', f"--sampler {close[0]}"))
-
-
-def check_signature(sampler: Sampler) -> None:
-    """Raise UserError if a user's function does not take the arguments of a sampler."""
-    try:
-        signature = inspect.signature(sampler)
-    except ValueError:  # some functions written in C have no signature that can be read
-        return
-    try:
-        signature.bind(None, None, None, None, None)
-    except TypeError as error:
-        problem = f"the sampler {sampler_name(sampler)}{signature} cannot be called as one: {error}"
-        raise UserError(problem, "def sampler(denoise, latents, sigmas, noise, callback=None): …") from None
 
 
 def sampler_name(sampler: str | Sampler) -> str:

@@ -129,9 +129,11 @@ def test_a_tile_bounds_the_autoencoder_alone() -> None:
         assert announced(model, [profile]) == announced(MODEL, [profile]).model_copy(update={"vae_tile": 768})
 
 
-@pytest.mark.parametrize(("tile", "near"), [(0, 128), (-8, 128), (120, 128), (1020, 1024), (1023, 1024)])
+@pytest.mark.parametrize(
+    ("tile", "near"), [(0, 128), (-8, 128), (120, 128), (1020, 1024), (1023, 1024), (4104, 4096), (10**20, 4096)]
+)
 def test_tiles_that_cannot_be(tile: int, near: int) -> None:
-    with pytest.raises(UserError, match=f"at least 128 pixels and divisible by 8, got {tile}") as error:
+    with pytest.raises(UserError, match=f"from 128 to 4096 pixels and divisible by 8, got {tile}") as error:
         tiled(MODEL, tile)
     assert error.value.fix == f"vae_tile={near}"
     assert tiled(MODEL, near).vae_tile == near

@@ -34,9 +34,9 @@ def test_the_stages_in_python(schnell, tmp_path: Path, capfd: pytest.CaptureFixt
         ("export_checkpoint", {"precison": "fp8"}, "no option 'precison'", "precision=…"),
         ("export_checkpoint", {"lora": "a.safetensors"}, "no option 'lora'", "loras=…"),
         ("build_engines", {"max_bach": 2}, "no option 'max_bach'", "batch=…"),
-        ("build_engines", {"segments": "two"}, "segments cannot be 'two'", "segments="),
-        ("build_engines", {"gpu": 5}, "gpu cannot be 5", "gpu="),
-        ("export_checkpoint", {"loras": [("a.safetensors", "much")]}, "loras cannot be", "loras="),
+        ("build_engines", {"segments": "two"}, "segments must be an integer, got 'two'", "segments="),
+        ("build_engines", {"gpu": 5}, "gpu must be a string, got 5", "gpu="),
+        ("export_checkpoint", {"loras": [("a.safetensors", "much")]}, "loras must be a list of paths", "loras="),
         ("serve", {"prot": 8001}, "no option 'prot'", "port=…"),
     ],
 )

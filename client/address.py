@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from ipaddress import AddressValueError, IPv6Address
+from shlex import quote
 
 from ditforge.client.option import ENCRYPT
 from ditforge.errors import UserError
@@ -27,7 +28,7 @@ def check_url(url: str) -> str:
     if not problem:
         return url
     addresses = better or [DEFAULT_URL]
-    flags = " ".join(f"--url {address}" for address in addresses)
+    flags = " ".join(f"--url {quote(address)}" for address in addresses)
     python = f'"{addresses[0]}"' if len(addresses) == 1 else str(addresses).replace("'", '"')
     shown = url if len(url) <= LONGEST else f"{url[:50]}…"
     raise UserError(

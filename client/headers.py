@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Mapping, Sequence
+from shlex import quote
 
 from ditforge.client.option import TOKEN
 from ditforge.contract import ENGINES_KEY, PICTURE_KEY
@@ -42,7 +43,7 @@ def read_headers(written: Sequence[str]) -> dict[str, str | bytes]:
         if name in headers:
             raise UserError(
                 f"the header {name} is given twice",
-                option(f'headers={{"{name}": "…"}}', f"--header {name}:…") + ", once",
+                option(f'headers={{"{name}": "…"}}', f"--header {quote(name)}:…") + ", once",
             )
         headers[name] = read_bytes(name, value) if name.endswith("-bin") else value.strip()
     return headers
@@ -60,7 +61,7 @@ def check_name(name: str, token: str | None) -> None:
     """Raise UserError unless a header can be called `name`. `token` is the bearer token that is sent, or None."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         lower = name.lower() if isinstance(name, str) else ""
-        fix = option(f'headers={{"{lower}": "…"}}', f"--header {lower}:…") if NAME.fullmatch(lower) else HEADER
+        fix = option(f'headers={{"{lower}": "…"}}', f"--header {quote(lower)}:…") if NAME.fullmatch(lower) else HEADER
         raise UserError(f"a header's name has lower-case letters, digits, - _ and . only, got {name!r:.60}", fix)
     if name.startswith("grpc-") or name in RESERVED:
         raise UserError(f"the header {name} is sent by the client itself, and cannot be given", f"leave out {name}")

@@ -167,11 +167,7 @@ class GenerateOptions:
             if getattr(self, name) is None:
                 continue
             if name not in taken:
-                takers = [
-                    str(option(f'sampler="{each}"', f"--sampler {each}"))
-                    for each in SAMPLERS
-                    if name in sampler_options(each)
-                ]
+                takers = [str(setting("sampler", each)) for each in SAMPLERS if name in sampler_options(each)]
                 problem = f"the sampler {sampler_name(sampler)} takes no {option(name)}"
                 raise UserError(problem, f"leave it out, or take one of {', '.join(takers)}")
         check_scale("eta", self.eta, 1.0, 1.0)

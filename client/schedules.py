@@ -19,7 +19,7 @@ import numpy.typing as npt
 from ditforge.arguments import check_takes
 from ditforge.errors import UserError
 from ditforge.model import MAX_STEPS, Schedule as ModelSchedule
-from ditforge.option import option
+from ditforge.option import option, setting
 
 Array = npt.NDArray[np.floating[Any]]
 Levels = npt.NDArray[np.float64]
@@ -172,7 +172,7 @@ def find_schedule(schedule: str | ScheduleFunction) -> ScheduleFunction:
         return SCHEDULES[schedule]
     close = get_close_matches(str(schedule).lower(), SCHEDULES, n=1) or ["default"]
     problem = f"unknown schedule {schedule!r}, known are {', '.join(SCHEDULES)}"
-    raise UserError(problem, option(f'schedule="{close[0]}"', f"--schedule {close[0]}"))
+    raise UserError(problem, setting("schedule", close[0]))
 
 
 def schedule_name(schedule: str | ScheduleFunction) -> str:

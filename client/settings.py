@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
+from shlex import quote
 from typing import TypedDict
 
 from typing_extensions import Unpack
@@ -101,7 +102,7 @@ def check_urls(urls: Sequence[str]) -> None:
     if isinstance(urls, str | bytes) or not isinstance(urls, Sequence) or not all(isinstance(u, str) for u in urls):
         raise UserError(f"addresses are strings, HOST:PORT, got {urls!r}", f'"{DEFAULT_URL}", or a list of such')
     if not urls:
-        raise UserError("no server was named", option(f'Client("{DEFAULT_URL}")', f"--url {DEFAULT_URL}"))
+        raise UserError("no server was named", option(f'Client("{DEFAULT_URL}")', f"--url {quote(DEFAULT_URL)}"))
     for url in urls:
         check_url(url)
         if urls.count(url) > 1:

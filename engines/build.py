@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
@@ -30,7 +29,7 @@ from ditforge.engines.profile import Profile, announced, make_profiles, tiled
 from ditforge.errors import UserError
 from ditforge.manifest import Component, Engine, Manifest
 from ditforge.model import Model
-from ditforge.option import option
+from ditforge.option import command, option
 from ditforge.placement import Placement
 
 if TYPE_CHECKING:
@@ -191,7 +190,7 @@ def check_wished(source: Manifest, target: Target, gpu: str) -> None:
     precision = default_precision(target)[0]
     raise UserError(
         f"this export of {source.model.name} is in fp32, which suits the CPU, and {gpu} is for {precision}",
-        f"ditforge export CHECKPOINT --gpu {quote(gpu)} --out DIR   (or --precision fp32, if that is what you want)",
+        command("ditforge export CHECKPOINT --gpu {} --out DIR   (or --precision fp32, if that is what you want)", gpu),
     )
 
 

@@ -18,7 +18,7 @@ CPU = "cpu"
 LOCAL = "local"
 BF16_MEMORY_GB = 40  # of a DiT of 12 billion parameters, 16-bit weights and the text encoders fit
 OTHERS = "also takes sm_89, several (sm_86,sm_89), local, and cpu"
-NAMES = option(f"ditforge gpus   lists the names; gpu {OTHERS}", f"ditforge gpus   lists the names; --gpu {OTHERS}")
+NAMES = option("ditforge gpus   lists the names; gpu " + OTHERS, "ditforge gpus   lists the names; --gpu " + OTHERS)
 
 # name, product, memory in GB
 PRODUCTS = {
@@ -187,11 +187,11 @@ def check_precision(name: str, precision: str, dtype: str, target: Target) -> No
         lacking = next((wanted for wanted in (precision, dtype) if wanted in SINCE and wanted not in able), None)
         if lacking is None:
             continue
-        bf16 = "bf16" in able
-        around = "" if bf16 else " --activations fp16"
-        other = "bf16" if bf16 else "fp16"
+        fix = "ditforge export CHECKPOINT --precision int8-weights   (or bf16)"
+        if "bf16" not in able:
+            fix = "ditforge export CHECKPOINT --precision int8-weights --activations fp16   (or fp16)"
         raise UserError(
             f"{capability} has {LACKS[lacking]}, and {name} is {precision}"
             + (f" in {dtype}" if lacking != precision else ""),
-            f"ditforge export CHECKPOINT --precision int8-weights{around}   (or {other})",
+            fix,
         )

@@ -6,14 +6,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 from typing import Literal
 
 from ditforge import local_gpu, manifest
 from ditforge.engines.verify import Difference, check_comparable, compare
 from ditforge.errors import UserError
 from ditforge.manifest import Kind, Manifest
-from ditforge.option import option
+from ditforge.option import command, option
 
 # The largest relative error of an output that a precision explains. fp8 has that of `make gpu-check`; the others stand
 # to it as in docs/accuracy.md and in the tests, where models of random weights err by up to half of these.
@@ -127,9 +126,8 @@ def check_executable(folder: Path, found: Manifest, against: Path) -> None:
     targets = {engine.target for engine in found.engines.values()}
     if why := local_gpu.why_not_here(targets):
         capabilities = " or ".join(sorted(targets - {local_gpu.CPU}))
-        fix = (
-            f"ditforge verify ONNX_DIR --against {quote(str(against))}   executes the graphs that they were built from"
-        )
+        graphs = "ditforge verify ONNX_DIR --against {}   executes the graphs that they were built from"
+        fix = command(graphs, against)
         raise UserError(
             f"the engines in {folder} cannot be executed: {why}", f"{fix}; or on a machine with {capabilities}"
         )
@@ -149,11 +147,11 @@ def read_reference(folder: Path, found: Manifest, against: Path) -> Manifest:
     if reference.kind != "onnx":
         problem = f"{option('against')} takes an fp32 export, and {against} holds {reference.kind}"
         if found.kind == "onnx":
-            here, there = quote(str(against)), quote(str(folder))
-            raise UserError(f"{problem}: the folders are swapped", f"ditforge verify {here} --against {there}")
-        fix = f"ditforge verify {quote(str(folder))} --against ONNX_DIR   with what ditforge export wrote"
+            swapped = command("ditforge verify {} --against {}", against, folder)
+            raise UserError(f"{problem}: the folders are swapped", swapped)
+        fix = command("ditforge verify {} --against ONNX_DIR   with what ditforge export wrote", folder)
         raise UserError(problem, fix)
     if not manifest.is_whole(against, reference.components):
         problem = f"{against}, the reference, is damaged: a file is missing or truncated"
-        raise UserError(problem, f"ditforge verify {quote(str(against))}   says which")
+        raise UserError(problem, command("ditforge verify {}   says which", against))
     return reference

@@ -23,6 +23,7 @@ from ditforge.engines.runtime.loading import load_engine
 from ditforge.errors import DitforgeError, UserError
 from ditforge.manifest import Component, Manifest, Tensor
 from ditforge.model import Model
+from ditforge.option import command
 
 PROMPTS = ("a photograph of a lighthouse at night", "")
 SIZE = (128, 192)  # height and width in pixels of what is compared, where the engines take it: not square
@@ -63,7 +64,7 @@ def verify_files(folder: Path) -> int:
 def check_comparable(folder: Path, found: Manifest, onnx: Path, reference: Manifest) -> None:
     """Raise UserError unless what is in `folder` can be compared with `onnx`, which is an fp32 export of the model."""
     if found.kind == "repository":
-        fix = f"ditforge verify ENGINE_DIR --against {onnx}, with the engines that it was made of"
+        fix = command("ditforge verify ENGINE_DIR --against {}   with the engines that it was made of", onnx)
         raise UserError(f"{folder} is a repository, which is not compared", fix)
     for name, component in found.components.items():
         there = reference.components.get(name)

@@ -27,7 +27,7 @@ from ditforge.contract import (
 from ditforge.errors import UserError
 from ditforge.manifest import Manifest
 from ditforge.model import MAX_BATCH
-from ditforge.option import setting
+from ditforge.option import command, setting
 from ditforge.placement import Placement
 from ditforge.served_model import write_served_model
 from ditforge.triton_repo import config
@@ -118,10 +118,9 @@ def choose_max_batch(source: Manifest, max_batch: int | None) -> int:
         max_batch = min(DEFAULT_MAX_BATCH, taken or DEFAULT_MAX_BATCH)
     check_max_batch(max_batch)
     if taken and max_batch > taken:
-        raise UserError(
-            f"the engines take batches of up to {taken}, not {max_batch}",
-            f"{setting('max_batch', taken)}, or ditforge build ONNX_DIR --gpu GPU --batch {max_batch} --out DIR",
-        )
+        larger = command("ditforge build ONNX_DIR --gpu GPU --batch {} --out DIR", max_batch)
+        problem = f"the engines take batches of up to {taken}, not {max_batch}"
+        raise UserError(problem, f"{setting('max_batch', taken)}, or {larger}")
     return max_batch
 
 

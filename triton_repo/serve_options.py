@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -26,7 +27,8 @@ TOKEN = option('token_file="FILE"', "--token-file FILE")
 
 def pair(certificate: str, key: str) -> str:
     """How a server's certificate and its key are given."""
-    return option(f'tls_cert="{certificate}", tls_key="{key}"', f"--tls-cert {certificate} --tls-key {key}")
+    flags = f"--tls-cert {quote(certificate)} --tls-key {quote(key)}"
+    return option(f'tls_cert="{certificate}", tls_key="{key}"', flags)
 
 
 NEW_TOKEN = f"openssl rand -base64 24 > FILE   writes one, for {TOKEN}"

@@ -14,6 +14,7 @@ from ditforge import manifest
 from ditforge.contract import ENGINES_PARAMETER
 from ditforge.errors import UserError
 from ditforge.folders import CONFIG
+from ditforge.option import command
 from ditforge.small_files import read_bytes
 from ditforge.triton_repo.config import (
     ENGINE_MODULE,
@@ -63,7 +64,7 @@ def read_models(repository: Path) -> tuple[dict[str, ModelSignature], str]:
     """
     models, engines = {}, ""
     for file in sorted(repository.glob("*/config.pbtxt")):
-        fix = AGAIN.format(repository)
+        fix = command(AGAIN, repository)
         try:
             config = text_format.Parse(read_bytes(file), pb.ModelConfig())
             limits = limits_in(config)
@@ -85,7 +86,7 @@ def read_models(repository: Path) -> tuple[dict[str, ModelSignature], str]:
         for name in manifest.read(repository, "repository").components:
             if name not in models:
                 problem = f"{repository} has lost the model {name}: there is no {repository / name / CONFIG}"
-                raise UserError(problem, AGAIN.format(repository))
+                raise UserError(problem, command(AGAIN, repository))
     return models, engines
 
 

@@ -21,14 +21,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, TimeoutError as StillRunning
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 from typing import Any, BinaryIO
 
 from typing_extensions import Self, TypedDict, Unpack
 
 from ditforge import folders, local_gpu, manifest
 from ditforge.errors import DitforgeError, UserError
-from ditforge.option import option
+from ditforge.option import command, option
 from ditforge.triton_repo.installation import find_tritonserver, other_triton
 from ditforge.triton_repo.serve_options import PORTS, ServeOptions, make_options
 
@@ -258,10 +257,9 @@ def check_gpu(repository: Path) -> None:
     except UserError:
         return
     if why:
-        here = quote(str(repository))
         wanted = " or ".join(sorted(targets - {local_gpu.CPU}))
         rebuilt = "for this one: ditforge build ONNX_DIR --gpu cpu --out DIR   and then ditforge repo"
-        fix = f"ditforge serve {here}   on a machine with {wanted}; {rebuilt}"
+        fix = f"{command('ditforge serve {}', repository)}   on a machine with {wanted}; {rebuilt}"
         raise UserError(f"the engines in {repository} do not run here: {why}", fix)
 
 

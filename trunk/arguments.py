@@ -75,7 +75,7 @@ def read_lora(value: object) -> tuple[Path, float]:
 
 
 AnyPath = Annotated[str | os.PathLike[str], PlainValidator(read_path)]
-FilePath = Annotated[Path, BeforeValidator(read_path)]
+FilePath = Annotated[Path, PlainValidator(read_path)]
 Lora = Annotated[AnyPath | tuple[AnyPath, float], PlainValidator(read_lora)]
 Name = Annotated[str, Field(min_length=1)]
 Number = Annotated[float, BeforeValidator(plain), Field(allow_inf_nan=False)]

@@ -6,13 +6,13 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from ditforge import manifest
 from ditforge.errors import UserError
 from ditforge.manifest import Component, Engine, Manifest
 from ditforge.model import Model
+from ditforge.option import command
 from ditforge.placement import Placement
 from ditforge.small_files import read_json_object
 
@@ -282,7 +282,8 @@ WIDTHS = {  # safetensors' name of a dtype → the bytes of one element
 def recognise(path: Path, names: list[str]) -> tuple[str, str, tuple[str, ...], str]:
     """Tell from the names of its tensors what a file is: kind, pipeline, components, and why it cannot be exported."""
     if any(LORA.search(name) for name in names):
-        return "lora", "", (), f"a LoRA belongs behind --lora: ditforge export CHECKPOINT --lora {quote(str(path))}:1.0"
+        why = "a LoRA belongs behind --lora: ditforge export CHECKPOINT --lora {}"
+        return "lora", "", (), command(why, f"{path}:1.0")
     from ditforge.export.checkpoint.layouts import open_single_file  # which imports torch
 
     try:

@@ -11,10 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
-from shlex import quote
 from typing import NoReturn
 
 from ditforge.errors import UserError
+from ditforge.option import command
 from ditforge.small_files import read_bytes
 
 LARGEST = 1 << 20  # bytes of a file; the certificates of all public authorities together have about 200 kB
@@ -87,9 +87,8 @@ def check_pair(certificate: File | None, key: File | None, options: Options) -> 
         raise UserError(f"the TLS key {key} should hold a private key in PEM, and holds {key_holds}", options.key)
 
     def password() -> NoReturn:  # OpenSSL would ask for it on the terminal
-        fix = (
-            f"openssl pkey -in {quote(fspath(key))} -out plain.key   writes it without its password, for {options.key}"
-        )
+        plain = command("openssl pkey -in {} -out plain.key", fspath(key))
+        fix = f"{plain}   writes it without its password, for {options.key}"
         raise UserError(f"the TLS key {key} is encrypted, and there is nobody to ask for its password", fix)
 
     try:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from shlex import quote
 
 from ditforge import manifest
 from ditforge.errors import UserError
+from ditforge.option import command
 
 CHECKPOINT = "model_index.json"  # every checkpoint in diffusers' layout has this file
 CONFIG = "config.pbtxt"  # every model in a model repository has this file
@@ -30,20 +30,19 @@ def stage_of(path: Path) -> manifest.Kind | None:
 
 def no_repository(path: Path) -> UserError:
     """The error for a path that is not a model repository: what it is instead, and the command that takes it."""
-    here = quote(str(path))
     if kind := stage_of(path):
-        held, command = NEXT[kind]
+        held, form = NEXT[kind]
         if kind != "repository":
-            return UserError(f"{path} holds {held}, and not a model repository", command.format(here))
+            return UserError(f"{path} holds {held}, and not a model repository", command(form, path))
         return UserError(f"the model repository {path} has lost its models", MAKE_REPOSITORY)
     if path.suffix == ".safetensors" or (path / CHECKPOINT).is_file() or any(path.glob("*.safetensors")):
-        return UserError(f"{path} is a checkpoint, and not a model repository", f"ditforge up {here}")
+        return UserError(f"{path} is a checkpoint, and not a model repository", command("ditforge up {}", path))
     if (path / CONFIG).is_file():
-        return UserError(f"{path} is one model of a model repository", f"ditforge serve {quote(str(path.parent))}")
+        return UserError(f"{path} is one model of a model repository", command("ditforge serve {}", path.parent))
     if inside := next(iter(sorted(path.glob(f"*/*/{CONFIG}"))), None):
         repository = inside.parent.parent
         problem = f"{path} is not a model repository, but holds one, {repository.name}"
-        return UserError(problem, f"ditforge serve {quote(str(repository))}")
+        return UserError(problem, command("ditforge serve {}", repository))
     state = f"holds no model (no MODEL/{CONFIG})" if path.is_dir() else "is not a folder"
     return UserError(f"the model repository {path} {state}", MAKE_REPOSITORY)
 
@@ -51,13 +50,13 @@ def no_repository(path: Path) -> UserError:
 def check_checkpoint(path: Path) -> None:
     """Raise UserError if a path is not a checkpoint but the output of a stage of ditforge, or another file."""
     if kind := stage_of(path):
-        held, command = NEXT[kind]
-        raise UserError(f"{path} holds {held}, and not a checkpoint", command.format(quote(str(path))))
+        held, form = NEXT[kind]
+        raise UserError(f"{path} holds {held}, and not a checkpoint", command(form, path))
     if not path.exists() and path.suffix.lower() in WEIGHTS:
-        raise UserError(f"{path} does not exist", f"ls {quote(str(path.parent))}   says what there is")
+        raise UserError(f"{path} does not exist", command("ls {}   says what there is", path.parent))
     if path.is_file() and path.suffix.lower() not in WEIGHTS and not has_header(path):
         problem = f"{path} is not a checkpoint, which is a folder in diffusers' layout or a .safetensors file"
-        raise UserError(problem, f"give one of these; ditforge inspect {quote(str(path.parent))}   says what is there")
+        raise UserError(problem, command("give one of these; ditforge inspect {}   says what is there", path.parent))
 
 
 def has_header(file: Path) -> bool:

@@ -77,6 +77,14 @@ def setting(name: str, value: object) -> str:
     return option(f"{name}={json.dumps(value, ensure_ascii=False)}", f"--{dashed} {quote(str(value))}")
 
 
+def command(form: str, *values: object) -> str:
+    """Write a command as a shell takes it: `command("ditforge build {} --gpu {}", folder, "cpu")`.
+
+    The values take the places in `form`, in quotation marks where a shell needs them.
+    """
+    return form.format(*(quote(str(value)) for value in values))
+
+
 def check_names(names: Iterable[str], known: Iterable[str], meant: Mapping[str, str] | None = None) -> None:
     """Raise UserError if one of the names is not a known option of a public function. It suggests the nearest name.
 

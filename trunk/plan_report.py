@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from shlex import quote
 
 from ditforge import terminal, verbosity
 from ditforge.contract import DIT
@@ -160,9 +161,8 @@ def find_card(gpu: str, memory_gb: float | None = None) -> Target:
     if target.memory_gb is None:
         example = next(one.name for one in gpus.GPUS if one.capability == target.capabilities[0])
         problem = f"{gpu} is no product, so its memory is not known"
-        raise UserError(
-            problem, f"--gpu {gpu} --gpu-memory 12   with the GB that it has; or a product: --gpu {example}"
-        )
+        here = f"--gpu {quote(gpu)} --gpu-memory 12   with the GB that it has"
+        raise UserError(problem, f"{here}; or a product: --gpu {quote(example)}")
     return target
 
 

@@ -194,7 +194,7 @@ def check_size(model: Model, size: int | None) -> None:
     """Raise UserError if the model cannot make pictures of that many pixels."""
     if size is not None and not model.size_multiple <= size <= model.max_size:
         problem = f"{model.name} makes pictures of {model.size_multiple} to {model.max_size} pixels, got {size}"
-        raise UserError(problem, f"--size {model.default_size}")
+        raise UserError(problem, f"--size {model.default_size:d}")
 
 
 def exported(folder: Path, wanted: Wanted) -> Subject:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from ditforge.arguments import check_takes
 from ditforge.errors import UserError
-from ditforge.option import option
+from ditforge.option import setting
 
 Array = npt.NDArray[np.floating[Any]]
 Denoise = Callable[[Array, float], Array]  # (latents [B, C, h, w], sigma) -> velocity [B, C, h, w]
@@ -79,7 +79,7 @@ def find_sampler(sampler: str | Sampler) -> Sampler:
     wanted = str(sampler).lower().replace("++", "pp").replace(" ", "_")
     close = get_close_matches(wanted, SAMPLERS, n=1) or [DEFAULT]
     problem = f"unknown sampler {sampler!r}, known are {', '.join(SAMPLERS)}"
-    raise UserError(problem, option(f'sampler="{close[0]}"', f"--sampler {close[0]}"))
+    raise UserError(problem, setting("sampler", close[0]))
 
 
 def sampler_name(sampler: str | Sampler) -> str:

@@ -7,7 +7,7 @@ from ditforge.engines.compilers import Compiler, compilers, find_compiler
 from ditforge.engines.gpus import CPU, Target
 from ditforge.errors import UserError
 from ditforge.manifest import Component
-from ditforge.option import setting
+from ditforge.option import command, setting
 from ditforge.placement import Placement
 
 
@@ -74,17 +74,19 @@ def check_component(compiler: Compiler, name: str, component: Component, target:
                 continue
             there = "the CPU" if device == CPU else device
             problem = f"{name} is in {lacking}, which {compiler.name} does not execute on {there}"
-            raise UserError(problem, f"ditforge export CHECKPOINT {instead(component, formats)}")
+            raise UserError(problem, instead(component, formats))
     compiler.check(name, component, target)
 
 
 def instead(component: Component, formats: object) -> str:
-    """The options of an export in the nearest number formats that the compiler executes."""
+    """The command that exports in the nearest number formats that the compiler executes."""
     known = [precision for precision in gpus.SINCE if precision in formats]  # type: ignore[operator]
     plain = [precision for precision in known if precision in ("fp32", "fp16", "bf16")]
     if component.precision in known and component.precision not in plain:
-        return f"--precision {component.precision} --activations {plain[0]}"
+        return command("ditforge export CHECKPOINT --precision {} --activations {}", component.precision, plain[0])
     eight_bit = [precision for precision in known if precision not in plain]
     if "fp32" in plain or not eight_bit:
-        return f"--precision {plain[0]}   (or {' or '.join([*plain[1:], *eight_bit])})"
-    return f"--precision {eight_bit[-1]} --activations {plain[0]}   (or {plain[0]})"
+        others = " or ".join([*plain[1:], *eight_bit])
+        return f"{command('ditforge export CHECKPOINT --precision {}', plain[0])}   (or {others})"
+    form = "ditforge export CHECKPOINT --precision {} --activations {}   (or {})"
+    return command(form, eight_bit[-1], plain[0], plain[0])

@@ -51,7 +51,7 @@ def check(name: str, component: Component, target: Target) -> None:
         ]
         raise UserError(
             f"tensorrt compiles on the GPU itself, and this machine's is {here} ({here.name}), not {target}",
-            f"run ditforge build on a machine with {target}"
+            f"ditforge build   on a machine with {target}"
             + (f"; or {setting('compiler', others[0])}" if others else ""),
         )
 

@@ -24,6 +24,7 @@ from ditforge.engines.compilers import Arrays, Shape
 from ditforge.engines.compilers.tensorrt_common import NO_DRIVER, make_log
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 from ditforge.local_gpu import why_not_here
+from ditforge.option import command
 
 _lock = threading.Lock()  # the engines of a process take turns, and so
 _scratch: Any = None  # share the memory of their activations,
@@ -32,7 +33,8 @@ _loaded: WeakSet[Execution] = WeakSet()  # as long as there are any
 
 def check_here(plan: Path, compiler: str, target: str, built_with: str, version: str) -> None:
     """Raise UserError, with the command to build again, if the plan is for another version or another GPU."""
-    rebuild = f"ditforge build ONNX_DIR --gpu local --compiler {compiler} --out DIR   and then ditforge repo"
+    again = "ditforge build ONNX_DIR --gpu local --compiler {} --out DIR   and then ditforge repo"
+    rebuild = command(again, compiler)
     if built_with and built_with != version:
         raise UserError(f"{plan} was compiled by {compiler} {built_with}, and {version} is installed", rebuild)
     if why := why_not_here([target]):
@@ -49,7 +51,7 @@ def load_plan(trt: Any, plan: Path, compiler: str, target: str) -> Execution:
         said = [error for error in log.errors if NO_DRIVER not in error] or log.errors
         raise DitforgeError(
             f"{compiler} {trt.__version__} cannot load {plan}: {' '.join('; '.join(said).split())}",
-            f"ditforge build ONNX_DIR --gpu {target} --compiler {compiler} --out DIR   again",
+            command("ditforge build ONNX_DIR --gpu {} --compiler {} --out DIR   again", target, compiler),
         )
     try:
         import cupy

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from diffusers.loaders import single_file_utils
@@ -235,7 +236,7 @@ def recipes_for(layout: Layout, names: Iterable[str]) -> dict[str, Recipe]:
 
 def lora_of(file: Path) -> str:
     """Return the option that gives the LoRA `file`."""
-    return option(f'loras=["{file}"]', f"--lora {file}:1.0")
+    return option(f'loras=["{file}"]', f"--lora {quote(f'{file}:1.0')}")
 
 
 def unknown(file: Path, tensors: Tensors) -> UserError:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ditforge.errors import UserError
-from ditforge.option import as_flags, as_keys, check_names, option, setting
+from ditforge.option import as_flags, as_keys, check_names, command, option, setting
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -49,6 +49,7 @@ def test_an_option_reads_as_whoever_reads_it_writes_it(made: str, python: str, f
         ("fp8", 'precision="fp8"', "--precision fp8"),
         (28, "precision=28", "--precision 28"),
         (True, "precision=True", "--precision"),
+        ("my file", 'precision="my file"', "--precision 'my file'"),
     ],
 )
 def test_an_option_with_a_value(value: object, python: str, flags: str) -> None:
@@ -75,6 +76,13 @@ def test_an_option_of_a_file() -> None:
     assert str(size) == 'size="16:9"'
 
 
+def test_a_command_is_quoted_for_a_shell() -> None:
+    assert command("ditforge build {} --gpu {} --out DIR", Path("my folder"), "cpu") == (
+        "ditforge build 'my folder' --gpu cpu --out DIR"
+    )
+    assert command("ditforge verify {}", "a{b}'c") == """ditforge verify 'a{b}'"'"'c'"""
+
+
 def test_names_that_there_are_not() -> None:
     check_names(["steps"], ["steps", "seed"])
     with pytest.raises(UserError, match=r"no option 'stepz'\nfix:   steps=…; the options are steps, seed"):
@@ -89,7 +97,7 @@ def flags_in_errors(source: str) -> list[str]:
     """Texts in errors and constants that name a flag, but for whole commands and what option() makes."""
 
     def texts(node: ast.AST) -> Iterator[str]:
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("option", "setting"):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("option", "setting", "command"):
             return
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.value
@@ -135,5 +143,49 @@ def test_errors_of_the_library_name_no_bare_flags(room: str) -> None:
         if path.parent.name != "commands"
         and path.name not in COMMAND_LINE
         and (flags := flags_in_errors(path.read_text()))
+    }
+    assert not found
+
+
+COMMANDS = "build|calibrate|export|generate|inspect|plan|repo|serve|up|verify"
+# A value in a command, up to the spaces that end it, or behind a flag.
+UNQUOTED = re.compile(rf"ditforge (?:{COMMANDS})\b(?:(?!   |, |; )[^{{])*{{}}|--[a-z][a-z-]* {{}}")
+
+
+def unquoted_values(source: str) -> list[str]:
+    """Texts with a command or a flag whose value a shell may read as something else.
+
+    command(), quote() and the formatting of a number make a value that it does not.
+    """
+
+    def is_safe(part: ast.FormattedValue) -> bool:
+        name = part.value.func.id if isinstance(part.value, ast.Call) and isinstance(part.value.func, ast.Name) else ""
+        return part.format_spec is not None or name in ("quote", "command", "setting", "option")
+
+    def text(node: ast.JoinedStr) -> str:
+        parts = [
+            part.value if isinstance(part, ast.Constant) else "" if is_safe(part) else "{}"  # type: ignore[arg-type]
+            for part in node.values
+        ]
+        return "".join(map(str, parts))
+
+    texts = [text(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.JoinedStr)]
+    return [each for each in texts if UNQUOTED.search(each)]
+
+
+def test_values_that_would_be_found() -> None:
+    assert unquoted_values('f"ditforge build {folder} --out DIR"') == ["ditforge build {} --out DIR"]
+    assert unquoted_values('f"choose --out {folder}"') == ["choose --out {}"]
+    assert not unquoted_values('f"ditforge build DIR   on a machine with {gpu}"')
+    assert not unquoted_values('f"--out {quote(folder)} --grace {seconds:g}, or {command(form, folder)}"')
+
+
+@pytest.mark.parametrize("room", ["export", "engines", "triton_repo", "client", "trunk"])
+def test_commands_in_errors_can_be_pasted(room: str) -> None:
+    """Also for a folder with a space in its name."""
+    found = {
+        path.relative_to(ROOT): values
+        for path in (ROOT / room).rglob("*.py")
+        if (values := unquoted_values(path.read_text()))
     }
     assert not found

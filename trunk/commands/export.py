@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from shlex import quote
 from typing import Annotated
 
 import typer
 
 from ditforge import terminal
 from ditforge.downloading import downloaded
+from ditforge.option import command
 from ditforge.options import Force, GpuOrNone, Out, Precision, RandomWeights, Ranges, Source, SourceFlags, T5Precision
 
 
@@ -71,5 +71,5 @@ def export(
         terminal.say(f"relative error of the velocity: {exported.choice.velocity:.4f}")
     size = sum(file.size for component in components.values() for file in component.files.values())
     terminal.note(f"wrote {out}: {len(components)} components, {size / 1e9:.2f} GB")
-    named = quote(gpu) if gpu else "GPU" if options.precision else "cpu"
-    terminal.note(f"next: ditforge build {quote(str(out))} --gpu {named} --out DIR")
+    named = gpu or ("GPU" if options.precision else "cpu")
+    terminal.note(f"next: {command('ditforge build {} --gpu {} --out DIR', out, named)}")

@@ -6,6 +6,7 @@ import os
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -77,7 +78,8 @@ def check_cache(cache: Path | None) -> None:
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if there.is_dir() and os.access(there, os.W_OK):
         return
-    problem = f"nothing can be kept in --cache {folder}: {there} is {'read-only' if there.is_dir() else 'no folder'}"
+    state = "read-only" if there.is_dir() else "no folder"
+    problem = f"nothing can be kept in --cache {quote(str(folder))}: {there} is {state}"
     raise UserError(problem, "--cache FOLDER, with another one")
 
 

@@ -43,7 +43,7 @@ class Fit:
     """Whether, and how, a model makes pictures of up to `size` x `size` pixels on a GPU.
 
     peaks, peak: the bytes of the GPU's memory that are used in each phase, and the largest of these.
-    usable: the bytes that engines can have.
+    usable: the bytes that engines can have, or None if the memory of the GPU is not known.
     vae_tile: the side in pixels of the autoencoder's tiles, or None if it takes whole pictures.
     estimate: how long it takes, or None if the GPU's speed is not known or it does not fit.
     """

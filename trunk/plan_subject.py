@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ditforge import __version__, folders, manifest, small_files, terminal
 from ditforge.cache import default_cache
-from ditforge.contract import DIT
 from ditforge.downloading import downloaded
 from ditforge.engines import gpus
 from ditforge.engines.gpus import Target
@@ -23,6 +22,7 @@ from ditforge.engines.memory.memory_plan import Part
 from ditforge.errors import UserError
 from ditforge.footprint import Footprint
 from ditforge.model import Model
+from ditforge.suited import checked_around
 
 if TYPE_CHECKING:
     from ditforge.export.checkpoint.diffusers_folder import Checkpoint
@@ -66,14 +66,12 @@ class Subject:
 
 def choose_precision(target: Target, precision: str | None) -> tuple[str, str]:
     """The precision for the GPU, and the dtype of the other layers. Raises UserError if the GPU lacks them."""
-    from ditforge.export.quantisation.precision import EIGHT_BIT, PRECISIONS
+    from ditforge.export.quantisation.precision import PRECISIONS
 
     chosen = precision or gpus.default_precision(target)[0]
     if chosen not in PRECISIONS:
         raise UserError(f"unknown precision {chosen!r}", f"use one of: {', '.join(PRECISIONS)}")
-    around = gpus.default_activations(target) if chosen in EIGHT_BIT else chosen
-    gpus.check_precision(DIT, chosen, around, target)
-    return chosen, around
+    return chosen, checked_around(chosen, gpus.default_activations(target), target)
 
 
 def part(name: str, found: dict[str, Footprint], precision: str, around: str) -> Part:
@@ -105,39 +103,45 @@ def read_subject(wanted: Wanted) -> Subject:
             raise UserError(f"{path} is exported already, with text encoders or without", "leave out --text-encoders")
         return exported(path, wanted)
     folders.check_checkpoint(path)
-    source = wanted.source
-    if not path.exists() and not source.random_weights:
-        from ditforge.export.families import find_published
-
-        if find_published(str(path)):
-            source = replace(source, random_weights=True)
-        else:
-            source = downloaded(source, weights=False)
-    wanted = replace(wanted, source=source)
-    found = read_shipped(wanted)
-    if found is None:
-        file = kept_at(wanted)
-        found = read_kept(file)
-    if found is None:
-        from ditforge.export.checkpoint.source import opened
-
-        with opened(source) as checkpoint:
-            found = measured(checkpoint, wanted)
-        keep(found, file)
+    found = read_measurement(replace(wanted, source=configurations(wanted.source)))
     check_size(found.model, wanted.size)
     return Subject(found.model, found.footprints)
 
 
+def configurations(source: CheckpointSource) -> CheckpointSource:
+    """The source with configurations that are here: those of a published model, or downloaded without the weights."""
+    if source.path.exists():
+        return source
+    from ditforge.export.families import find_published
+
+    if published := find_published(str(source.path)):
+        return replace(source, path=published, random_weights=True)
+    return source if source.random_weights else downloaded(source, weights=False)
+
+
+def read_measurement(wanted: Wanted) -> Measurement:
+    """The measurement that the model comes with, or that an earlier run has kept; or else a new one, which is kept."""
+    if shipped := read_shipped(wanted):
+        return shipped
+    file = kept_at(wanted)
+    if kept := read_kept(file):
+        return kept
+    from ditforge.export.checkpoint.source import opened
+
+    with opened(wanted.source) as checkpoint:
+        found = measured(checkpoint, wanted)
+    keep(found, file)
+    return found
+
+
 def read_shipped(wanted: Wanted) -> Measurement | None:
     """The measurement that a published model's configurations come with; None if the user asks for something else."""
-    source, published = wanted.source, None
-    if source.random_weights and not source.path.exists():
-        from ditforge.export.families import find_published
-
-        published = find_published(str(source.path))
-    if published is None or wanted.precision == "fp32" or source.text_encoders != "all":
+    source = wanted.source
+    if not source.random_weights or wanted.precision == "fp32" or source.text_encoders != "all":
         return None
-    return read_kept(published / SHIPPED)
+    from ditforge.export.families import published_models
+
+    return read_kept(source.path / SHIPPED) if source.path in published_models().values() else None
 
 
 def kept_at(wanted: Wanted) -> Path:
@@ -162,10 +166,6 @@ def described(path: Path) -> list[tuple[object, ...]]:
     """
     if path.is_file():
         return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)]
-    if not path.exists():
-        from ditforge.export.families import find_published
-
-        path = find_published(str(path)) or path
     texts = sorted(file for file in path.rglob("*") if file.suffix in (".json", ".txt", ".model") and file.is_file())
     sizes = sorted(file for file in path.rglob("*.safetensors") if file.is_file())
     digests = [(str(file.relative_to(path)), sha256(file.read_bytes()).hexdigest()) for file in texts]

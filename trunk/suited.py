@@ -20,8 +20,6 @@ def suited(options: ExportOptions, target: Target | None) -> tuple[ExportOptions
     Only options that are None are chosen. If there is a calibration, the precision is fp8. Otherwise, without a target,
     the precision stays None, which means fp32. Raises UserError for a precision that the target lacks.
     """
-    from ditforge.export.quantisation.precision import EIGHT_BIT
-
     precision, activations, reason = options.precision, options.activations, "as asked for"
     if precision is None and options.calibration:
         precision, reason = "fp8", "a calibration is given"
@@ -31,6 +29,18 @@ def suited(options: ExportOptions, target: Target | None) -> tuple[ExportOptions
         reason = f"for the CPU; for a GPU, say {setting('gpu', 'GPU')} here (ditforge gpus lists them)"
     if target:
         activations = activations or gpus.default_activations(target)
-        if target.capabilities and precision:
-            gpus.check_precision(DIT, precision, activations if precision in EIGHT_BIT else precision, target)
+        if precision:
+            checked_around(precision, activations, target)
     return replace(options, precision=precision, activations=activations), reason
+
+
+def checked_around(precision: str, activations: str, target: Target) -> str:
+    """The dtype of the layers around the quantised ones: `activations` beside 8-bit weights, or else the precision.
+
+    Raises UserError if a GPU of the target cannot compute the DiT so.
+    """
+    from ditforge.export.quantisation.precision import EIGHT_BIT
+
+    around = activations if precision in EIGHT_BIT else precision
+    gpus.check_precision(DIT, precision, around, target)
+    return around

@@ -1,4 +1,4 @@
-"""The sampler DPM-Solver++(2M) for the diffusion SDE, which adds noise in each step."""
+"""The sampler DPM-Solver++(2M) for the diffusion SDE, which adds noise in each step, unless eta is 0."""
 
 import math
 from itertools import pairwise
@@ -18,10 +18,10 @@ def sample_dpmpp_2m_sde(
 ) -> Array:
     """SDE-DPM-Solver++(2M), midpoint, with alpha = 1 - sigma (Lu et al. 2022, arXiv:2211.01095, appendix C).
 
-    Arguments and result are those of `Sampler`. It calls denoise once a step, and noise once in each step but the last.
-    eta scales the noise as in k-diffusion's sample_dpmpp_2m_sde: 1 is the paper's solver, and 0 is dpmpp_2m. s_noise
-    multiplies the noise that is added. k-diffusion draws the noise from a Brownian tree; here it is independent in each
-    step, as in diffusers.
+    Arguments and result are those of `Sampler`. It calls denoise once a step and, if eta and s_noise are above 0,
+    noise once in each step but the last. eta scales the noise as in k-diffusion's sample_dpmpp_2m_sde: 1 is the paper's
+    solver, and 0 is dpmpp_2m. s_noise multiplies the noise that is added. k-diffusion draws the noise from a Brownian
+    tree; here it is independent in each step, as in diffusers.
     """
     previous, h_last = latents, math.inf
     for i, (sigma, sigma_next) in enumerate(pairwise(map(float, sigmas))):

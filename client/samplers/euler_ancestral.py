@@ -1,4 +1,4 @@
-"""The sampler euler_ancestral: Euler's method with fresh noise in each step."""
+"""The sampler euler_ancestral: Euler's method with fresh noise in each step, unless eta is 0."""
 
 import math
 from itertools import pairwise
@@ -18,10 +18,10 @@ def sample_euler_ancestral(
 ) -> Array:
     """Euler's method to a level below the next one, and noise back up to it (ComfyUI's sample_euler_ancestral_RF).
 
-    Arguments and result are those of `Sampler`. It calls denoise once a step, and noise once in each step but the last.
-    A step from sigma to s first goes down to s * (1 + eta * (s / sigma - 1)). Then the latents are scaled, and noise is
-    added, so that their shares of data and noise are those of level s. With eta 0, it is euler. s_noise multiplies the
-    noise that is added.
+    Arguments and result are those of `Sampler`. It calls denoise once a step and, if eta is above 0, noise once in
+    each step but the last. A step from sigma to s first goes down to s * (1 + eta * (s / sigma - 1)). Then the latents
+    are scaled, and noise is added, so that their shares of data and noise are those of level s. With eta 0, it is
+    euler. s_noise multiplies the noise that is added.
     """
     for i, (sigma, sigma_next) in enumerate(pairwise(map(float, sigmas))):
         velocity = denoise(latents, sigmas[i])

@@ -159,11 +159,11 @@ def held_components(path: Path) -> frozenset[str]:
 
 def _suggest(path: Path) -> None:
     """Raise UserError, with the repository's name, if `path` is nearly the name of a published model."""
-    if found := published(path.name):
+    if found := nearest_repository(path.name):
         raise UserError(f"{path} is not a folder", f"{found}   is the repository of that name")
 
 
-def published(name: str) -> str | None:
+def nearest_repository(name: str) -> str | None:
     """Return the repository of the published model with the nearest name; None if none is near."""
     near = get_close_matches(NICKNAME.sub("stable-diffusion-", name.lower()), PUBLISHED, n=1, cutoff=0.85)
     return PUBLISHED[near[0]] if near else None

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from ditforge.errors import DitforgeError, UserError
-from ditforge.export.checkpoint.hub import Reference, published
+from ditforge.export.checkpoint.hub import Reference, nearest_repository
 from ditforge.stage_folder import FULL
 
 # The base class of httpx's errors. It is taken from here because huggingface_hub 1 and 2 use different packages of it.
@@ -53,7 +53,7 @@ def explain(error: BaseException, reference: Reference) -> DitforgeError:
         return UserError(f"{here} is gated: its terms must be accepted first", f"accept them at {page}, then: {LOG_IN}")
     if isinstance(error, RepositoryNotFoundError):
         problem = f"{reference} is no file or folder here, and {constants.ENDPOINT} has no repository {here} for you"
-        meant = published(here.split("/")[1])
+        meant = nearest_repository(here.split("/")[1])
         if meant and meant != here:
             return UserError(problem, f"{meant}   is one that is called like it")
         return UserError(problem, f"check the path, or the name; if the repository is private: {LOG_IN}")

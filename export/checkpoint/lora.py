@@ -84,8 +84,8 @@ def fuse(
     loras: the LoRA files, each with its strength.
     layout: has the names that the authors of the DiT's family use; if it is None, only diffusers' names are known.
 
-    Raises UserError for a file that is not a plain LoRA, has keys or shapes that do not fit this model, or has only one
-    of the two matrices of a pair.
+    Raises UserError for a file that is not a plain LoRA, has keys or shapes that do not fit this model, has only one
+    of the two matrices of a pair, or says twice how a pair is scaled.
     """
     targets = spellings(components, layout)
     found: Additions = {}
@@ -137,6 +137,9 @@ def read_lora(
         rank = pair.down.length
         if not rank or (pair.alpha and prod(pair.alpha.shape) != 1):
             raise UserError(f"{file}: {module} has a rank of 0, or not one alpha", "copy the file again")
+        if pair.alpha and settings.config(module).get("use_rslora"):
+            problem = f"{file}: {module} has an alpha, and {METADATA_KEY} in the header has use_rslora"
+            raise UserError(f"{problem}: which of the two scales is meant is not known", "keep one of them in the file")
         scale = strength * settings.scale(module, rank, pair.alpha)
         for target in targets[module]:
             weight = components[target.component][target.name]
@@ -226,6 +229,10 @@ class Settings:
 
     of: Mapping[str, Mapping[str, Any]]
 
+    def config(self, module: str) -> Mapping[str, Any]:
+        """The configuration of the component that has the module."""
+        return self.of.get(module.partition(".")[0], {})
+
     def scale(self, module: str, rank: int, alpha: Lazy | None) -> float:
         """Return alpha / rank, the factor of the module's product.
 
@@ -234,8 +241,7 @@ class Settings:
         """
         if alpha is not None:
             return float(alpha.read().float().reshape(-1)[0]) / rank
-        component, _, name = module.partition(".")
-        config = self.of.get(component, {})
+        config, name = self.config(module), module.partition(".")[2]
         number = float(config.get("lora_alpha", rank))
         for pattern, value in (config.get("alpha_pattern") or {}).items():
             if re.fullmatch(rf"(.*\.)?({pattern})", name):  # as PEFT matches them

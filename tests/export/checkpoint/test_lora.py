@@ -212,6 +212,23 @@ def test_alpha_in_the_metadata_that_diffusers_writes(flux: DiffusionPipeline, tm
         torch.testing.assert_close(fused[f"{name}.weight"].read(), weight + scale * up @ down)
 
 
+def test_two_scales_are_one_too_many(flux: DiffusionPipeline, tmp_path: Path) -> None:
+    """diffusers loads no file that has both an alpha and PEFT's configuration. Here it depends on use_rslora alone."""
+    dit, name = flux.transformer, "transformer_blocks.0.attn.to_q"
+    weight = dit.get_submodule(name).weight.detach()
+    down, up = matrices(*reversed(weight.shape), 0)
+    tensors = bfl(f"transformer.{name}", down, up) | {f"transformer.{name}.alpha": torch.tensor(2.0)}
+    for rslora in (False, True):
+        metadata = {"lora_adapter_metadata": json.dumps({"transformer.use_rslora": rslora})}
+        file = write(tmp_path, tensors, metadata)
+        if rslora:
+            with pytest.raises(UserError, match=r"to_q has an alpha, and .* has use_rslora"):
+                fuse({"transformer": lazily(dit, tmp_path)}, [(file, 1.0)], FLUX)
+        else:
+            fused = fuse({"transformer": lazily(dit, tmp_path)}, [(file, 1.0)], FLUX)["transformer"]
+            torch.testing.assert_close(fused[f"{name}.weight"].read(), weight + 2.0 / RANK * up @ down)
+
+
 def test_on_top_of_a_single_file_in_float8(flux: DiffusionPipeline, tmp_path: Path) -> None:
     """The names are diffusers' by then, so any style fits any layout; rows are read alone."""
     dit = random_flux.schnell().transformer

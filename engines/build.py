@@ -276,7 +276,7 @@ def write_engines(
 
 
 def kept_files() -> list[str]:
-    """What compilers keep in a folder of engines beside them."""
+    """The names of the files that compilers keep in a folder of engines, beside the engines."""
     return sorted({file for compiler in compilers() for file in compiler.keeps})
 
 
@@ -295,7 +295,10 @@ def ranges(component: Component, profiles: list[Profile], model: Model) -> list[
 
 
 def cut_graph(graph: Path, component: Component, model: Model, profiles: list[Profile], count: int) -> list[Segment]:
-    """Cut a graph into `count` segments; no segments mean that it stays whole. Raises UserError if it has fewer."""
+    """Cut a graph into `count` segments. Raises UserError if it cannot be cut into so many.
+
+    Returns the segments, or none if the graph stays whole.
+    """
     if count == 1:
         return []
     from ditforge.engines.memory.segments import cut

@@ -1,4 +1,4 @@
-"""Model configurations, made with the protobuf classes that Triton's client ships.
+"""Makes the configurations of Triton's models, with the protobuf classes that come with Triton's client.
 
 Source: https://github.com/triton-inference-server/common/blob/main/protobuf/model_config.proto
 """
@@ -29,7 +29,7 @@ LONGEST_WAIT = 600  # the most seconds in that queue, unless the request has an 
 
 
 class EngineSource(BaseModel):
-    """Which files beside model.py are the engine, and how it was made; it travels in the model's parameters."""
+    """The files of the engine, which are beside model.py, and how it was made. It is a parameter of the model."""
 
     files: dict[str, File]
     made: Engine
@@ -38,9 +38,10 @@ class EngineSource(BaseModel):
 def python_model(
     name: str, component: Component, max_batch: int, parameters: dict[str, str], gpu: bool = False
 ) -> pb.ModelConfig:
-    """A model of the Python backend with one instance, whose requests Triton may batch.
+    """Make the configuration of a model of the Python backend, which has one instance.
 
-    On a GPU, tensors that are in its memory are handed over there.
+    Triton puts up to `max_batch` samples of waiting requests into one call of the model. With `gpu`, tensors that are
+    in the GPU's memory are handed to the model there, and are not copied to the CPU's memory.
     """
     config = pb.ModelConfig(
         name=name,
@@ -59,9 +60,10 @@ def python_model(
 def tensorrt_model(
     name: str, component: Component, max_batch: int, parameters: dict[str, str], plan: str, model: Model
 ) -> pb.ModelConfig:
-    """A model of Triton's own TensorRT backend, for the file `plan`; warmed up in each size before it is ready.
+    """Make the configuration of a model of Triton's own TensorRT backend, whose engine is the file `plan`.
 
-    Where sizes are fixed, each is replayed as a CUDA graph, for one picture. Source:
+    Triton executes the model once in each size of `model` before it calls it ready. If the sizes are fixed, Triton also
+    records each size as a CUDA graph for one picture, and replays this graph later. Source:
     https://github.com/triton-inference-server/server/blob/main/docs/user_guide/optimization.md
     """
     config = pb.ModelConfig(
@@ -99,10 +101,11 @@ def tensorrt_model(
 
 
 def batching() -> pb.ModelDynamicBatching:
-    """Requests that wait are batched. The queue is bounded; who waited longer than the client does is refused.
+    """Make the settings by which Triton batches waiting requests. The queue has a limit.
 
-    Triton takes a request's own timeout only where it is shorter than the default one. Text encoders have no such
-    queue, since they must not refuse what an ensemble asks of them; what they are asked came through the tokenizer's.
+    A request that has waited for longer than a client waits is refused. Triton uses a request's own timeout only if it
+    is shorter than this one. Text encoders have no such queue, because they must not refuse what an ensemble asks of
+    them, and what they are asked has passed the tokenizer's queue before.
     """
     policy = pb.ModelQueuePolicy(
         timeout_action=pb.ModelQueuePolicy.REJECT,
@@ -114,9 +117,10 @@ def batching() -> pb.ModelDynamicBatching:
 
 
 def ensemble(name: str, members: dict[str, Component], limits: Limits) -> pb.ModelConfig:
-    """The members in a row, wired by the names of their tensors; `limits` are those of the first.
+    """Make the configuration of an ensemble of the members, in which a tensor goes where an input has its name.
 
-    What no member produces is an input of the ensemble; what no member consumes is an output.
+    `limits` are those of the first member. A tensor that no member produces is an input of the ensemble, and one that
+    no member consumes is an output.
     """
     produced = {tensor: described for member in members.values() for tensor, described in member.outputs.items()}
     consumed = {tensor: described for member in members.values() for tensor, described in member.inputs.items()}
@@ -141,10 +145,11 @@ def ensemble(name: str, members: dict[str, Component], limits: Limits) -> pb.Mod
 
 
 def text_ways(text: dict[str, Component]) -> dict[str, dict[str, Component]]:
-    """The ways from a prompt to its embeddings, by the names of their ensembles, each with its members.
+    """Find the ways from a prompt to its embeddings. Returns the members of each, by the name of its ensemble.
 
-    Each member that makes `prompt_embeds` ends one; where two do, `text_encoders` is the way through more of them, and
-    `text_encoders_clip` the other one. What a way makes and needs nowhere, it leaves out.
+    `text` has the tokenizer and the text encoders. A way ends with a member that makes `prompt_embeds`. If there are
+    two, the one with more members is called `text_encoders`, and the other one `text_encoders_clip`. Outputs that
+    neither the way itself nor its client uses are left out.
     """
     ends = [name for name, member in text.items() if PROMPT_EMBEDS in member.outputs]
     ways = []
@@ -179,13 +184,13 @@ def _data_type(tensor: Tensor) -> int:
 
 
 def _shape(tensor: Tensor) -> dict[str, Any]:
-    """The dimensions after the batch. Triton wants at least one: a number a sample travels as [B, 1]."""
+    """The dimensions of a tensor without its batch. Triton needs at least one, so [B] is declared as [B, 1]."""
     dims = [dim if isinstance(dim, int) else -1 for dim in tensor.shape[1:]]
     return {"dims": dims} if dims else {"dims": [1], "reshape": pb.ModelTensorReshape(shape=[])}
 
 
 def _sample(tensor: Tensor, height: int, width: int, model: Model) -> list[int]:
-    """The dimensions of one sample's tensor, without the batch, for a picture of that size in pixels."""
+    """The dimensions of a tensor without its batch, for a picture of that height and width in pixels."""
     sizes = {"height": height, "width": width}
     sizes |= {"latent_height": height // model.vae_factor, "latent_width": width // model.vae_factor}
     return [dim if isinstance(dim, int) else sizes[dim] for dim in tensor.shape[1:]]

@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """Answers clients: by itself, or with the answer of Triton, to which `channel` leads while it is ready.
+    """Answers clients, either by itself or with the answer of Triton. `channel` leads to Triton while that is ready.
 
     models: what each model accepts.
     engines: the digest of the engines; empty if it is not known.
@@ -76,7 +76,7 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
         self.capacity = Capacity(message_limit(self.models))
 
     def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
-        """Return the handler of a method, from bytes to bytes. It reads a message once there is room for it."""
+        """Return the handler of a method, which takes and returns bytes. It reads a message once there is room."""
         metadata = dict(call.invocation_metadata or ())
         if not self.may_call(call.method, metadata):
             return grpc.stream_stream_rpc_method_handler(without_token)
@@ -131,7 +131,7 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
         return wire.serialised(pb.ServerReadyResponse(ready=ready))
 
     async def tell(self, method: str, data: bytes) -> bytes:
-        """What is asked about the server or a model. Raises Refused for methods that clients have no business in."""
+        """Answer a question about the server or a model. Raises Refused for methods that are not for clients."""
         name = method.removeprefix(SERVICE)
         if len(data) > LONGEST_QUESTION and (name in DESCRIBING or name == "RepositoryIndex"):
             raise BadRequest(f"a question has at most {LONGEST_QUESTION} bytes, got {len(data)}")
@@ -156,7 +156,7 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
         raise Refused(Status.UNIMPLEMENTED, "this server has no such method")
 
     async def is_ready(self, method: str, data: bytes) -> bool:
-        """Triton's answer to the question whether it, or a model, is ready; no while new pictures cannot be begun."""
+        """Whether Triton, or a model, is ready, as Triton answers it. False while no new pictures can be begun."""
         if self.stopping or self.channel is None:
             return False
         try:
@@ -168,7 +168,7 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
         return bool(pb.ServerReadyResponse.FromString(answer).ready)  # field 1, as in ModelReadyResponse
 
     async def forward(self, method: str, data: bytes, timeout: float | None) -> bytes:
-        """Triton's answer. Raises Refused while there is no Triton."""
+        """Return Triton's answer, which may take `timeout` seconds. Raises Refused while there is no Triton."""
         if self.channel is None:
             raise Refused(Status.UNAVAILABLE, "the models are starting; ask again")
         call: Callable[..., Awaitable[bytes]] = self.channel.unary_unary(method)
@@ -279,5 +279,5 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
 
 
 async def without_token(messages: object, context: grpc.aio.ServicerContext) -> None:
-    """The answer to callers without the token, which does not wait for their message."""
+    """Refuse a caller who has not sent the token, without waiting for the message."""
     await refuse(context, Status.UNAUTHENTICATED, "this server wants a token: authorization: Bearer TOKEN")

@@ -17,12 +17,15 @@ LIBPYTHON = re.compile(rb"libpython3(?:-\w+)?(\.\d+)\.so[.\d]*")
 
 
 def other_triton() -> str:
-    """Return how to get a Triton that runs here."""
+    """Return the advice, for errors, on how to get a Triton that runs here."""
     return f"{install_hint.install('serve')}, or run in the container nvcr.io/nvidia/tritonserver"
 
 
 def find_tritonserver() -> Path:
-    """The command on PATH, or the folder of nvidia-pytriton's wheel. Raises UserError where neither can be run."""
+    """Find the path of the tritonserver command, or else the folder of Triton in nvidia-pytriton's wheel.
+
+    Raises UserError if there is neither, or if it cannot run here.
+    """
     version = sysconfig.get_python_version()
     if found := shutil.which("tritonserver"):
         stub = Path(found).resolve().parent.parent / "backends" / "python" / STUB
@@ -45,7 +48,11 @@ def find_tritonserver() -> Path:
 
 
 def tritonserver_command(folder: Path, env: dict[str, str]) -> list[str]:
-    """The command that runs Triton, with what it needs put into `folder` and into env's LD_LIBRARY_PATH."""
+    """Return the command that runs Triton, as a list of words.
+
+    For nvidia-pytriton's Triton, links to files that it needs are made in `folder`, and env's LD_LIBRARY_PATH is
+    extended. Raises UserError if Triton, or the library of this Python, is missing.
+    """
     wheel = find_tritonserver()
     if wheel.is_file():
         return [str(wheel)]
@@ -72,10 +79,11 @@ def tritonserver_command(folder: Path, env: dict[str, str]) -> list[str]:
 
 
 def python_environment(folder: Path) -> Path:
-    """A virtual environment that imports what this Python imports; returns its `bin`, for the front of PATH.
+    """Make a virtual environment in `folder` that can import everything that this Python can.
 
-    The stub finds its Python as the first python3 on PATH, and as it isolates it (PEP 587), it would read neither
-    PYTHONPATH nor the user's site-packages. addsitedir() also runs the import hooks of editable installs.
+    Returns its `bin` folder, which has to come first in PATH: the stub of Triton's Python backend uses the first
+    python3 there. The stub isolates this Python (PEP 587), which therefore reads neither PYTHONPATH nor the user's
+    site-packages. addsitedir() also runs the import hooks of editable installs.
     """
     packages = folder / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
     packages.mkdir(parents=True)

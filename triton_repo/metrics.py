@@ -1,4 +1,4 @@
-"""Prometheus metrics of a server: those of ditforge, followed by Triton's own."""
+"""Serves the metrics of a server in Prometheus' format: first those of ditforge, then Triton's own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
-    """The server's counters. `models` are the names that may label them, so that strangers cannot invent labels."""
+    """The counters of a server. Only the names in `models` become labels, so that strangers cannot make new ones."""
 
     def __init__(self, models: Iterable[str]) -> None:
         self.registry = CollectorRegistry()
@@ -55,14 +55,15 @@ class Metrics:
             self.restarts.labels(process)
 
     def answered(self, model: str, status: str, seconds: float) -> None:
-        """Count a request."""
+        """Count a request to a model that was answered with this gRPC status after so many seconds."""
         self.requests.labels(model, status).inc()
         self.seconds.labels(model).observe(seconds)
 
     def serve(self, host: str, port: int, triton: Path, active: Callable[[], int]) -> int:
-        """Serve them over HTTP at `host`; returns the port. `triton` is the Unix socket of Triton's own metrics.
+        """Serve the metrics over HTTP, in a thread. Returns the port, which is a free one if `port` is 0.
 
-        Raises OSError where the port cannot be had.
+        `triton` is the Unix socket of Triton's own metrics, and `active` returns the number of unfinished pictures.
+        Raises OSError if the port cannot be used.
         """
         self.active.set_function(active)
 
@@ -79,8 +80,9 @@ class Metrics:
 
 
 class BoundedServer(ThreadingMixIn, WSGIServer):
-    """Each connection in a thread. Of MOST_CONNECTIONS that are open, the oldest ends where there is another one, so
-    that those who send slowly keep nobody out.
+    """An HTTP server with a thread for each connection.
+
+    If there are more than MOST_CONNECTIONS, the oldest one is closed, so that slow senders cannot keep others out.
     """
 
     daemon_threads = True  # which do not keep the process alive
@@ -92,7 +94,7 @@ class BoundedServer(ThreadingMixIn, WSGIServer):
         self.lock = threading.Lock()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer in a thread."""
+        """Answer a request in a thread of its own."""
         with self.lock:
             self.connections.append(request)
             oldest = self.connections.pop(0) if len(self.connections) > MOST_CONNECTIONS else None
@@ -108,20 +110,20 @@ class BoundedServer(ThreadingMixIn, WSGIServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Nothing: a connection that ends early is no news, and a stranger could fill the log with it."""
+        """Do nothing: a connection that ends early is no news, and a stranger could fill the log with it."""
 
 
 class Quiet(WSGIRequestHandler):
-    """Requests for metrics are not logged, and end if the other side is silent for long."""
+    """Handles requests for metrics without a log, and ends them if the other side is silent for too long."""
 
     timeout = 10
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def tritons_metrics(path: Path) -> bytes:
-    """Read Triton's own metrics from its Unix socket; empty while the socket does not exist."""
+    """Read Triton's own metrics from its Unix socket. They are empty as long as nobody listens there."""
     try:
         with closing(UnixConnection(path)) as connection:
             connection.request("GET", "/metrics")
@@ -131,7 +133,7 @@ def tritons_metrics(path: Path) -> bytes:
 
 
 class UnixConnection(HTTPConnection):
-    """HTTP over a Unix socket."""
+    """An HTTP connection over the Unix socket `path`."""
 
     def __init__(self, path: Path) -> None:
         super().__init__("localhost", timeout=5)

@@ -1,4 +1,4 @@
-"""Inference requests as they come from the wire (KServe's protocol, version 2), checked before Triton sees them.
+"""Reads and checks inference requests of KServe's protocol, version 2, before Triton sees them.
 
 Source: https://github.com/triton-inference-server/common/blob/main/protobuf/grpc_service.proto
 """
@@ -54,7 +54,7 @@ def serialised(message: Message) -> bytes:
 
 
 def parse(data: bytes, kind: type[M]) -> M:
-    """The message of that kind in `data`. Raises BadRequest if there is none."""
+    """Read a message of that kind. Raises BadRequest if `data` is no such message."""
     try:
         result: M = kind.FromString(data)
         return result
@@ -63,7 +63,10 @@ def parse(data: bytes, kind: type[M]) -> M:
 
 
 def parse_infer(data: bytes) -> tuple[pb.ModelInferRequest, list[memoryview]]:
-    """The ModelInferRequest in `data` without its raw contents, and these, not copied. Raises BadRequest if none is."""
+    """Read a ModelInferRequest. Returns it without its raw contents, and the raw contents, which are not copied.
+
+    Raises BadRequest if `data` is no such message.
+    """
     head, raw = split(data, RAW_INPUT)
     request = parse(head, pb.ModelInferRequest)
     if request.raw_input_contents:  # by a tag that is written in another way than ours
@@ -72,10 +75,11 @@ def parse_infer(data: bytes) -> tuple[pb.ModelInferRequest, list[memoryview]]:
 
 
 def split(data: bytes, raw_tag: int) -> tuple[bytes, list[memoryview]]:
-    """A message without its raw contents, and these, not copied.
+    """Split a message into its bytes without the raw contents, and the raw contents, which are not copied.
 
-    Raises BadRequest if it has absurdly many or large parts: millions of empty ones, which a parser would make, take
-    gigabytes. Source: https://protobuf.dev/programming-guides/encoding
+    `raw_tag` is the tag of a raw content. Raises BadRequest if the message is damaged, or has far too many or too large
+    parts: a parser would need gigabytes for millions of empty ones.
+    Source: https://protobuf.dev/programming-guides/encoding
     """
     view, head, raw = memoryview(data), bytearray(), list[memoryview]()
     for number, (tag, start, content, end) in enumerate(parts(data)):
@@ -94,7 +98,7 @@ def split(data: bytes, raw_tag: int) -> tuple[bytes, list[memoryview]]:
 
 
 def message(request: pb.ModelInferRequest, raw: Sequence[memoryview]) -> bytes:
-    """The ModelInferRequest with its raw contents, written anew: nothing is forwarded as a stranger wrote it."""
+    """Write a ModelInferRequest with its raw contents anew, so that nothing is forwarded as a stranger wrote it."""
     written = [request.SerializeToString()]
     for content in raw:
         written += [bytes([RAW_INPUT]), as_varint(len(content)), content]
@@ -111,9 +115,10 @@ def as_varint(value: int) -> bytes:
 
 
 def parts(data: bytes) -> Iterator[tuple[int, int, int, int]]:
-    """The parts of a message: the tag, and where the part, its content and what follows begin.
+    """Yield (tag, start, content, end) for each part of a message. The last three are positions in `data`.
 
-    Raises BadRequest where that is no message.
+    `start` is where the part begins, `content` where its content begins, and `end` where the next part begins. Raises
+    BadRequest if `data` is no message.
     """
     start = 0
     while start < len(data):
@@ -134,7 +139,7 @@ def parts(data: bytes) -> Iterator[tuple[int, int, int, int]]:
 
 
 def varint(data: bytes, position: int) -> tuple[int, int]:
-    """The number of variable length at `position`, and the position after it; beyond the end if there is none."""
+    """Read the varint at `position`. Returns its value and the position after it, past the end if it is cut off."""
     value = shift = 0
     while position < len(data) and shift < 70:
         byte = data[position]
@@ -147,7 +152,7 @@ def varint(data: bytes, position: int) -> tuple[int, int]:
 
 
 def check(request: pb.ModelInferRequest, raw: Sequence[memoryview], served: ModelSignature) -> None:
-    """Raise BadRequest unless the request, with these raw contents, is one that the model takes."""
+    """Raise BadRequest unless the model `served` takes the request with the raw contents `raw`."""
     if refused := sorted(set(request.parameters) - PARAMETERS):
         raise BadRequest(f"parameters of a request are {', '.join(sorted(PARAMETERS))}, got {shown(refused[0])}")
     for name, value in request.parameters.items():
@@ -192,7 +197,10 @@ def count(tensor: pb.ModelInferRequest.InferInputTensor) -> int:
 
 
 def from_raw(tensor: pb.ModelInferRequest.InferInputTensor, raw: memoryview) -> NDArray[Any] | None:
-    """The values of a tensor that came as raw bytes, not copied; None for BF16. Raises BadRequest if they are wrong."""
+    """Return the values of a tensor that was sent as raw bytes, which are not copied, or None for BF16.
+
+    Raises BadRequest if the bytes do not fit the tensor's dtype and shape.
+    """
     elements = count(tensor)
     if tensor.datatype == "BYTES":
         return np.array(split_texts(tensor.name, raw, elements), np.object_)
@@ -205,7 +213,10 @@ def from_raw(tensor: pb.ModelInferRequest.InferInputTensor, raw: memoryview) -> 
 
 
 def split_texts(name: str, raw: memoryview, elements: int) -> list[bytes]:
-    """Split `raw` into its texts. Before each text stands its length, in four bytes, little-endian."""
+    """Split `raw` into its texts. Before each text stands its length, in four bytes, little-endian.
+
+    Raises BadRequest unless there are as many texts as `elements`. `name` is what the error calls the tensor.
+    """
     texts: list[bytes] = []
     start = 0
     while start < len(raw) and len(texts) <= elements:
@@ -222,7 +233,10 @@ def split_texts(name: str, raw: memoryview, elements: int) -> list[bytes]:
 
 
 def from_typed(tensor: pb.ModelInferRequest.InferInputTensor) -> NDArray[Any]:
-    """The values of a tensor that came as a list of numbers or texts. Raises BadRequest if they do not fit."""
+    """Return the values of a tensor that was sent as a list of numbers or texts.
+
+    Raises BadRequest if they do not fit the tensor's dtype and shape.
+    """
     field = CONTENTS.get(tensor.datatype)
     if field is None:
         raise BadRequest(f"{tensor.name} is {tensor.datatype}, which travels in raw_input_contents only")

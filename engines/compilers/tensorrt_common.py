@@ -88,9 +88,10 @@ def strongly_typed(trt: Any) -> int:
 
 
 def allow_unfused_attention(trt: Any, network: Any) -> None:
-    """Let attention without a kernel of its own for the GPU be computed by several; the parser has the build fail.
+    """Let attention that has no kernel of its own on the GPU be computed by several kernels.
 
-    So it is with heads of 512 channels, as autoencoders have them, on every GPU. Older TensorRTs have no such layer.
+    The parser would let the build fail. So it is with heads of 512 channels, as autoencoders have them, on every GPU.
+    Older TensorRTs have no such layer.
     """
     kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
     for layer in (network.get_layer(i) for i in range(network.num_layers)):

@@ -242,7 +242,7 @@ class Reckoned:
 
     @property
     def of_networks(self) -> tuple[dict[str, Placement], dict[str, str], dict[str, int]]:
-        """What is said of each network."""
+        """The placement, the precision and the size of each network, as `Plan` takes them."""
         return self.placements, self.precisions, self.sizes
 
 
@@ -306,5 +306,5 @@ def explain(plan: Plan, parts: Sequence[Part], tried: Mapping[str, int], side: i
 
 
 def gigabytes(size: int) -> str:
-    """Bytes in words."""
+    """A number of bytes as text, in GB."""
     return f"{size / 1e9:.1f} GB"

@@ -143,7 +143,7 @@ class Origin:
 
     @property
     def size(self) -> int:
-        """Bytes of the constants."""
+        """The number of bytes of the constants."""
         return sum(size_of(value) for value in self.constants)
 
 
@@ -174,7 +174,7 @@ def find_light(graph: ir.Graph) -> dict[ir.Node, Origin]:
 
 
 def size_of(value: ir.Value) -> int:
-    """Bytes of an initializer."""
+    """The number of bytes that an initializer takes."""
     return value.const_value.nbytes if value.const_value is not None else 0
 
 
@@ -231,7 +231,7 @@ def find_cuts(heavy: Sequence[ir.Node], before: NDArray[Any], shapes: dict[ir.Va
 
 
 def bytes_of(value: ir.Value, shape: Shape) -> int:
-    """Bytes of a value of that shape."""
+    """The number of bytes that a value of that shape takes."""
     return math.ceil(math.prod(shape) * value.dtype.itemsize) if value.dtype else 0
 
 

@@ -78,7 +78,7 @@ class OnDemand:
             engine.warm_up()
 
     def run(self, inputs: Arrays) -> Arrays:
-        """Outputs by name for inputs by name."""
+        """Compute the outputs, by name, for inputs by name."""
         with self.loaded() as engine:
             return engine.run(inputs)
 
@@ -107,7 +107,7 @@ class Chain:
             segment.warm_up()
 
     def run(self, inputs: Arrays) -> Arrays:
-        """Outputs by name for inputs by name, in the memory of the CPU."""
+        """Compute the outputs, by name and in the memory of the CPU, for inputs by name."""
         outputs = self.run_batch([inputs])
         return {name: array if isinstance(array, np.ndarray) else array.get() for name, array in outputs.items()}
 

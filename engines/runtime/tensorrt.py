@@ -110,7 +110,7 @@ class Execution:
             raise DitforgeError(f"TensorRT failed in {call}: {said}", "look at the driver's log: dmesg, nvidia-smi")
 
     def run(self, inputs: Arrays) -> Arrays:
-        """Outputs by name for inputs by name, in the memory of the CPU."""
+        """Compute the outputs, by name and in the memory of the CPU, for inputs by name."""
         return {name: array.get() for name, array in self.run_batch([inputs]).items()}
 
     def run_batch(self, parts: list[Arrays]) -> dict[str, Any]:

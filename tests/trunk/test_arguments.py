@@ -166,7 +166,7 @@ def test_what_is_of_no_use_is_named(case: str, value: object) -> None:
         ("AsyncClient-url", None, "addresses are strings, HOST:PORT, got None"),
         ("ConnectionSettings-urls", (3,), r"addresses are strings, HOST:PORT, got \(3,\)"),
         ("ConnectionSettings-urls", "localhost:8001", "addresses are strings, HOST:PORT, got 'localhost:8001'"),
-        ("ConnectionSettings-timeout", 10**400, "timeout must be from above 0"),
+        ("ConnectionSettings-timeout", 10**400, "timeout must be above 0 and at most 604800 seconds"),
     ],
 )
 def test_what_is_said_of_a_wrong_type(case: str, value: object, words: str) -> None:

@@ -169,8 +169,8 @@ def test_it_gives_up_after_the_retry_timeout(make: Any, between: Front) -> None:
 @pytest.mark.parametrize("make", BOTH)
 def test_the_pictures_time_ends_it_all(make: Any, between: Front) -> None:
     between.refuse = lambda call: FULL
-    late = r"not finished within 1 s: it was at text_encoders, where .* was busy"
-    with make(between.url, timeout=1) as client, pytest.raises(DitforgeError, match=late):
+    late = r"not finished within 3 s: it was at text_encoders, where .* was busy"
+    with make(between.url, timeout=3) as client, pytest.raises(DitforgeError, match=late):
         client.generate("a", **SMALL)
 
 

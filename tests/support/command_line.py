@@ -17,7 +17,7 @@ from tritonclient.grpc import InferenceServerClient
 
 from ditforge import cli
 
-PATIENCE = 300  # seconds after which a program counts as stuck, on a machine however slow and busy
+PATIENCE = 900  # seconds after which a program counts as stuck, on a machine however slow and busy
 # Steps that a loop may still make before it notices that it was ended: it must be given the CPU for that.
 FEW = 50
 COMMAND = [sys.executable, "-m", "ditforge"]

@@ -10,6 +10,7 @@ import grpc
 
 from ditforge.credentials import read_file, read_token
 from ditforge.errors import UserError
+from ditforge.option import option
 from ditforge.triton_repo.front import Front
 from ditforge.triton_repo.metrics import LISTENER
 from ditforge.triton_repo.serve_options import FILES, TOKEN, ServeOptions
@@ -78,7 +79,7 @@ def listen(server: grpc.aio.Server, options: ServeOptions, port: int) -> int:
     except RuntimeError:
         taken = 0
     if not taken:
-        raise UserError(f"cannot listen on {options.host}, port {port}", "name a port that is free")
+        raise UserError(f"cannot listen on {options.host}, port {port}", f"{option('port=0')} takes a free one")
     result: int = taken
     return result
 

@@ -75,8 +75,14 @@ class Metrics:
             return [generate_latest(self.registry), tritons_metrics(triton)]
 
         server = make_server(host, port, answer, BoundedServer, Quiet)
-        threading.Thread(target=server.serve_forever, daemon=True, name="metrics").start()
-        return server.server_port
+        number = server.server_port
+
+        def run() -> None:
+            with server:  # if it fails, the port is closed, and does not let those who ask wait
+                server.serve_forever()
+
+        threading.Thread(target=run, daemon=True, name="metrics").start()
+        return number
 
 
 class BoundedServer(ThreadingMixIn, WSGIServer):

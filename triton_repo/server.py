@@ -27,7 +27,7 @@ from typing_extensions import Self, TypedDict, Unpack
 
 from ditforge import folders, local_gpu, manifest
 from ditforge.errors import DitforgeError, UserError
-from ditforge.option import command, option
+from ditforge.option import are_flags, command, option
 from ditforge.triton_repo.installation import find_tritonserver, other_triton
 from ditforge.triton_repo.serve_options import PORTS, ServeOptions, make_options
 
@@ -91,9 +91,12 @@ class Server:
         self._exit: Future[int] = Future()
         self._failure: DitforgeError | None = None
         self.ports = Ports(options.port, options.http_port, options.metrics_port)
+        from ditforge.triton_repo.tritonserver import sweep  # not in the thread: it may have been replaced by then
+
+        self._sweep = sweep
         # A session of its own: Ctrl-C in the terminal reaches the owner only, whose stop() then drains.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "ditforge.triton_repo.service", options.model_dump_json()],
+            [sys.executable, "-m", "ditforge.triton_repo.service", options.model_dump_json(), json.dumps(are_flags())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=output,
@@ -105,20 +108,24 @@ class Server:
         threading.Thread(target=self._read, daemon=True, name=f"server {self.pid}").start()
 
     def _read(self) -> None:
-        """Hear what the process tells, until its end."""
+        """Hear what the process tells, until its end. If that fails, the process is ended: its owner waits for it."""
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            try:
-                self._hear(json.loads(line))
-            except Exception:  # of on_event, which is not ours: the rest is heard all the same
-                log.exception("on_event failed")
+        try:
+            for line in self._process.stdout:
+                try:
+                    self._hear(json.loads(line))
+                except Exception:  # of on_event, which is not ours: the rest is heard all the same
+                    log.exception("on_event failed")
+            self._process.wait()
+            self._sweep()  # what it left, where it was killed
+        except Exception as error:
+            self._process.kill()
+            lost = DitforgeError(f"the server was lost: {type(error).__name__}: {error}", f"look at the log, {self.log}")
+            self._failure = self._failure or lost
         code = self._process.wait()
         if not self._ready.done():
             end = f"the server {how_it_ended(code)} before it was ready"
             self._ready.set_exception(self._failure or DitforgeError(end, f"look at the log, {self.log}"))
-        from ditforge.triton_repo import tritonserver
-
-        tritonserver.sweep()  # what it left, where it was killed
         clean = self._told_to_stop and code == 0 and not (self._died or self.unfinished or self._failure)
         if self._temporary and clean:
             shutil.rmtree(self.log.parent, ignore_errors=True)

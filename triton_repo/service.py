@@ -1,8 +1,9 @@
 """The process that serves: it runs the front and Triton, and starts Triton again when one of its processes dies.
 
-    python -m ditforge.triton_repo.service OPTIONS
+    python -m ditforge.triton_repo.service OPTIONS FLAGS
 
-is how `ditforge.triton_repo.server` runs it. OPTIONS is the JSON of ServeOptions. Events are written to standard
+is how `ditforge.triton_repo.server` runs it. OPTIONS is the JSON of ServeOptions, and FLAGS is true if errors write
+options as the command line does. Events are written to standard
 output, one JSON object per line. The line `stop SECONDS` on standard input ends the process after unfinished pictures
 got that many seconds. The end of standard input ends it at once.
 """
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ditforge.errors import DitforgeError, UserError
+from ditforge.option import as_flags, option
 from ditforge.triton_repo import tritonserver
 from ditforge.triton_repo.front import Front
 from ditforge.triton_repo.listener import Listener, Report, token_of
@@ -72,7 +74,7 @@ async def serve(options: ServeOptions, report: Report, stopped: asyncio.Future[f
             except OSError as error:
                 raise UserError(
                     f"cannot listen on {options.host}, port {options.metrics_port} (metrics): {error.strerror}",
-                    "metrics_port (--metrics-port) names another",
+                    f"{option('metrics_port=0')} takes a free one",
                 ) from None
         report("listening", port=port, metrics_port=served)
         await first_of(keep_running(options, folder, front, report, stopped), listener.keep(report))
@@ -216,7 +218,8 @@ def main() -> None:
             print(json.dumps({"event": event, **details}), flush=True)
 
     try:
-        asyncio.run(obey(options, report))
+        with as_flags(json.loads(sys.argv[2])):
+            asyncio.run(obey(options, report))
     except DitforgeError as error:
         report("failed", problem=error.problem, fix=error.fix, user=isinstance(error, UserError))
         sys.exit(1)

@@ -70,9 +70,11 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
 
 
 def end_with(source: BinaryIO) -> None:
-    """End this process when `source` is closed."""
-    source.read()
-    os._exit(1)
+    """End this process when `source` is closed, or cannot be read any more."""
+    try:
+        source.read()
+    finally:
+        os._exit(1)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from tritonclient.utils import InferenceServerException
 
 import ditforge
 from ditforge.errors import DitforgeError, UserError
-from ditforge.triton_repo import installation, server
+from ditforge.triton_repo import installation, server, tritonserver
 from ditforge.triton_repo.server import start
 from ditforge.triton_repo.tritonserver import PREFIX, SHM
 
@@ -243,6 +243,30 @@ def test_wait_returns_when_the_server_dies(repository: Callable[..., Path]) -> N
         threading.Timer(0.2, os.kill, (running.pid, signal.SIGKILL)).start()
         assert running.wait() == -signal.SIGKILL
         assert eventually(lambda: not processes_of(running.pid))
+
+
+def test_ends_where_ditforge_is_replaced_meanwhile(
+    repository: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is imported any more when the server ends."""
+    running = start(repository(add=ADD_ONE), port=0)
+    with monkeypatch.context() as replaced:
+        replaced.setitem(sys.modules, "ditforge.triton_repo.tritonserver", None)
+        running.stop()
+    assert running.wait() == 0
+
+
+def test_whatever_fails_beside_the_server_ends_it(
+    repository: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> None:
+        raise RuntimeError("out of threads")
+
+    monkeypatch.setattr(tritonserver, "sweep", fails)
+    running = start(repository(add=ADD_ONE), port=0)
+    running.stop()
+    with pytest.raises(DitforgeError, match=r"the server was lost: RuntimeError: out of threads(.|\n)*log"):
+        running.wait()
 
 
 @pytest.mark.parametrize("victim", ["owner", "server"])

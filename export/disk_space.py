@@ -11,6 +11,7 @@ from pathlib import Path
 from ditforge.errors import UserError
 from ditforge.export.network import Network
 from ditforge.option import option
+from ditforge.real_path import real_path
 
 GRAPHS = 50 * 10**6  # bytes reserved for everything but weights: graphs, tokenizers, the manifest
 
@@ -32,7 +33,7 @@ def check_space(out: Path, size: int) -> None:
 
     `out` need not exist yet.
     """
-    parent = Path(os.path.realpath(out)).parent
+    parent = real_path(out).parent
     while not parent.is_dir() and parent != parent.parent:
         parent = parent.parent
     if os.statvfs(parent).f_flag & os.ST_RDONLY:

@@ -16,6 +16,7 @@ from ditforge.arguments import FilePath, Name, Number, Whole
 from ditforge.credentials import Options, check_authorities, check_pair, read_token
 from ditforge.errors import UserError
 from ditforge.option import check_names, option
+from ditforge.real_path import real_path
 
 LAST_PORT = (1 << 16) - 1
 LONGEST = 7 * 24 * 3600  # seconds
@@ -101,7 +102,7 @@ def make_options(repo: Path, options: dict[str, Any]) -> ServeOptions:
     """Make the options and check them against each other. Raises UserError for values that are impossible or unsafe."""
     check_names(options, [name for name in ServeOptions.model_fields if name != "repo"])
     try:
-        made = ServeOptions(repo=repo.resolve(), **options)
+        made = ServeOptions(repo=real_path(repo), **options)
     except ValidationError as error:
         raise refused(error.errors()[0]) from None
     check_ports(made)

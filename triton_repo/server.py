@@ -28,6 +28,7 @@ from typing_extensions import Self, TypedDict, Unpack
 from ditforge import folders, local_gpu, manifest
 from ditforge.errors import DitforgeError, UserError
 from ditforge.option import are_flags, command, option
+from ditforge.real_path import current_folder
 from ditforge.triton_repo.installation import find_tritonserver, other_triton
 from ditforge.triton_repo.serve_options import PORTS, ServeOptions, make_options
 
@@ -120,7 +121,9 @@ class Server:
             self._sweep()  # what it left, where it was killed
         except Exception as error:
             self._process.kill()
-            lost = DitforgeError(f"the server was lost: {type(error).__name__}: {error}", f"look at the log, {self.log}")
+            lost = DitforgeError(
+                f"the server was lost: {type(error).__name__}: {error}", f"look at the log, {self.log}"
+            )
             self._failure = self._failure or lost
         code = self._process.wait()
         if not self._ready.done():
@@ -229,7 +232,7 @@ def start(repo: Path, /, on_event: Callable[[str], object] | None = None, **opti
     find_tritonserver()
     claimed = claim_ports(made)
     temporary = made.log is None
-    file = made.log.absolute() if made.log else Path(tempfile.mkdtemp(prefix="ditforge-serve-"), "tritonserver.log")
+    file = current_folder() / (made.log or Path(tempfile.mkdtemp(prefix="ditforge-serve-"), "tritonserver.log"))
     made = made.model_copy(update={"http_port": claimed.get("http_port"), "log": file})
     with appended(file) as output:
         server = Server(made, output, on_event, temporary)

@@ -16,6 +16,7 @@ import typer
 from typing_extensions import get_type_hints  # works as in Python 3.11 on 3.10 too, where TensorRT 8.6 is tried
 
 from ditforge import completion, verbosity
+from ditforge.real_path import current_folder
 
 if TYPE_CHECKING:
     from ditforge.export.checkpoint.source import CheckpointSource
@@ -204,6 +205,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
     def run(**values: Any) -> None:
         verbosity.choose(values.pop("verbose"), values.pop("quiet"))
+        current_folder()
         made = {
             name: record(**{field.name: values.pop(field.name) for field in fields(record)})
             for name, record in records.items()

@@ -10,10 +10,12 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from shlex import quote
 
 from ditforge.errors import UserError
 from ditforge.manifest import FILE_NAME, Kind, parse
 from ditforge.option import option, setting
+from ditforge.real_path import current_folder, real_path
 from ditforge.unfinished_folder import SUFFIX, partial_folder
 
 OTHER_OUT = option("choose another out, or remove it first", "choose another --out, or remove it first")
@@ -32,7 +34,8 @@ def check_early(target: Path, kind: Kind) -> None:
     Some things are not known yet and are left to `check_replaceable`: which files beside those in the manifest belong
     to the stage, and, if `target` is a folder of `kind` already, whether anything has to be written.
     """
-    target = Path(os.path.realpath(target))
+    target = real_path(target)
+    check_outside(target)
     if os.path.isfile(target / FILE_NAME):
         check_kind(target, kind)
     else:
@@ -45,7 +48,8 @@ def check_replaceable(target: Path, kind: Kind, own: Iterable[str], model: str =
     Only files that the manifest in `target` lists, and those with a name in `own`, may be replaced. If `model` is not
     empty, the folder must hold that model, in the words of `called`.
     """
-    target = Path(os.path.realpath(target))
+    target = real_path(target)
+    check_outside(target)
     if target.is_file():
         raise UserError(f"{target} is a file", OTHER_OUT)
     try:
@@ -57,6 +61,16 @@ def check_replaceable(target: Path, kind: Kind, own: Iterable[str], model: str =
     if names:
         check_content(target, kind, names, own, model)
     check_place(target)
+
+
+def check_outside(target: Path) -> None:
+    """Raise UserError if the current folder is `target`, or inside: a shell there would be left in a removed folder."""
+    here = current_folder()
+    if target in (here, *here.parents) and target.parent != target:
+        raise UserError(
+            f"{target} is the current folder, or has it inside, and a new folder takes its place",
+            f"cd {quote(str(target.parent))}, and {setting('out', target.name)}",
+        )
 
 
 def check_content(target: Path, kind: Kind, names: list[str], own: Iterable[str], model: str) -> None:
@@ -133,7 +147,7 @@ def written_whole(target: Path, kind: Kind, own: Iterable[str] = ()) -> Iterator
     the files that its manifest lists and those with a name in `own`. No other files are ever deleted. Raises UserError
     if `target` cannot be replaced or written.
     """
-    target = Path(os.path.realpath(target))
+    target = real_path(target)
     try:
         check_replaceable(target, kind, own)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ditforge import manifest
 from ditforge.errors import UserError
 from ditforge.manifest import Component
+from ditforge.real_path import real_path
 
 WORTH = 256 * 10**6  # components of fewer bytes are not kept: they are made again in seconds
 
@@ -39,7 +40,7 @@ class Unfinished:
     @classmethod
     def beside(cls, target: Path, key: dict[str, str]) -> Unfinished:
         """Return the folder for an export to the folder `target`."""
-        target = Path(os.path.realpath(target))
+        target = real_path(target)
         return cls(target.with_name(f".{target.name}.unfinished"), key)
 
     def keep(self, name: str, component: Component, made: Path) -> None:

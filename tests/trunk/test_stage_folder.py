@@ -103,6 +103,34 @@ def test_out_is_looked_at_before_anything_else(command: str, tmp_path: Path) -> 
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize(("inside", "out"), [("", "."), ("", "../out"), ("tokenizer", "..")])
+def test_the_current_folder_is_not_replaced(
+    inside: str, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell in it would be left in a folder that is gone."""
+    here = tmp_path / "out" / inside
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    fix = f'cd {tmp_path}, and out="out"'
+    with pytest.raises(UserError, match=f"{tmp_path}/out is the current folder, or has it inside(.|\n)*{fix}"):
+        stage_folder.check_early(Path(out), "engines")
+    with pytest.raises(UserError, match="is the current folder"), stage_folder.written_whole(Path(out), "engines"):
+        pass
+    assert here.samefile(".")
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_link_to_itself_is_not_replaced(below: str, tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=f"{loop} is a symbolic link that leads to itself\nfix: +rm {loop}"):
+        stage_folder.check_early(loop / below, "engines")
+    with pytest.raises(UserError, match="leads to itself"), stage_folder.written_whole(loop / below, "engines"):
+        pass
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_where_nothing_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Permissions do not keep the superuser, who runs tests in a container, from anything: the failure is put there."""
 

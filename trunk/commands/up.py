@@ -29,6 +29,7 @@ from ditforge.options import (
     SourceFlags,
     T5Precision,
 )
+from ditforge.real_path import real_path
 
 if TYPE_CHECKING:
     from ditforge.engines.gpus import Target
@@ -75,7 +76,8 @@ def check(options: Options) -> None:
 def check_cache(cache: Path | None) -> None:
     """Raise UserError if no folders can be made in `cache`, which need not exist. Nothing is made here."""
     folder = cache or default_cache()
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    whole = real_path(folder)
+    there = next(path for path in (whole, *whole.parents) if path.exists())
     if there.is_dir() and os.access(there, os.W_OK):
         return
     state = "read-only" if there.is_dir() else "no folder"

@@ -6,11 +6,19 @@ import sys
 def main() -> None:
     """Run the command line. Ctrl-C ends it without a traceback, even while it is being imported."""
     try:
-        from ditforge import cli
+        from ditforge import interrupt
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    cli.main()
+    interrupt.heed()
+    try:
+        from ditforge import cli
+
+        cli.main()
+    except KeyboardInterrupt:
+        interrupt.end()
+    finally:
+        interrupt.command_ended()
 
 
 if __name__ == "__main__":

@@ -6,14 +6,12 @@ import io
 import os
 import signal
 import sys
-import threading
 import warnings
-from types import FrameType
 from typing import Annotated
 
 import typer
 
-from ditforge import __version__, terminal
+from ditforge import __version__, interrupt, terminal
 from ditforge.commands import commands
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 from ditforge.option import as_flags
@@ -78,14 +76,7 @@ def main() -> None:
     """Run the command line. Exit codes: 0, 2 for a wrong input, 1 for other failures, 130 (Ctrl-C), 143 (SIGTERM)."""
     terminal.open_closed_streams()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # a normal exit removes temporary files
-    interrupted = threading.Event()
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        interrupted.set()
-        signal.default_int_handler(number, frame)
-
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
-        signal.signal(signal.SIGINT, interrupt)
+    interrupt.heed()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # any name can be printed, whatever the terminal's encoding
@@ -98,10 +89,11 @@ def main() -> None:
         with as_flags():
             code = app(standalone_mode=False)
         flush_output()
-        if code == 130:  # typer's exit code for Ctrl-C
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C has nothing left to interrupt
-            print("interrupted", file=sys.stderr)
+        if code == interrupt.CODE:  # typer's too
+            interrupt.end()
         sys.exit(code)
+    except KeyboardInterrupt:  # outside of typer's own care
+        interrupt.end()
     except DitforgeError as error:
         tell(f"error: {error}")
         sys.exit(error.exit_code)
@@ -110,9 +102,8 @@ def main() -> None:
         tell(f"error: {usage_problem(error)}\nfix:   {command} --help")
         sys.exit(2)
     except Exception as error:
-        if interrupted.is_set():  # native modules turn an interrupt during their import into other errors
-            print("interrupted", file=sys.stderr)
-            sys.exit(130)
+        if interrupt.happened():  # which native code turns into other errors
+            interrupt.end()
         if not isinstance(error, ModuleNotFoundError):
             raise
         from ditforge import install_hint

@@ -140,6 +140,7 @@ def build(
     """
     options = options or BuildOptions()
     source, before = manifest.read(onnx, "onnx"), manifest.earlier(out, "engines")
+    check_export(source, onnx)
     order, plan = make_order(source, options)
     if plan and planned and not options.placed_by_hand:
         planned(plan)
@@ -154,6 +155,19 @@ def build(
     return Built(write_engines(source, onnx, out, design, before, progress), design.reasons)
 
 
+def check_export(source: Manifest, onnx: Path) -> None:
+    """Raise UserError unless an export has a tokenizer, and networks with their graphs."""
+    manifest.check_components(source, onnx, [TOKENIZER])
+    networks = {name: component for name, component in source.components.items() if name != TOKENIZER}
+    again = f"{manifest.NEXT_COMMAND['onnx']}   again"
+    if not networks:
+        raise UserError(f"{onnx / manifest.FILE_NAME} has no network: components holds the tokenizer alone", again)
+    for name, component in networks.items():
+        if f"{name}.onnx" not in component.files:
+            problem = f"{onnx / manifest.FILE_NAME} is damaged: components.{name}.files has no {name}.onnx"
+            raise UserError(problem, again)
+
+
 def make_order(source: Manifest, options: BuildOptions) -> tuple[Order, Plan | None]:
     """The order for an export, and the plan for the GPU's memory. Raises UserError for an order that is impossible."""
     target = limited(find_target(options.gpu), options.gpu_memory)
@@ -163,7 +177,7 @@ def make_order(source: Manifest, options: BuildOptions) -> tuple[Order, Plan | N
             f"{option('gpu_memory')} is for a plan, which {option('segments')} and {option('residency')} replace",
             "leave one of them out",
         )
-    compiler = find_compiler(options.compiler or default_compiler(target))
+    compiler = find_compiler(default_compiler(target) if options.compiler is None else options.compiler)
     networks = {name: component for name, component in source.components.items() if name != TOKENIZER}
     model, profiles = tiled(source.model, options.vae_tile), []
     if compiler.shapes == "ranges" or options.sized_by_hand:

@@ -66,6 +66,7 @@ def check_comparable(folder: Path, found: Manifest, onnx: Path, reference: Manif
     if found.kind == "repository":
         fix = command("ditforge verify ENGINE_DIR --against {}   with the engines that it was made of", onnx)
         raise UserError(f"{folder} is a repository, which is not compared", fix)
+    manifest.check_components(reference, onnx, [TOKENIZER])
     for name, component in found.components.items():
         there = reference.components.get(name)
         if there is None or ports(there) != ports(component):
@@ -140,11 +141,15 @@ def compared_size(model: Model) -> tuple[int, int]:
 
 
 def tokenize(onnx: Path, reference: Manifest, prompts: Sequence[str]) -> Arrays:
-    """Token ids of the prompts for every text encoder."""
+    """Token ids of the prompts for every text encoder. Raises UserError for a file that is no tokenizer."""
     from tokenizers import Tokenizer
 
-    files = [onnx / file for file in reference.components[TOKENIZER].files]
-    encoded = {f.stem: Tokenizer.from_file(str(f)).encode_batch(list(prompts)) for f in files}
+    encoded = {}
+    for file in (onnx / file for file in reference.components[TOKENIZER].files):
+        try:
+            encoded[file.stem] = Tokenizer.from_file(str(file)).encode_batch(list(prompts))
+        except Exception as error:  # the library raises no other
+            raise UserError(f"{file} is no tokenizer: {error}", FP32) from None
     return {f"{name}_ids": np.array([e.ids for e in encodings], np.int32) for name, encodings in encoded.items()}
 
 

@@ -66,6 +66,7 @@ def write_repository(engines: Path, out: Path, max_batch: int | None = None, for
     Raises UserError if the build is damaged or does not take such batches; `out` is then as it was before.
     """
     source = manifest.read(engines, "engines")
+    manifest.check_components(source, engines, (TOKENIZER, DIT, VAE_DECODER))
     known_as = "" if force else stage_folder.called(source.model.name, source.origin)
     max_batch = choose_max_batch(source, max_batch)
     known = vocabularies(engines, source)
@@ -125,13 +126,21 @@ def choose_max_batch(source: Manifest, max_batch: int | None) -> int:
 
 
 def vocabularies(engines: Path, source: Manifest) -> dict[str, int]:
-    """Count the token ids of each tokenizer of the build, by the name of the tensor that holds its ids."""
+    """Count the token ids of each tokenizer of the build, by the name of the tensor that holds its ids.
+
+    Raises UserError for a file that is no tokenizer.
+    """
     from tokenizers import Tokenizer
 
     found = {}
-    for file in source.components[TOKENIZER].files if TOKENIZER in source.components else ():
+    for file in source.components[TOKENIZER].files:
         manifest.check_files(engines, {file: source.components[TOKENIZER].files[file]}, fix=BUILD_AGAIN)
-        ids = Tokenizer.from_file(str(engines / file)).get_vocab(with_added_tokens=True).values()
+        try:
+            ids = Tokenizer.from_file(str(engines / file)).get_vocab(with_added_tokens=True).values()
+        except Exception as error:  # the library raises no other
+            raise UserError(f"{engines / file} is no tokenizer: {error}", BUILD_AGAIN) from None
+        if not ids:
+            raise UserError(f"{engines / file} is no tokenizer: it has no token", BUILD_AGAIN)
         found[f"{Path(file).stem}_ids"] = max(ids) + 1
     return found
 

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from ditforge.model import MOST_PIXELS
+
+# Bounds that hold for every network, because a file may claim anything.
+Bytes = Annotated[int, Field(ge=0, le=1 << 50)]
+Operations = Annotated[int, Field(ge=0, le=1 << 80)]
+Side = Annotated[int, Field(gt=0, le=MOST_PIXELS)]
 
 
 class Footprint(BaseModel):
@@ -19,10 +27,10 @@ class Footprint(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    weights: int
-    largest_block: int
-    activations: dict[int, int] = Field(min_length=1)
-    flops: dict[int, int] = {}
+    weights: Bytes
+    largest_block: Bytes
+    activations: dict[Side, Bytes] = Field(min_length=1)
+    flops: dict[Side, Operations] = {}
 
     def activations_at(self, side: float) -> int:
         """The bytes of activations for one picture with side x side pixels, of any shape.

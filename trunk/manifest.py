@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from typing_extensions import Self
 
 from ditforge import __version__
+from ditforge.contract import TOKENIZER
 from ditforge.errors import UserError
 from ditforge.footprint import Footprint
 from ditforge.model import Model
@@ -29,6 +33,10 @@ Kind = Literal["onnx", "engines", "repository"]
 # it suits.
 PRECISION_CHOICE = "precision_choice"
 ASKED, BY_DEFAULT = "asked for", "by default"
+DTYPES = ("FP32", "FP16", "INT32", "UINT8", "BYTES")
+VARYING = ("batch", "height", "width", "latent_height", "latent_width")
+LARGEST_DIM = 2**31 - 1
+LONGEST_NAME = 200  # characters of a component's name, or of a folder or file
 NEXT_COMMAND = {
     "onnx": "ditforge export CHECKPOINT --out DIR",
     "engines": "ditforge build ONNX_DIR --gpu GPU --out DIR",
@@ -43,7 +51,7 @@ class _Record(BaseModel):
 class File(_Record):
     """A file of a component: its size in bytes and its SHA-256 in hexadecimal."""
 
-    size: int
+    size: int = Field(ge=0)
     sha256: str
 
 
@@ -81,8 +89,11 @@ class Component(_Record):
     @classmethod
     def _inside(cls, files: dict[str, File]) -> dict[str, File]:
         for name in files:
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            parts = PurePosixPath(name).parts
+            if PurePosixPath(name).is_absolute() or ".." in parts:
                 raise ValueError(f"{name} is outside the folder")
+            if not parts or "\0" in name or max(map(len, parts)) > LONGEST_NAME:
+                raise ValueError(f"{name[:80]!r} is no name of a file")
         return files
 
 
@@ -102,7 +113,7 @@ class Engine(_Record):
     target: str
     cache_key: dict[str, str]
     triton_backend: str = ""
-    max_batch: int | None = None
+    max_batch: int | None = Field(default=None, ge=1)
     placement: Placement = Placement()
     segment_files: tuple[tuple[str, ...], ...] = ()
 
@@ -113,6 +124,8 @@ class Engine(_Record):
         if not isinstance(content, dict) or not {"segments", "on_demand"} & content.keys():
             return content
         files, on_demand = content.get("segments", ()), content.get("on_demand", 0)
+        if not isinstance(files, list | tuple):
+            raise ValueError(f"segments must be a list, got {files!r}")
         rest = {name: value for name, value in content.items() if name not in ("segments", "on_demand")}
         placement = {"segments": max(1, len(files)), "on_demand": on_demand}
         backend = "tensorrt" if content.get("compiler") == "tensorrt" else ""
@@ -136,6 +149,28 @@ class Manifest(_Record):
     engines: dict[str, Engine] = {}
     source: dict[str, str] = {}
     origin: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, component in self.components.items():
+            if not re.fullmatch(r"[\w-]+", name, re.ASCII) or len(name) > LONGEST_NAME:
+                raise ValueError(f"components: {name[:80]!r} is no name of a network")
+            for tensor, described in (component.inputs | component.outputs).items():
+                _check_tensor(f"components.{name}: the tensor {tensor}", described)
+        if strange := sorted(self.engines.keys() - self.components.keys()):
+            raise ValueError(f"engines.{strange[0]} is the engine of no component")
+        return self
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    """Raise ValueError unless the tensor is one of those that graphs take and give (docs/design.md)."""
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{name} has the dtype {tensor.dtype!r}, which is none of {', '.join(DTYPES)}")
+    if tensor.shape[:1] != VARYING[:1]:
+        raise ValueError(f"{name} must have the batch as its first dimension, got {list(tensor.shape)}")
+    for dim in tensor.shape:
+        if dim not in VARYING if isinstance(dim, str) else not 0 < dim <= LARGEST_DIM:
+            raise ValueError(f"{name} has the dimension {dim!r}, no number above 0 and none of {', '.join(VARYING)}")
 
 
 def read(folder: Path, kind: Kind) -> Manifest:
@@ -173,7 +208,7 @@ def parse(path: Path) -> Manifest:
         content = json.loads(read_bytes(path))
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not an object")
-        if content.get("format") not in READABLE:
+        if type(content.get("format")) is not int or content["format"] not in READABLE:  # True == 1 == 1.0
             known = " and ".join(map(str, READABLE))
             problem = f"{path} has format {content.get('format')!r}, this ditforge {__version__} reads formats {known}"
             raise UserError(problem, "make the folder again with this version")
@@ -183,7 +218,8 @@ def parse(path: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(key) for key in first["loc"])
-        raise UserError(f"{path} is damaged: {where}: {first['msg']}", "make the folder again") from error
+        what = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{path} is damaged: {f'{where}: ' if where else ''}{what}", "make the folder again") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}", "make the folder again") from error
 
@@ -216,6 +252,25 @@ def digest(components: dict[str, Component]) -> str:
     """The SHA-256, in hexadecimal, of the names and digests of all files. Folders of equal content have the same."""
     files = [(name, file.sha256) for component in components.values() for name, file in component.files.items()]
     return hashlib.sha256("".join(f"{sha256}  {name}\n" for name, sha256 in sorted(files)).encode()).hexdigest()
+
+
+def check_components(found: Manifest, folder: Path, needed: Iterable[str]) -> None:
+    """Raise UserError unless each component of `needed` is in the manifest of `folder`, and all components have files.
+
+    Engines must be of all components but the tokenizer.
+    """
+    path, again = folder / FILE_NAME, f"{NEXT_COMMAND[found.kind]}   again"
+    for name in needed:
+        if name not in found.components:
+            known = ", ".join(found.components) or "nothing"
+            raise UserError(f"{path} has no component {name}, which is needed; components holds {known}", again)
+    for name, component in found.components.items():
+        if empty := next((file for file, described in component.files.items() if not described.size), ""):
+            raise UserError(f"{path} is damaged: components.{name}.files: {empty} is empty", again)
+        if not component.files:
+            raise UserError(f"{path} is damaged: components.{name}.files has no file", again)
+        if found.kind == "engines" and name != TOKENIZER and name not in found.engines:
+            raise UserError(f"{path} is damaged: engines has no {name}", again)
 
 
 def is_whole(folder: Path, components: dict[str, Component]) -> bool:

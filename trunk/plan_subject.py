@@ -68,7 +68,7 @@ def choose_precision(target: Target, precision: str | None) -> tuple[str, str]:
     """The precision for the GPU, and the dtype of the other layers. Raises UserError if the GPU lacks them."""
     from ditforge.export.quantisation.precision import PRECISIONS
 
-    chosen = precision or gpus.default_precision(target)[0]
+    chosen = gpus.default_precision(target)[0] if precision is None else precision
     if chosen not in PRECISIONS:
         raise UserError(f"unknown precision {chosen!r}", f"use one of: {', '.join(PRECISIONS)}")
     return chosen, checked_around(chosen, gpus.default_activations(target), target)
@@ -98,7 +98,7 @@ class Wanted:
 def read_subject(wanted: Wanted) -> Subject:
     """Read the checkpoint, the export, or the published model that the user named. Raises UserError for others."""
     path = wanted.source.path
-    if (path / manifest.FILE_NAME).is_file() and folders.stage_of(path) == "onnx":
+    if (path / manifest.FILE_NAME).is_file() and manifest.read_any(path).kind == "onnx":
         if wanted.source.text_encoders != "all":
             raise UserError(f"{path} is exported already, with text encoders or without", "leave out --text-encoders")
         return exported(path, wanted)

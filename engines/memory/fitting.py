@@ -86,8 +86,8 @@ def warn_of_compiling(
         for name, component in networks.items()
         if component.footprint and placements[name].device == "gpu"
     }
-    largest = max(peaks, key=peaks.__getitem__)
-    if memory is not None and peaks[largest] > memory:
+    largest = max(peaks, key=peaks.__getitem__, default="")
+    if memory is not None and peaks.get(largest, 0) > memory:
         wanted = f"compiling {largest} takes up to {gigabytes(peaks[largest])}, and {gigabytes(memory)} are to be had"
         warnings.warn(wanted, DitforgeWarning, stacklevel=1)
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ditforge.contract import DIT, VAE_DECODER, VAE_ENCODER
+from ditforge.contract import DIT, TOKENIZER, VAE_DECODER, VAE_ENCODER
 from ditforge.engines.gpus import Target
 from ditforge.footprint import Footprint
 from ditforge.manifest import Component
@@ -28,9 +28,9 @@ BUILD_SPARE = 10**9  # bytes beside: the libraries, the graph, and what else run
 
 TEXT, DENOISING, DECODING, ENCODING = "text encoding", "denoising", "decoding", "image encoding"
 PHASES = (TEXT, DENOISING, DECODING, ENCODING)
-NO_NETWORK = "none"  # the precision of what has no engine
 TEXT_SEGMENTS = (2, 4, 8)  # of the largest text encoder, where it is loaded on demand
 DIT_SEGMENTS = (4, 8, 16)  # of the DiT, where some of them are loaded on demand, and the others stay
+MOST_SEGMENTS = 1000  # more than any network has blocks
 TILES = (1, 3 / 4, 1 / 2)  # sides of tiles, as parts of the model's default size
 
 
@@ -138,7 +138,7 @@ def parts_of(components: Mapping[str, Component]) -> list[Part] | None:
     """
     parts = []
     for name, component in components.items():
-        if component.precision == NO_NETWORK:
+        if name == TOKENIZER:
             continue
         if component.footprint is None:
             return None
@@ -166,7 +166,7 @@ def build_peak(weights: int) -> int:
 
 def most_segments(footprint: Footprint) -> int:
     """The largest sensible number of segments: the number of blocks, if all were as large as the largest one."""
-    return max(1, footprint.weights // max(footprint.largest_block, 1))
+    return min(max(1, footprint.weights // max(footprint.largest_block, 1)), MOST_SEGMENTS)
 
 
 def tiles(model: Model, side: int) -> list[int]:

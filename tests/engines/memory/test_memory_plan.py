@@ -278,7 +278,8 @@ def test_a_cut_that_is_there_already(before: tuple[int, int], wanted: tuple[int,
         return Placement(segments=cut[0], on_demand=cut[1])
 
     engine = Engine(compiler="tensorrt-rtx", compiler_version="", target="", cache_key={}, placement=placement(before))
-    built = Manifest(kind="engines", model=MODEL, components={}, engines={"dit": engine})
+    dit = Component(files={}, precision="fp32", reason="", inputs={}, outputs={})
+    built = Manifest(kind="engines", model=MODEL, components={"dit": dit}, engines={"dit": engine})
     assert fitting.cut_before(built, "dit", placement(wanted)) == placement(kept)
     assert fitting.cut_before(None, "dit", placement(wanted)) == placement(wanted)
 

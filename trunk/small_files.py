@@ -16,6 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ditforge import write_errors
 from ditforge.errors import UserError
 from ditforge.option import option, setting
 
@@ -90,7 +91,8 @@ def written_whole(path: Path, name: str = "out") -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}", another(name)) from error
+        fix = write_errors.fix(error, str(another(name)))
+        raise UserError(f"cannot write {path}: {write_errors.reason(error)}", fix) from error
     finally:
         temporary.unlink(missing_ok=True)
 

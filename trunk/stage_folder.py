@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from shlex import quote
 
+from ditforge import write_errors
 from ditforge.errors import UserError
 from ditforge.manifest import FILE_NAME, Kind, parse
 from ditforge.option import option, setting
@@ -19,7 +20,6 @@ from ditforge.real_path import current_folder, real_path
 from ditforge.unfinished_folder import SUFFIX, partial_folder
 
 OTHER_OUT = option("choose another out, or remove it first", "choose another --out, or remove it first")
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def called(name: str, origin: Mapping[str, str]) -> str:
@@ -159,6 +159,5 @@ def written_whole(target: Path, kind: Kind, own: Iterable[str] = ()) -> Iterator
             temporary.chmod(0o755)
             put_in_place(temporary, target)
     except OSError as error:
-        other = f"choose another {option('out')}"
-        fix = f"free some space, or {other}" if error.errno in FULL else other
-        raise UserError(f"cannot write {target}: {error.strerror or error}", fix) from error
+        fix = write_errors.fix(error, f"choose another {option('out')}")
+        raise UserError(f"cannot write {target}: {write_errors.reason(error)}", fix) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import threading
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ditforge import verbosity
+from ditforge import verbosity, write_errors
 from ditforge.errors import UserError
 from ditforge.plain_text import plain
 from ditforge.progress_line import Pace, Unit
@@ -161,9 +160,8 @@ def written() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        problem = f"cannot write to standard output: {error.strerror}"
-        full = "free some space, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise UserError(problem, f"{full}send the output elsewhere") from None
+        problem = f"cannot write to standard output: {write_errors.reason(error)}"
+        raise UserError(problem, write_errors.fix(error, "send the output elsewhere")) from None
 
 
 def say(line: str) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import shutil
 from importlib.metadata import PackageNotFoundError, version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +11,7 @@ import numpy as np
 from ditforge import install_hint
 from ditforge.engines.compilers import Arrays, Compiler, Job
 from ditforge.errors import DitforgeError, UserError
+from ditforge.write_errors import check_room
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -54,8 +52,7 @@ def compile(job: Job) -> list[Path]:
         chosen.add_session_config_entry("session.model_external_initializers_file_folder_path", str(job.origin.parent))
         ort.InferenceSession(job.graph.read_bytes(), chosen, providers=PROVIDERS)
     except Exception as error:  # ONNX Runtime's errors have no common class
-        if shutil.disk_usage(path.parent).free < sum(file.size for file in job.component.files.values()):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        check_room(path.parent, sum(file.size for file in job.component.files.values()))
         reason = " ".join(str(error).split())[:1000]
         raise DitforgeError(f"ONNX Runtime cannot compile {job.name}: {reason}", "report it with the export") from error
     return [file for file in (path, data) if file.is_file()]

@@ -15,7 +15,7 @@ from ditforge import arguments
 from ditforge.arguments import FilePath, Name, Number, Whole
 from ditforge.credentials import Options, check_authorities, check_pair, read_token
 from ditforge.errors import UserError
-from ditforge.option import check_names, option
+from ditforge.option import check_names, option, setting
 from ditforge.real_path import real_path
 
 LAST_PORT = (1 << 16) - 1
@@ -147,10 +147,13 @@ def refused(error: ErrorDetails) -> UserError:
     if name in PORTS:
         must, example = f"an integer from 0 to {LAST_PORT}, where 0 is a free one", DEFAULT_PORTS[name]
     elif name in ("timeout", "grace"):
-        must, example = f"from 0 to {LONGEST} seconds", ServeOptions.model_fields[name].default
+        above = "above 0 and up" if name == "timeout" else "from 0"
+        must, example = f"{above} to {LONGEST} seconds", ServeOptions.model_fields[name].default
+    elif name == "host":
+        must, example = "an IPv4 address or name of this machine", ServeOptions.model_fields[name].default
     else:
         return arguments.refused(error)
-    return UserError(f"{option(name)} must be {must}, got {value!r}", option(f"{name}={example}"))
+    return UserError(f"{option(name)} must be {must}, got {value!r}", setting(name, example))
 
 
 def check_ports(options: ServeOptions) -> None:

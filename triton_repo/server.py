@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 from typing_extensions import Self, TypedDict, Unpack
 
-from ditforge import folders, local_gpu, manifest
+from ditforge import __version__, folders, local_gpu, manifest, write_errors
 from ditforge.errors import DitforgeError, UserError
 from ditforge.option import are_flags, command, option
 from ditforge.real_path import current_folder
@@ -234,7 +234,7 @@ def start(repo: Path, /, on_event: Callable[[str], object] | None = None, **opti
     temporary = made.log is None
     file = current_folder() / (made.log or Path(tempfile.mkdtemp(prefix="ditforge-serve-"), "tritonserver.log"))
     made = made.model_copy(update={"http_port": claimed.get("http_port"), "log": file})
-    with appended(file) as output:
+    with appended(file, f"ditforge {__version__} serves {made.repo}") as output:
         server = Server(made, output, on_event, temporary)
     try:
         server.wait_until_ready()
@@ -279,14 +279,16 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
-def appended(file: Path) -> BinaryIO:
-    """Open the log for appending. Raises UserError if it cannot be written."""
+def appended(file: Path, line: str) -> BinaryIO:
+    """Open the log for appending, and write a first line. Raises UserError if it cannot be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "ab") as opened:
+            opened.write(f"{line}\n".encode())
         return open(file, "ab")
     except OSError as error:
-        fix = option('log="FILE"', "--log FILE") + " names another file"
-        raise UserError(f"cannot write the log {file}: {error.strerror}", fix) from None
+        fix = write_errors.fix(error, option('log="FILE"', "--log FILE") + " names another file")
+        raise UserError(f"cannot write the log {file}: {write_errors.reason(error)}", fix) from None
 
 
 def claim_ports(options: ServeOptions) -> dict[str, int]:
@@ -297,13 +299,13 @@ def claim_ports(options: ServeOptions) -> dict[str, int]:
 
 def claim(host: str, number: int, name: str) -> int:
     """The port, which was free a moment ago; a free one for 0. Raises UserError where it is not to be had."""
-    flag = "--" + name.replace("_", "-")
+    asked = option(f"{name}={number}")
     try:
         with socket.create_server((host, number)) as listener:
             return int(listener.getsockname()[1])
     except (OSError, OverflowError) as error:
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             fix = f"{option(f'{name}=0')} takes a free one; what listens: ss -ltnp 'sport = :{number}'"
-            raise UserError(f"port {number} ({flag}) is in use", fix) from None
-        problem = f"cannot listen on {host!r}, port {number} ({flag}): {error}"
+            raise UserError(f"{asked} is in use", fix) from None
+        problem = f"cannot listen on {host!r} with {asked}: {error}"
         raise UserError(problem, "an IPv4 address of this machine, and a port of 1024 to 65535 or 0") from None

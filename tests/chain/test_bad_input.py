@@ -234,7 +234,7 @@ def test_server_that_ends_in_the_middle(schnell, tmp_path: Path, end: str) -> No
 
 def test_serve_on_a_port_in_use(refused, schnell, schnell_server: Server) -> None:
     port = str(schnell_server.ports.grpc)
-    refused("serve", schnell.repository, "--port", port, mentions=(f"port {port}", "in use", "--port"))
+    refused("serve", schnell.repository, "--port", port, mentions=(f"--port {port} is in use", "--port 0"))
 
 
 def test_serve_what_is_no_repository(refused, schnell, random_schnell: Path, tmp_path: Path) -> None:

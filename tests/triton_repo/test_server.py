@@ -144,7 +144,7 @@ def test_two_servers_at_once(repository: Callable[..., Path]) -> None:
 def test_port_in_use(repository: Callable[..., Path], option: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        with pytest.raises(UserError, match=rf"port {port} \(--{option.replace('_', '-')}\) is in use(.|\n)*ss -ltnp"):
+        with pytest.raises(UserError, match=rf"^{option}={port} is in use(.|\n)*{option}=0 (.|\n)*ss -ltnp"):
             start(repository(add=ADD_ONE), **{"port": 0, option: port})  # type: ignore[arg-type]
 
 
@@ -212,8 +212,24 @@ def test_repository_without_models(tmp_path: Path) -> None:
 
 
 def test_log_that_cannot_be_written(repository: Callable[..., Path], tmp_path: Path) -> None:
+    repo = repository(add=ADD_ONE)
     with pytest.raises(UserError, match="cannot write the log"):
-        start(repository(add=ADD_ONE), port=0, log=tmp_path)
+        start(repo, port=0, log=tmp_path)
+    with pytest.raises(UserError, match="cannot write the log /dev/full: No space left on device"):
+        start(repo, port=0, log=Path("/dev/full"))
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"timeout": 0}, "timeout must be above 0 and up to 604800 seconds, got 0"),
+        ({"grace": -1}, "grace must be from 0 to 604800 seconds, got -1"),
+        ({"host": ""}, "host must be an IPv4 address or name of this machine, got ''"),
+    ],
+)
+def test_options_that_cannot_be(repository: Callable[..., Path], options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        start(repository(add=ADD_ONE), **options)
 
 
 def test_stop_lets_a_request_finish(repository: Callable[..., Path]) -> None:

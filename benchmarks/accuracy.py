@@ -27,6 +27,7 @@ from ditforge.engines.verify import Difference, compare
 from ditforge.export.checkpoint.source import CheckpointSource
 from ditforge.export.onnx_export import ExportOptions, export_checkpoint
 from ditforge.export.quantisation.calibration import calibrate
+from ditforge.export.quantisation.precision import EIGHT_BIT
 from ditforge.triton_repo.repository import write_repository
 from ditforge.triton_repo.server import start
 
@@ -111,7 +112,8 @@ def measure(checkpoint: Path, captions: list[str]) -> str:
         for name in PRECISIONS:
             onnx = folder / name / "onnx"
             ranges = folder / "ranges.json" if name == "fp8" else None
-            export_checkpoint(CheckpointSource(checkpoint), onnx, ExportOptions(name, "fp32", ranges))
+            around = "fp32" if name in EIGHT_BIT else None
+            export_checkpoint(CheckpointSource(checkpoint), onnx, ExportOptions(name, around, ranges))
             images[name] = pictures(onnx, folder / name, captions)
             rows.append(row(name, images[name], images["fp32"], captions))
             print(json.dumps(rows[-1]), flush=True)

@@ -28,7 +28,14 @@ from ditforge.export.network import Network, Port
 from ditforge.export.quantisation.calibration import Calibration, find_linears, read_prompts, read_ranges
 from ditforge.export.quantisation.precision import Precision, dtype_name, parse_precision, with_t5
 from ditforge.export.quantisation.qdq import SCHEMES, quantise_linears
-from ditforge.export.quantisation.sensitivity import SAMPLES, Call, Choice, choose_linears, recorded_calls
+from ditforge.export.quantisation.sensitivity import (
+    SAMPLES,
+    Call,
+    Choice,
+    check_max_error,
+    choose_linears,
+    recorded_calls,
+)
 from ditforge.export.text_encoders.tokenizers import Tokenizer
 from ditforge.manifest import ASKED, BY_DEFAULT, PRECISION_CHOICE, Component, Manifest, Tensor
 from ditforge.option import option, setting
@@ -82,8 +89,17 @@ class ExportOptions:
     force: bool = False
 
     def asked(self, source: CheckpointSource) -> Precision:
-        """Return the precision that these options and `source` ask for. Raises UserError for an unknown name."""
-        precision = parse_precision(self.precision or "fp32", self.activations or "bf16")
+        """Return the precision that these options and `source` ask for.
+
+        Raises UserError for an unknown name, and for options that the precision leaves without an effect.
+        """
+        name = "fp32" if self.precision is None else self.precision
+        precision = parse_precision(name, "bf16" if self.activations is None else self.activations)
+        if precision.scheme is None and (self.activations, self.max_error) != (None, None):
+            ignored = option("max_error" if self.activations is None else "activations")
+            problem = f"{name} has no 8-bit weights, which {ignored} is for"
+            raise UserError(problem, f"leave out {ignored}, or {setting('precision', 'fp8-weights')}")
+        check_max_error(self.max_error)
         return with_t5(precision, source.t5_precision)
 
 
@@ -261,15 +277,10 @@ def measure_linears(
 ) -> Choice | None:
     """Run the checkpoint on a few prompts and choose the linears that are not quantised.
 
-    Returns None if no `max_error` is asked for. Raises UserError if the precision quantises nothing.
+    Returns None if no `max_error` is asked for.
     """
-    if max_error is None:
+    if max_error is None or precision.scheme is None:
         return None
-    if precision.scheme is None:
-        raise UserError(
-            f"{precision.name} quantises nothing",
-            f"leave out {option('max_error')}, or {setting('precision', 'fp8-weights')}",
-        )
     report = progress or (lambda doing, done, total: None)
     family = family_of(checkpoint)
     model, pipeline = family.model(checkpoint), family.load_pipeline(checkpoint)

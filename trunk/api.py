@@ -92,7 +92,7 @@ def export_checkpoint(
     from ditforge.suited import suited
 
     gpu = given.pop("gpu", None)
-    chosen, _ = suited(made(ExportOptions, given), find_target(gpu) if gpu else None)
+    chosen, _ = suited(made(ExportOptions, given), None if gpu is None else find_target(gpu))
     return export(made(CheckpointSource, {"path": checkpoint, **given}), Path(out), chosen, progress)
 
 

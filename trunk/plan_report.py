@@ -90,7 +90,7 @@ def make_report(wanted: Wanted, gpu: str | None = None, gpu_memory: float | None
     """Plan for one GPU, or for every GPU of the table. Raises UserError if the GPU or the model allows no plan."""
     if gpu_memory is not None and gpu is None:
         raise UserError("--gpu-memory is that of one GPU", "name it as well: --gpu rtx3060, or --gpu sm_86")
-    target = find_card(gpu, gpu_memory) if gpu else None
+    target = None if gpu is None else find_card(gpu, gpu_memory)
     if target:
         choose_precision(target, wanted.precision)  # before anything is measured
     subject = read_subject(wanted)

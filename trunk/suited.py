@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 def suited(options: ExportOptions, target: Target | None) -> tuple[ExportOptions, str]:
     """Choose the precision and the activations that suit `target`. Returns the options, and the precision's reason.
 
-    Only options that are None are chosen. If there is a calibration, the precision is fp8. Otherwise, without a target,
-    the precision stays None, which means fp32. Raises UserError for a precision that the target lacks.
+    Only options that are None are chosen, and activations only beside 8-bit weights. If there is a calibration, the
+    precision is fp8. Otherwise, without a target, the precision stays None, which means fp32. Raises UserError for a
+    precision that the target lacks.
     """
+    from ditforge.export.quantisation.precision import EIGHT_BIT
+
     precision, activations, reason = options.precision, options.activations, "as asked for"
     if precision is None and options.calibration:
         precision, reason = "fp8", "a calibration is given"
@@ -27,20 +30,20 @@ def suited(options: ExportOptions, target: Target | None) -> tuple[ExportOptions
         precision, reason = gpus.default_precision(target)
     elif precision is None:
         reason = f"for the CPU; for a GPU, say {setting('gpu', 'GPU')} here (ditforge gpus lists them)"
-    if target:
-        activations = activations or gpus.default_activations(target)
-        if precision:
-            checked_around(precision, activations, target)
+    if target and precision in EIGHT_BIT and activations is None:
+        activations = gpus.default_activations(target)
+    if target and precision:
+        checked_around(precision, activations, target)
     return replace(options, precision=precision, activations=activations), reason
 
 
-def checked_around(precision: str, activations: str, target: Target) -> str:
+def checked_around(precision: str, activations: str | None, target: Target) -> str:
     """The dtype of the layers around the quantised ones: `activations` beside 8-bit weights, or else the precision.
 
     Raises UserError if a GPU of the target cannot compute the DiT so.
     """
     from ditforge.export.quantisation.precision import EIGHT_BIT
 
-    around = activations if precision in EIGHT_BIT else precision
+    around = activations if activations and precision in EIGHT_BIT else precision
     gpus.check_precision(DIT, precision, around, target)
     return around

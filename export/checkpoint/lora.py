@@ -124,6 +124,8 @@ def read_lora(
     """
     tensors = open_tensors(file)
     check_kind(file, tensors)
+    if not tensors:
+        raise UserError(f"{file} holds no tensors, and so no LoRA", "copy the file again, or leave it out")
     pairs, strange = parse_keys(tensors)
     strange += [module for module in pairs if module not in targets]
     if strange or not pairs:

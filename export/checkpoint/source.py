@@ -116,10 +116,10 @@ def _without_t5(index: dict[str, Any]) -> dict[str, Any]:
 def parse_lora(text: str) -> tuple[Path, float]:
     """Split `FILE:0.8` into file and strength. The strength of `FILE` alone is 1.
 
-    Raises UserError if the strength is not a finite number.
+    Raises UserError if there is no file, or if the strength is not a finite number.
     """
     path, colon, strength = text.rpartition(":")
-    if not colon or Path(text).is_file():
+    if text and (not colon or Path(text).is_file()):
         return Path(text), 1.0
     try:
         number = float(strength)

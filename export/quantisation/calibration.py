@@ -127,6 +127,12 @@ def read_prompts(path: Path | None) -> list[str]:
     return [line.strip() for _, line in lines]
 
 
+def check_steps(steps: int | None) -> None:
+    """Raise UserError unless the sampler can take so many steps; None stands for the model's default."""
+    if steps is not None and not 1 <= steps <= MAX_STEPS:
+        raise UserError(f"steps must be from 1 to {MAX_STEPS}, got {steps}", f"{setting('steps', 28)}, or leave it out")
+
+
 def calibrate(
     source: CheckpointSource,
     out: Path,
@@ -143,8 +149,7 @@ def calibrate(
 
     if source.random_weights:
         raise UserError("the activations of random weights tell nothing", f"leave out {option('random_weights')}")
-    if steps is not None and not 1 <= steps <= MAX_STEPS:
-        raise UserError(f"steps must be from 1 to {MAX_STEPS}, got {steps}", f"{setting('steps', 28)}, or leave it out")
+    check_steps(steps)
     small_files.check_writable(out, "ranges.json")
     checkpoint = open_files(source)
     model, _, networks = read_networks(checkpoint, FP32)

@@ -35,6 +35,12 @@ class Choice:
     velocity: float
 
 
+def check_max_error(max_error: float | None) -> None:
+    """Raise UserError unless the velocity may err so much; None stands for any error."""
+    if max_error is not None and not max_error > 0:
+        raise UserError(f"the largest error must be above 0, got {max_error}", setting("max_error", 0.05))
+
+
 def choose_linears(
     transformer: nn.Module,
     linears: Mapping[str, nn.Linear],
@@ -50,8 +56,7 @@ def choose_linears(
     by the names of their weights. `calls` are the calls over which errors are measured. Raises UserError if `max_error`
     is not positive.
     """
-    if not max_error > 0:
-        raise UserError(f"the largest error must be above 0, got {max_error}", setting("max_error", 0.05))
+    check_max_error(max_error)
     report = progress or (lambda doing, done, total: None)
     reference, errors = [], dict.fromkeys(linears, 0.0)
     with torch.no_grad():

@@ -19,7 +19,7 @@ from ditforge.export.checkpoint.source import CheckpointSource
 from ditforge.export.families import flux
 from ditforge.export.graph.tracing import OPSET
 from ditforge.export.network import Network
-from ditforge.export.onnx_export import export_checkpoint, export_network
+from ditforge.export.onnx_export import ExportOptions, export_checkpoint, export_network
 from ditforge.export.quantisation.precision import FP32, parse_precision
 
 
@@ -30,6 +30,23 @@ def network(checkpoint: Path, name: str, precision: str) -> Network:
 def graphs(folder: Path) -> list[onnx.ModelProto]:
     names = [name for name in manifest.read(folder, "onnx").components if name != "tokenizer"]
     return [onnx.load(folder / f"{name}.onnx") for name in names]
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (ExportOptions("fp32", "fp16"), "fp32 has no 8-bit weights, which activations is for"),
+        (ExportOptions("bf16", max_error=0.1), "bf16 has no 8-bit weights, which max_error is for"),
+        (ExportOptions(activations="fp16"), "fp32 has no 8-bit weights, which activations is for"),
+        (ExportOptions("fp8-weights", ""), "unknown type of activations ''"),
+        (ExportOptions(""), "unknown precision ''"),
+        (ExportOptions("fp8-weights", max_error=-1), "the largest error must be above 0, got -1"),
+        (ExportOptions("fp8-weights", max_error=float("nan")), "the largest error must be above 0, got nan"),
+    ],
+)
+def test_options_are_checked_before_anything_is_read(options: ExportOptions, problem: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=problem):
+        export_checkpoint(CheckpointSource(tmp_path / "nowhere"), tmp_path / "onnx", options)
 
 
 def test_components_and_tensors_are_the_contract(schnell) -> None:

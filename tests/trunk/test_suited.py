@@ -29,9 +29,9 @@ class Asked(Exception):
         ("rtx4090", "fp8-weights", "bf16", "sm_89 has FP8"),
         ("rtx3060", "int8-weights", "bf16", "12 GB"),
         ("rtx2080ti", "int8-weights", "fp16", "sm_75"),
-        ("rtxa6000", "bf16", "bf16", "48 GB"),
+        ("rtxa6000", "bf16", None, "48 GB"),
         ("rtx4090,rtx2080ti", "int8-weights", "fp16", "sm_75"),
-        ("cpu", "fp32", "fp32", "CPU"),
+        ("cpu", "fp32", None, "CPU"),
         (None, None, None, 'gpu="GPU"'),
     ],
 )
@@ -43,7 +43,7 @@ def test_what_suits_a_gpu(gpu: str | None, precision: str | None, activations: s
 
 def test_what_is_asked_for_stays() -> None:
     target = find_target("rtx4090")
-    assert suited(ExportOptions("fp32", "fp16"), target)[0] == ExportOptions("fp32", "fp16")
+    assert suited(ExportOptions("fp8-weights", "fp16"), target)[0] == ExportOptions("fp8-weights", "fp16")
     assert suited(ExportOptions(calibration=Path("ranges.json")), None)[0].precision == "fp8"
     with pytest.raises(UserError, match="sm_86 has no FP8"):
         suited(ExportOptions("fp8"), find_target("rtx3060"))

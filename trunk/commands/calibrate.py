@@ -37,6 +37,7 @@ def calibrate(
         from ditforge.export.quantisation import calibration
         from ditforge.export.quantisation.kept_calibration import calibrate_once
 
+    calibration.check_steps(steps)
     texts = calibration.read_prompts(prompts)
     origin = downloaded(source.of(checkpoint))
     with terminal.progress("calibrate", unit="equal steps") as report:

@@ -40,7 +40,7 @@ def export(
 
     folders.check_checkpoint(checkpoint)
     stage_folder.check_early(out, "onnx")
-    target = gpus.find_target(gpu) if gpu else None
+    target = None if gpu is None else gpus.find_target(gpu)
 
     with terminal.waiting("export", "importing PyTorch"):
         from ditforge.export.onnx_export import ExportOptions, export_checkpoint

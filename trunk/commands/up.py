@@ -148,7 +148,8 @@ def choose_options(wanted: Wanted, target: Target) -> ExportOptions:
     from ditforge.suited import suited
 
     if target.capabilities:
-        check_compiler(wanted.sizes.compiler or default_compiler(target), target)
+        compiler = wanted.sizes.compiler
+        check_compiler(default_compiler(target) if compiler is None else compiler, target)
     options, reason = suited(ExportOptions(wanted.precision, calibration=wanted.calibration), target)
     if wanted.precision is None and (target.capabilities or wanted.calibration):
         terminal.note(f"precision {options.precision}: {reason}")

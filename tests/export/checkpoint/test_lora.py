@@ -288,6 +288,8 @@ def test_what_fits_nothing_is_refused(flux: DiffusionPipeline, sd3: DiffusionPip
     (tmp_path / "sd3").mkdir()
     with pytest.raises(UserError, match="fit nothing in this checkpoint"):
         fuse({"transformer": lazily(sd3.transformer, tmp_path / "sd3")}, [(write(tmp_path, good), 1.0)], SD3)
+    with pytest.raises(UserError, match="holds no tensors, and so no LoRA"):
+        fuse(dit, [(write(tmp_path, {}), 1.0)], FLUX)
     with pytest.raises(UserError, match="lora_adapter_metadata in its header is damaged"):
         fuse(dit, [(write(tmp_path, good, {"lora_adapter_metadata": "{"}), 1.0)], FLUX)
 
@@ -299,7 +301,7 @@ def test_options(tmp_path: Path) -> None:
     odd = tmp_path / "a:1"
     odd.touch()
     assert parse_lora(str(odd)) == (odd, 1.0)
-    for wrong in ("b.safetensors:strong", "b.safetensors:", "b.safetensors:nan", ":1"):
+    for wrong in ("b.safetensors:strong", "b.safetensors:", "b.safetensors:nan", ":1", ""):
         with pytest.raises(UserError, match=r"style\.safetensors.*0\.8"):
             parse_lora(wrong)
 

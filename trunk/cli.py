@@ -11,11 +11,11 @@ from typing import Annotated
 
 import typer
 
-from ditforge import __version__, interrupt, terminal
+from ditforge import __version__, interrupt, terminal, verbosity
 from ditforge.commands import commands
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 from ditforge.option import as_flags
-from ditforge.options import grouped
+from ditforge.options import Quiet, Verbose, grouped
 from ditforge.plain_text import plain
 
 app = typer.Typer(
@@ -33,9 +33,13 @@ USAGE_ERROR: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 
 @app.callback(invoke_without_command=True)
 def root(
-    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> None:
     """Checkpoint → export → build → repo → serve → generate."""
+    verbosity.choose(verbose, quiet)
     if version:
         print(f"ditforge {__version__}")
         raise typer.Exit

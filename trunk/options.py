@@ -204,7 +204,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     ]
 
     def run(**values: Any) -> None:
-        verbosity.choose(values.pop("verbose"), values.pop("quiet"))
+        verbosity.choose_also(values.pop("verbose"), values.pop("quiet"))
         current_folder()
         made = {
             name: record(**{field.name: values.pop(field.name) for field in fields(record)})

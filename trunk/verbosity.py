@@ -10,7 +10,7 @@ from ditforge.errors import DitforgeWarning, UserError
 from ditforge.plain_text import plain
 
 LOGGER = "ditforge"  # the parent of the loggers of all modules
-_quiet = False
+_verbose = _quiet = False
 
 
 class ToStandardError(logging.Handler):
@@ -28,16 +28,21 @@ def choose(verbose: bool, quiet: bool) -> None:
 
     Raises UserError if both are true.
     """
-    global _quiet
+    global _verbose, _quiet
     if verbose and quiet:
         raise UserError("--verbose and --quiet exclude each other", "leave out one of them")
-    _quiet = quiet
+    _verbose, _quiet = verbose, quiet
     if quiet:
         warnings.simplefilter("ignore", DitforgeWarning)
     logger = logging.getLogger(LOGGER)
     logger.addHandler(_handler)  # adding the same handler again has no effect
     logger.setLevel(logging.DEBUG if verbose else logging.ERROR if quiet else logging.WARNING)
     _handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+
+
+def choose_also(verbose: bool, quiet: bool) -> None:
+    """Choose like choose(), in addition to what was chosen before."""
+    choose(verbose or _verbose, quiet or _quiet)
 
 
 def is_quiet() -> bool:

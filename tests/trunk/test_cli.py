@@ -61,6 +61,7 @@ def test_help_names_every_command(tmp_path: Path) -> None:
         result = ditforge(*arguments, cwd=tmp_path)
         assert result.code == code
         assert all(f"\n  {command} " in result.out for command in COMMANDS)
+        assert "..." not in result.out.partition("Commands:")[2]  # their first sentences fit into a line
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -9,6 +9,7 @@ import pytest
 import typer
 from command_line import assert_error, run_here
 
+from ditforge import verbosity
 from ditforge.cli import app
 
 FLAGS = {"--verbose", "--quiet"}
@@ -47,5 +48,14 @@ def test_verbose_says_what_is_done_and_why(
     assert "INFO" not in run_here(["build", str(schnell.onnx), "--out", str(engines)], monkeypatch, capfd).err
 
 
-def test_both_at_once(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    assert_error(run_here(["gpus", "--verbose", "--quiet"], monkeypatch, capfd), "--verbose and --quiet")
+@pytest.mark.parametrize(
+    "arguments", [["gpus", "--verbose", "--quiet"], ["--verbose", "gpus", "-q"], ["-v", "-q", "gpus"]]
+)
+def test_both_at_once(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    assert_error(run_here(arguments, monkeypatch, capfd), "--verbose and --quiet")
+
+
+def test_before_the_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    for arguments, quiet in ((["-q", "gpus"], True), (["gpus"], False), (["gpus", "-q"], True)):
+        assert run_here(arguments, monkeypatch, capfd).code == 0
+        assert verbosity.is_quiet() == quiet

@@ -58,7 +58,7 @@ def build(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """ONNX to engines for one device; engines that are there already are kept.
+    """ONNX to engines for one device. Engines that are there already are kept.
 
     Example: ditforge build out/onnx --gpu rtx4090 --resolutions 512-1536 --out out/engines
     """

@@ -21,7 +21,7 @@ def calibrate(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Sampler steps; by default the model's.")] = None,
 ) -> None:
-    """Activation ranges for fp8: runs the checkpoint over prompts and notes the largest inputs.
+    """Activation ranges for fp8. It runs the checkpoint over prompts and notes the largest inputs.
 
     The same calibration of the same files is kept in ~/.cache/ditforge, and not made again.
 

@@ -97,7 +97,7 @@ def generate(
     connection: ConnectionFlags,
     prompt: Annotated[str | None, typer.Argument(help="What the picture shows.")] = None,
 ) -> None:
-    """A picture for a prompt, from a running server, or from several: where one fails, it goes on at another.
+    """A picture for a prompt, from one running server or several. Where one fails, it goes on at another.
 
     The paths and the seeds of the pictures are printed. What made a picture is kept in it; ditforge inspect shows it.
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def gpus(as_json: Json = False) -> None:
-    """The GPUs by name: what they can do, and what is chosen for them.
+    """The GPUs by name: what they can do, and what suits them.
 
     Example: ditforge gpus
     """

@@ -22,7 +22,9 @@ def inspect(
     ],
     as_json: Json = False,
 ) -> None:
-    """What a folder or file is: what a stage wrote, a checkpoint, a file of tensors, or a picture and what made it.
+    """What a folder or file is, and what is in it.
+
+    It can be what a stage wrote, a checkpoint, a file of tensors, or a picture, which says what made it.
 
     Example: ditforge inspect picture.png
     """

@@ -36,7 +36,7 @@ def plan(
     gpu_memory: GpuMemory = None,
     as_json: Json = False,
 ) -> None:
-    """What will be in a GPU's memory, and when, and how long a step takes; nothing is made.
+    """What will be in a GPU's memory, and how long a step takes. Nothing is made.
 
     The exit code is 1 where the model does not fit the GPU that is named, for pictures of --size or of its own size.
 

@@ -17,7 +17,7 @@ def repo(
     max_batch: MaxBatch = None,
     force: Force = False,
 ) -> None:
-    """Engines to a Triton model repository; one that is there already is kept.
+    """Engines to a Triton model repository. One that is there already is kept.
 
     Example: ditforge repo out/engines --out out/repo
     """

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def serve(
     repository: Annotated[Path, typer.Argument(metavar="REPO_DIR", help="What repo wrote.")], flags: ServeFlags
 ) -> None:
-    """Run Triton on a model repository until Ctrl-C or SIGTERM, which let unfinished pictures be finished.
+    """Run Triton on a model repository until Ctrl-C or SIGTERM. These let unfinished pictures be finished.
 
     Example: ditforge serve out/repo --port 8001
     """

@@ -53,7 +53,7 @@ def up(
     max_batch: MaxBatch = None,
     cache: Annotated[Path | None, typer.Option(help="Where the stages' folders are kept; ~/.cache/ditforge.")] = None,
 ) -> None:
-    """Export, build, repo and serve in one; what is there already from the last time is kept.
+    """Export, build, repo and serve in one. What is there already from the last time is kept.
 
     Example: ditforge up models/flux-tiny
     """

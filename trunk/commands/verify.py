@@ -23,7 +23,7 @@ def verify(
     against: Annotated[Path | None, typer.Option(metavar="ONNX_DIR", help="Compare with this fp32 export.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Check that engines or an export are undamaged, and what they compute.
+    """Check that a folder is undamaged, and what it computes. It holds engines, an export or a repository.
 
     The last line is the verdict. The exit code is 0 where all is well, 1 where files are damaged or numbers different,
     and 2 where the folders cannot be verified.

@@ -18,9 +18,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ditforge import write_errors
 from ditforge.errors import DitforgeError, UserError
 from ditforge.export.checkpoint.hub import Reference, nearest_repository
-from ditforge.stage_folder import FULL
 
 # The base class of httpx's errors. It is taken from here because huggingface_hub 1 and 2 use different packages of it.
 HTTP_ERROR: type[BaseException] = HfHubHTTPError.__bases__[0]
@@ -86,13 +86,13 @@ def _refused(error: HfHubHTTPError, reference: Reference) -> DitforgeError:
 
 def _not_written(error: BaseException, reference: Reference) -> DitforgeError:
     """Return the error for a file that could not be written, or was not downloaded completely."""
-    number, words = getattr(error, "errno", None), getattr(error, "strerror", None)
     cache = constants.HF_HUB_CACHE
-    if number in FULL:
+    if isinstance(error, OSError) and error.errno in write_errors.FULL:
         problem = f"the disk of {cache} became full while {reference} was downloaded"
         return UserError(problem, f"free some space: {AGAIN}; or HF_HOME=DIR with a folder on a larger disk")
-    if number is not None:
-        return UserError(f"cannot write {cache}: {words}", "HF_HOME=DIR with a folder that can be written")
+    if isinstance(error, OSError) and error.errno is not None:
+        fix = write_errors.fix(error, "HF_HOME=DIR with a folder that can be written")
+        return UserError(f"cannot write {cache}: {write_errors.reason(error)}", fix)
     return Unreachable(f"{reference} was not downloaded whole: {_short(error)}", AGAIN)
 
 

@@ -35,6 +35,7 @@ PRECISION_CHOICE = "precision_choice"
 ASKED, BY_DEFAULT = "asked for", "by default"
 DTYPES = ("FP32", "FP16", "INT32", "UINT8", "BYTES")
 VARYING = ("batch", "height", "width", "latent_height", "latent_width")
+WEIGHTS = ".data"  # how the name of a file of weights beside a graph ends; a graph without weights has an empty one
 LARGEST_DIM = 2**31 - 1
 LONGEST_NAME = 200  # characters of a component's name, or of a folder or file
 NEXT_COMMAND = {
@@ -152,6 +153,8 @@ class Manifest(_Record):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if not self.model.max_tokens:
+            raise ValueError("model.max_tokens names no text encoder")
         for name, component in self.components.items():
             if not re.fullmatch(r"[\w-]+", name, re.ASCII) or len(name) > LONGEST_NAME:
                 raise ValueError(f"components: {name[:80]!r} is no name of a network")
@@ -265,7 +268,8 @@ def check_components(found: Manifest, folder: Path, needed: Iterable[str]) -> No
             known = ", ".join(found.components) or "nothing"
             raise UserError(f"{path} has no component {name}, which is needed; components holds {known}", again)
     for name, component in found.components.items():
-        if empty := next((file for file, described in component.files.items() if not described.size), ""):
+        sizes = {file: described.size for file, described in component.files.items() if not file.endswith(WEIGHTS)}
+        if empty := next((file for file, size in sizes.items() if not size), ""):
             raise UserError(f"{path} is damaged: components.{name}.files: {empty} is empty", again)
         if not component.files:
             raise UserError(f"{path} is damaged: components.{name}.files has no file", again)

@@ -116,7 +116,7 @@ class Model(_Record):
     default_guidance: Scale
     skip_layers: SkipLayers | None = None
     schedule: Schedule
-    max_tokens: Annotated[dict[str, Count], Field(min_length=1)]
+    max_tokens: dict[str, Count]
     t5: Literal["required", "optional", "absent"] = "required"
     vae_tile: Pixels | None = None
 

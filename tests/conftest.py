@@ -248,12 +248,9 @@ def dits(random_schnell: Path, ranges: Path, shared: Shared) -> Exports:
     return make_dits(random_schnell, ranges, "dits", shared)
 
 
-def make_exports(stages: Stages, name: str, shared: Shared) -> Exports:
-    """A whole checkpoint in a precision, e.g. ("fp8", "bf16"): its DiT in fp8, and everything else in bf16."""
+def make_exports(stages: Stages, dits: Exports, name: str, shared: Shared) -> Exports:
+    """A whole checkpoint in a precision, e.g. ("fp8", "bf16"): its DiT, of `dits`, in fp8, and all else in bf16."""
     from exports import export_around, replace_dit
-
-    ranges = make_ranges(stages.checkpoint, f"{name}-calibration", shared)
-    dits = make_dits(stages.checkpoint, ranges, f"{name}-dits", shared)
 
     def whole(base: str, meanwhile: Callable[[], object] | None = None) -> Path:
         def make(out: Path) -> None:
@@ -275,15 +272,16 @@ def make_exports(stages: Stages, name: str, shared: Shared) -> Exports:
 
 
 @pytest.fixture(scope="session")
-def exports(tiny: Stages, shared: Shared) -> Exports:
-    """`exports("fp8", "bf16")`: flux-tiny with its DiT in fp8, and everything else in bf16."""
-    return make_exports(tiny, "tiny", shared)
+def exports(schnell: Stages, dits: Exports, shared: Shared) -> Exports:
+    """`exports("fp8", "bf16")`: the random checkpoint with its DiT in fp8, and everything else in bf16."""
+    return make_exports(schnell, dits, "schnell", shared)
 
 
 @pytest.fixture(scope="session")
 def sd3_exports(sd3: Stages, shared: Shared) -> Exports:
     """The same of sd35-tiny."""
-    return make_exports(sd3, "sd3", shared)
+    ranges = make_ranges(sd3.checkpoint, "sd3-calibration", shared)
+    return make_exports(sd3, make_dits(sd3.checkpoint, ranges, "sd3-dits", shared), "sd3", shared)
 
 
 @pytest.fixture(scope="session")

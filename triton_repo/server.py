@@ -80,12 +80,12 @@ class Server:
         options: ServeOptions,
         output: BinaryIO,
         on_event: Callable[[str], object] | None,
-        temporary: bool = False,
+        temporary: Path | None = None,
     ) -> None:
         self.log = Path(output.name)
         self.options = options
         self.unfinished, self.cause = 0, ""
-        self._temporary = temporary  # the log, which is in a folder of its own then
+        self._temporary = temporary  # a folder with nothing in it but the log
         self._told_to_stop = self._died = False
         self._on_event = on_event
         self._ready: Future[None] = Future()
@@ -131,7 +131,7 @@ class Server:
             self._ready.set_exception(self._failure or DitforgeError(end, f"look at the log, {self.log}"))
         clean = self._told_to_stop and code == 0 and not (self._died or self.unfinished or self._failure)
         if self._temporary and clean:
-            shutil.rmtree(self.log.parent, ignore_errors=True)
+            shutil.rmtree(self._temporary, ignore_errors=True)
         self._exit.set_result(code)
 
     def _hear(self, event: dict[str, Any]) -> None:
@@ -231,11 +231,12 @@ def start(repo: Path, /, on_event: Callable[[str], object] | None = None, **opti
             raise UserError(f"{module}, which the server needs, is missing: {error}", other_triton()) from None
     find_tritonserver()
     claimed = claim_ports(made)
-    temporary = made.log is None
-    file = current_folder() / (made.log or Path(tempfile.mkdtemp(prefix="ditforge-serve-"), "tritonserver.log"))
+    named = made.log is not None
+    folder = current_folder() if named else Path(tempfile.mkdtemp(prefix="ditforge-serve-"))
+    file = folder / (made.log or "tritonserver.log")
     made = made.model_copy(update={"http_port": claimed.get("http_port"), "log": file})
     with appended(file, f"ditforge {__version__} serves {made.repo}") as output:
-        server = Server(made, output, on_event, temporary)
+        server = Server(made, output, on_event, None if named else folder)
     try:
         server.wait_until_ready()
     except BaseException:

@@ -143,7 +143,7 @@ def test_ports_of_zero_do_not_clash(repository: Path) -> None:
         ({"grace": 1e300}, "grace .* from 0 to 604800 seconds, got 1e"),
         (
             {"timeout": -1},
-            r"timeout .* from 0 to 604800 seconds, got -1\nfix: .*timeout=600",
+            r"timeout .* above 0 and up to 604800 seconds, got -1\nfix: .*timeout=600",
         ),
         ({"shm_bytes": 0}, "shm_bytes must be greater than 0, got 0"),
         ({"prot": 8001}, "there is no option 'prot'\nfix: .*port=…; the options are host, port, "),

@@ -28,6 +28,7 @@ from tritonclient.utils import InferenceServerException
 
 from ditforge.client import Client
 from ditforge.errors import DitforgeError
+from ditforge.triton_repo import server as starting
 from ditforge.triton_repo.server import Server, start
 
 GOOD = request("dit", dit_inputs())
@@ -42,8 +43,12 @@ def events() -> list[str]:
 
 @pytest.fixture(scope="module")
 def server(tiny, events: list[str]) -> Iterator[Server]:
-    """It logs to a full disk."""
-    with start(tiny.repository, events.append, port=0, metrics_port=0, log=Path("/dev/full")) as server:
+    """The disk of its log is full by the time that it begins."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        full = Path("/dev/full").open("ab")  # noqa: SIM115 - start() closes it
+        monkeypatch.setattr(starting, "appended", lambda file, line: full)
+        server = start(tiny.repository, events.append, port=0, metrics_port=0)
+    with server:
         yield server
 
 

@@ -156,7 +156,7 @@ def test_what_is_of_no_use_is_named(case: str, value: object) -> None:
         ("write_repository-force", "x", "force must be True or False, got 'x'"),
         ("serve-port", "8001", "port must be an integer from 0 to 65535"),
         ("serve-insecure", 1, "insecure must be True or False, got 1"),
-        ("serve-timeout", True, "timeout must be from 0"),
+        ("serve-timeout", True, "timeout must be above 0"),
         ("serve-on_event", 3, "on_event must be a function, got 3"),
         ("generate-prompt", 3, "a prompt is a int, not a string"),
         ("generate-callback", 3, "callback must be a function, got 3"),

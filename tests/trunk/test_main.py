@@ -6,9 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from command_line import HEED_INTERRUPTS
+from command_line import HEED_INTERRUPTS, PATIENCE
 
 INTERRUPT = """
 import signal, sys
@@ -46,8 +47,9 @@ def test_ctrl_c_while_modules_are_imported(program: str, module: str) -> None:
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
 
 
+# The server that is asked never answers, so that the command lasts until the interrupt arrives.
 AT_A_MOMENT = """
-import signal, sys
+import signal, socket, sys
 from importlib.machinery import ExtensionFileLoader
 def is_native(frame):
     own = frame.f_locals.get("self") if frame else None
@@ -60,7 +62,8 @@ class Interrupt:
             signal.raise_signal(signal.SIGINT)
 from ditforge.__main__ import main
 sys.meta_path.insert(0, Interrupt)
-sys.argv = ["ditforge", "generate", "a", "--url", "127.0.0.1:1", "--out", "/dev/null/x.png"]
+silent = socket.create_server(("127.0.0.1", 0))
+sys.argv = ["ditforge", "generate", "a", "--url", f"127.0.0.1:{{silent.getsockname()[1]}}", "--connect-timeout", "600"]
 main()
 """
 
@@ -68,10 +71,10 @@ main()
 @pytest.mark.parametrize(
     ("left", "native"), [(1, False), (2, False), (10, False), (50, False), (150, False), (1, True), (3, True)]
 )
-def test_ctrl_c_at_the_import_of_that_number(left: int, native: bool) -> None:
+def test_ctrl_c_at_the_import_of_that_number(left: int, native: bool, tmp_path: Path) -> None:
     """Also of a module that native code imports, which would not pass the interrupt on."""
-    program = AT_A_MOMENT.format(left=left, native=native)
-    ended = subprocess.run([*HEED_INTERRUPTS, sys.executable, "-c", program], capture_output=True, text=True)
+    command = [*HEED_INTERRUPTS, sys.executable, "-c", AT_A_MOMENT.format(left=left, native=native)]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
 
 

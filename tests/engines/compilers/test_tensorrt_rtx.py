@@ -188,7 +188,7 @@ def test_the_network_is_what_the_manifest_says(clip: Path, tmp_path: Path, monke
     path = clip / "manifest.json"
     text = path.read_text()
     try:
-        for old, new in (('"clip_ids"', '"ids"'), ('"INT32"', '"INT64"'), ('"FP32"', '"FP16"')):
+        for old, new in (('"clip_ids"', '"ids"'), ('"INT32"', '"UINT8"'), ('"FP32"', '"FP16"')):
             path.write_text(text.replace(old, new))
             with pytest.raises(DitforgeError, match="the manifest says"):
                 build(clip, tmp_path / "other", BuildOptions("sm_89"))

@@ -273,7 +273,7 @@ def test_what_fits_nothing_is_refused(flux: DiffusionPipeline, sd3: DiffusionPip
         },
         r"is a difference of whole weights, ": {**good, "diffusion_model.img_in.diff_b": torch.ones(3)},
         r"is a control LoRA or ControlNet, ": {**good, f"{name}.lora_B.bias": torch.ones(3)},
-        "no tensors fit nothing": {},
+        "holds no tensors, and so no LoRA": {},
         r"a rank of 0": bfl(name, torch.zeros(0, 72), torch.zeros(216, 0)),
         r"not one alpha": {**good, f"{name}.alpha": torch.zeros(0)},
         r"no up matrix": {f"{name}.lora_A.weight": down},

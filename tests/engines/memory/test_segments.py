@@ -16,7 +16,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from command_line import PATIENCE, eventually, popen
-from exports import alone
+from exports import alone, export_dits
 from onnx import TensorProto, helper
 
 from ditforge import manifest
@@ -29,6 +29,8 @@ from ditforge.engines.profile import Profile, make_profiles
 from ditforge.engines.runtime.loading import load_engine
 from ditforge.engines.verify import NUMPY_DTYPES, compare, verify_files
 from ditforge.errors import DitforgeError, UserError
+from ditforge.export.checkpoint.source import CheckpointSource
+from ditforge.export.quantisation.calibration import calibrate
 from ditforge.manifest import Component, Tensor
 from ditforge.triton_repo.repository import write_repository
 from ditforge.triton_repo.server import start
@@ -135,11 +137,22 @@ def test_every_shape_is_inferred(stages, tmp_path: Path) -> None:
             }
 
 
-@pytest.mark.parametrize("key", [("bf16", "bf16"), ("fp8-weights", "bf16"), ("fp8", "bf16"), ("fp32", "fp32")])
-def test_only_hidden_states_and_conditioning_are_passed_on(exports, key: tuple[str, str]) -> None:
-    folder = exports(*key)
+@pytest.fixture(scope="module")
+def deep(flux_tiny: Path, shared) -> Path:
+    """flux-tiny's DiT, of so many blocks that cuts are between them, in the formats that change its graph."""
+
+    def make(out: Path) -> None:
+        calibrate(CheckpointSource(flux_tiny), out / "ranges.json", ["a red circle", "two blue squares"])
+        export_dits(flux_tiny, out / "ranges.json", "fp32", out, ["fp8-weights", "fp8"])
+
+    return shared("deep", make)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp8-weights", "fp8"])
+def test_only_hidden_states_and_conditioning_are_passed_on(deep: Path, flux_tiny: Path, precision: str) -> None:
+    folder = deep / precision
     inputs = manifest.read(folder, "onnx").components["dit"].inputs
-    config = json.loads((Path(__file__).parents[3] / "models/flux-tiny/transformer/config.json").read_text())
+    config = json.loads((flux_tiny / "transformer" / "config.json").read_text())
     width = config["num_attention_heads"] * config["attention_head_dim"]
     for count in (2, 3):
         segments = segments_of(folder, count)
@@ -148,7 +161,7 @@ def test_only_hidden_states_and_conditioning_are_passed_on(exports, key: tuple[s
         for first, second in pairwise(segments):
             passed = {n: t for n, t in second.component.inputs.items() if n not in inputs}
             assert len(passed) <= 3  # pictures' and prompts' hidden states, or both as one; and the conditioning vector
-            assert {t.dtype for t in passed.values()} == {"BF16" if key[1] == "bf16" else "FP32"}
+            assert {t.dtype for t in passed.values()} == {"FP32"}
             assert {t.shape[-1] for t in passed.values()} == {width}
             assert {t.shape[0] for t in passed.values()} == {"batch"}
             assert set(first.component.outputs) <= set(passed)

@@ -248,13 +248,13 @@ def dits(random_schnell: Path, ranges: Path, shared: Shared) -> Exports:
     return make_dits(random_schnell, ranges, "dits", shared)
 
 
-def make_exports(stages: Stages, dits: Exports, name: str, shared: Shared) -> Exports:
-    """A whole checkpoint in a precision, e.g. ("fp8", "bf16"): its DiT, of `dits`, in fp8, and all else in bf16."""
+def make_exports(stages: Stages, dits: Exports, name: str, shared: Shared, without: tuple[str, ...] = ()) -> Exports:
+    """A checkpoint in a precision, e.g. ("fp8", "bf16"): its DiT, of `dits`, in fp8, and all else in bf16."""
     from exports import export_around, replace_dit
 
     def whole(base: str, meanwhile: Callable[[], object] | None = None) -> Path:
         def make(out: Path) -> None:
-            export_around(stages.checkpoint, stages.onnx, dits(base, base), base, out)
+            export_around(stages.checkpoint, stages.onnx, dits(base, base), base, out, without)
 
         return shared(f"{name}-export-{base}", make, meanwhile)
 
@@ -279,9 +279,10 @@ def exports(schnell: Stages, dits: Exports, shared: Shared) -> Exports:
 
 @pytest.fixture(scope="session")
 def sd3_exports(sd3: Stages, shared: Shared) -> Exports:
-    """The same of sd35-tiny."""
+    """The same of sd35-tiny, but for T5 and the autoencoder: these are the same graphs in both families."""
     ranges = make_ranges(sd3.checkpoint, "sd3-calibration", shared)
-    return make_exports(sd3, make_dits(sd3.checkpoint, ranges, "sd3-dits", shared), "sd3", shared)
+    dits = make_dits(sd3.checkpoint, ranges, "sd3-dits", shared)
+    return make_exports(sd3, dits, "sd3", shared, ("t5", "vae_decoder", "vae_encoder"))
 
 
 @pytest.fixture(scope="session")

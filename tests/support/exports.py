@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ditforge import manifest
@@ -30,16 +30,25 @@ def export_dits(
         manifest.write(whole, out / name)
 
 
-def export_around(checkpoint: Path, fp32: Path, dit: Path, base: str, out: Path) -> None:
-    """A whole export in `base`, with the DiT of the folder `dit`, and what is in fp32 anyway from the export `fp32`."""
+def export_around(checkpoint: Path, fp32: Path, dit: Path, base: str, out: Path, without: Collection[str] = ()) -> None:
+    """An export in `base`, with the DiT of the folder `dit`, and what is in fp32 anyway from the export `fp32`.
+
+    It has all networks but those `without` which it is made.
+    """
     opened = open_checkpoint(checkpoint)
     networks = family_of(opened).networks
-    shutil.copytree(fp32, out, dirs_exist_ok=True)
     whole = manifest.read(fp32, "onnx")
-    components = dict(whole.components)
+    components = {name: component for name, component in whole.components.items() if name not in without}
+    for file in (file for component in components.values() for file in component.files):
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(fp32 / file, out / file)
     same = {n.name: (n.dtype, n.inputs, n.outputs) for n in networks(opened, parse_precision("fp32"))}
     for network in networks(opened, parse_precision(base)):
-        if network.name != "dit" and (network.dtype, network.inputs, network.outputs) != same[network.name]:
+        if (
+            network.name in components
+            and network.name != "dit"
+            and (network.dtype, network.inputs, network.outputs) != same[network.name]
+        ):
             components[network.name] = export_network(network, opened, out)
     manifest.write(whole.model_copy(update={"components": components, "source": {}}), out)
     replace_dit(dit, out)

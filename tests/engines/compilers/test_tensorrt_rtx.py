@@ -65,17 +65,12 @@ def without(folder: Path, out: Path, *names: str) -> Path:
 def test_every_network_compiles_in_every_precision_of_the_gpu(
     request: pytest.FixtureRequest, tmp_path: Path, model: str, gpu: str, precisions: list[tuple[str, str]]
 ) -> None:
-    """FP8 is the DiT's alone; what is around it in bf16 is compiled for the same GPUs beside a DiT in bf16.
-
-    T5 and the autoencoder are the same graphs in both families, and compiled once.
-    """
+    """FP8 is the DiT's alone; what is around it in bf16 is compiled for the same GPUs beside a DiT in bf16."""
     exports, around = request.getfixturevalue(model), None
     for key in precisions:
         onnx_dir = exports(*key)
         if precisions is FP8:
             onnx_dir = alone(onnx_dir, tmp_path / key[0])
-        elif model == "sd3_exports":
-            onnx_dir = without(onnx_dir, tmp_path / "-".join(key), "t5", "vae_decoder", "vae_encoder")
         networks = set(manifest.read(onnx_dir, "onnx").components) - {TOKENIZER}
         built = build(onnx_dir, tmp_path / "engines", BuildOptions(gpu))
         # Only what differs is compiled again.

@@ -233,7 +233,7 @@ def test_flux_needs_t5(random_schnell: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("base", ["fp16", "bf16"])
 def test_16_bits(sd3, sd3_exports, base: str) -> None:
-    """Every network; bf16 as its fp32 twin, whose weights, stored in bf16, are the same."""
+    """Every network of its own; bf16 as its fp32 twin, whose weights, stored in bf16, are the same."""
     folder, dtype = sd3_exports(base, base), {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}[base]
     for graph in folder.glob("*.onnx"):
         initializers = onnx.load(graph, load_external_data=False).graph.initializer

@@ -88,7 +88,7 @@ $(INSTALLED): pyproject.toml setup.py Makefile
 	$(PYTHON) -m venv $(VENV) || { echo "fix:   apt install python3-venv"; exit 1; }
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH)
-	PYTHONWARNINGS="ignore:Editable installation" $(BIN)/pip install --quiet --editable '.[all,test]'
+	$(BIN)/pip install --quiet --editable '.[all,test]'
 	touch $@
 
 clean:

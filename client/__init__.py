@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ditforge.client.aio import AsyncClient as AsyncClient
     from ditforge.client.client import Client as Client
     from ditforge.client.options import GenerateOptions as GenerateOptions
+    from ditforge.client.picture_file import save_picture as save_picture
     from ditforge.client.samplers import SAMPLERS as SAMPLERS, Sampler as Sampler, Step as Step
     from ditforge.client.schedules import SCHEDULES as SCHEDULES, Spacing as Spacing
     from ditforge.client.settings import ConnectionSettings as ConnectionSettings
@@ -33,6 +34,7 @@ _PUBLIC = {
     "Sampler": "samplers",
     "Spacing": "schedules",
     "Step": "samplers",
+    "save_picture": "picture_file",
 }
 __all__ = [
     "SAMPLERS",
@@ -45,6 +47,7 @@ __all__ = [
     "Sampler",
     "Spacing",
     "Step",
+    "save_picture",
 ]
 
 

@@ -11,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from ditforge import small_files
+from ditforge.arguments import AnyPath, read
 from ditforge.errors import UserError
 from ditforge.option import setting
 
@@ -54,20 +55,26 @@ def check_fits(path: Path, size: tuple[int, int], parameters: dict[str, Any], na
 
 
 def read_info(image: Image.Image) -> dict[str, Any]:
-    """The parameters of a picture that `Client.generate` has returned."""
+    """The parameters of a picture that `Client.generate` has returned. Raises UserError if it has none."""
+    if METADATA_KEY not in image.info:
+        raise UserError("the picture has no parameters in it: no client made it", OURS)
     parameters: dict[str, Any] = json.loads(image.info[METADATA_KEY])
     return parameters
 
 
-def save_picture(image: Image.Image, path: Path, name: str = "out") -> None:
-    """Write the picture and its parameters to `path`, in the format that its suffix names.
+def save_picture(image: Image.Image, path: AnyPath, name: str = "path") -> None:
+    """Write a picture that a client made, with its parameters, to `path`: a .png, .jpg or .webp file.
 
-    The file appears complete or not at all, and replaces an existing file. Raises UserError if it cannot be written.
-    `name` is the option that gives the path.
+    The file appears complete or not at all, and replaces an existing file. Raises UserError if it cannot be written, or
+    if the picture has no parameters. `name` is the option that gives the path.
     """
-    kind = FORMATS[path.suffix.lower()]
+    if not isinstance(image, Image.Image):
+        raise UserError(f"a picture is an image of PIL, got {image!r:.60}", "save_picture(client.generate(…), path)")
+    file: Path = read(AnyPath, path, name)
     parameters = read_info(image)
-    with small_files.written_whole(path, name) as temporary:
+    check_writable(file, name)
+    kind = FORMATS[file.suffix.lower()]
+    with small_files.written_whole(file, name) as temporary:
         if kind == "PNG":
             info = PngInfo()
             info.add_itxt(METADATA_KEY, image.info[METADATA_KEY])
@@ -113,7 +120,7 @@ def read_parameters(path: Path) -> dict[str, Any]:
     except (TypeError, ValueError, KeyError, RecursionError):
         parameters = None
     if not isinstance(parameters, dict):
-        raise UserError(f"{path} has no parameters in it: ditforge did not make it", OURS)
+        raise UserError(f"{path} has no parameters in it: ditforge did not make it, or another program saved it", OURS)
     return parameters
 
 

@@ -155,7 +155,7 @@ class Use(Generic[P]):
 
 def failure(code: grpc.StatusCode, details: str | None) -> Failure:
     """Make a Failure of gRPC's status code, e.g. UNAVAILABLE, and the first line of its message."""
-    lines = (details or "").strip().splitlines()
+    lines = (details or "").strip().removeprefix("UNKNOWN:").strip().splitlines()  # gRPC begins causes so
     return Failure(code.name, shown(lines[0]) if lines else "no reason given")
 
 

@@ -27,7 +27,7 @@ class Dim:
 BATCH = Dim("batch")
 
 
-OF_THE_EXPORT = "the export's number format, 8-bit layers aside"
+OF_THE_EXPORT = "the number format of the export, or around its 8-bit layers"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ with ditforge.serve("out/repo", port=0) as server:
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     )
 
 __version__ = "0.1.0"
+# ONNX Runtime would note what it runs in a file of the user's cache, which it may send to its makers.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 _PLACES = {
     "export_checkpoint": "ditforge.api",
     "build_engines": "ditforge.api",

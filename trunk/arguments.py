@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field, PlainValidator, TypeAdapter, Valida
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from ditforge.errors import UserError
+from ditforge.install_hint import lacking
 from ditforge.option import check_names, option
 
 P = ParamSpec("P")
@@ -98,7 +99,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     """Make a public function raise UserError also for arguments of other types than those of its annotations.
 
     The annotations must be objects, not text. Each argument is converted as its annotation says; what `**options`
-    takes is left to the function.
+    takes is left to the function. A module of an extra that is not installed is a UserError as well.
     """
     declared = signature(function)
 
@@ -109,7 +110,13 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
             parameter = declared.parameters[name]
             if parameter.kind in NAMED:
                 given.arguments[name] = read(parameter.annotation, value, name)
-        return function(*given.args, **given.kwargs)
+        try:
+            return function(*given.args, **given.kwargs)
+        except ModuleNotFoundError as error:
+            missing = lacking(error, function.__name__)
+            if missing is None:
+                raise
+            raise missing from error
 
     return call
 

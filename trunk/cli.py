@@ -110,13 +110,10 @@ def main() -> None:
             interrupt.end()
         if not isinstance(error, ModuleNotFoundError):
             raise
-        from ditforge import install_hint
-        from ditforge.commands.doctor import extra_for
+        from ditforge.install_hint import lacking
 
-        module = (error.name or "").split(".")[0]
-        extra = extra_for(module)
-        if extra is None:
+        missing = lacking(error, "this command")
+        if missing is None:
             raise
-        print(f"error: this command needs {module}, which is not installed", file=sys.stderr)
-        print(f"fix:   {install_hint.install(extra)}", file=sys.stderr)
+        tell(f"error: {missing}")
         sys.exit(2)

@@ -10,7 +10,20 @@ from importlib.metadata import distributions
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from ditforge.errors import UserError
+
 CHECKOUT = "in a checkout of ditforge"
+# Each extra of ditforge, and the top-level modules that it installs.
+EXTRAS = {
+    "client": ("numpy", "PIL", "tritonclient", "grpc"),
+    "export": ("torch", "diffusers", "transformers", "safetensors", "onnxscript", "onnx_ir", "huggingface_hub"),
+    "engines": ("onnx", "onnxruntime", "pynvml"),
+    "tensorrt-rtx": ("tensorrt_rtx",),
+    "tensorrt": ("tensorrt",),
+    "gpu": ("cupy",),
+    "serve-in-container": ("tokenizers", "google", "psutil", "prometheus_client"),
+    "serve": ("pytriton",),
+}
 
 
 def install(extra: str) -> str:
@@ -25,6 +38,13 @@ def install(extra: str) -> str:
         return f"{pip()} install '.[{extra}]'   {CHECKOUT}"
     editable = "-e " if origin.is_dir() and is_editable() else ""
     return f"{pip()} install {editable}{shlex.quote(f'{origin}[{extra}]')}"
+
+
+def lacking(error: ModuleNotFoundError, what: str) -> UserError | None:
+    """The error of `what`, such as "this command", which needs a module that is missing. None if it is of no extra."""
+    module = (error.name or "").split(".")[0]
+    extra = next((extra for extra, modules in EXTRAS.items() if module in modules), None)
+    return UserError(f"{what} needs {module}, which is not installed", install(extra)) if extra else None
 
 
 def upgrade(extra: str) -> str:

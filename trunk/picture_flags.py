@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ditforge.client.prompts import Prompt
 
 MAX_COUNT = 1000  # all pictures can be in memory at the same time
-SAMPLER_HELP = "euler (the default), heun, dpmpp_2m; with noise: euler_ancestral, dpmpp_2m_sde, ddim (with --eta), lcm."
+SAMPLER_HELP = f"By default euler; there are {', '.join(completion.samplers())}. docs/client.md describes them."
 SCHEDULE_HELP = "default (the model's own), simple, sgm_uniform, karras, exponential or beta."
 SIZE_HELP = "Both at once: WxH, square, portrait, landscape, or a ratio such as 16:9."
 OUT_HELP = (

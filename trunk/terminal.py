@@ -18,7 +18,7 @@ from ditforge.progress_line import Pace, Unit
 if TYPE_CHECKING:
     from rich.console import Console
 
-SHORT = 12  # characters of a cell that is not wrapped
+SHORT = 14  # characters of a cell that is not wrapped
 UNBOUNDED = 1 << 20  # columns, of a terminal so wide that no cell is wrapped
 DONE = "done"
 EVERY = 5.0  # seconds between two lines of progress if the output is not a terminal
@@ -69,6 +69,7 @@ class Bar:
 
     def __init__(self, title: str, pace: Pace, console: Console) -> None:
         from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+        from rich.table import Column
         from rich.text import Text
 
         class Words(ProgressColumn):
@@ -77,7 +78,7 @@ class Bar:
 
         self.title, self.pace = title, pace
         name = TextColumn("{task.description}", markup=False)  # names come from servers, and may look like markup
-        self.bar = Progress(name, BarColumn(), Words(), console=console)
+        self.bar = Progress(name, BarColumn(bar_width=None), Words(Column(no_wrap=True)), console=console, expand=True)
         self.bar.start()
         self.task = self.bar.add_task(title)
 

@@ -74,7 +74,10 @@ def find_sampler(sampler: str | Sampler) -> Sampler:
         check_takes(sampler, 5, f"the sampler {sampler_name(sampler)}", fix)
         return sampler
     if sampler in SAMPLERS:
-        found: Sampler = getattr(import_module(f"{__name__}.{sampler}"), f"sample_{sampler}")
+        module = import_module(f"{__name__}.{sampler}")
+        found: Sampler | None = getattr(module, f"sample_{sampler}", None)
+        if found is None:
+            raise UserError(f"{module.__file__} has no function sample_{sampler}", "see CONTRIBUTING.md, Add a sampler")
         return found
     wanted = str(sampler).lower().replace("++", "pp").replace(" ", "_")
     close = get_close_matches(wanted, SAMPLERS, n=1) or [DEFAULT]

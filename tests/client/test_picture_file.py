@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
+import ditforge.client
 from ditforge.client.grid import grid_size, make_grid
 from ditforge.client.picture_file import METADATA_KEY, check_fits, check_writable, read_parameters, save_picture
 from ditforge.errors import UserError
@@ -99,7 +100,7 @@ def test_pictures_of_others(suffix: str, description: str | None, tmp_path: Path
     if description:
         exif[0x010E] = description[:60_000]
     Image.new("RGB", (8, 8)).save(tmp_path / f"a{suffix}", exif=exif)
-    with pytest.raises(UserError, match="ditforge did not make it"):
+    with pytest.raises(UserError, match="ditforge did not make it, or another program saved it"):
         read_parameters(tmp_path / f"a{suffix}")
 
 
@@ -158,3 +159,17 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     for path in (tmp_path / "none.png", tmp_path / ("a" * 300)):
         with pytest.raises(UserError, match=r"^cannot read .*: [\w ]+\nfix"):
             read_parameters(path)
+
+
+def test_what_a_client_made_is_saved_in_python(tmp_path: Path) -> None:
+    ditforge.client.save_picture(picture(), str(tmp_path / "folder" / "a.png"))
+    assert read_parameters(tmp_path / "folder" / "a.png") == PARAMETERS
+    for image, path, words in (
+        (None, tmp_path / "a.png", "an image of PIL, got None"),
+        (picture(), 3, "path must be a path"),
+        (picture(), tmp_path / "a.gif", "not a .png, .jpg or .webp file"),
+        (Image.new("RGB", (8, 8)), tmp_path / "a.png", "has no parameters"),
+    ):
+        with pytest.raises(UserError, match=words):
+            ditforge.client.save_picture(image, path)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

@@ -5,6 +5,7 @@ A new command is a new file. Each imports what it needs when it runs, so that `d
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pkgutil import iter_modules
@@ -27,7 +28,13 @@ ORDER = [
 
 
 def commands() -> Iterator[Callable[..., None]]:
-    """Import and yield all commands, in the order in which they are listed."""
+    """Import and yield all commands, in the order in which they are listed.
+
+    A file that cannot be imported, or has no such function, is left out with a warning: the others still work.
+    """
     names = sorted(module.name for module in iter_modules(__path__))
     for name in sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER)):
-        yield getattr(import_module(f"{__name__}.{name}"), name)
+        try:
+            yield getattr(import_module(f"{__name__}.{name}"), name)
+        except Exception as error:
+            print(f"warning: there is no command {name}: {type(error).__name__}: {error}", file=sys.stderr)

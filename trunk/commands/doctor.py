@@ -19,18 +19,6 @@ from ditforge.machine_memory import Memory, read_memory
 from ditforge.reports import Json, show
 
 # An extra of ditforge → the top-level modules that it installs and that commands import.
-EXTRAS = {
-    "client": ("numpy", "PIL", "tritonclient", "grpc"),
-    "export": ("torch", "diffusers", "transformers", "safetensors", "onnxscript", "onnx_ir", "huggingface_hub"),
-    "engines": ("onnx", "onnxruntime", "pynvml"),
-    "tensorrt-rtx": ("tensorrt_rtx",),
-    "tensorrt": ("tensorrt",),
-    "gpu": ("cupy",),
-    "serve-in-container": ("tokenizers", "google", "psutil", "prometheus_client"),
-    "serve": ("pytriton",),
-}
-
-
 # The extras that only some machines need → what they are needed for.
 ON_GPU = {
     "tensorrt-rtx": "needed only to compile for GPUs",
@@ -83,11 +71,6 @@ def say(machine: Machine) -> None:
         terminal.say(line)
 
 
-def extra_for(module: str) -> str | None:
-    """The extra of ditforge that installs the top-level module, if there is one."""
-    return next((extra for extra, modules in EXTRAS.items() if module in modules), None)
-
-
 def lines(findings: Iterable[Finding], columns: int | None) -> Iterator[str]:
     """The findings as lines of text for a terminal with so many columns, or for no terminal (None).
 
@@ -113,7 +96,7 @@ def examine() -> Machine:
         Finding("free disk", "unknown" if disk is None else f"{disk / 1e9:.0f} GB in {Path.cwd()}"),
         shm_finding(),
         *gpu_findings,
-        *(extra_finding(extra) for extra in EXTRAS),
+        *(extra_finding(extra) for extra in install_hint.EXTRAS),
         triton_finding(),
     ]
     return Machine(tuple(findings), memory, disk, shm, tuple(gpus))

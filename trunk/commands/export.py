@@ -43,6 +43,7 @@ def export(
     target = None if gpu is None else gpus.find_target(gpu)
 
     with terminal.waiting("export", "importing PyTorch"):
+        from ditforge.export.network import OF_THE_EXPORT
         from ditforge.export.onnx_export import ExportOptions, export_checkpoint
     from ditforge.suited import suited
 
@@ -61,9 +62,14 @@ def export(
         return
     components = exported.manifest.components
     terminal.note(f"precision {asked.name}: {reason}")
+    others = {
+        name: component for name, component in components.items() if component.precision not in ("none", asked.name)
+    }
     for name, component in components.items():
-        if component.layers or component.precision not in ("none", asked.name):
+        if component.layers or (name in others and component.reason != OF_THE_EXPORT):
             terminal.note(f"{name} is {component.precision}: {component.reason}")
+    if alike := [name for name, component in others.items() if component.reason == OF_THE_EXPORT]:
+        terminal.note(f"{', '.join(alike)}: {asked.base}")
     if exported.choice:
         errors, keep = exported.choice.errors, exported.choice.keep
         rows = [(name, f"{error:.4f}", asked.base if name in keep else asked.name) for name, error in errors.items()]

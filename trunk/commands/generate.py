@@ -129,7 +129,7 @@ def save_all(made: Iterable[tuple[Request, list[Image.Image]]], paths: list[Path
         for request, pictures in made:
             for image, seed in zip(pictures, request.seeds, strict=True):
                 path = paths[len(written)]
-                save_picture(image, path)
+                save_picture(image, path, "out")
                 written.append((path, seed))
             images += pictures if grid else []
         if grid:

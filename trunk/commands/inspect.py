@@ -120,8 +120,10 @@ def line(text: str) -> None:
 
 def say_facts(facts: Iterable[tuple[str, str]]) -> None:
     """Print names and values, one a line."""
+    facts = list(facts)
+    width = max((len(name) for name, _ in facts), default=0)
     for name, value in facts:
-        line(f"  {name:12} {value}")
+        line(f"  {name:{width}}  {value}")
 
 
 def shortened(value: str) -> str:

@@ -117,4 +117,4 @@ def picture(estimate: Estimate | None) -> str:
 
 def seconds(number: float) -> str:
     """A number of seconds with two significant digits, or as a whole number if it is larger."""
-    return f"{number:.2g}" if number < 10 else f"{number:.0f}"
+    return f"{number:.0f}" if number >= 10 else f"{number:.2g}" if number >= 1e-3 else "0.001"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from ditforge import install_hint
 from ditforge.client.option import CA, ENCRYPT, PAIR, PLAIN, TOKEN
 from ditforge.client.probe import Speaks, speaks_tls
-from ditforge.client.retry import Failure, Retries
+from ditforge.client.retry import SILENT, Failure, Retries
 from ditforge.client.settings import LONGEST, ConnectionSettings
 from ditforge.client.tls import TLS
 from ditforge.errors import DitforgeError, UserError
@@ -158,6 +158,8 @@ def gave_up(
     seconds = now - (now if retries.first is None else retries.first)
     tried = f" ({retries.tries} tries in {seconds:.0f} s)" if retries.tries > 1 else ""
     waits = f"{option('retry_timeout=300')} waits longer for a server that starts"
+    if any(failure.reason == SILENT for failure in failures.values()):
+        waits += f", and a longer {option('step_timeout')} for its answer"
     if len(each) == 1:
         return DitforgeError(f"the server at {each[0]}{tried}", f"start it again, and repeat the request; {waits}")
     return DitforgeError(f"no server is left{tried}: {'; '.join(each)}", f"start them again, and repeat it; {waits}")

@@ -21,6 +21,7 @@ from ditforge.option import as_keys, option
 from ditforge.small_files import read_lines
 
 FILE = option("path", "--prompts FILE")
+AT_ONCE = 8  # as many as a server takes into one call by default
 MOST_DIGITS = len(str(MAX_SEED))
 FORM = "one prompt a line, with a tab and a seed behind it where it has one; or lines of JSON, with any option"
 
@@ -134,7 +135,10 @@ def read_picture(path: Path, given: Mapping[str, Any]) -> tuple[Prompt, str]:
 
 
 def make_requests(model: Model, prompts: list[Prompt], count: int = 1, seed: int | None = None) -> list[Request]:
-    """Requests for `count` pictures of each prompt, in their order. Neighbours that differ in nothing else are one.
+    """Requests for `count` pictures of each prompt, in their order.
+
+    Neighbours that differ in nothing else are one, of up to AT_ONCE pictures: those of a request are finished, and can
+    be kept, at the same time.
 
     The pictures of a prompt have its seed and the next ones. Where it has none, picture number i of all has `seed` + i,
     by default from a random one.
@@ -151,5 +155,7 @@ def make_requests(model: Model, prompts: list[Prompt], count: int = 1, seed: int
         texts = [prompt.text for prompt, _ in alike for _ in range(count)]
         seeds = [picture_seed for _, seeds in alike for picture_seed in seeds]
         with alike[0][0].origin.named():
-            requests.append(make_request(model, texts, replace(options, seed=seeds)))
+            for first in range(0, len(texts), AT_ONCE):
+                some = slice(first, first + AT_ONCE)
+                requests.append(make_request(model, texts[some], replace(options, seed=seeds[some])))
     return requests

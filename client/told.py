@@ -49,9 +49,10 @@ class Told:
 
     def of_engines(self, url: str, mine: str, theirs: str, servers: int) -> None:
         """Warn that the server at `url` serves the engines `theirs`, and that the picture was begun with `mine`."""
-        self.left_out(
-            url, f"it serves the engines {short(theirs)}, and the picture was begun with {short(mine)}", servers
-        )
+        why = f"it serves the engines {short(theirs)}, and the picture was begun with {short(mine)}"
+        if mine == theirs:
+            why = f"it describes the engines {short(mine)} otherwise than the server that the picture was begun at"
+        self.left_out(url, why, servers)
 
     def _warn(self, text: str) -> None:
         if text not in self._said:

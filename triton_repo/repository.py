@@ -34,6 +34,7 @@ from ditforge.triton_repo import config
 from ditforge.triton_repo.limits import Limits, limits_of
 
 ENSEMBLES = (TEXT_ENCODERS, TEXT_ENCODERS_CLIP)
+TEXTS = ("*/config.pbtxt", "*/1/model.py")  # what is written anew, beside the files of the engines
 NOT_TEXT = (DIT, VAE_DECODER, VAE_ENCODER)
 DEFAULT_MAX_BATCH = 8
 TENSORRT_BACKEND = "tensorrt"  # Triton's own backend for TensorRT, which NVIDIA's container has
@@ -88,10 +89,10 @@ def write_repository(engines: Path, out: Path, max_batch: int | None = None, for
     if not reason:
         return ""
     log.info("%s is written: %s", out, reason)
-    stage_folder.check_replaceable(out, "repository", ENSEMBLES, known_as)
+    stage_folder.check_replaceable(out, "repository", TEXTS, known_as)
     for component in source.components.values():
         manifest.check_files(engines, component.files, fix=BUILD_AGAIN)
-    with stage_folder.written_whole(out, "repository", own=ENSEMBLES) as folder:
+    with stage_folder.written_whole(out, "repository", own=TEXTS) as folder:
         for name, model in models.items():
             (folder / name / "1").mkdir(parents=True)  # Triton needs this folder even if it is empty
             for path, content in texts(model).items():

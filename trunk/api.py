@@ -89,8 +89,10 @@ def export_checkpoint(
     from ditforge.engines.gpus import find_target
     from ditforge.export.checkpoint.source import CheckpointSource
     from ditforge.export.onnx_export import ExportOptions, export_checkpoint as export
+    from ditforge.folders import check_checkpoint
     from ditforge.suited import suited
 
+    check_checkpoint(Path(checkpoint))
     gpu = given.pop("gpu", None)
     chosen, _ = suited(made(ExportOptions, given), None if gpu is None else find_target(gpu))
     return export(made(CheckpointSource, {"path": checkpoint, **given}), Path(out), chosen, progress)

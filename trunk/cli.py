@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import warnings
-from typing import Annotated
+from contextlib import redirect_stderr, redirect_stdout
+from typing import Annotated, NoReturn, TextIO, cast
 
 import typer
 
@@ -89,6 +90,13 @@ def main() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # ditforge's errors say what matters of gRPC's log
     warnings.simplefilter("default", DitforgeWarning)
     warnings.showwarning = lambda message, *args, **kwargs: tell(f"warning: {message}")
+    output, errors = cast(TextIO, terminal.Checked(sys.stdout)), cast(TextIO, terminal.Unfailing(sys.stderr))
+    with redirect_stdout(output), redirect_stderr(errors):
+        run()
+
+
+def run() -> NoReturn:
+    """Run the command, and answer its errors."""
     try:
         with as_flags():
             code = app(standalone_mode=False)

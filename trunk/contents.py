@@ -220,6 +220,16 @@ def pictures(model: Model) -> Pictures:
     return Pictures(least, most, step, model.default_size, model.sizes, model.vae_tile)
 
 
+def sizes_in_words(pictures: Pictures) -> str:
+    """The sizes of pictures that can be made, in words."""
+    tiles = f"; the autoencoder takes tiles of {pictures.vae_tile}" if pictures.vae_tile else ""
+    if pictures.sizes:
+        named = ", ".join(f"{width}x{height}" for height, width in pictures.sizes)
+        return f"only {named} pixels (width x height){tiles}"
+    steps = f"in steps of {pictures.step}, by default {pictures.default}"
+    return f"{pictures.least} to {pictures.most} pixels {steps}{tiles}"
+
+
 def part(name: str, component: Component, engine: Engine | None) -> Part:
     """Describe a network, and its engine if there is one."""
     made = (engine.compiler, engine.compiler_version, engine.target) if engine else ("", "", "")

@@ -9,7 +9,8 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePosixPath
+from fnmatch import fnmatchcase as fnmatch
+from pathlib import Path, PurePath
 from shlex import quote
 
 from ditforge import write_errors
@@ -45,8 +46,8 @@ def check_early(target: Path, kind: Kind) -> None:
 def check_replaceable(target: Path, kind: Kind, own: Iterable[str], model: str = "") -> None:
     """Raise UserError if a folder of `kind` cannot replace `target`, or if something would be lost by that.
 
-    Only files that the manifest in `target` lists, and those with a name in `own`, may be replaced. If `model` is not
-    empty, the folder must hold that model, in the words of `called`.
+    Only files that the manifest in `target` lists, and those whose path in it fits a pattern of `own`, as of a shell,
+    may be replaced. If `model` is not empty, the folder must hold that model, in the words of `called`.
     """
     target = real_path(target)
     check_outside(target)
@@ -79,16 +80,23 @@ def check_content(target: Path, kind: Kind, names: list[str], own: Iterable[str]
         raise UserError(f"{target} holds {names[0]}, and was not made by ditforge", OTHER_OUT)
     check_kind(target, kind)
     before = parse(target / FILE_NAME)
-    made = {PurePosixPath(name).parts[0] for component in before.components.values() for name in component.files}
-    foreign = [name for name in names if name not in {FILE_NAME, *made, *own}]
-    if foreign:
-        raise UserError(f"{target} holds {foreign[0]}, which ditforge did not write", OTHER_OUT)
+    made = {FILE_NAME, *(name for component in before.components.values() for name in component.files)}
+    foreign = (name for name in files_in(target) if name not in made and not any(fnmatch(name, one) for one in own))
+    if (name := min(foreign, default=None)) is not None:
+        raise UserError(f"{target} holds {name}, which ditforge did not write", OTHER_OUT)
     held = called(before.model.name, before.origin)
     if model and held != model and (before.origin or before.model.name != model):
         raise UserError(
             f"{target} holds {kind} of {held}, and this is {model}",
             f"choose another {option('out')}, or add {setting('force', True)}, which replaces it",
         )
+
+
+def files_in(folder: Path) -> Iterator[str]:
+    """The paths in `folder` of all files, links, pipes, … in it, at any depth."""
+    for place, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        yield from (PurePath(place, name).relative_to(folder).as_posix() for name in (*files, *links))
 
 
 def check_kind(target: Path, kind: Kind) -> None:
@@ -144,8 +152,8 @@ def written_whole(target: Path, kind: Kind, own: Iterable[str] = ()) -> Iterator
     killed process has left behind are removed too (unfinished_folder.py).
 
     An existing `target` is replaced only if it is empty, or if it is a folder of the same kind with nothing in it but
-    the files that its manifest lists and those with a name in `own`. No other files are ever deleted. Raises UserError
-    if `target` cannot be replaced or written.
+    the files that its manifest lists and those that fit a pattern of `own`. No other files are ever deleted. Raises
+    UserError if `target` cannot be replaced or written.
     """
     target = real_path(target)
     try:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from ditforge import verbosity, write_errors
 from ditforge.errors import UserError
@@ -171,7 +171,7 @@ def say(line: str) -> None:
     The line is written in one piece, so that the lines of two threads are not mixed. Raises what written() raises.
     """
     with written():
-        print(f"{line}\n", end="", flush=True)
+        print(f"{plain(line)}\n", end="", flush=True)
 
 
 def note(line: str) -> None:
@@ -186,16 +186,60 @@ def tell(line: str) -> None:
     After the first line that cannot be written, nothing is written, and no error is raised.
     """
     try:
-        print(f"{line}\n", end="", flush=True)
-    except OSError:
+        print(f"{plain(line)}\n", end="", flush=True)
+    except (OSError, UserError):
         give_up_output()
 
 
 def give_up_output() -> None:
     """Redirect standard output, which cannot be written, to os.devnull. Otherwise Python would fail again at exit."""
+    give_up(sys.stdout)
+
+
+def give_up(stream: TextIO) -> None:
+    """Redirect a stream that cannot be written to os.devnull."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
+    os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
+
+
+class Stream:
+    """A stream of text, as another one but for what happens when it cannot be written."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
+class Checked(Stream):
+    """Standard output, of which every part raises what written() raises, also those of libraries."""
+
+    def write(self, text: str) -> int:
+        with written():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with written():
+            self._stream.flush()
+
+
+class Unfailing(Stream):
+    """Standard error, whose loss stops no work: once it cannot be written, nothing is written there."""
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            give_up(self._stream)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            give_up(self._stream)
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

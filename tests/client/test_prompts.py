@@ -212,3 +212,13 @@ def test_a_picture_that_cannot_be_made_again(tmp_path: Path) -> None:
         read_picture(long, {})
     with as_flags(), pytest.raises(UserError, match=r"^--steps must be"):
         read_picture(long, {"steps": 0})
+
+
+def test_pictures_are_kept_by_and_by() -> None:
+    """What is made is not lost if a later picture fails: a request has few of them."""
+    prompts = [Prompt.of(f"circle {i}", {"steps": 2}) for i in range(19)]
+    requests = make_requests(MODEL, prompts, count=1, seed=5)
+    assert [len(request.prompts) for request in requests] == [8, 8, 3]
+    assert [text for request in requests for text in request.prompts] == [prompt.text for prompt in prompts]
+    assert [seed for request in requests for seed in request.seeds] == list(range(5, 24))
+    assert {len(request.prompts) for request in make_requests(MODEL, prompts[:1], count=16)} == {8}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -140,3 +141,29 @@ def test_where_nothing_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(stage_folder.tempfile, "TemporaryDirectory", denied)
     with pytest.raises(UserError, match=f"cannot write {tmp_path}/a/b: {tmp_path}: Permission denied"):
         stage_folder.check_early(tmp_path / "a" / "b", "onnx")
+
+
+THEIRS = ["notes.txt", "tokenizer/notes.txt", "dit/1/notes.txt", "dit/2/mine", "tokenizer/link"]
+
+
+@pytest.mark.parametrize("stage", ["repo", "build"])
+@pytest.mark.parametrize("theirs", THEIRS)
+def test_files_of_others_are_never_deleted(schnell, tmp_path: Path, stage: str, theirs: str) -> None:
+    """At any depth; and a link is not followed."""
+    out = shutil.copytree(schnell.repository if stage == "repo" else schnell.engines, tmp_path / "out")
+    file = out / theirs
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.symlink_to(tmp_path) if file.name == "link" else file.write_text("mine")
+    again = {
+        "repo": lambda: write_repository(schnell.engines, out, max_batch=2),
+        "build": lambda: build(schnell.onnx, out, BuildOptions(batch=2)),
+    }
+    with pytest.raises(UserError) as error:
+        again[stage]()
+    assert error.value.problem == f"{out} holds {theirs}, which ditforge did not write"
+    assert os.path.lexists(file)
+
+
+def test_what_a_repository_is_made_of_is_replaced(schnell, tmp_path: Path) -> None:
+    out = shutil.copytree(schnell.repository, tmp_path / "out")
+    assert "max_batch was 8, is 2" in write_repository(schnell.engines, out, max_batch=2)

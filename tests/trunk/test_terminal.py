@@ -181,3 +181,26 @@ def test_streams_that_are_closed(command: str, closed: str, code: int, tmp_path:
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("command", ["--help", "--version", "", "build --help", "gpus"])
+def test_results_that_cannot_be_written(command: str, tmp_path: Path) -> None:
+    program = f"{shlex.quote(sys.executable)} -m ditforge {command} > /dev/full"
+    done = subprocess.run(["sh", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: cannot write to standard output: ") and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("command", "code"), [("inspect nothing", 2), ("gpus --nothing", 2), ("gpus", 0)])
+def test_a_full_disk_behind_standard_error_stops_nothing(command: str, code: int, tmp_path: Path) -> None:
+    program = f"{shlex.quote(sys.executable)} -m ditforge {command} 2> /dev/full"
+    done = subprocess.run(["sh", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, bool(done.stdout)) == (code, code == 0)
+
+
+def test_progress_goes_on_without_standard_error() -> None:
+    with open("/dev/full", "w") as full:
+        stream = terminal.Unfailing(full)
+        for _ in range(3):
+            assert stream.write("a line\n" * 4000) == 7 * 4000
+            stream.flush()

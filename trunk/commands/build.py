@@ -37,13 +37,18 @@ class BuiltEngine:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build wrote. gpu: the GPU in the user's words. seconds: how long the build took."""
+    """What a build wrote.
+
+    gpu: the GPU in the user's words. seconds: how long the build took.
+    takes: the sizes and batches of pictures that the engines take, in words.
+    """
 
     folder: str
     model: str
     gpu: str
     seconds: float
     engines: tuple[BuiltEngine, ...]
+    takes: str
 
 
 def build(
@@ -81,13 +86,17 @@ def build(
 
 def make_report(built: Built, out: Path, gpu: str, seconds: float) -> BuildReport:
     """Make the report of a build."""
+    from ditforge.contents import pictures, sizes_in_words
+
     engines = []
     for name, engine in built.manifest.engines.items():
         component = built.manifest.components[name]
         size = sum(file.size for file in component.files.values())
         made = component.precision, engine.compiler, engine.target, engine.placement.segments, size
         engines.append(BuiltEngine(name, *made, kept=name not in built.rebuilt, reason=built.rebuilt.get(name, "")))
-    return BuildReport(str(out), built.manifest.model.name, gpu, round(seconds, 3), tuple(engines))
+    most = min((engine.max_batch for engine in built.manifest.engines.values() if engine.max_batch), default=None)
+    takes = sizes_in_words(pictures(built.manifest.model)) + (f", in batches of up to {most}" if most else "")
+    return BuildReport(str(out), built.manifest.model.name, gpu, round(seconds, 3), tuple(engines), takes)
 
 
 def say(report: BuildReport) -> None:
@@ -99,7 +108,7 @@ def say(report: BuildReport) -> None:
         why = "" if engine.reason == NEW else f": {engine.reason}"
         terminal.note(f"built {engine.name}{why}")
     if not compiled:
-        terminal.note(f"{report.folder} is up to date: nothing to build")
+        terminal.note(f"{report.folder} is up to date: no engine had to be built; it takes {report.takes}")
     for engine in report.engines:
         if engine.name == DIT:
             target = report.gpu if report.gpu == engine.target else f"{report.gpu} ({engine.target})"

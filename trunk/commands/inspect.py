@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ditforge import terminal
-from ditforge.plain_text import plain
 from ditforge.reports import Json, show
 
 if TYPE_CHECKING:
-    from ditforge.contents import CheckpointFolder, Contents, Part, Pictures, StageFolder, TensorFile
+    from ditforge.contents import CheckpointFolder, Contents, Part, StageFolder, TensorFile
 
 
 def inspect(
@@ -49,17 +48,19 @@ def say(found: Contents) -> None:
 
 def say_stage(found: StageFolder) -> None:
     """Print what is in a folder that `export`, `build` or `repo` wrote."""
-    line(f"{found.path}: {found.kind} of {found.model}, written by ditforge {found.ditforge}")
+    from ditforge.contents import sizes_in_words
+
+    terminal.say(f"{found.path}: {found.kind} of {found.model}, written by ditforge {found.ditforge}")
     facts = [
         ("size", f"{amount(found.size)}, sha256 {found.sha256[:16]}…"),
-        ("pictures", sizes(found.pictures)),
+        ("pictures", sizes_in_words(found.pictures)),
         ("batch", "any" if found.max_batch is None else f"up to {found.max_batch}"),
     ]
     facts += [(key.replace("_", " "), shortened(value)) for key, value in found.origin.items()]
     say_facts(facts)
     built = any(part.target for part in found.parts)
     headings = ("component", "precision", "size", *(("where", "segments", "engine") if built else ("why",)))
-    line("")
+    terminal.say("")
     terminal.table(headings, [part_row(part, built) for part in found.parts])
     ports = [
         (part.name, direction, port.name, port.dtype, f"[{', '.join(map(str, port.shape))}]")
@@ -67,10 +68,10 @@ def say_stage(found: StageFolder) -> None:
         for direction, side in (("in", part.inputs), ("out", part.outputs))
         for port in side
     ]
-    line("")
+    terminal.say("")
     terminal.table(("component", "", "tensor", "dtype", "shape"), ports)
     if layers := [(p.name, f"{one.count} x {one.name}", one.precision) for p in found.parts for one in p.layers]:
-        line("")
+        terminal.say("")
         terminal.table(("component", "layers", "precision"), layers)
 
 
@@ -83,21 +84,11 @@ def part_row(part: Part, built: bool) -> tuple[str, ...]:
     return *known, part.residency, str(part.segments) if part.target else "", engine
 
 
-def sizes(pictures: Pictures) -> str:
-    """The sizes of pictures that can be made, in words."""
-    tiles = f"; the autoencoder takes tiles of {pictures.vae_tile}" if pictures.vae_tile else ""
-    if pictures.sizes:
-        named = ", ".join(f"{width}x{height}" for height, width in pictures.sizes)
-        return f"only {named} pixels (width x height){tiles}"
-    steps = f"in steps of {pictures.step}, by default {pictures.default}"
-    return f"{pictures.least} to {pictures.most} pixels {steps}{tiles}"
-
-
 def say_checkpoint(found: CheckpointFolder) -> None:
     """Print what is in a checkpoint."""
-    line(f"{found.path}: a checkpoint in diffusers' layout, {found.pipeline or 'of no named class'}")
+    terminal.say(f"{found.path}: a checkpoint in diffusers' layout, {found.pipeline or 'of no named class'}")
     say_facts([("weights", amount(found.weights))])
-    line("")
+    terminal.say("")
     rows = [(part.name, part.class_name, amount(part.weights) if part.weights else "") for part in found.parts]
     terminal.table(("component", "class", "weights"), rows)
 
@@ -105,7 +96,7 @@ def say_checkpoint(found: CheckpointFolder) -> None:
 def say_tensors(found: TensorFile) -> None:
     """Print what is in a file of tensors."""
     what = {"lora": "a LoRA", "checkpoint file": f"a checkpoint in one file, {found.pipeline or 'without a DiT'}"}
-    line(f"{found.path}: {what.get(found.kind, 'tensors that ditforge does not export')}")
+    terminal.say(f"{found.path}: {what.get(found.kind, 'tensors that ditforge does not export')}")
     facts = [("size", amount(found.size)), ("tensors", f"{found.tensors}, {found.parameters:,} parameters")]
     facts += [("dtypes", ", ".join(f"{name} {amount(size)}" for name, size in found.dtypes.items()))]
     facts += [("components", ", ".join(found.holds))] if found.holds else []
@@ -113,17 +104,12 @@ def say_tensors(found: TensorFile) -> None:
     say_facts(facts + [(key, shortened(value)) for key, value in found.metadata.items()])
 
 
-def line(text: str) -> None:
-    """Print a line of what was read from files."""
-    terminal.say(plain(text))
-
-
 def say_facts(facts: Iterable[tuple[str, str]]) -> None:
     """Print names and values, one a line."""
     facts = list(facts)
     width = max((len(name) for name, _ in facts), default=0)
     for name, value in facts:
-        line(f"  {name:{width}}  {value}")
+        terminal.say(f"  {name:{width}}  {value}")
 
 
 def shortened(value: str) -> str:

@@ -18,7 +18,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-from ditforge.commands.plan import cell
+from ditforge.commands.plan import step, strategy
 from ditforge.engines.gpus import find_target
 from ditforge.export.checkpoint.diffusers_folder import CONFIGS, Checkpoint
 from ditforge.export.checkpoint.random_weights import random_checkpoint
@@ -27,7 +27,7 @@ from ditforge.export.families import read_networks
 from ditforge.export.graph.measure_footprint import measure
 from ditforge.export.onnx_export import export_network
 from ditforge.export.quantisation.precision import parse_precision
-from ditforge.plan_report import fit_of
+from ditforge.plan_report import Fit, fit_of
 from ditforge.plan_subject import Subject, Wanted, measured
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
@@ -85,6 +85,12 @@ def plans() -> Iterator[list[str]]:
         precision, parts = subject.parts(target, None)
         made = [fit_of(target, subject.model, parts, precision, side) for side in (512, 1024, 1536, 2048)]
         yield [card, f"{target.memory_gb} GB", precision, *map(cell, made)]
+
+
+def cell(fit: Fit) -> str:
+    """The plan for a size in a few characters: the peak in GB, the strategy, the tile, and the seconds of a step."""
+    tiled = f", tile {fit.vae_tile}" if fit.vae_tile else ""
+    return f"{fit.peak / 1e9:.1f} {strategy(fit)}{tiled}, {step(fit.estimate)}"
 
 
 def markdown(headings: tuple[str, ...], rows: list[list[str]]) -> list[str]:

@@ -34,7 +34,7 @@ from ditforge.triton_repo import config
 from ditforge.triton_repo.limits import Limits, limits_of
 
 ENSEMBLES = (TEXT_ENCODERS, TEXT_ENCODERS_CLIP)
-TEXTS = ("*/config.pbtxt", "*/1/model.py")  # what is written anew, beside the files of the engines
+TEXTS = ("*/config.pbtxt", "*/1/model.py", "*/1")  # what is written anew, beside the files of the engines
 NOT_TEXT = (DIT, VAE_DECODER, VAE_ENCODER)
 DEFAULT_MAX_BATCH = 8
 TENSORRT_BACKEND = "tensorrt"  # Triton's own backend for TensorRT, which NVIDIA's container has

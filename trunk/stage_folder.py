@@ -81,7 +81,7 @@ def check_content(target: Path, kind: Kind, names: list[str], own: Iterable[str]
     check_kind(target, kind)
     before = parse(target / FILE_NAME)
     made = {FILE_NAME, *(name for component in before.components.values() for name in component.files)}
-    foreign = (name for name in files_in(target) if name not in made and not any(fnmatch(name, one) for one in own))
+    foreign = (name for name in files_in(target) if name not in made and not any(fits(name, one) for one in own))
     if (name := min(foreign, default=None)) is not None:
         raise UserError(f"{target} holds {name}, which ditforge did not write", OTHER_OUT)
     held = called(before.model.name, before.origin)
@@ -92,11 +92,18 @@ def check_content(target: Path, kind: Kind, names: list[str], own: Iterable[str]
         )
 
 
+def fits(path: str, pattern: str) -> bool:
+    """Whether a path fits a pattern as of a shell, in which no * stands for a slash."""
+    names, patterns = path.split("/"), pattern.split("/")
+    return len(names) == len(patterns) and all(map(fnmatch, names, patterns))
+
+
 def files_in(folder: Path) -> Iterator[str]:
-    """The paths in `folder` of all files, links, pipes, … in it, at any depth."""
+    """The paths in `folder` of all files, links, pipes, … in it, at any depth, and of empty folders."""
     for place, folders, files in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(place, name))]
-        yield from (PurePath(place, name).relative_to(folder).as_posix() for name in (*files, *links))
+        itself = [] if folders or files else [""]
+        yield from (PurePath(place, name).relative_to(folder).as_posix() for name in (*files, *links, *itself))
 
 
 def check_kind(target: Path, kind: Kind) -> None:

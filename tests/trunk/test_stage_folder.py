@@ -143,7 +143,15 @@ def test_where_nothing_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         stage_folder.check_early(tmp_path / "a" / "b", "onnx")
 
 
-THEIRS = ["notes.txt", "tokenizer/notes.txt", "dit/1/notes.txt", "dit/2/mine", "tokenizer/link"]
+THEIRS = [
+    "notes.txt",
+    "empty/",
+    "dit/2/config.pbtxt",
+    "tokenizer/notes.txt",
+    "dit/1/notes.txt",
+    "dit/2/mine",
+    "tokenizer/link",
+]
 
 
 @pytest.mark.parametrize("stage", ["repo", "build"])
@@ -153,14 +161,19 @@ def test_files_of_others_are_never_deleted(schnell, tmp_path: Path, stage: str, 
     out = shutil.copytree(schnell.repository if stage == "repo" else schnell.engines, tmp_path / "out")
     file = out / theirs
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.symlink_to(tmp_path) if file.name == "link" else file.write_text("mine")
+    if file.name == "empty":
+        file.mkdir()
+    elif file.name == "link":
+        file.symlink_to(tmp_path)
+    else:
+        file.write_text("mine")
     again = {
         "repo": lambda: write_repository(schnell.engines, out, max_batch=2),
         "build": lambda: build(schnell.onnx, out, BuildOptions(batch=2)),
     }
     with pytest.raises(UserError) as error:
         again[stage]()
-    assert error.value.problem == f"{out} holds {theirs}, which ditforge did not write"
+    assert error.value.problem == f"{out} holds {theirs.rstrip('/')}, which ditforge did not write"
     assert os.path.lexists(file)
 
 

@@ -10,8 +10,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    interrupt.heed()
     try:
+        interrupt.heed()
         from ditforge import cli
 
         cli.main()

@@ -20,9 +20,8 @@ def heed() -> None:
     """Let Ctrl-C raise KeyboardInterrupt, unless it is ignored, as it is in a shell's background job."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
-        atexit.register(
-            signal.signal, signal.SIGINT, signal.SIG_IGN
-        )  # else Python, as it ends, has it kill the process
+        # Otherwise, Python lets the signal kill the process while it ends.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:

@@ -104,11 +104,14 @@ def test_ctrl_c_before_and_after_the_command() -> None:
 def test_ctrl_c_after_a_while(delay: float) -> None:
     """However far the command is by then: it may also have ended well."""
     program = """
-from ditforge.__main__ import main
-from ditforge.interrupt import heed
 import sys
-heed()
-print(flush=True)
+from ditforge import interrupt
+from ditforge.__main__ import main
+heed = interrupt.heed
+def heed_and_say():
+    heed()
+    print(flush=True)
+interrupt.heed = heed_and_say
 sys.argv = ["ditforge", "gpus"]
 main()
 """

@@ -62,19 +62,25 @@ def read_info(image: Image.Image) -> dict[str, Any]:
     return parameters
 
 
-def save_picture(image: Image.Image, path: AnyPath, name: str = "path") -> None:
+def save_picture(image: Image.Image, path: AnyPath) -> None:
     """Write a picture that a client made, with its parameters, to `path`: a .png, .jpg or .webp file.
 
     The file appears complete or not at all, and replaces an existing file. Raises UserError if it cannot be written, or
-    if the picture has no parameters. `name` is the option that gives the path.
+    if the picture has no parameters.
     """
     if not isinstance(image, Image.Image):
         raise UserError(f"a picture is an image of PIL, got {image!r:.60}", "save_picture(client.generate(…), path)")
-    file: Path = read(AnyPath, path, name)
+    file: Path = read(AnyPath, path, "path")
+    read_info(image)
+    check_writable(file, "path")
+    write_picture(image, file, "path")
+
+
+def write_picture(image: Image.Image, path: Path, name: str = "out") -> None:
+    """Do what save_picture() does, for a path that check_writable() has seen. `name` is the option that gives it."""
     parameters = read_info(image)
-    check_writable(file, name)
-    kind = FORMATS[file.suffix.lower()]
-    with small_files.written_whole(file, name) as temporary:
+    kind = FORMATS[path.suffix.lower()]
+    with small_files.written_whole(path, name) as temporary:
         if kind == "PNG":
             info = PngInfo()
             info.add_itxt(METADATA_KEY, image.info[METADATA_KEY])

@@ -6,25 +6,25 @@ import json
 from pathlib import Path
 from typing import Any
 
+import published
 from tokenizers import Tokenizer, models
 
 from ditforge import manifest
 from ditforge.footprint import Footprint
 from ditforge.manifest import Component, Engine, Manifest, Tensor
-from ditforge.model import Model, Schedule
+from ditforge.model import Schedule
 
-MODEL = Model(
-    name="none",
-    latent_channels=16,
-    vae_factor=8,
-    size_multiple=16,
-    default_size=128,
-    max_size=512,
-    default_steps=4,
-    guidance="none",
-    default_guidance=0.0,
-    schedule=Schedule(kind="dynamic"),
-    max_tokens={"clip": 8},
+MODEL = published.MODEL.model_copy(
+    update={
+        "name": "none",
+        "default_size": 128,
+        "max_size": 512,
+        "default_steps": 4,
+        "guidance": "none",
+        "default_guidance": 0.0,
+        "schedule": Schedule(kind="dynamic"),
+        "max_tokens": {"clip": 8},
+    }
 )
 LATENTS = Tensor(dtype="FP32", shape=("batch", 16, "latent_height", "latent_width"))
 IMAGE = Tensor(dtype="UINT8", shape=("batch", "height", "width", 3))

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import published
 import pytest
 
 import ditforge
@@ -24,23 +25,19 @@ from ditforge.engines.build import BuildOptions
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.source import CheckpointSource
 from ditforge.export.onnx_export import ExportOptions
-from ditforge.model import Model, Schedule
 from ditforge.triton_repo.serve_options import ServeOptions
 from ditforge.triton_repo.server import Options as ServeKeywords
 
-MODEL = Model(
-    name="m",
-    latent_channels=4,
-    vae_factor=8,
-    size_multiple=16,
-    default_size=64,
-    max_size=128,
-    default_steps=4,
-    guidance="embedded",
-    default_guidance=3.5,
-    schedule=Schedule(kind="fixed", shift=1.0),
-    max_tokens={"clip": 77},
-    t5="absent",
+MODEL = published.MODEL.model_copy(
+    update={
+        "name": "m",
+        "latent_channels": 4,
+        "default_size": 64,
+        "max_size": 128,
+        "default_steps": 4,
+        "max_tokens": {"clip": 77},
+        "t5": "absent",
+    }
 )
 NOWHERE = "/nowhere/at/all"
 STAGES: dict[str, tuple[list[str], type | None]] = {  # their paths, and their options

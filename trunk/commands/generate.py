@@ -121,7 +121,7 @@ def generate(
 def save_all(made: Iterable[tuple[Request, list[Image.Image]]], paths: list[Path], grid: Path | None) -> None:
     """Write the pictures of each request as soon as they are made, and then the grid. Print the paths at the end."""
     from ditforge.client.grid import make_grid
-    from ditforge.client.picture_file import save_picture
+    from ditforge.client.picture_file import write_picture
 
     written: list[tuple[Path, int]] = []
     images: list[Image.Image] = []
@@ -129,11 +129,11 @@ def save_all(made: Iterable[tuple[Request, list[Image.Image]]], paths: list[Path
         for request, pictures in made:
             for image, seed in zip(pictures, request.seeds, strict=True):
                 path = paths[len(written)]
-                save_picture(image, path, "out")
+                write_picture(image, path)
                 written.append((path, seed))
             images += pictures if grid else []
         if grid:
-            save_picture(make_grid(images), grid, "grid")
+            write_picture(make_grid(images), grid, "grid")
     finally:  # printed after all are written, so that no picture is lost if a line cannot be printed
         tell_paths(written)
     if grid:

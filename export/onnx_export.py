@@ -176,6 +176,7 @@ def export_opened(
         shapes = consistency.check_weights(network, weights_of(network, checkpoint))
         sizes[network.name] = size_of(network, shapes, scheme_of(network, precision))
     consistency.check_ports(networks)
+    checkpoint.report.conclude()
     made_from = origin_of(checkpoint, source, options)
     stage_folder.check_replaceable(out, "onnx", (), "" if options.force else stage_folder.called(model.name, made_from))
     unfinished = Unfinished.beside(out, {**source, "ditforge": __version__})

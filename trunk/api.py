@@ -34,6 +34,7 @@ class ExportKeywords(TypedDict, total=False):
     text_encoders: Name
     t5_precision: Name | None
     random_weights: bool
+    strict: bool
     gpu: Name | None
     precision: Name | None
     activations: Name | None
@@ -71,6 +72,7 @@ def export_checkpoint(
     text_encoders: "all", or "clip" to leave T5 out.
     t5_precision: the precision of T5, if it differs from the rest.
     random_weights: use random numbers in place of the weights; `checkpoint` may then be a published model's name.
+    strict: raise an error, in place of warnings, if a part of the checkpoint's files has no effect on the export.
     gpu: what engines will be compiled for: a product such as "rtx4090", "sm_89", several ("sm_86,sm_89"), "local" or
         "cpu". It decides the precision and the activations that are not given.
     precision: fp32, fp16 or bf16; for the DiT's linears also fp8, fp8-weights or int8-weights. Without it and

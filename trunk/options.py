@@ -110,6 +110,8 @@ RandomWeights = Annotated[
     bool,
     typer.Option("--random-weights", help="CHECKPOINT's sizes, not its weights; a published model's name will do."),
 ]
+STRICT_HELP = "Stop, in place of a warning, if a part of the checkpoint's files has no effect on the export."
+Strict = Annotated[bool, typer.Option("--strict", help=STRICT_HELP)]
 
 
 @dataclass(frozen=True)
@@ -141,13 +143,14 @@ class SourceFlags:
     base: Base = None
     lora: Loras = None
     text_encoders: TextEncoders = "all"
+    strict: Strict = False
 
     def of(self, path: Path, t5_precision: str | None = None, random_weights: bool = False) -> CheckpointSource:
         """The checkpoint at `path` with all of these options. Raises UserError if a LoRA's strength is not a number."""
         from ditforge.export.checkpoint.source import CheckpointSource, parse_lora
 
         loras = tuple(parse_lora(option) for option in self.lora or ())
-        return CheckpointSource(path, self.base, loras, self.text_encoders, t5_precision, random_weights)
+        return CheckpointSource(path, self.base, loras, self.text_encoders, t5_precision, random_weights, self.strict)
 
 
 @dataclass(frozen=True)

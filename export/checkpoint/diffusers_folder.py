@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditforge.errors import UserError
+from ditforge.export.checkpoint.load_report import LoadReport
 from ditforge.export.checkpoint.weights import Weights, open_weights
 from ditforge.small_files import read_json_object
 
@@ -31,6 +32,7 @@ class Checkpoint:
     configs: configurations that replace those of the folder, by component and file name.
     loras: the LoRAs that were added, as FILE:STRENGTH, without the files' folders.
     repositories: which parts are from the Hugging Face Hub, and their commits; empty if none is.
+    report: what was not read of the files, and what was chosen; those who read them add to it.
     """
 
     folder: Path
@@ -41,6 +43,7 @@ class Checkpoint:
     configs: Mapping[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
     loras: tuple[str, ...] = ()
     repositories: str = ""
+    report: LoadReport = field(default_factory=LoadReport, compare=False)
 
     @property
     def name(self) -> str:

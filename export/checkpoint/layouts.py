@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -18,10 +17,11 @@ from typing import Any
 
 from diffusers.loaders import single_file_utils
 
-from ditforge.errors import DitforgeWarning, UserError
+from ditforge.errors import UserError
 from ditforge.export.checkpoint.conversion import Piece, Recipe, Tensors
 from ditforge.export.checkpoint.float8 import dequantised
 from ditforge.export.checkpoint.lazy_tensors import Lazy, open_tensors
+from ditforge.export.checkpoint.load_report import LoadReport, shown
 from ditforge.export.families import Family, families
 from ditforge.option import option, setting
 
@@ -29,7 +29,6 @@ DIT_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 VAE_PREFIXES = ("first_stage_model.", "vae.", "")
 VAE_KEY = "decoder.up.0.block.0.conv1.weight"
 UNUSED_KEYS = re.compile(r".*\.(logit_scale|position_ids|spiece_model)|(.*\.)?(model_ema\.|denoiser\.).*")
-SHOWN = 3  # how many names a message lists
 
 Config = dict[str, Any]
 
@@ -97,12 +96,13 @@ class SingleFile:
         return result
 
 
-def open_single_file(file: Path) -> SingleFile:
+def open_single_file(file: Path, report: LoadReport | None = None) -> SingleFile:
     """Recognise the components in the safetensors file by its keys. No weight is read.
 
-    Raises UserError if no component is known, if a tensor is missing, or if a component has a tensor that does not
-    belong to it. Warns about tensors that belong to no component.
+    The tensors that belong to no component are added to `report`. Raises UserError if no component is known, if a
+    tensor is missing, or if a component has a tensor that does not belong to it.
     """
+    report = report or LoadReport()
     tensors = dequantised(open_tensors(file))
     components: dict[str, dict[str, Lazy]] = {}
     family, prefix = find_dit(tensors)
@@ -129,7 +129,7 @@ def open_single_file(file: Path) -> SingleFile:
     if not components:
         raise unknown(file, tensors)
     if left := [key for key in tensors if key not in used and not UNUSED_KEYS.fullmatch(key)]:
-        warnings.warn(f"{file}: {shown(left)} are of no use here", DitforgeWarning, stacklevel=2)
+        report.add(f"{shown(left)} in {file}", "no component of a known model has such tensors, so they are ignored")
     published = family.published[family.layout.published(config)] if family and family.layout else None
     return SingleFile(file, family, components, config, published)
 
@@ -255,9 +255,3 @@ def unknown(file: Path, tensors: Tensors) -> UserError:
 def known_models() -> str:
     """Return the titles of the families whose single files can be read, joined by "or"."""
     return " or ".join(family.title for family in families() if family.layout)
-
-
-def shown(names: Sequence[str]) -> str:
-    """Return the first SHOWN names, and how many more there are, as text."""
-    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return (", ".join(names[:SHOWN]) or "no tensors") + rest

@@ -19,8 +19,9 @@ import torch
 
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.conversion import Piece, Recipe, Tensors
-from ditforge.export.checkpoint.layouts import Layout, recipes_for, shown
+from ditforge.export.checkpoint.layouts import Layout, recipes_for
 from ditforge.export.checkpoint.lazy_tensors import Lazy, open_tensors
+from ditforge.export.checkpoint.load_report import shown
 from ditforge.export.checkpoint.weights import safetensors_file
 
 DIT = "transformer"

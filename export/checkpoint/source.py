@@ -13,6 +13,7 @@ from typing import Any
 from ditforge.errors import UserError
 from ditforge.export.checkpoint import hub
 from ditforge.export.checkpoint.diffusers_folder import INDEX, Checkpoint, open_checkpoint, read_json, t5_parts
+from ditforge.export.checkpoint.load_report import LoadReport
 from ditforge.option import option, setting
 
 TEXT_ENCODER_CHOICES = ("all", "clip")
@@ -32,6 +33,7 @@ class CheckpointSource:
     text_encoders: "all", or "clip" to leave T5 out. With "clip", T5's files may be missing.
     t5_precision: the precision of T5; None if it is that of the rest.
     random_weights: read only the configurations, and use random numbers as weights.
+    strict: raise an error, in place of warnings, if a part of the files has no effect on the export.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class CheckpointSource:
     text_encoders: str = TEXT_ENCODER_CHOICES[0]
     t5_precision: str | None = None
     random_weights: bool = False
+    strict: bool = False
 
 
 @contextmanager
@@ -63,16 +66,16 @@ def opened(source: CheckpointSource) -> Iterator[Checkpoint]:
 
 def open_files(source: CheckpointSource) -> Checkpoint:
     """Open a checkpoint whose weights are in files. Raises UserError in the same cases as opened()."""
-    source = localised(source)
+    source, report = localised(source), LoadReport(source.strict)
     if source.path.is_file():
-        checkpoint = _open_file(source.path, source.base, source.text_encoders)
+        checkpoint = _open_file(source, report)
     elif source.base is not None:
         raise UserError(
             f"{option('base')} is for a checkpoint in one file, and {source.path} is none",
             f"leave out {option('base')}",
         )
     else:
-        named = replace(open_checkpoint(source.path), title=hub.title(source.path))
+        named = replace(open_checkpoint(source.path), title=hub.title(source.path), report=report)
         checkpoint = with_text_encoders(named, source.text_encoders)
     checkpoint = replace(checkpoint, repositories=repositories(source))
     return _with_loras(checkpoint, source.loras) if source.loras else checkpoint
@@ -160,11 +163,12 @@ def _files(path: Path) -> list[tuple[object, ...]]:
     return [(str(file.relative_to(start)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-def _open_file(file: Path, base: Path | None, text_encoders: str) -> Checkpoint:
+def _open_file(source: CheckpointSource, report: LoadReport) -> Checkpoint:
     from ditforge.export.checkpoint.layouts import open_single_file, require
 
-    single = open_single_file(file)
-    opened = with_text_encoders(open_checkpoint(base), text_encoders) if base else None
+    file, base = source.path, source.base
+    single = open_single_file(file, report)
+    opened = with_text_encoders(open_checkpoint(base), source.text_encoders) if base else None
     if opened is None and single.published is None:
         held = ", ".join(single.components)
         raise UserError(
@@ -187,7 +191,7 @@ def _open_file(file: Path, base: Path | None, text_encoders: str) -> Checkpoint:
         known = folder / "transformer" / CONFIG
         base_config = read_json(known) if known.is_file() else None
         configs["transformer", CONFIG] = single.transformer_config(base_config)
-    return replace(opened, title=file.stem, tensors=single.components, configs=configs)
+    return replace(opened, title=file.stem, tensors=single.components, configs=configs, report=report)
 
 
 def _with_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) -> Checkpoint:

@@ -155,6 +155,7 @@ def calibrate(
     model, _, networks = read_networks(checkpoint, FP32)
     for network in networks:
         check_weights(network, checkpoint.weights(network.weights))
+    checkpoint.report.conclude()
     family = family_of(checkpoint)
     report = progress or (lambda doing, done, total: None)
     steps = steps or model.default_steps

@@ -20,6 +20,7 @@ from ditforge.errors import DitforgeWarning, UserError
 from ditforge.export.checkpoint.diffusers_folder import CONFIGS
 from ditforge.export.checkpoint.layouts import SingleFile, open_single_file, require
 from ditforge.export.checkpoint.lazy_tensors import Lazy, as_weights, folder_tensors, open_tensors
+from ditforge.export.checkpoint.load_report import LoadReport
 from ditforge.export.checkpoint.weights import open_weights
 
 COMFY = "model.diffusion_model."
@@ -299,8 +300,15 @@ def test_damaged_files_are_refused_in_plain_words(schnell: DiffusionPipeline, tm
 
 def test_tensors_of_no_use_are_said(schnell: DiffusionPipeline, tmp_path: Path) -> None:
     tensors = single_files.prefixed(COMFY, single_files.flux_dit(schnell.transformer.state_dict()))
-    with pytest.warns(DitforgeWarning, match=r"controlnet\.weight are of no use"):
-        open_single_file(write(tmp_path, {**tensors, "controlnet.weight": torch.zeros(2, 2)}))
+    report = LoadReport(strict=True)
+    open_single_file(write(tmp_path, {**tensors, "controlnet.weight": torch.zeros(2, 2)}), report)
+    (note,) = report.unexpected
+    assert note.what.startswith("controlnet.weight in ")
+    with pytest.raises(UserError, match=r"controlnet\.weight in .* ignored"):
+        report.conclude()
+    report.strict = False
+    with pytest.warns(DitforgeWarning, match=r"controlnet\.weight in .* ignored"):
+        report.conclude()
 
 
 def test_weights_of_a_folder_are_the_same_lazily(random_schnell: Path) -> None:

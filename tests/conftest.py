@@ -55,8 +55,6 @@ SLOW_PATHS = (
     "export/graph",
     "export/quantisation",
     "export/test_onnx_export.py",
-    "models/test_train_flux_tiny.py",
-    "models/test_train_sd35_tiny.py",
     "support",
     "toy",
     "triton_repo/models",

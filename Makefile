@@ -45,10 +45,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/hadolint Dockerfile
 	rm -rf $(VENV)/typed && $(BIN)/pip install --quiet --no-deps --target $(VENV)/typed .
-	cd $(VENV)/typed && PYTHONPATH=. ../bin/mypy --config-file ../../pyproject.toml -p ditforge
-	for folder in benchmarks examples; do \
-		MYPYPATH=$(VENV)/typed:tests/support:models $(BIN)/mypy --follow-imports=silent $$folder/*.py || exit 1; \
-	done
+	MYPYPATH=$(VENV)/typed $(BIN)/mypy -p ditforge
+	for folder in benchmarks examples; do MYPYPATH=$(VENV)/typed:tests/support:models $(BIN)/mypy $$folder/*.py || exit 1; done
 
 # 20,000 requests to a real server, of a seed that is printed: SEED=7 make fuzz sends the same ones again.
 SEED ?= $(shell date +%s)

@@ -62,9 +62,9 @@ def toys() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def installed() -> dict[str, str]:
+def installed(shared_traces: None) -> dict[str, str]:
     """The environment of a process in which the toy package is installed."""
-    return {**os.environ, "PYTHONPATH": str(TOY)}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(TOY), os.environ["PYTHONPATH"]])}
 
 
 def save_checkpoint(flux_tiny: Path, folder: Path) -> None:

@@ -58,7 +58,7 @@ def without(folder: Path, out: Path, *names: str) -> Path:
         ("exports", "sm_86,sm_89,sm_120", BF16),
         ("exports", "sm_75", FP16),
         ("sd3_exports", "sm_75", FP16),
-        ("sd3_exports", "sm_80,sm_86", BF16),
+        ("sd3_exports", "sm_86", BF16),
         ("sd3_exports", "sm_89,sm_120", FP8),
     ],
 )

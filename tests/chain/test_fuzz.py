@@ -1,6 +1,6 @@
 """Requests that hypothesis makes up, good ones among them: every good picture is right, and nothing else happens.
 
-`make fuzz` sends ten times as many, of a seed that it prints; FUZZ_REQUESTS says how many there are.
+`make fuzz` sends twenty times as many, of a seed that it prints; FUZZ_REQUESTS says how many there are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tritonclient.grpc import service_pb2 as pb
 from ditforge.client import Client
 from ditforge.triton_repo.server import Server, start
 
-REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "1000"))
+REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "500"))
 TOGETHER = 25  # requests in one example of the test with eight threads
 THREADS = 8
 GROWTH = 300 << 20  # bytes: arenas of the engines, which the largest requests fill once, and no more

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from typing_extensions import TypedDict, Unpack
 
-from ditforge.arguments import AnyPath, Lora, Name, Number, Whole, checked, read
+from ditforge.arguments import AnyPath, Lora, Name, Number, Variants, Whole, checked, read
 from ditforge.option import check_names
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class ExportKeywords(TypedDict, total=False):
     text_encoders: Name
     t5_precision: Name | None
     random_weights: bool
+    variant: Variants
     strict: bool
     gpu: Name | None
     precision: Name | None
@@ -72,6 +73,8 @@ def export_checkpoint(
     text_encoders: "all", or "clip" to leave T5 out.
     t5_precision: the precision of T5, if it differs from the rest.
     random_weights: use random numbers in place of the weights; `checkpoint` may then be a published model's name.
+    variant: which variant is meant, or a list of them, where files or configurations leave it open: of files, such as
+        "fp16", or of a model, such as "dev".
     strict: raise an error, in place of warnings, if a part of the checkpoint's files has no effect on the export.
     gpu: what engines will be compiled for: a product such as "rtx4090", "sm_89", several ("sm_86,sm_89"), "local" or
         "cpu". It decides the precision and the activations that are not given.

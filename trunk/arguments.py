@@ -37,6 +37,7 @@ MUST = {
     "finite_number": ("a finite number", "NUMBER"),
     "bool_type": ("True or False", "True"),
     "callable_type": ("a function", "FUNCTION"),
+    "tuple_type": ("a string, or a list of strings", '"NAME"'),
     "sequence_str": ("a list", "[…]"),
     "is_instance_of": ("a list", "[…]"),
 }
@@ -75,11 +76,19 @@ def read_lora(value: object) -> tuple[Path, float]:
         raise PydanticCustomError("lora", "not a LoRA") from None
 
 
+def listed(value: object) -> object:
+    """Return a string as a tuple of one, a list as a tuple, and everything else unchanged."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
 AnyPath = Annotated[str | os.PathLike[str], PlainValidator(read_path)]
 FilePath = Annotated[Path, PlainValidator(read_path)]
 Lora = Annotated[AnyPath | tuple[AnyPath, float], PlainValidator(read_lora)]
 Name = Annotated[str, Field(min_length=1)]
 Number = Annotated[float, BeforeValidator(plain), Field(allow_inf_nan=False)]
+Variants = Annotated[tuple[Name, ...], BeforeValidator(listed)]
 Whole = Annotated[int, BeforeValidator(plain)]
 
 

@@ -110,6 +110,8 @@ RandomWeights = Annotated[
     bool,
     typer.Option("--random-weights", help="CHECKPOINT's sizes, not its weights; a published model's name will do."),
 ]
+VARIANT_HELP = "Which of several variants is meant, of files (fp16, bf16) or of a model; again for more."
+Variants = Annotated[list[str] | None, typer.Option("--variant", metavar="NAME", help=VARIANT_HELP)]
 STRICT_HELP = "Stop, in place of a warning, if a part of the checkpoint's files has no effect on the export."
 Strict = Annotated[bool, typer.Option("--strict", help=STRICT_HELP)]
 
@@ -143,6 +145,7 @@ class SourceFlags:
     base: Base = None
     lora: Loras = None
     text_encoders: TextEncoders = "all"
+    variant: Variants = None
     strict: Strict = False
 
     def of(self, path: Path, t5_precision: str | None = None, random_weights: bool = False) -> CheckpointSource:
@@ -150,7 +153,10 @@ class SourceFlags:
         from ditforge.export.checkpoint.source import CheckpointSource, parse_lora
 
         loras = tuple(parse_lora(option) for option in self.lora or ())
-        return CheckpointSource(path, self.base, loras, self.text_encoders, t5_precision, random_weights, self.strict)
+        variant = tuple(self.variant or ())
+        return CheckpointSource(
+            path, self.base, loras, self.text_encoders, t5_precision, random_weights, self.strict, variant
+        )
 
 
 @dataclass(frozen=True)

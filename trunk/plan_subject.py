@@ -137,7 +137,7 @@ def read_measurement(wanted: Wanted) -> Measurement:
 def read_shipped(wanted: Wanted) -> Measurement | None:
     """The measurement that a published model's configurations come with; None if the user asks for something else."""
     source = wanted.source
-    if not source.random_weights or wanted.precision == "fp32" or source.text_encoders != "all":
+    if not source.random_weights or wanted.precision == "fp32" or source.text_encoders != "all" or source.variant:
         return None
     from ditforge.export.families import published_models
 
@@ -154,7 +154,16 @@ def kept_at(wanted: Wanted) -> Path:
     as_fp32 = wanted.precision == "fp32"
     asked = wanted.source
     configurations = [*described(asked.path), *(described(asked.base) if asked.base else ())]
-    key = (__version__, libraries, code, configurations, asked.random_weights, asked.text_encoders, as_fp32)
+    key: tuple[object, ...] = (
+        __version__,
+        libraries,
+        code,
+        configurations,
+        asked.random_weights,
+        asked.text_encoders,
+        as_fp32,
+    )
+    key += (asked.variant,) if asked.variant else ()
     return default_cache() / "footprints" / f"{sha256(repr(key).encode()).hexdigest()}.json"
 
 

@@ -31,6 +31,7 @@ class Checkpoint:
     tensors: tensors that replace those of the folder, by component and name.
     configs: configurations that replace those of the folder, by component and file name.
     loras: the LoRAs that were added, as FILE:STRENGTH, without the files' folders.
+    variant: the variants that the user asked for; LoadReport.choose() says which of several choices is among them.
     repositories: which parts are from the Hugging Face Hub, and their commits; empty if none is.
     report: what was not read of the files, and what was chosen; those who read them add to it.
     """
@@ -42,6 +43,7 @@ class Checkpoint:
     tensors: Mapping[str, Mapping[str, Lazy]] = field(default_factory=dict)
     configs: Mapping[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
     loras: tuple[str, ...] = ()
+    variant: tuple[str, ...] = ()
     repositories: str = ""
     report: LoadReport = field(default_factory=LoadReport, compare=False)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ditforge.errors import DitforgeWarning, UserError
-from ditforge.option import option
+from ditforge.option import option, setting
 
 SHOWN = 3  # how many names a message lists
 
@@ -35,19 +35,36 @@ class LoadReport:
     """A record that the readers of a checkpoint fill in while they open it.
 
     strict: whether conclude() raises an error in place of warnings.
+    variants: the variants that the user asked for: of files, such as fp16, or of a model, such as dev.
     read: how many tensors are read, by component.
     notes: what is not read, and what was chosen, each once.
+    offered: the variants that there were to choose from.
     """
 
     strict: bool = False
+    variants: tuple[str, ...] = ()
     read: dict[str, int] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
+    offered: list[str] = field(default_factory=list)
 
     def add(self, what: str, why: str, expected: bool = False) -> None:
         """Add a note, unless it is there already."""
         note = Note(what, why, expected)
         if note not in self.notes:
             self.notes.append(note)
+
+    def choose(self, choices: Iterable[str]) -> str | None:
+        """Return the variant of `choices` that the user asked for; None if the user asked for none of them.
+
+        Raises UserError if the user asked for several of them.
+        """
+        choices = list(choices)
+        self.offered += [choice for choice in choices if choice not in self.offered]
+        asked = [choice for choice in choices if choice in self.variants]
+        if len(asked) > 1:
+            problem = f"the variants {', '.join(asked)} exclude each other"
+            raise UserError(problem, f"{setting('variant', asked[0])}, without the others")
+        return asked[0] if asked else None
 
     @property
     def unexpected(self) -> list[Note]:
@@ -57,8 +74,13 @@ class LoadReport:
     def conclude(self) -> None:
         """Give one DitforgeWarning for each unexpected note; if `strict`, raise one UserError with all of them.
 
-        It is called when everything has been opened and checked, and before anything is written.
+        Raises UserError too if the user asked for a variant that was nowhere to be chosen. It is called when everything
+        has been opened and checked, and before anything is written.
         """
+        if missing := [variant for variant in self.variants if variant not in self.offered]:
+            choices = [setting("variant", choice) for choice in self.offered]
+            fix = ", or ".join(map(str, choices)) or f"leave out {option('variant')}"
+            raise UserError(f"this checkpoint has no variant {missing[0]!r}", fix)
         found = self.unexpected
         if found and self.strict:
             problem = "; ".join(map(str, found))

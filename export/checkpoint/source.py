@@ -34,6 +34,8 @@ class CheckpointSource:
     t5_precision: the precision of T5; None if it is that of the rest.
     random_weights: read only the configurations, and use random numbers as weights.
     strict: raise an error, in place of warnings, if a part of the files has no effect on the export.
+    variant: which of several variants is meant, where files or configurations leave it open: of files, such as "fp16",
+        or of a model, such as "dev".
     """
 
     path: Path
@@ -43,6 +45,7 @@ class CheckpointSource:
     t5_precision: str | None = None
     random_weights: bool = False
     strict: bool = False
+    variant: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -61,12 +64,13 @@ def opened(source: CheckpointSource) -> Iterator[Checkpoint]:
 
     here = hub.local(source.path, hub.Wanted(source.text_encoders, weights=False))
     with random_checkpoint(here) as checkpoint:
-        yield with_text_encoders(checkpoint, source.text_encoders)
+        named = replace(checkpoint, variant=source.variant, report=LoadReport(source.strict, source.variant))
+        yield with_text_encoders(named, source.text_encoders)
 
 
 def open_files(source: CheckpointSource) -> Checkpoint:
     """Open a checkpoint whose weights are in files. Raises UserError in the same cases as opened()."""
-    source, report = localised(source), LoadReport(source.strict)
+    source, report = localised(source), LoadReport(source.strict, source.variant)
     if source.path.is_file():
         checkpoint = _open_file(source, report)
     elif source.base is not None:
@@ -77,7 +81,7 @@ def open_files(source: CheckpointSource) -> Checkpoint:
     else:
         named = replace(open_checkpoint(source.path), title=hub.title(source.path), report=report)
         checkpoint = with_text_encoders(named, source.text_encoders)
-    checkpoint = replace(checkpoint, repositories=repositories(source))
+    checkpoint = replace(checkpoint, variant=source.variant, repositories=repositories(source))
     return _with_loras(checkpoint, source.loras) if source.loras else checkpoint
 
 
@@ -139,10 +143,13 @@ def parse_lora(text: str) -> tuple[Path, float]:
 def fingerprint(source: CheckpointSource) -> str:
     """Return a digest of the names, sizes and modification times of the files: it changes when a file changes.
 
-    A part from the Hub counts with its repository and commit instead, and each LoRA also with its strength.
+    A part from the Hub counts with its repository and commit instead, and each LoRA also with its strength. The
+    variants count too.
     """
     listed: list[tuple[object, ...]] = [*_files(source.path), *(_files(source.base) if source.base else ())]
     listed += [(*entry, strength) for lora, strength in source.loras for entry in _files(lora)]
+    if source.variant:
+        listed.append(("variant", *sorted(source.variant)))
     return sha256(repr(listed).encode()).hexdigest()
 
 

@@ -132,6 +132,24 @@ class Engine(_Record):
         backend = "tensorrt" if content.get("compiler") == "tensorrt" else ""
         return {**rest, "placement": placement, "segment_files": files, "triton_backend": backend}
 
+    @model_validator(mode="after")
+    def _as_its_key_says(self) -> Self:
+        """The cache key, where it is kept, says again which compiler made the engine, and for what."""
+        for field in ("compiler", "compiler_version", "target"):
+            said = self.cache_key.get(field, own := getattr(self, field))
+            if own != said:
+                raise ValueError(f"{field} is {own!r}, and cache_key says {said!r}")
+        return self
+
+    def check_segments(self, files: Iterable[str]) -> None:
+        """Raise ValueError unless the segments are as many as are placed, and share out the engine's `files`."""
+        files, parts = sorted(files), self.segment_files
+        if max(1, len(parts)) != self.placement.segments:
+            raise ValueError(f"segment_files has {len(parts)} parts, and placement has {self.placement.segments}")
+        if parts and (not all(parts) or sorted(file for part in parts for file in part) != files):
+            shown = [list(part) for part in parts]
+            raise ValueError(f"segment_files does not share out the files {', '.join(files)}, but has {shown}")
+
 
 class Manifest(_Record):
     """What a folder holds.
@@ -162,6 +180,14 @@ class Manifest(_Record):
                 _check_tensor(f"components.{name}: the tensor {tensor}", described)
         if strange := sorted(self.engines.keys() - self.components.keys()):
             raise ValueError(f"engines.{strange[0]} is the engine of no component")
+        for name, engine in self.engines.items():
+            files: Iterable[str] = self.components[name].files
+            if self.kind == "repository":  # there, they are in a folder of their own, in which they keep their names
+                files = [PurePosixPath(file).name for file in files]
+            try:
+                engine.check_segments(files)
+            except ValueError as error:
+                raise ValueError(f"engines.{name}: {error}") from None
         return self
 
 

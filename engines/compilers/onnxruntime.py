@@ -11,6 +11,7 @@ import numpy as np
 from ditforge import install_hint
 from ditforge.engines.compilers import Arrays, Compiler, Job
 from ditforge.errors import DitforgeError, UserError
+from ditforge.manifest import NEXT_COMMAND
 from ditforge.write_errors import check_room
 
 if TYPE_CHECKING:
@@ -59,10 +60,14 @@ def compile(job: Job) -> list[Path]:
 
 
 def load(files: list[Path], target: str, version: str) -> Session:
-    """Load the optimised graph among `files`."""
+    """Load the optimised graph among `files`. Raises UserError if there is none."""
     import onnxruntime as ort
 
-    path = next(file for file in files if file.suffix == ".onnx")
+    path = next((file for file in files if file.suffix == ".onnx"), None)
+    if path is None:
+        there = ", ".join(file.name for file in files)
+        again = f"{NEXT_COMMAND['engines']}   again"
+        raise UserError(f"an engine of onnxruntime is a file .onnx, and {there} is none", again)
     return Session(ort.InferenceSession(path, session_options(), providers=PROVIDERS))
 
 

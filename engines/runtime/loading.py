@@ -16,6 +16,8 @@ from ditforge.engines.runtime.one_at_a_time import gpu_lock
 from ditforge.errors import DitforgeError, UserError
 from ditforge.manifest import Engine, File
 
+AGAIN = "ditforge build ONNX_DIR --gpu GPU --out DIR   again, and then ditforge repo"
+
 
 def load_engine(folder: Path, files: dict[str, File], made: Engine) -> LoadedEngine:
     """Load an engine from its `files` in `folder`. `made` says how it was made and where it is placed.
@@ -24,13 +26,11 @@ def load_engine(folder: Path, files: dict[str, File], made: Engine) -> LoadedEng
     missing or not what the manifest says, or if the engine cannot be run here, and DitforgeError if the GPU's memory
     does not hold it.
     """
-    manifest.check_files(
-        folder, files, fix="ditforge build ONNX_DIR --gpu GPU --out DIR   again, and then ditforge repo"
-    )
+    manifest.check_files(folder, files, fix=AGAIN)
     compiler = find_compiler(made.compiler)
     if made.placement.weight_budget is not None and not compiler.weight_streaming:
         problem = f"the engine in {folder} is to stream its weights, which engines of {made.compiler} cannot"
-        raise UserError(problem, "ditforge build ONNX_DIR --gpu GPU --out DIR   again, and then ditforge repo")
+        raise UserError(problem, AGAIN)
 
     def loader(names: Sequence[str]) -> Callable[[], LoadedEngine]:
         return lambda: compiler.load([folder / name for name in names], made.target, made.compiler_version)
@@ -41,16 +41,19 @@ def load_engine(folder: Path, files: dict[str, File], made: Engine) -> LoadedEng
         parts = [load() if number < resident else OnDemand(load) for number, load in enumerate(loaders)]
         for part in parts:
             part.warm_up()
+        return parts[0] if len(parts) == 1 else Chain(parts)
     except UserError:
         raise
-    except Exception as error:  # TensorRT's, CuPy's and the driver's have no common class
-        if not re.search(r"out ?of ?memory", str(error), re.IGNORECASE):
-            raise
+    except Exception as error:  # TensorRT's, CuPy's, ONNX Runtime's and the driver's have no common class
+        said = " ".join(str(error).split())[:300]
+        if not re.search(r"out ?of ?memory", said, re.IGNORECASE):
+            if isinstance(error, DitforgeError | ModuleNotFoundError):
+                raise
+            raise DitforgeError(f"{made.compiler} cannot load the engine in {folder}: {said}", AGAIN) from error
         raise DitforgeError(
-            f"the GPU's memory does not hold the engine in {folder}: {' '.join(str(error).split())[:300]}",
+            f"the GPU's memory does not hold the engine in {folder}: {said}",
             "ditforge build ONNX_DIR --gpu GPU --gpu-memory GB --out DIR   with fewer GB than it has; ditforge repo",
         ) from error
-    return parts[0] if len(parts) == 1 else Chain(parts)
 
 
 class OnDemand:
@@ -92,10 +95,17 @@ class OnDemand:
 
 
 class Chain:
-    """Segments that run one after the other. Values stay on their device, and are kept only as long as needed."""
+    """Segments that run one after the other. Values stay on their device, and are kept only as long as needed.
+
+    Raises UserError if a segment comes before one whose outputs it takes.
+    """
 
     def __init__(self, segments: list[LoadedEngine]) -> None:
         self.segments = segments
+        for number, segment in enumerate(segments, 1):
+            if early := {name for later in segments[number:] for name in later.outputs} & {*segment.inputs}:
+                problem = f"segment {number} of {len(segments)} takes {min(early)}, which a later one gives"
+                raise UserError(f"the segments of the engine are not in their order: {problem}", AGAIN)
         made = {name for segment in segments for name in segment.outputs}
         taken = list(dict.fromkeys(name for segment in segments for name in segment.inputs))
         self.inputs = [name for name in taken if name not in made]

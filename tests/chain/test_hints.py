@@ -53,7 +53,7 @@ def paths(schnell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str,
     monkeypatch.chdir(tmp_path)
     gpu = shutil.copytree(schnell.repository, tmp_path / "gpu")
     for engine in (described := json.loads((gpu / "manifest.json").read_text()))["engines"].values():
-        engine["target"] = "sm_10"  # which no driver of today has
+        engine["target"] = engine["cache_key"]["target"] = "sm_10"  # which no driver of today has
     (gpu / "manifest.json").write_text(json.dumps(described))
     (tmp_path / "file").touch()
     made = {"ONNX": schnell.onnx, "ENGINES": schnell.engines, "REPO": schnell.repository, "GPU": gpu}

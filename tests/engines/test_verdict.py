@@ -161,7 +161,7 @@ def test_a_graph_that_cannot_be_executed(schnell, tmp_path: Path) -> None:
 
 def test_engines_for_a_gpu_that_is_not_here(engines: Path, schnell, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is none, no option of `verify` could name one."""
-    describe(engines, "dit", lambda engine: engine.update(target="sm_89"), part="engines")
+    describe(engines, "dit", lambda engine: engine.update(target="sm_89", cache_key={}), part="engines")
 
     def nothing() -> list[LocalGpu]:
         raise UserError("this machine has no NVIDIA GPU", local_gpu.name_gpu())

@@ -53,7 +53,8 @@ def write_stage(folder: Path, kind: manifest.Kind, precision: str = "bf16") -> d
         file = folder / ("clip.json" if name == "tokenizer" else f"{name}.onnx")
         if name != "tokenizer":
             file.write_text(f"the graph of {name}")
-            engines[name] = Engine(compiler="onnxruntime", compiler_version="1", target="cpu", cache_key={"a": "b"})
+            made = {"compiler": "onnxruntime", "compiler_version": "1", "target": "cpu"}
+            engines[name] = Engine(**made, cache_key={**made, "precision": precision})
         components[name] = Component(
             files={file.name: manifest.describe(file)},
             precision="none" if name == "tokenizer" else precision,

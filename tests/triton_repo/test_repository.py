@@ -107,7 +107,7 @@ def compiled(engines: Path, out: Path, compiler: str, model: dict[str, Any]) -> 
             component = component.model_copy(update={"files": files})
             update = {"compiler": compiler, "compiler_version": "9", "target": "sm_89", "max_batch": 4}
             update["triton_backend"] = "tensorrt" if compiler == "tensorrt" else ""
-            made[name] = source.engines[name].model_copy(update=update)
+            made[name] = source.engines[name].model_copy(update={**update, "cache_key": {}})
         components[name] = component
     announced = source.model.model_copy(update=model)
     manifest.write(source.model_copy(update={"model": announced, "components": components, "engines": made}), out)
@@ -188,7 +188,7 @@ def test_python_runs_what_triton_has_no_backend_for(schnell, tmp_path: Path, tri
     assert {path.name for path in (tmp_path / "repo" / "dit" / "1").iterdir()} == {"model.py", "dit.plan"}
 
 
-@pytest.mark.parametrize("change", [Placement(segments=2), Placement(on_demand=1)])
+@pytest.mark.parametrize("change", [Placement(segments=2), Placement(on_demand=1)], ids=["segments", "on_demand"])
 def test_python_runs_segments_and_what_is_loaded_on_demand(
     schnell, tmp_path: Path, tritonserver: Path, change: Placement
 ) -> None:
@@ -196,8 +196,15 @@ def test_python_runs_segments_and_what_is_loaded_on_demand(
     assert write_repository(engines, tmp_path / "repo") == "there was none before"
     assert read_config(tmp_path / "repo", "dit").platform == "tensorrt_plan"
     source = manifest.read(engines, "engines")
-    changed = {**source.engines, "dit": source.engines["dit"].model_copy(update={"placement": change})}
-    manifest.write(source.model_copy(update={"engines": changed}), engines)
+    dit, engine, files = source.components["dit"], source.engines["dit"], ("dit.plan",)
+    if change.segments == 2:
+        files = ("dit.plan", "dit-2.plan")
+        (engines / "dit-2.plan").write_bytes(b"the second half")
+        engine = engine.model_copy(update={"segment_files": tuple((file,) for file in files)})
+    dit = dit.model_copy(update={"files": {file: manifest.describe(engines / file) for file in files}})
+    update = {"components": {**source.components, "dit": dit}}
+    update["engines"] = {**source.engines, "dit": engine.model_copy(update={"placement": change})}
+    manifest.write(source.model_copy(update=update), engines)
     assert write_repository(engines, tmp_path / "repo") == "what runs dit was tensorrt_plan, is python"
     config = read_config(tmp_path / "repo", "dit")
     described = EngineSource.model_validate_json(config.parameters["ditforge_engine"].string_value)

@@ -14,17 +14,21 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from google.protobuf import text_format
 from hypothesis import HealthCheck, given, settings, strategies as st
 from manifests import write_stage
+from tritonclient.grpc import model_config_pb2 as pb
 
 from ditforge import manifest
 from ditforge.commands import inspect
 from ditforge.contents import look_into
 from ditforge.engines import build as building, verdict
+from ditforge.engines.runtime.loading import load_engine
 from ditforge.errors import DitforgeError, UserError
 from ditforge.export.checkpoint.source import CheckpointSource
 from ditforge.plan_report import make_report
 from ditforge.plan_subject import Wanted
+from ditforge.triton_repo.config import ENGINE_PARAMETER, EngineSource
 from ditforge.triton_repo.repository import write_repository
 from ditforge.triton_repo.server import check_gpu
 
@@ -49,6 +53,17 @@ def repo(folder: Path, out: Path) -> None:
     check_gpu(out)
 
 
+def serve(folder: Path, out: Path) -> None:
+    """As the models load their engines in Triton; those here are no graphs."""
+    repo(folder, out)
+    for file in out.glob("*/config.pbtxt"):
+        parameters = text_format.Parse(file.read_text(), pb.ModelConfig()).parameters
+        if ENGINE_PARAMETER in parameters:
+            source = EngineSource.model_validate_json(parameters[ENGINE_PARAMETER].string_value)
+            with suppress(DitforgeError):
+                load_engine(file.parent / "1", source.files, source.made)
+
+
 def inspected(folder: Path, out: Path) -> None:
     with redirect_stdout(io.StringIO()):
         inspect.say(look_into(folder))
@@ -64,6 +79,7 @@ STEPS: dict[str, tuple[manifest.Kind, Callable[[Path, Path], None]]] = {
     "inspect": ("engines", inspected),
     "verify": ("engines", verify),
     "repo": ("engines", repo),
+    "serve": ("engines", serve),
 }
 
 
@@ -124,6 +140,19 @@ FAULTS: list[tuple[str, tuple[str, ...], Any, str]] = [
     ("engines", ("engines", "dit"), GONE, "engines has no dit"),
     ("engines", ("engines", "dit", "segments"), 3, r"engines\.dit: segments must be a list, got 3"),
     ("engines", ("engines", "dit", "segments"), None, r"engines\.dit: segments must be a list, got None"),
+    ("engines", ("engines", "dit", "segment_files"), [["dit.onnx"], ["x"]], "segment_files has 2 parts, and placement"),
+    (
+        "engines",
+        ("engines", "dit", "segment_files"),
+        [["x"]],
+        r"does not share out the files dit\.onnx, but has \[\['x",
+    ),
+    ("engines", ("engines", "dit", "segment_files"), [[]], r"engines\.dit: segment_files does not share out the files"),
+    ("engines", ("engines", "dit", "placement", "segments"), 2, r"segment_files has 0 parts, and placement has 2"),
+    ("engines", ("engines", "dit", "compiler"), "x", "compiler is 'x', and cache_key says 'onnxruntime'"),
+    ("engines", ("engines", "dit", "compiler"), "tensorrt", "'tensorrt', and cache_key says 'onnxruntime'"),
+    ("engines", ("engines", "dit", "compiler_version"), "2", "compiler_version is '2', and cache_key says '1'"),
+    ("engines", ("engines", "dit", "target"), "sm_89", "target is 'sm_89', and cache_key says 'cpu'"),
     ("engines", ("components", "dit", "inputs", "latents", "dtype"), "FOO", "tensor latents has the dtype 'FOO'"),
     ("engines", ("components", "dit", "inputs", "latents", "shape"), ["batch", "x"], "the dimension 'x'"),
     ("engines", ("components", "dit", "inputs", "latents", "shape"), [], "the batch as its first dimension"),

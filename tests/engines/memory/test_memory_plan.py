@@ -277,8 +277,11 @@ def test_a_cut_that_is_there_already(before: tuple[int, int], wanted: tuple[int,
     def placement(cut: tuple[int, int]) -> Placement:
         return Placement(segments=cut[0], on_demand=cut[1])
 
-    engine = Engine(compiler="tensorrt-rtx", compiler_version="", target="", cache_key={}, placement=placement(before))
-    dit = Component(files={}, precision="fp32", reason="", inputs={}, outputs={})
+    names = [f"dit-{number}.plan" for number in range(before[0])]
+    made = {"compiler": "tensorrt-rtx", "compiler_version": "", "target": "", "cache_key": {}}
+    engine = Engine(**made, placement=placement(before), segment_files=[(name,) for name in names])
+    files = {name: {"size": 1, "sha256": ""} for name in names}
+    dit = Component(files=files, precision="fp32", reason="", inputs={}, outputs={})
     built = Manifest(kind="engines", model=MODEL, components={"dit": dit}, engines={"dit": engine})
     assert fitting.cut_before(built, "dit", placement(wanted)) == placement(kept)
     assert fitting.cut_before(None, "dit", placement(wanted)) == placement(wanted)

@@ -31,7 +31,7 @@ from ditforge.engines.verify import NUMPY_DTYPES, compare, verify_files
 from ditforge.errors import DitforgeError, UserError
 from ditforge.export.checkpoint.source import CheckpointSource
 from ditforge.export.quantisation.calibration import calibrate
-from ditforge.manifest import Component, Tensor
+from ditforge.manifest import Component, Engine, Tensor
 from ditforge.triton_repo.repository import write_repository
 from ditforge.triton_repo.server import start
 
@@ -384,6 +384,26 @@ def test_a_lost_segment_shows_at_once(dit: Path, tmp_path: Path) -> None:
     (tmp_path / "engines" / "dit-2.onnx.data").unlink()
     with pytest.raises(UserError, match=r"dit-2\.onnx\.data is missing"):
         load(tmp_path / "engines")
+
+
+def test_segments_in_another_order(dit: Path, tmp_path: Path) -> None:
+    built = build(dit, tmp_path / "engines", BuildOptions("cpu", segments=3)).manifest
+    engine = built.engines["dit"]
+    first, *rest = engine.segment_files
+    changed = {**built.engines, "dit": engine.model_copy(update={"segment_files": (*rest, first)})}
+    manifest.write(built.model_copy(update={"engines": changed}), tmp_path / "engines")
+    with pytest.raises(
+        UserError, match=r"not in their order: segment 1 of 3 takes(.|\n)*fix: +ditforge build .* again"
+    ):
+        load(tmp_path / "engines")
+
+
+def test_files_that_are_not_of_the_compiler(tmp_path: Path) -> None:
+    made = Engine(compiler="onnxruntime", compiler_version="1", target="cpu", cache_key={})
+    for name, content, said in (("dit.plan", b"a", r"dit\.plan is none"), ("dit.onnx", b"a", "cannot load the engine")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DitforgeError, match=f"{said}(.|\n)*fix: +ditforge build .* again"):
+            load_engine(tmp_path, {name: manifest.describe(tmp_path / name)}, made)
 
 
 @pytest.mark.parametrize(

@@ -59,9 +59,12 @@ def test_engines_in_segments(schnell, tmp_path: Path, capsys: pytest.CaptureFixt
     model = found.model.model_copy(update={"sizes": ((64, 96), (96, 96)), "vae_tile": 64})
     made = {"compiler": "tensorrt-rtx", "compiler_version": "1.7", "target": "sm_89", "cache_key": {}, "max_batch": 4}
     cut = Engine(**made, segments=(("a",), ("b",), ("c",)), on_demand=2)
+    dit = found.components["dit"]
+    files = dict(zip("abc", [*dit.files.values(), *dit.files.values()], strict=False))
+    components = {**found.components, "dit": dit.model_copy(update={"files": files})}
     engines = {**found.engines, "dit": cut, "t5": Engine(**made, on_demand=1)}
     origin = {"checkpoint": "flux.1-dev", "loras": "style.safetensors:0.8"}
-    folder = described(tmp_path / "engines", found, model=model, engines=engines, origin=origin)
+    folder = described(tmp_path / "engines", found, model=model, components=components, engines=engines, origin=origin)
     text = shown(folder, capsys)
     assert re.search(r"^dit +fp32 +\d+\.\d MB +2 of 3 on-demand +3 +tensorrt-rtx 1\.7 for sm_89", text, re.MULTILINE)
     assert re.search(r"^t5 +fp32 +\d+\.\d MB +on-demand +1 ", text, re.MULTILINE)

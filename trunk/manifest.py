@@ -292,7 +292,10 @@ def check_components(found: Manifest, folder: Path, needed: Iterable[str]) -> No
     for name in needed:
         if name not in found.components:
             known = ", ".join(found.components) or "nothing"
-            raise UserError(f"{path} has no component {name}, which is needed; components holds {known}", again)
+            problem = f"{path} has no component {name}, which is needed; components holds {known}"
+            # A build has what its export has, whose other networks it may be asked for alone.
+            exported = again if found.kind == "onnx" else f"{again}, from an export that has {name}"
+            raise UserError(problem, exported)
     for name, component in found.components.items():
         sizes = {file: described.size for file, described in component.files.items() if not file.endswith(WEIGHTS)}
         if empty := next((file for file, size in sizes.items() if not size), ""):

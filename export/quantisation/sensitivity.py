@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,8 +38,8 @@ class Choice:
 
 def check_max_error(max_error: float | None) -> None:
     """Raise UserError unless the velocity may err so much; None stands for any error."""
-    if max_error is not None and not max_error > 0:
-        raise UserError(f"the largest error must be above 0, got {max_error}", setting("max_error", 0.05))
+    if max_error is not None and not 0 < max_error < math.inf:
+        raise UserError(f"the largest error must be above 0 and finite, got {max_error}", setting("max_error", 0.05))
 
 
 def choose_linears(
@@ -54,7 +55,7 @@ def choose_linears(
 
     Those with the largest errors are left unquantised first. `linears` are the layers of `transformer` to choose from,
     by the names of their weights. `calls` are the calls over which errors are measured. Raises UserError if `max_error`
-    is not positive.
+    is not positive and finite.
     """
     check_max_error(max_error)
     report = progress or (lambda doing, done, total: None)

@@ -40,8 +40,9 @@ def graphs(folder: Path) -> list[onnx.ModelProto]:
         (ExportOptions(activations="fp16"), "fp32 has no 8-bit weights, which activations is for"),
         (ExportOptions("fp8-weights", ""), "unknown type of activations ''"),
         (ExportOptions(""), "unknown precision ''"),
-        (ExportOptions("fp8-weights", max_error=-1), "the largest error must be above 0, got -1"),
-        (ExportOptions("fp8-weights", max_error=float("nan")), "the largest error must be above 0, got nan"),
+        (ExportOptions("fp8-weights", max_error=-1), "the largest error must be above 0 and finite, got -1"),
+        (ExportOptions("fp8-weights", max_error=float("inf")), "the largest error must be above 0 and finite, got inf"),
+        (ExportOptions("fp8-weights", max_error=float("nan")), "the largest error must be above 0 and finite, got nan"),
     ],
 )
 def test_options_are_checked_before_anything_is_read(options: ExportOptions, problem: str, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from ditforge.errors import UserError
 from ditforge.footprint import Footprint
 from ditforge.model import Model
 from ditforge.placement import Placement
-from ditforge.small_files import read_bytes
+from ditforge.small_files import no_key_twice, read_bytes
 
 FILE_NAME = "manifest.json"
 FORMAT = 2
@@ -234,7 +234,7 @@ def earlier(folder: Path, kind: Kind) -> Manifest | None:
 def parse(path: Path) -> Manifest:
     """The manifest in the file `path`, of whatever kind. Raises UserError if it is not one that this version reads."""
     try:
-        content = json.loads(read_bytes(path))
+        content = json.loads(read_bytes(path), object_pairs_hook=no_key_twice)
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not an object")
         if type(content.get("format")) is not int or content["format"] not in READABLE:  # True == 1 == 1.0

@@ -79,6 +79,18 @@ def read_json_object(path: Path, whole: str = "") -> dict[str, Any]:
     return content
 
 
+def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON that a person wrote; json.loads calls it as its `object_pairs_hook`.
+
+    Raises ValueError for a key that is there twice, of which json.loads would take the last without a word.
+    """
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{json.dumps(next(name for name in names if names.count(name) > 1))} is there twice")
+    return content
+
+
 @contextmanager
 def written_whole(path: Path, name: str = "out") -> Iterator[Path]:
     """Yield the path of a temporary file beside `path`, for the block to write.

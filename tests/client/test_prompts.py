@@ -51,6 +51,7 @@ def test_a_file(tmp_path: Path) -> None:
             r"line 2: behind the tab is '18446744073709551616', not a seed from 0 to 2\^64 - 1",
         ),
         ("{a|b} cats", "line 2: this is not JSON"),
+        ('{"prompt": "a", "seed": 1, "seed": 2}', r'(?s)line 2: "seed" is there twice\n.*leave one of them out'),
         ('{"seed": 3}', 'line 2: there is no "prompt"'),
         ('{"prompt": 3}', 'line 2: "prompt" must be a string, got 3'),
         (

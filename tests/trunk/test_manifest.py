@@ -174,6 +174,15 @@ def test_the_field_is_named(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_key_that_is_there_twice(stages: dict[str, Any], tmp_path: Path) -> None:
+    folder, content = stages["onnx"]
+    (folder / manifest.FILE_NAME).write_text('{"format": 1, ' + json.dumps(content)[1:])
+    with pytest.raises(
+        UserError, match=r'manifest\.json is damaged: "format" is there twice(.|\n)*fix: +make .* again'
+    ):
+        build(folder, tmp_path / "out")
+
+
 def test_a_graph_without_weights_is_good(stages: dict[str, Any], tmp_path: Path) -> None:
     folder, content = stages["engines"]
     whole = shutil.copytree(folder, tmp_path / "whole")

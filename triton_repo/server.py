@@ -304,7 +304,7 @@ def claim(host: str, number: int, name: str) -> int:
     try:
         with socket.create_server((host, number)) as listener:
             return int(listener.getsockname()[1])
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, TypeError) as error:  # TypeError: of a name that IDNA or C cannot have
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             fix = f"{option(f'{name}=0')} takes a free one; what listens: ss -ltnp 'sport = :{number}'"
             raise UserError(f"{asked} is in use", fix) from None

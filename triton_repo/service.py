@@ -24,11 +24,12 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ditforge import open_files
 from ditforge.errors import DitforgeError, UserError
 from ditforge.option import as_flags, option
 from ditforge.triton_repo import tritonserver
 from ditforge.triton_repo.front import Front
-from ditforge.triton_repo.listener import Listener, Report, token_of
+from ditforge.triton_repo.listener import LEAST_CONNECTIONS, RESERVED, Listener, Report, token_of
 from ditforge.triton_repo.log import set_up
 from ditforge.triton_repo.metrics import Metrics
 from ditforge.triton_repo.serve_options import ServeOptions
@@ -207,8 +208,6 @@ def main() -> None:
     """Run the service with the options in the first argument. Report events, and obey standard input."""
     options = ServeOptions.model_validate_json(sys.argv[1])
     set_up()
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each client takes one
     give_back_large_messages()
 
     def report(event: str, **details: object) -> None:
@@ -219,6 +218,7 @@ def main() -> None:
 
     try:
         with as_flags(json.loads(sys.argv[2])):
+            allow_open_files()
             asyncio.run(obey(options, report))
     except DitforgeError as error:
         report("failed", problem=error.problem, fix=error.fix, user=isinstance(error, UserError))
@@ -227,6 +227,18 @@ def main() -> None:
         where = f" ({error.filename})" if error.filename else ""
         report("failed", problem=f"{error.strerror or error}{where}", fix=f"look at the log, {options.log}", user=False)
         raise
+
+
+def allow_open_files() -> None:
+    """Let this process have as many open files as the system allows: each client takes one.
+
+    Raises UserError if they do not suffice for Triton, which would fail in one of many ways.
+    """
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard < RESERVED + LEAST_CONNECTIONS:
+        problem = f"a server needs {RESERVED + LEAST_CONNECTIONS} open files, and may have {hard} here (ulimit -Hn)"
+        raise UserError(problem, open_files.FIX)
 
 
 def give_back_large_messages() -> None:

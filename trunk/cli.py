@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn, TextIO, cast
 
 import typer
 
-from ditforge import __version__, interrupt, terminal, verbosity
+from ditforge import __version__, interrupt, open_files, terminal, verbosity
 from ditforge.commands import commands
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 from ditforge.option import as_flags
@@ -107,7 +107,9 @@ def run() -> NoReturn:
     except KeyboardInterrupt:  # outside of typer's own care
         interrupt.end()
     except DitforgeError as error:
-        tell(f"error: {error}")
+        tell(
+            f"error: {error.problem}\nfix:   {open_files.FIX}" if open_files.are_too_many(error) else f"error: {error}"
+        )
         sys.exit(error.exit_code)
     except USAGE_ERROR as error:
         command = error.ctx.command_path if error.ctx else "ditforge"
@@ -116,6 +118,9 @@ def run() -> NoReturn:
     except Exception as error:
         if interrupt.happened():  # which native code turns into other errors
             interrupt.end()
+        if open_files.are_too_many(error):
+            tell(f"error: {open_files.problem()}\nfix:   {open_files.FIX}")
+            sys.exit(2)
         if not isinstance(error, ModuleNotFoundError):
             raise
         from ditforge.install_hint import lacking

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -185,6 +186,24 @@ def test_the_port_answers_while_the_models_load(repository: Callable[..., Path])
 def test_address_that_cannot_be(repository: Callable[..., Path], host: str, port: int) -> None:
     with pytest.raises(UserError, match=rf"({host}.*)?{port}"):
         start(repository(add=ADD_ONE), host=host, port=port, insecure=True)
+
+
+@pytest.mark.parametrize("host", ["a b", "a\tb", "a\0b", "ä" * 80, "\u202ea"])
+def test_a_host_that_is_no_name(repository: Callable[..., Path], host: str) -> None:
+    with pytest.raises(UserError, match=r"cannot listen on '(.|\n)*fix: +an IPv4 address of this machine"):
+        start(repository(add=ADD_ONE), host=host, port=0, insecure=True)
+
+
+@pytest.mark.parametrize(
+    ("most", "problem"), [(8, "at a time"), (100, "a server needs 144 open files, and may have 100")]
+)
+def test_too_few_open_files(repository: Callable[..., Path], most: int, problem: str) -> None:
+    served = ["ditforge", "serve", str(repository(add=ADD_ONE)), "--port", "0"]
+    done = subprocess.run(
+        ["prlimit", f"--nofile={most}", sys.executable, "-m", *served], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(rf"error: .*{problem}.*\nfix:   ulimit -n .*\n", done.stderr)
 
 
 def test_broken_model(repository: Callable[..., Path], tmp_path: Path) -> None:

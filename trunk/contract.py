@@ -17,6 +17,10 @@ ENGINES_PARAMETER = "ditforge_engines"  # a digest of all engines; servers with 
 # Metadata of each request: an identifier of the picture, and the digest of the engines that it was begun with.
 PICTURE_KEY, ENGINES_KEY = "ditforge-picture", "ditforge-engines"
 
+# The tensors of all models: their dtypes, and the names of the dimensions that vary; the batch is the first dimension.
+DTYPES = ("FP32", "FP16", "INT32", "UINT8", "BYTES")
+VARYING = ("batch", "height", "width", "latent_height", "latent_width")
+
 # The outputs of a text ensemble.
 PROMPT_EMBEDS, POOLED_EMBEDS, PROMPT_TOKENS = "prompt_embeds", "pooled_embeds", "prompt_tokens"
 TEXT_OUTPUTS = (PROMPT_EMBEDS, POOLED_EMBEDS, PROMPT_TOKENS)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from typing_extensions import Self
 
 from ditforge import __version__
-from ditforge.contract import TOKENIZER
+from ditforge.contract import DTYPES, TOKENIZER, VARYING
 from ditforge.errors import UserError
 from ditforge.footprint import Footprint
 from ditforge.model import Model
@@ -33,8 +33,6 @@ Kind = Literal["onnx", "engines", "repository"]
 # it suits.
 PRECISION_CHOICE = "precision_choice"
 ASKED, BY_DEFAULT = "asked for", "by default"
-DTYPES = ("FP32", "FP16", "INT32", "UINT8", "BYTES")
-VARYING = ("batch", "height", "width", "latent_height", "latent_width")
 WEIGHTS = ".data"  # how the name of a file of weights beside a graph ends; a graph without weights has an empty one
 LARGEST_DIM = 2**31 - 1
 LONGEST_NAME = 200  # characters of a component's name, or of a folder or file

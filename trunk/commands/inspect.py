@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -37,13 +38,39 @@ def say(found: Contents) -> None:
     from ditforge import contents
 
     if isinstance(found, contents.Picture):
-        terminal.table(("parameter", "value"), [(key, str(value)) for key, value in found.parameters.items()])
+        say_picture(found.parameters)
     elif isinstance(found, contents.StageFolder):
         say_stage(found)
     elif isinstance(found, contents.CheckpointFolder):
         say_checkpoint(found)
     else:
         say_tensors(found)
+
+
+def say_picture(parameters: Mapping[str, Any]) -> None:
+    """Print the parameters of a picture; for a grid, those that all of its pictures share, and then the others."""
+    rows, cells = dict(parameters), parameters.get("pictures")
+    if isinstance(cells, list) and cells and all(isinstance(cell, dict) for cell in cells):
+        names = list(dict.fromkeys(name for cell in cells for name in cell))
+        alike = [name for name in names if all(name in cell and cell[name] == cells[0][name] for cell in cells)]
+        rows |= {"pictures": len(cells), **{name: cells[0][name] for name in alike}}
+        own = [name for name in names if name not in alike]
+    else:
+        cells, own = [], []
+    terminal.table(("parameter", "value"), [(name, in_words(value)) for name, value in rows.items()])
+    if own:
+        terminal.say("")
+        terminal.table(
+            ("picture", *own),
+            [(str(number), *(in_words(cell.get(name)) for name in own)) for number, cell in enumerate(cells, 1)],
+        )
+
+
+def in_words(value: object) -> str:
+    """A parameter as text: lists with commas, and the rest as in JSON, but strings without their quotation marks."""
+    if isinstance(value, list) and not any(isinstance(one, list | dict) for one in value):
+        return ", ".join(map(in_words, value))
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def say_stage(found: StageFolder) -> None:

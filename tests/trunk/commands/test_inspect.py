@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import save_file
 
 from ditforge import manifest
+from ditforge.client.grid import make_grid
 from ditforge.client.picture_file import METADATA_KEY
 from ditforge.commands.inspect import say
 from ditforge.contents import look_into
@@ -115,6 +116,21 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     for name, words in (("pipe", "not a regular file"), ("none", "does not exist"), ("a" * 300, "File name too long")):
         with pytest.raises(UserError, match=words):
             look_into(tmp_path / name)
+
+
+def test_a_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = [Image.new("RGB", (8, 8)) for _ in range(2)]
+    for seed, image in enumerate(images):
+        own = {"prompt": "a 'red' circle", "seed": seed, "sigmas": [1.0, 0.5, 0.0], "t5": True}
+        image.info[METADATA_KEY] = json.dumps(own)
+    grid = make_grid(images)
+    info = PngInfo()
+    info.add_itxt(METADATA_KEY, grid.info[METADATA_KEY])
+    grid.save(tmp_path / "grid.png", pnginfo=info)
+    lines = [line.strip().split(maxsplit=1) for line in shown(tmp_path / "grid.png", capsys).splitlines()]
+    for row in (["columns", "2"], ["pictures", "2"], ["prompt", "a 'red' circle"], ["sigmas", "1.0, 0.5, 0.0"]):
+        assert row in lines
+    assert lines[-3:] == [["picture", "seed"], ["1", "0"], ["2", "1"]] and ["t5", "true"] in lines
 
 
 def test_a_picture_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

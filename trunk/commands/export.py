@@ -61,7 +61,6 @@ def export(
         terminal.note(f"{out} is up to date, in {asked.name}: {reason}")
         return
     components = exported.manifest.components
-    terminal.note(f"precision {asked.name}: {reason}")
     others = {
         name: component for name, component in components.items() if component.precision not in ("none", asked.name)
     }
@@ -76,6 +75,6 @@ def export(
         terminal.table(("linear", "error in 8 bits", "becomes"), rows)
         terminal.say(f"relative error of the velocity: {exported.choice.velocity:.4f}")
     size = sum(file.size for component in components.values() for file in component.files.values())
-    terminal.note(f"wrote {out}: {len(components)} components, {size / 1e9:.2f} GB")
+    terminal.note(f"wrote {out}: {len(components)} components in {asked.name}, {size / 1e9:.2f} GB")
     named = gpu or ("GPU" if options.precision else "cpu")
     terminal.note(f"next: {command('ditforge build {} --gpu {} --out DIR', out, named)}")

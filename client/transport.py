@@ -17,6 +17,7 @@ import grpc
 
 from ditforge.client.retry import Failure
 from ditforge.client.settings import ConnectionSettings
+from ditforge.plain_text import plain
 
 T = TypeVar("T")
 Metadata = Mapping[str, str | bytes]
@@ -160,6 +161,6 @@ def failure(code: grpc.StatusCode, details: str | None) -> Failure:
 
 
 def shown(text: str) -> str:
-    """A server's text with unprintable characters replaced, so that a terminal does not act on them, and shortened."""
-    text = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+    """A server's text on one line, shortened, and with nothing in it that could steer a terminal."""
+    text = plain(" ".join(text.split()))
     return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}…"

@@ -62,8 +62,7 @@ def usage_problem(error: typer.BadParameter) -> str:
 def flush_output() -> None:
     """Flush standard output when a command has ended. Raises UserError if it cannot be written."""
     try:
-        with terminal.written():
-            sys.stdout.flush()
+        sys.stdout.flush()
     except BrokenPipeError:
         terminal.give_up_output()
         sys.exit(1)

@@ -152,7 +152,7 @@ def tell_aside(title: str, line: str) -> None:
 
 @contextmanager
 def written() -> Iterator[None]:
-    """Wrap the printing of results. Raises UserError if standard output cannot be written.
+    """Wrap writing to standard output. Raises UserError if it cannot be written.
 
     If it is a pipe that nobody reads any more, it raises BrokenPipeError, which ends a command without a message.
     """
@@ -168,10 +168,9 @@ def written() -> Iterator[None]:
 def say(line: str) -> None:
     """Print one line of results, without delay, so that a program that waits for it can read it at once.
 
-    The line is written in one piece, so that the lines of two threads are not mixed. Raises what written() raises.
+    The line is written in one piece, so that the lines of two threads are not mixed.
     """
-    with written():
-        print(f"{plain(line)}\n", end="", flush=True)
+    print(f"{plain(line)}\n", end="", flush=True)
 
 
 def note(line: str) -> None:
@@ -214,7 +213,7 @@ class Stream:
 
 
 class Checked(Stream):
-    """Standard output, of which every part raises what written() raises, also those of libraries."""
+    """Standard output, as a command has it: whoever prints, a library too, gets what written() raises."""
 
     def write(self, text: str) -> int:
         with written():
@@ -243,7 +242,7 @@ class Unfailing(Stream):
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print rows of text under headings. Raises what written() raises.
+    """Print rows of text under headings.
 
     On a terminal, long cells are wrapped, and short ones stay whole. For a program that reads them, no cell is wrapped.
     """
@@ -260,5 +259,4 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = UNBOUNDED
-    with written():
-        console.print(shown)
+    console.print(shown)

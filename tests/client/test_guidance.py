@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import published
 import pytest
 
 from ditforge.client.client import encode
@@ -16,22 +17,8 @@ from ditforge.client.schedules import flow_sigmas
 from ditforge.model import Model, Schedule, SkipLayers
 
 SKIP = SkipLayers(blocks=6, layers=(2, 4), scale=2.8, start=0.01, stop=0.2)
-SD3 = Model(
-    name="sd3",
-    latent_channels=4,
-    vae_factor=8,
-    size_multiple=16,
-    default_size=64,
-    max_size=128,
-    default_steps=28,
-    guidance="classifier-free",
-    default_guidance=4.5,
-    skip_layers=SKIP,
-    schedule=Schedule(kind="fixed", shift=3.0),
-    max_tokens={"clip_l": 77, "t5": 256},
-    t5="optional",
-)
-FLUX = SD3.model_copy(update={"guidance": "embedded", "skip_layers": None, "t5": "required"})
+FLUX = published.MODEL.model_copy(update={"latent_channels": 4, "schedule": Schedule(kind="fixed", shift=3.0)})
+SD3 = FLUX.model_copy(update={"guidance": "classifier-free", "skip_layers": SKIP, "t5": "optional"})
 SIGMAS = flow_sigmas(28, SD3.schedule, 8, 8)
 
 
@@ -164,6 +151,6 @@ def test_no_negative_prompt_is_encoded_in_vain() -> None:
 
 
 def test_a_model_without_t5_has_one_way() -> None:
-    server: Any = Server(SD3.model_copy(update={"t5": "absent", "max_tokens": {"clip_l": 77}}))
+    server: Any = Server(SD3.model_copy(update={"t5": "absent", "max_tokens": {"clip": 77}}))
     encode(server, request(1, with_t5=(False,)))
     assert [name for name, _ in server.calls] == ["text_encoders"]

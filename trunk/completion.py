@@ -36,15 +36,18 @@ def compilers() -> list[str]:
 
 def samplers() -> list[str]:
     """The values that `--sampler` takes."""
-    folders = find_spec("ditforge.client.samplers")  # without importing NumPy
-    return sorted(module.name for module in iter_modules(folders.submodule_search_locations if folders else []))
+    return files_of("ditforge.client.samplers")
 
 
 def schedules() -> list[str]:
     """The values that `--schedule` takes."""
-    from ditforge.client.schedules import SCHEDULES
+    return files_of("ditforge.client.schedules")
 
-    return list(SCHEDULES)
+
+def files_of(package: str) -> list[str]:
+    """The names of the modules in a package, without importing it, which would import NumPy."""
+    folders = find_spec(package)
+    return sorted(module.name for module in iter_modules(folders.submodule_search_locations if folders else []))
 
 
 GPU, PRECISION, COMPILER = matching(gpus), matching(precisions), matching(compilers)

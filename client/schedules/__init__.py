@@ -1,7 +1,7 @@
-"""Schedules: the noise levels that a sampler goes through, from 1 (noise) down to 0 (a picture).
+"""Schedules: the noise levels that a sampler goes through, from 1 (noise) down to 0 (a picture). A file for each.
 
 A schedule is a function that takes the number of steps and the model's `Spacing`, and returns levels [steps + 1]. To
-add one, write its function here and add it to SCHEDULES.
+add one, write the function `schedule_NAME` in a new file NAME.py in this folder, where it is found.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib import import_module
 from numbers import Integral
+from pkgutil import iter_modules
 from typing import Any
 
 import numpy as np
@@ -25,8 +27,7 @@ Array = npt.NDArray[np.floating[Any]]
 Levels = npt.NDArray[np.float64]
 Sigmas = npt.NDArray[np.float32]
 
-RHO = 7.0  # for karras: the paper's recommendation
-BETA = 0.6  # for beta: both parameters of the distribution, as the paper recommends
+DEFAULT = "default"
 # The number of levels in ComfyUI's table for each kind of schedule (ModelSamplingDiscreteFlow, ModelSamplingFlux).
 LEVELS = {"fixed": 1000, "dynamic": 10_000}
 FALLING = option("sigmas=[1.0, 0.75, 0.5, 0.25, 0.0]", "--sigmas 1,0.75,0.5,0.25,0")
@@ -96,67 +97,10 @@ def dynamic_shift(schedule: ModelSchedule, height: int, width: int) -> float:
     return math.exp(mu) if schedule.time_shift == "exponential" else mu
 
 
-def default(steps: int, spacing: Spacing) -> Sigmas:
-    """The model's own schedule."""
-    return spacing.sigmas(steps)
-
-
-def simple(steps: int, spacing: Spacing) -> Levels:
-    """Evenly picked from ComfyUI's table of shifted levels, from its top (comfy/samplers.py, simple_scheduler)."""
-    count = LEVELS[spacing.model.kind]
-    places = count - (np.arange(steps) * (count / steps)).astype(np.int64)
-    return np.append(spacing.shift(places / count), 0.0)
-
-
-def sgm_uniform(steps: int, spacing: Spacing) -> Levels:
-    """Even steps from 1 to nearly 0, then shifted (comfy/samplers.py, normal_scheduler with sgm=True).
-
-    As in ComfyUI, the steps + 1 even levels end at the smallest level of its table, shifted. This last level is left
-    out, and 0 takes its place.
-    """
-    end = float(spacing.shift(1 / LEVELS[spacing.model.kind]))
-    return np.append(spacing.shift(np.linspace(1.0, end, steps + 1)[:-1]), 0.0)
-
-
-def karras(steps: int, spacing: Spacing) -> Levels:
-    """Even steps in sigma^(1/7) between the model's own first and last level (Karras et al. 2022, arXiv:2206.00364).
-
-    It is equation 5 there, and diffusers' FlowMatchEulerDiscreteScheduler with use_karras_sigmas.
-    """
-    high, low = ends(steps, spacing)
-    return np.append(np.linspace(high ** (1 / RHO), low ** (1 / RHO), steps) ** RHO, 0.0)
-
-
-def exponential(steps: int, spacing: Spacing) -> Levels:
-    """Even steps in log(sigma) between the model's own first and last level (diffusers' use_exponential_sigmas)."""
-    high, low = ends(steps, spacing)
-    return np.append(np.exp(np.linspace(math.log(high), math.log(low), steps)), 0.0)
-
-
-def beta(steps: int, spacing: Spacing) -> Levels:
-    """Quantiles of a Beta(0.6, 0.6) distribution between the model's own first and last level, dense at both ends.
-
-    Source: Lee et al. 2024, arXiv:2407.12173, as diffusers' use_beta_sigmas. Raises UserError if scipy, which computes
-    the quantiles, is not installed.
-    """
-    try:
-        from scipy.special import betaincinv
-    except ModuleNotFoundError:
-        raise UserError('the schedule "beta" needs scipy, which is not installed', "pip install scipy") from None
-    high, low = ends(steps, spacing)
-    quantiles = betaincinv(BETA, BETA, 1 - np.linspace(0, 1, steps))
-    return np.append(low + quantiles * (high - low), 0.0)
-
-
 def ends(steps: int, spacing: Spacing) -> tuple[float, float]:
     """The first of the model's own levels, and the last one above 0."""
     sigmas = spacing.sigmas(steps)
     return float(sigmas[0]), float(sigmas[-2])
-
-
-SCHEDULES: dict[str, ScheduleFunction] = {
-    function.__name__: function for function in (default, simple, sgm_uniform, karras, exponential, beta)
-}
 
 
 def find_schedule(schedule: str | ScheduleFunction) -> ScheduleFunction:
@@ -170,7 +114,7 @@ def find_schedule(schedule: str | ScheduleFunction) -> ScheduleFunction:
         return schedule
     if isinstance(schedule, str) and schedule in SCHEDULES:
         return SCHEDULES[schedule]
-    close = get_close_matches(str(schedule).lower(), SCHEDULES, n=1) or ["default"]
+    close = get_close_matches(str(schedule).lower(), SCHEDULES, n=1) or [DEFAULT]
     problem = f"unknown schedule {schedule!r}, known are {', '.join(SCHEDULES)}"
     raise UserError(problem, setting("schedule", close[0]))
 
@@ -179,8 +123,10 @@ def schedule_name(schedule: str | ScheduleFunction) -> str:
     """The name of a schedule in a picture's parameters. For a user's function, it is the function's name."""
     if isinstance(schedule, str):
         return schedule
+    if ours := [name for name, function in SCHEDULES.items() if function is schedule]:
+        return ours[0]
     name = str(getattr(schedule, "__name__", type(schedule).__name__))
-    return name if SCHEDULES.get(name, schedule) is schedule else f"{schedule.__module__}.{name}"
+    return f"{schedule.__module__}.{name}" if name in SCHEDULES else name
 
 
 def make_sigmas(schedule: str | ScheduleFunction, steps: int, spacing: Spacing) -> Sigmas:
@@ -213,3 +159,20 @@ def check_sigmas(levels: npt.ArrayLike | Sequence[float], what: str) -> Sigmas:
         shown = ", ".join(f"{sigma:g}" for sigma in sigmas[:8]) + (", …" if len(sigmas) > 8 else "")
         raise UserError(f"{what} must fall from 1 to 0, each level below the one before, got {shown}", FALLING)
     return sigmas
+
+
+def _found(name: str) -> ScheduleFunction:
+    """The function in the file of a schedule. Raises UserError if it has none."""
+    module = import_module(f"{__name__}.{name}")
+    function: ScheduleFunction | None = getattr(module, f"schedule_{name}", None)
+    if function is None:
+        problem = f"{module.__file__} has no function schedule_{name}"
+        raise UserError(problem, "see CONTRIBUTING.md, Add a schedule")
+    return function
+
+
+# The model's own is the first. They are imported here, after everything that they import from this file.
+SCHEDULES: dict[str, ScheduleFunction] = {
+    name: _found(name)
+    for name in sorted((module.name for module in iter_modules(__path__)), key=lambda name: (name != DEFAULT, name))
+}

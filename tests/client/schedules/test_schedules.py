@@ -1,5 +1,6 @@
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,15 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_tim
 from flows import SCHEDULES
 from hypothesis import given, settings, strategies as st
 
-from ditforge.client.schedules import SCHEDULES as NAMED, Spacing, find_schedule, flow_sigmas, make_sigmas
+from ditforge.client import schedules as schedules_of_ours
+from ditforge.client.schedules import (
+    SCHEDULES as NAMED,
+    Spacing,
+    find_schedule,
+    flow_sigmas,
+    make_sigmas,
+    schedule_name,
+)
 from ditforge.errors import UserError
 from ditforge.model import Schedule
 
@@ -162,6 +171,14 @@ def test_every_schedule_falls_from_1_to_0(name, schedule, steps, height, width):
     assert sigmas[0] == pytest.approx(1, abs=1e-6)
     assert sigmas[-1] == 0
     assert (np.diff(sigmas) < 0).all()
+
+
+def test_a_schedule_is_a_file_of_its_name():
+    folder = Path(schedules_of_ours.__file__).parent
+    assert sorted(NAMED) == sorted(file.stem for file in folder.glob("[!_]*.py")) and next(iter(NAMED)) == "default"
+    for name, function in NAMED.items():
+        assert find_schedule(name) is function and function.__module__ == f"{schedules_of_ours.__name__}.{name}"
+        assert schedule_name(function) == name
 
 
 def test_default_is_the_models_own():

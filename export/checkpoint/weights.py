@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.refused_formats import START_BYTES, check_packing, check_start
 from ditforge.small_files import read_bytes
@@ -152,6 +150,8 @@ def safetensors_file(file: Path, framework: str) -> Iterator[Any]:
 
     Raises UserError if the file cannot be read or is damaged.
     """
+    from safetensors import SafetensorError, safe_open  # here, since a plan for an export reads no checkpoint
+
     try:
         with safe_open(file, framework=framework, backend="pread") as opened:
             yield opened

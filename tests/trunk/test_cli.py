@@ -110,6 +110,16 @@ def test_missing_extra(module: str, extra: str, arguments: list[str], schnell, t
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("arguments", [["gpus"], ["plan", "ONNX", "--gpu", "rtx3060"]])
+def test_what_the_client_alone_suffices_for(arguments: list[str], schnell, tmp_path: Path) -> None:
+    arguments = [str(schnell.onnx) if argument == "ONNX" else argument for argument in arguments]
+    absent = [module for extra, modules in install_hint.EXTRAS.items() if extra != "client" for module in modules]
+    program = f"import sys; sys.modules |= dict.fromkeys({sorted({*absent} - {'google'})}); sys.argv[0] = 'ditforge'\n"
+    program += "from ditforge.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_generate_and_inspect(schnell_server: Server, tmp_path: Path) -> None:
     options = ("--url", schnell_server.url, "--seed", "5", "--steps", "2", "--height", "32")
     result = ditforge("generate", "a red circle", *options, cwd=tmp_path)

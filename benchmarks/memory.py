@@ -76,7 +76,7 @@ def compare(checkpoint: Checkpoint, name: str, precision: str, capability: str) 
 
 
 def plans() -> Iterator[list[str]]:
-    """A row for each card: its precision, and for each size the peak in GB and the strategy."""
+    """A row for each card: its precision, and for each size the peak in GiB and the strategy."""
     with random_checkpoint(Path(MODEL)) as opened:
         found = measured(opened, Wanted(CheckpointSource(Path(MODEL))))
     subject = Subject(found.model, found.footprints)
@@ -84,13 +84,13 @@ def plans() -> Iterator[list[str]]:
         target = find_target(card)
         precision, parts = subject.parts(target, None)
         made = [fit_of(target, subject.model, parts, precision, side) for side in (512, 1024, 1536, 2048)]
-        yield [card, f"{target.memory_gb} GB", precision, *map(cell, made)]
+        yield [card, f"{target.memory_gb} GiB", precision, *map(cell, made)]
 
 
 def cell(fit: Fit) -> str:
-    """The plan for a size in a few characters: the peak in GB, the strategy, the tile, and the seconds of a step."""
+    """The plan for a size in a few characters: the peak in GiB, the strategy, the tile, and the seconds of a step."""
     tiled = f", tile {fit.vae_tile}" if fit.vae_tile else ""
-    return f"{fit.peak / 1e9:.1f} {strategy(fit)}{tiled}, {step(fit.estimate)}"
+    return f"{fit.peak / 2**30:.1f} {strategy(fit)}{tiled}, {step(fit.estimate)}"
 
 
 def markdown(headings: tuple[str, ...], rows: list[list[str]]) -> list[str]:
@@ -132,10 +132,10 @@ def main() -> None:
         "",
         f"## {MODEL} on some cards",
         "",
-        "Each cell has the peak in GB and the plan, for pictures of up to that many pixels on each side.",
+        "Each cell has the peak in GiB and the plan, for pictures of up to that many pixels on each side.",
         '"offload N of M" means that the DiT is in M segments, of which N are loaded and freed in each step.',
         '"t5 offload N" means that T5 is in N segments, all of which are loaded and freed for each prompt, and that',
-        "the DiT stays.",
+        "the DiT stays. The seconds are those of a step, estimated as `ditforge plan` does.",
         "",
         *markdown(("card", "memory", "precision", "512", "1024", "1536", "2048"), list(plans())),
         "",

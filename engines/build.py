@@ -61,7 +61,7 @@ class BuildOptions:
     vae_tile: the autoencoder takes pictures in tiles of that many pixels. By default it takes them whole.
     segments: the number of engines into which the DiT is cut. They are compiled one after the other.
     residency: "resident"; or "on-demand", which loads every engine for each call and then frees it.
-    gpu_memory: the GB of the GPU's memory that the engines may take.
+    gpu_memory: the GiB of the GPU's memory that the engines may take.
     force: whether engines of another model in the folder are replaced.
 
     Where neither `segments` nor `residency` is given, a plan for the memory of the GPU decides about them, and about

@@ -1,7 +1,7 @@
 """The table of GPUs, and the targets that `--gpu` can name.
 
-The compute capabilities are from https://developer.nvidia.com/cuda-gpus. The memory is in GB as NVIDIA's data sheets
-give it; an RTX 3060 of 12 GB reports 12 GiB.
+The compute capabilities are from https://developer.nvidia.com/cuda-gpus. The memory is in GiB, which
+NVIDIA's data sheets call GB: an RTX 3060 of 12 GB reports 12 GiB.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BF16_MEMORY_GB = 40  # of a DiT of 12 billion parameters, 16-bit weights and the
 OTHERS = "also takes sm_89, several (sm_86,sm_89), local, and cpu"
 NAMES = option("ditforge gpus   lists the names; gpu " + OTHERS, "ditforge gpus   lists the names; --gpu " + OTHERS)
 
-# name, product, memory in GB
+# name, product, memory in GiB
 PRODUCTS = {
     "sm_75": """
         rtx2060, GeForce RTX 2060, 6 | rtx2060super, GeForce RTX 2060 SUPER, 8 | rtx2070, GeForce RTX 2070, 8
@@ -66,7 +66,7 @@ LACKS = {"bf16": "no bf16 arithmetic", "fp8": "no FP8 tensor cores", "fp8-weight
 
 @dataclass(frozen=True)
 class Gpu:
-    """A product: its name for `--gpu`, its commercial name, its compute capability, and its memory in GB."""
+    """A product: its name for `--gpu`, its commercial name, its compute capability, and its memory in GiB."""
 
     name: str
     product: str
@@ -88,7 +88,7 @@ GPUS = [
 
 @dataclass(frozen=True)
 class Target:
-    """What to compile for: the user's name for it, the compute capabilities (none for the CPU), and the memory in GB.
+    """What to compile for: the user's name for it, the compute capabilities (none for the CPU), and the memory in GiB.
 
     The memory is the smallest of all products that are named, or None if it is not known. As text, a target is `cpu` or
     the capabilities (`sm_86,sm_89`), because nothing else of a target changes an engine.
@@ -122,7 +122,7 @@ def find_target(name: str) -> Target:
 
 
 def limited(target: Target, memory_gb: float | None) -> Target:
-    """The target with `memory_gb` GB of memory, or as it is for None. Raises UserError if no GPU has that much."""
+    """The target with `memory_gb` GiB of memory, or as it is for None. Raises UserError if no GPU has that much."""
     if memory_gb is None:
         return target
     if not target.capabilities:
@@ -130,7 +130,7 @@ def limited(target: Target, memory_gb: float | None) -> Target:
             f"{option('gpu_memory')} is a GPU's, and this is for the CPU", f"leave it out, or {setting('gpu', 'GPU')}"
         )
     if not 0 < memory_gb < float("inf"):
-        raise UserError(f"a GPU's memory is some GB, got {memory_gb:g}", f"{setting('gpu_memory', 10)}, for example")
+        raise UserError(f"a GPU's memory is some GiB, got {memory_gb:g}", f"{setting('gpu_memory', 10)}, for example")
     return replace(target, memory_gb=memory_gb)
 
 
@@ -168,8 +168,8 @@ def default_precision(target: Target) -> tuple[str, str]:
     if number(oldest) >= SINCE["fp8-weights"]:
         return "fp8-weights", f"{oldest} has FP8 tensor cores; half the memory of bf16, and no calibration"
     if number(oldest) >= SINCE["bf16"] and (target.memory_gb or 0) >= BF16_MEMORY_GB:
-        return "bf16", f"{oldest} has no FP8 tensor cores, and {target.memory_gb:g} GB hold 16-bit weights"
-    held = f"{target.memory_gb:g} GB are" if target.memory_gb is not None else "an unknown memory may be"
+        return "bf16", f"{oldest} has no FP8 tensor cores, and {target.memory_gb:g} GiB hold 16-bit weights"
+    held = f"{target.memory_gb:g} GiB are" if target.memory_gb is not None else "an unknown memory may be"
     return "int8-weights", f"{oldest} has no FP8 tensor cores, and {held} too little for 16-bit weights"
 
 

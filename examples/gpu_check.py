@@ -69,7 +69,7 @@ def main() -> None:
             f"error: {error.problem}\nfix:   run this on a machine with an NVIDIA GPU, with nvidia-ml-py installed"
         )
     compiler, (precision, reason) = default_compiler(target), default_precision(target)
-    print(f"{target.name}: {target}, {target.memory_gb} GB; {compiler}, {precision}: {reason}\n", flush=True)
+    print(f"{target.name}: {target}, {target.memory_gb} GiB; {compiler}, {precision}: {reason}\n", flush=True)
 
     run("export", options.checkpoint, "--out", out / "reference")
     activations = ("--activations", default_activations(target))

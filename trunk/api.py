@@ -126,7 +126,7 @@ def build_engines(
     vae_tile: the side in pixels of the tiles in which the autoencoder takes pictures.
     segments: the number of engines into which the DiT is cut.
     residency: "resident", or "on-demand" for engines that are loaded for each call and then freed.
-    gpu_memory: the GB of the GPU's memory that the engines may take.
+    gpu_memory: the GiB of the GPU's memory that the engines may take.
     force: also replace another model's engines in `out`.
 
     Returns the manifest, and the reason for each engine that was compiled. Raises UserError if the GPU cannot execute a

@@ -49,8 +49,8 @@ Segments = Annotated[str, typer.Option(metavar="N", help=SEGMENTS_HELP)]
 Residency = Annotated[
     str | None, typer.Option(metavar="WHEN", help="resident; or on-demand: loaded for each call and then freed.")
 ]
-GPU_MEMORY_HELP = "Plan as if the GPU had that many GB of memory; by default, what it has."
-GpuMemory = Annotated[float | None, typer.Option(metavar="GB", help=GPU_MEMORY_HELP)]
+GPU_MEMORY_HELP = "Plan as if the GPU had that many GiB of memory; by default, what it has."
+GpuMemory = Annotated[float | None, typer.Option(metavar="GiB", help=GPU_MEMORY_HELP)]
 MAX_BATCH_HELP = "The most samples that Triton puts into one call; by default 8, or what the engines take."
 MaxBatch = Annotated[int | None, typer.Option(help=MAX_BATCH_HELP)]
 PORT_HELP = "The port that clients reach, for gRPC; 0 picks a free one."

@@ -161,7 +161,7 @@ def find_card(gpu: str, memory_gb: float | None = None) -> Target:
     if target.memory_gb is None:
         example = next(one.name for one in gpus.GPUS if one.capability == target.capabilities[0])
         problem = f"{gpu} is no product, so its memory is not known"
-        here = f"--gpu {quote(gpu)} --gpu-memory 12   with the GB that it has"
+        here = f"--gpu {quote(gpu)} --gpu-memory 12   with the GiB that it has"
         raise UserError(problem, f"{here}; or a product: --gpu {quote(example)}")
     return target
 
@@ -179,7 +179,7 @@ def say_plan(plan: Plan) -> None:
         return
     tiled = f", tiles of {plan.vae_tile} pixels" if plan.vae_tile else ""
     least = (
-        "" if plan.usable is None else f", {memory_plan.gigabytes(plan.peak)} of {memory_plan.gigabytes(plan.usable)}"
+        "" if plan.usable is None else f", {memory_plan.gibibytes(plan.peak)} of {memory_plan.gibibytes(plan.usable)}"
     )
     terminal.say(f"plan: {plan.strategy}, batches of up to {plan.batch}{tiled}{least}")
     places = [
@@ -191,7 +191,7 @@ def say_plan(plan: Plan) -> None:
 
 def say_places(places: Sequence[tuple[str, str, str, str, int]], reasons: Sequence[str]) -> None:
     """Print where each network is, as its name, precision, place, segments and bytes, and then the reasons."""
-    rows = [(*words, memory_plan.gigabytes(size)) for *words, size in places]
+    rows = [(*words, memory_plan.gibibytes(size)) for *words, size in places]
     terminal.table(("component", "precision", "place", "segments", "takes"), rows)
     for reason in reasons:
         terminal.say(f"- {reason}")

@@ -11,7 +11,7 @@ from ditforge.engines.gpus import Target
 from ditforge.engines.memory.memory_plan import (
     Plan,
     build_peak,
-    gigabytes,
+    gibibytes,
     make_plan,
     parts_of,
 )
@@ -65,7 +65,7 @@ def decide(
     if not fewest.fits:
         raise UserError(
             f"{model.name} does not fit {target.name} for pictures of {side} x {side}: at its most frugal it needs "
-            f"{gigabytes(fewest.peak)} of the GPU's memory, and {gigabytes(fewest.usable or 0)} can be used",
+            f"{gibibytes(fewest.peak)} of the GPU's memory, and {gibibytes(fewest.usable or 0)} can be used",
             f"{option('resolutions')} with smaller ones, {setting('batch', least_batch(model))}, "
             "or ditforge export with 8-bit weights",
         )
@@ -88,7 +88,7 @@ def warn_of_compiling(
     }
     largest = max(peaks, key=peaks.__getitem__, default="")
     if memory is not None and peaks.get(largest, 0) > memory:
-        wanted = f"compiling {largest} takes up to {gigabytes(peaks[largest])}, and {gigabytes(memory)} are to be had"
+        wanted = f"compiling {largest} takes up to {gibibytes(peaks[largest])}, and {gibibytes(memory)} are to be had"
         warnings.warn(wanted, DitforgeWarning, stacklevel=1)
 
 

@@ -280,31 +280,31 @@ def explain(plan: Plan, parts: Sequence[Part], tried: Mapping[str, int], side: i
         yield "how much memory the GPU has is not known: all of it stays there"
         return
     if not plan.fits:
-        yield f"does not fit: needs {gigabytes(plan.peak)}, {gigabytes(plan.usable)} can be used"
+        yield f"does not fit: needs {gibibytes(plan.peak)}, {gibibytes(plan.usable)} can be used"
     for strategy, peak in tried.items():
         if strategy != plan.strategy and not strategy.startswith("offload"):  # of offloads there are many
-            yield f"{strategy} would take {gigabytes(peak)} of {gigabytes(plan.usable)}"
+            yield f"{strategy} would take {gibibytes(peak)} of {gibibytes(plan.usable)}"
     for part in parts:
-        placement, size = plan.placements[part.name], gigabytes(plan.sizes[part.name])
+        placement, size = plan.placements[part.name], gibibytes(plan.sizes[part.name])
         footprint = part.footprints[plan.precisions[part.name]]
         if part.name == VAE_DECODER and plan.vae_tile:
             whole, tiled = (footprint.activations_at(size) for size in (side, plan.vae_tile))
             yield (
-                f"{part.name} decodes tiles of {plan.vae_tile} x {plan.vae_tile} pixels, in {gigabytes(tiled)}: "
-                f"{side} x {side} at once would take {gigabytes(whole)}"
+                f"{part.name} decodes tiles of {plan.vae_tile} x {plan.vae_tile} pixels, in {gibibytes(tiled)}: "
+                f"{side} x {side} at once would take {gibibytes(whole)}"
             )
         if part.name == VAE_ENCODER and placement.residency == ON_DEMAND:
             yield f"{part.name}, {size}, is loaded when it is asked: pictures from text need none"
         if part.phase == TEXT and placement.residency == ON_DEMAND and placement.segments > 1:
-            yield f"{part.name}'s segments are loaded on demand: {gigabytes(footprint.weights)} a prompt"
+            yield f"{part.name}'s segments are loaded on demand: {gibibytes(footprint.weights)} a prompt"
         if placement.residency == CPU:
             yield f"{part.name} takes {size} of the machine's memory"
         if part.name == DIT and placement.residency == ON_DEMAND:
             moved = footprint.weights * placement.on_demand // placement.segments
             which = f"{placement.on_demand} of {part.name}'s {placement.segments} segments"
-            yield f"{which} are loaded and freed in each step: {gigabytes(moved)} a step"
+            yield f"{which} are loaded and freed in each step: {gibibytes(moved)} a step"
 
 
-def gigabytes(size: int) -> str:
-    """A number of bytes as text, in GB."""
-    return f"{size / 1e9:.1f} GB"
+def gibibytes(size: int) -> str:
+    """A number of bytes as text, in GiB, in which GPUs are counted."""
+    return f"{size / GIB:.1f} GiB"

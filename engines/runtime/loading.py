@@ -52,7 +52,7 @@ def load_engine(folder: Path, files: dict[str, File], made: Engine) -> LoadedEng
             raise DitforgeError(f"{made.compiler} cannot load the engine in {folder}: {said}", AGAIN) from error
         raise DitforgeError(
             f"the GPU's memory does not hold the engine in {folder}: {said}",
-            "ditforge build ONNX_DIR --gpu GPU --gpu-memory GB --out DIR   with fewer GB than it has; ditforge repo",
+            "ditforge build ONNX_DIR --gpu GPU --gpu-memory GIB --out DIR   with fewer GiB than it has; ditforge repo",
         ) from error
 
 

@@ -177,7 +177,7 @@ def test_the_command_prints_the_table(tmp_path) -> None:
     block = next(i for i, line in enumerate(lines) if line.startswith("sm_89 "))
     assert "fp8" in lines[block] and "tensorrt-rtx (the default) or tensorrt" in lines[block + 1]
     row = next(line for line in lines[block:] if line.startswith("  rtx4090 "))
-    assert row.split() == ["rtx4090", "GeForce", "RTX", "4090", "24", "GB", "fp8-weights"]
+    assert row.split() == ["rtx4090", "GeForce", "RTX", "4090", "24", "GiB", "fp8-weights"]
     assert {line.split()[0] for line in lines if line.startswith("  ")} >= {gpu.name for gpu in GPUS}
 
 

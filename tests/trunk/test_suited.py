@@ -27,9 +27,9 @@ class Asked(Exception):
     ("gpu", "precision", "activations", "why"),
     [
         ("rtx4090", "fp8-weights", "bf16", "sm_89 has FP8"),
-        ("rtx3060", "int8-weights", "bf16", "12 GB"),
+        ("rtx3060", "int8-weights", "bf16", "12 GiB"),
         ("rtx2080ti", "int8-weights", "fp16", "sm_75"),
-        ("rtxa6000", "bf16", None, "48 GB"),
+        ("rtxa6000", "bf16", None, "48 GiB"),
         ("rtx4090,rtx2080ti", "int8-weights", "fp16", "sm_75"),
         ("cpu", "fp32", None, "CPU"),
         (None, None, None, 'gpu="GPU"'),

@@ -93,7 +93,7 @@ def examine() -> Machine:
         Finding("python", platform.python_version(), "" if supported else "use Python 3.11 to 3.13"),
         Finding("cores", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())),
         memory_finding(memory),
-        Finding("free disk", "unknown" if disk is None else f"{disk / 1e9:.0f} GB in {Path.cwd()}"),
+        Finding("free disk", "unknown" if disk is None else f"{disk / 2**30:.0f} GiB in {Path.cwd()}"),
         shm_finding(),
         *gpu_findings,
         *(extra_finding(extra) for extra in install_hint.EXTRAS),
@@ -115,14 +115,14 @@ def memory_finding(memory: Memory | None) -> Finding:
     if memory is None:
         return Finding("memory", "unknown: the system does not say")
     limit = (
-        "" if memory.limit is None else f", of which this process's control group may have {gigabytes(memory.limit)}"
+        "" if memory.limit is None else f", of which this process's control group may have {gibibytes(memory.limit)}"
     )
-    return Finding("memory", f"{gigabytes(memory.total)}{limit}; {gigabytes(memory.available)} available")
+    return Finding("memory", f"{gibibytes(memory.total)}{limit}; {gibibytes(memory.available)} available")
 
 
-def gigabytes(size: int) -> str:
+def gibibytes(size: int) -> str:
     """A number of bytes in words."""
-    return f"{size / 1e9:.1f} GB"
+    return f"{size / 2**30:.1f} GiB"
 
 
 def shm_finding() -> Finding:

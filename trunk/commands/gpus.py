@@ -32,5 +32,5 @@ def say(report: GpuTable) -> None:
         terminal.say(f"{capability} computes in {', '.join(first.precisions)}")
         terminal.say(f"  {'compiled by ' + compilers:{names + products + 13}}default precision")
         for gpu in (first, *others):
-            row = f"  {gpu.name:{names}}  {gpu.product:{products}}  {gpu.memory_gb:3} GB   {gpu.default_precision}"
+            row = f"  {gpu.name:{names}}  {gpu.product:{products}}  {gpu.memory_gb:3} GiB  {gpu.default_precision}"
             terminal.say(row)

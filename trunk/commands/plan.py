@@ -66,13 +66,13 @@ def say(report: PlanReport) -> None:
 
 def gpu_row(gpu: GpuPlan, size: int) -> tuple[str, ...]:
     """The row of a GPU, for pictures of that size."""
-    from ditforge.engines.memory.memory_plan import gigabytes
+    from ditforge.engines.memory.memory_plan import gibibytes
 
-    known = gpu.gpu, f"{gpu.memory_gb:g} GB"
+    known = gpu.gpu, f"{gpu.memory_gb:g} GiB"
     if not gpu.sizes:
         return *known, "lacks it", "", "", "", ""
     fit = next(fit for fit in gpu.sizes if fit.size == size)
-    return *known, gpu.precision, gigabytes(fit.peak), strategy(fit), tile(fit), step(fit.estimate)
+    return *known, gpu.precision, gibibytes(fit.peak), strategy(fit), tile(fit), step(fit.estimate)
 
 
 def strategy(fit: Fit) -> str:
@@ -92,20 +92,20 @@ def step(estimate: Estimate | None) -> str:
 
 def say_one(report: PlanReport, gpu: GpuPlan) -> None:
     """Print the table of a GPU, and where the networks are for pictures of one size."""
-    from ditforge.engines.memory.memory_plan import PHASES, gigabytes
+    from ditforge.engines.memory.memory_plan import PHASES, gibibytes
     from ditforge.plan_report import say_places, segments_of
 
-    terminal.say(f"{report.model} on {gpu.gpu}, {gpu.memory_gb:g} GB, precision {gpu.precision}")
+    terminal.say(f"{report.model} on {gpu.gpu}, {gpu.memory_gb:g} GiB, precision {gpu.precision}")
     rows = [
-        (f"{f.size} x {f.size}", strategy(f), tile(f), gigabytes(f.peak), step(f.estimate), picture(f.estimate))
+        (f"{f.size} x {f.size}", strategy(f), tile(f), gibibytes(f.peak), step(f.estimate), picture(f.estimate))
         for f in gpu.sizes
     ]
-    usable = gigabytes(next(fit.usable or 0 for fit in gpu.sizes))
+    usable = gibibytes(next(fit.usable or 0 for fit in gpu.sizes))
     terminal.table(("pictures", "strategy", "tile", f"of {usable}", "a step", f"{report.steps} steps"), rows)
     shown = next(fit for fit in gpu.sizes if fit.size == report.shown)
     terminal.say("")
     terminal.say(f"pictures of up to {shown.size} x {shown.size} take of the {usable}:")
-    terminal.table(PHASES, [[gigabytes(shown.peaks[phase]) for phase in PHASES]])
+    terminal.table(PHASES, [[gibibytes(shown.peaks[phase]) for phase in PHASES]])
     terminal.say("")
     say_places([(p.name, p.precision, p.place, segments_of(p), p.size) for p in shown.places], shown.reasons)
 

@@ -90,7 +90,7 @@ def test_a_text_encoder_that_is_too_large_is_loaded_in_segments() -> None:
         made = plan(gpu)
         assert made.precisions["t5"] == "bf16"
         assert made.placements["t5"] == Placement(segments=segments, on_demand=segments)
-        assert any("9.5 GB a prompt" in reason for reason in made.reasons)
+        assert any("8.9 GiB a prompt" in reason for reason in made.reasons)
 
 
 def test_the_peak_is_the_sum_of_what_is_there() -> None:
@@ -101,7 +101,7 @@ def test_the_peak_is_the_sum_of_what_is_there() -> None:
     weights, block, activations = LARGE["dit"]  # 7 segments of 16 stay, and there is room for one of the others
     taken = weights * 8 / 16 + 2 * block + SPARE * activations[1]
     assert made.peaks["denoising"] == pytest.approx(taken * GB + 5 * CONTEXT)
-    assert any("9 of dit's 16 segments are loaded and freed in each step: 8.6 GB" in line for line in made.reasons)
+    assert any("9 of dit's 16 segments are loaded and freed in each step: 8.0 GiB" in line for line in made.reasons)
 
 
 def test_every_gpu_of_the_table_has_a_plan() -> None:
@@ -225,9 +225,9 @@ def test_build_says_what_will_hardly_compile() -> None:
     target, memory = find_target("h100"), 2 * GB
     networks = {name: part for name, part in components().items() if name in LARGE}
     frugal = fitting.decide(networks, MODEL, target, profiles, 1, memory)
-    with pytest.warns(DitforgeWarning, match=r"compiling dit takes up to 2.9 GB, and 2.0 GB are to be had"):
+    with pytest.warns(DitforgeWarning, match=r"compiling dit takes up to 2.7 GiB, and 1.9 GiB are to be had"):
         fitting.warn_of_compiling(networks, fitting.place_engines(networks, frugal), memory)
-    with pytest.warns(DitforgeWarning, match=r"compiling dit takes up to 32.3 GB, and 2.0 GB are to be had"):
+    with pytest.warns(DitforgeWarning, match=r"compiling dit takes up to 30.1 GiB, and 1.9 GiB are to be had"):
         fitting.warn_of_compiling(networks, fitting.place_engines(networks, frugal, 1), memory)
 
 

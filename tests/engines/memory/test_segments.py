@@ -423,7 +423,7 @@ def test_a_gpu_that_is_too_small(dit: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(ort_compiler, "COMPILER", replace(ort_compiler.COMPILER, load=fail))
     with pytest.raises(DitforgeError, match="the GPU's memory does not hold the engine") as error:
         load(tmp_path / "engines")
-    assert "--gpu-memory GB" in error.value.fix
+    assert "--gpu-memory GIB" in error.value.fix
 
 
 def test_the_same_picture_from_segments_on_demand(schnell, schnell_server, tmp_path: Path) -> None:

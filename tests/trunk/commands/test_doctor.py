@@ -89,7 +89,9 @@ def test_a_gpu_its_memory_and_its_driver(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_memory_is_what_the_control_group_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "read_memory", lambda: Memory(64 * 10**9, 3 * 10**9, 8 * 10**9))
-    assert found("memory").found == "64.0 GB, of which this process's control group may have 8.0 GB; 3.0 GB available"
-    monkeypatch.setattr(doctor, "read_memory", lambda: Memory(64 * 10**9, 3 * 10**9))
-    assert found("memory").found == "64.0 GB; 3.0 GB available"
+    monkeypatch.setattr(doctor, "read_memory", lambda: Memory(64 * 2**30, 3 * 2**30, 8 * 2**30))
+    assert (
+        found("memory").found == "64.0 GiB, of which this process's control group may have 8.0 GiB; 3.0 GiB available"
+    )
+    monkeypatch.setattr(doctor, "read_memory", lambda: Memory(64 * 2**30, 3 * 2**30))
+    assert found("memory").found == "64.0 GiB; 3.0 GiB available"

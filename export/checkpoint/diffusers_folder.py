@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditforge.errors import UserError
+from ditforge.export.checkpoint.component_files import variants
 from ditforge.export.checkpoint.load_report import LoadReport
-from ditforge.export.checkpoint.weights import Weights, open_weights
+from ditforge.export.checkpoint.weights import Weights, component_files, file_names
 from ditforge.small_files import read_json_object
 
 if TYPE_CHECKING:
     from ditforge.export.checkpoint.lazy_tensors import Lazy
 
 INDEX = "model_index.json"
+CONFIG = "config.json"
 CONFIGS = Path(__file__).parents[1] / "configs"  # published models' folders, without weights and vocabularies
 
 
@@ -63,13 +65,37 @@ class Checkpoint:
     def weights(self, component: str) -> Weights:
         """Open the weights of a component and check that they are complete. No tensor is read.
 
-        Raises UserError as open_weights() does.
+        Raises UserError as read_component() does.
         """
-        if component not in self.tensors:
-            return open_weights(self.folder / component)
         from ditforge.export.checkpoint.lazy_tensors import as_weights
 
-        return as_weights(self.folder / component, self.tensors[component])
+        return as_weights(self.folder / component, self.read_component(component))
+
+    def read_component(self, component: str) -> Mapping[str, Lazy]:
+        """Return the tensors of a component by name, unread, with those in 8 bits or less dequantised.
+
+        Raises UserError if a file is missing, truncated or damaged, or if the weights are in an unknown format.
+        """
+        if component in self.tensors:
+            return self.tensors[component]
+        from ditforge.export.checkpoint.dequantising import dequantised
+        from ditforge.export.checkpoint.lazy_tensors import open_tensors
+
+        folder = self.folder / component
+        files = component_files(folder, self.report)
+        self._check_variant(component)
+        config = self.config(component) if (component, CONFIG) in self.configs or (folder / CONFIG).is_file() else {}
+        tensors = {name: tensor for file in files for name, tensor in open_tensors(file).items()}
+        return dequantised(tensors, self.report, config.get("quantization_config"), folder)
+
+    def _check_variant(self, component: str) -> None:
+        """Report it if other components have the files of a variant that the user asked for, and this one has not."""
+        here = file_names(self.folder / component)
+        there = {name for part in self.folder.iterdir() if part.is_dir() for name in variants(file_names(part))}
+        for variant in self.variant:
+            if variant in there and variant not in variants(here):
+                why = "other components have them; of this one, the files without a variant are read"
+                self.report.add(f"{component} has no files of the variant {variant}", why)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

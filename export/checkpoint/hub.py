@@ -59,11 +59,13 @@ class Wanted:
     text_encoders: "all", or "clip" to leave T5 out.
     weights: whether weights are needed; if not, only configurations and tokenizers are.
     without: the components whose weights are not needed.
+    variant: the variants that the user asked for.
     """
 
     text_encoders: str = "all"
     weights: bool = True
     without: frozenset[str] = frozenset()
+    variant: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def cached(reference: Reference, wanted: Wanted | None) -> Path:
         if bare := [part for part in parts if not hub_files.descriptions(names, [part])]:
             raise UserError(f"{bare[0]} is not there")
         if wanted.weights:
-            hub_files.weights(folder, names, [part for part in parts if part not in wanted.without])
+            hub_files.weights(folder, names, [part for part in parts if part not in wanted.without], wanted.variant)
     except UserError as error:
         problem = f"{reference} is only in part in {constants.HF_HUB_CACHE}, and offline: {error.problem}"
         raise UserError(problem, fix) from error
@@ -93,7 +93,8 @@ def _folder(reference: Reference, repository: Repository, wanted: Wanted | None,
     download(repository, hub_files.descriptions(repository.files, parts), meter)
     _check_family(reference, folder)
     if wanted.weights:
-        names = hub_files.weights(folder, repository.files, [part for part in parts if part not in wanted.without])
+        needed = [part for part in parts if part not in wanted.without]
+        names = hub_files.weights(folder, repository.files, needed, wanted.variant)
         check_space(reference, repository, names)
         download(repository, names, meter)
     return folder

@@ -9,20 +9,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ditforge.errors import UserError
+from ditforge.export.checkpoint.component_files import choose, is_index
 from ditforge.export.checkpoint.diffusers_folder import t5_parts
-from ditforge.export.checkpoint.weights import SINGLE_FILES
+from ditforge.export.checkpoint.load_report import LoadReport
+from ditforge.export.checkpoint.weights import OTHER_WEIGHTS, SINGLE_FILES
 from ditforge.option import option
 from ditforge.small_files import read_bytes
 
 READ = re.compile(r"scheduler|transformer|vae|(text_encoder|tokenizer)(_\d+)?")
 WITHOUT_WEIGHTS = re.compile(r"scheduler|tokenizer(_\d+)?")
 DESCRIPTIONS = {".json", ".txt", ".model", ".jinja"}  # the suffixes of configurations and vocabularies
-INDICES = tuple(f"{name}.index.json" for name in SINGLE_FILES)
-OTHER_WEIGHTS = (".safetensors", ".bin", ".msgpack", ".pt", ".ckpt", ".gguf", ".onnx")
 
 
 def components(index: dict[str, Any], text_encoders: str) -> list[str]:
@@ -40,38 +41,33 @@ def components(index: dict[str, Any], text_encoders: str) -> list[str]:
 def descriptions(names: Iterable[str], parts: Collection[str]) -> list[str]:
     """Choose from the files `names` the configurations, vocabularies and shard indices of the components `parts`."""
     paths = [path for path in map(PurePosixPath, sorted(names)) if str(path.parent) in parts]
-    return [str(p) for p in paths if p.suffix in DESCRIPTIONS and (".index." not in p.name or p.name in INDICES)]
+    return [str(p) for p in paths if p.suffix in DESCRIPTIONS and (".index." not in p.name or is_index(p.name))]
 
 
-def weights(folder: Path, names: Collection[str], parts: Iterable[str]) -> list[str]:
-    """Choose from the files `names` those with the weights of the components `parts`.
+def weights(folder: Path, names: Collection[str], parts: Iterable[str], variant: tuple[str, ...] = ()) -> list[str]:
+    """Choose from the files `names` those with the weights of the components `parts`, in the variant asked for.
 
-    The indices of shards must be in `folder` already. Raises UserError if a component has no weights in safetensors, or
-    if an index is damaged or names a shard that is not in the repository.
+    The indices of shards must be in `folder` already. Raises UserError if a component has no weights in safetensors, if
+    an index is damaged or names a shard that is not in the repository, or if it is open which variant is meant.
     """
     found: list[str] = []
+    report = LoadReport(variants=variant)
     for part in parts:
         if WITHOUT_WEIGHTS.fullmatch(part):
             continue
-        single = [f"{part}/{name}" for name in SINGLE_FILES if f"{part}/{name}" in names]
-        index = next((name for name in INDICES if f"{part}/{name}" in names), None)
-        if single:
-            found += single
-        elif index is None:
+        there = [path.name for path in map(PurePosixPath, names) if str(path.parent) == part]
+        chosen = choose(part, there, partial(_shards, folder / part), report)
+        if chosen is None:
             others = sorted(name for name in names if name.startswith(f"{part}/") and name.endswith(OTHER_WEIGHTS))
             only = f"only {', '.join(others[:3])}" if others else "nothing"
             problem = f"the weights of {part} are not there as {part}/{SINGLE_FILES[part.startswith('text')]}, {only}"
             raise UserError(problem, "take a repository with weights in safetensors, in diffusers' layout")
-        else:
-            shards = [f"{part}/{shard}" for shard in _shards(folder / part / index)]
-            if missing := [shard for shard in shards if shard not in names]:
-                problem = f"{missing[0]} is not there, which {part}/{index} names ({len(missing)} of {len(shards)})"
-                raise UserError(problem, "take another revision of the repository, or ask its owner for the file")
-            found += shards
+        found += [f"{part}/{name}" for name in chosen.files]
     return found
 
 
-def _shards(index: Path) -> list[str]:
+def _shards(folder: Path, name: str) -> list[str]:
+    index = folder / name
     try:
         shards = sorted(set(json.loads(read_bytes(index))["weight_map"].values()))
         if all(PurePosixPath(shard).name == shard for shard in shards):

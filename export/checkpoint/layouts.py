@@ -19,7 +19,7 @@ from diffusers.loaders import single_file_utils
 
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.conversion import Piece, Recipe, Tensors
-from ditforge.export.checkpoint.float8 import dequantised
+from ditforge.export.checkpoint.dequantising import dequantised
 from ditforge.export.checkpoint.lazy_tensors import Lazy, open_tensors
 from ditforge.export.checkpoint.load_report import LoadReport, shown
 from ditforge.export.families import Family, families
@@ -103,7 +103,7 @@ def open_single_file(file: Path, report: LoadReport | None = None) -> SingleFile
     tensor is missing, or if a component has a tensor that does not belong to it.
     """
     report = report or LoadReport()
-    tensors = dequantised(open_tensors(file))
+    tensors = dequantised(open_tensors(file), report)
     components: dict[str, dict[str, Lazy]] = {}
     family, prefix = find_dit(tensors)
     used: set[str] = set()

@@ -92,9 +92,12 @@ def localised(source: CheckpointSource, weights: bool = True, progress: hub.Prog
     configurations and tokenizers of a folder are downloaded. `progress` is called with (component or file, bytes
     downloaded, bytes in all). Raises the same errors as hub.local().
     """
-    path, base = hub.local(source.path, hub.Wanted(source.text_encoders, weights), progress), source.base
+    path = hub.local(source.path, hub.Wanted(source.text_encoders, weights, variant=source.variant), progress)
+    base = source.base
     if base is not None and hub.reference_of(base):
-        base = hub.local(base, hub.Wanted(source.text_encoders, weights, hub.held_components(path)), progress)
+        base = hub.local(
+            base, hub.Wanted(source.text_encoders, weights, hub.held_components(path), source.variant), progress
+        )
     loras = tuple((hub.local_lora(lora, progress), strength) for lora, strength in source.loras)
     return replace(source, path=path, base=base, loras=loras)
 
@@ -202,14 +205,13 @@ def _open_file(source: CheckpointSource, report: LoadReport) -> Checkpoint:
 
 
 def _with_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) -> Checkpoint:
-    from ditforge.export.checkpoint.lazy_tensors import folder_tensors
     from ditforge.export.checkpoint.lora import fuse
     from ditforge.export.families import family_of
 
     tensors = dict(checkpoint.tensors)
     for component in _components(checkpoint.config("", INDEX)):
         if component.startswith(("transformer", "text_encoder")) and component not in tensors:
-            tensors[component] = folder_tensors(checkpoint.weights(component))
+            tensors[component] = checkpoint.read_component(component)
     fused = fuse({name: part for name, part in tensors.items() if name != "vae"}, loras, family_of(checkpoint).layout)
     names = tuple(f"{file.name}:{strength:g}" for file, strength in loras)
     return replace(checkpoint, tensors={**tensors, **fused}, loras=names)

@@ -8,20 +8,26 @@ Format: https://huggingface.co/docs/safetensors, "Format".
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditforge.errors import UserError
-from ditforge.export.checkpoint.refused_formats import START_BYTES, check_packing, check_start
+from ditforge.export.checkpoint.component_files import DIFFUSERS, TRANSFORMERS, choose
+from ditforge.export.checkpoint.load_report import LoadReport
+from ditforge.export.checkpoint.refused_formats import FULL, START_BYTES, check_packing, check_start
+from ditforge.option import setting
 from ditforge.small_files import read_bytes
 
 if TYPE_CHECKING:
     import torch
 
-SINGLE_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+SAFETENSORS = ".safetensors"
+SINGLE_FILES = (f"{DIFFUSERS}{SAFETENSORS}", f"{TRANSFORMERS}{SAFETENSORS}")
+PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+OTHER_WEIGHTS = (SAFETENSORS, ".sft", ".gguf", *PICKLED_SUFFIXES, ".msgpack", ".onnx", ".h5")
 # PyTorch's names of safetensors' element types.
 DTYPES = {
     "BOOL": "bool",
@@ -35,10 +41,21 @@ DTYPES = {
     "I64": "int64",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
     "F16": "float16",
     "BF16": "bfloat16",
     "F32": "float32",
     "F64": "float64",
+}
+
+# safetensors' element types that PyTorch has no numbers for, and what they are.
+NAMED_DTYPES = {
+    "F4": "numbers of 4 bits (MXFP4 or NVFP4)",
+    "F6_E2M3": "numbers of 6 bits (MXFP6)",
+    "F6_E3M2": "numbers of 6 bits (MXFP6)",
+    "F8_E4M3FNUZ": "float8 of AMD's GPUs",
+    "F8_E5M2FNUZ": "float8 of AMD's GPUs",
+    "C64": "complex numbers",
 }
 
 Read = Callable[[], "torch.Tensor"]
@@ -101,13 +118,13 @@ class Stored:
             return tensor
 
 
-def open_weights(folder: Path) -> Weights:
+def open_weights(folder: Path, report: LoadReport | None = None) -> Weights:
     """Open the weights in `folder`, which are one safetensors file, or shards with an index. No tensor is read.
 
-    Raises UserError if a file is missing, truncated or damaged, or if there are only pickled weights.
+    What is there and not read is added to `report`. Raises UserError if a file is missing, truncated or damaged, or if
+    there are only weights in other formats.
     """
-    single = [folder / name for name in SINGLE_FILES if (folder / name).is_file()]
-    return open_files(folder, single) if single else _open_shards(folder)
+    return open_files(folder, component_files(folder, report))
 
 
 def open_files(folder: Path, files: Iterable[Path]) -> Weights:
@@ -138,10 +155,17 @@ def read_header(file: Path) -> dict[str, Stored]:
         entries = {name: Stored(file, name, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
     for name, stored in entries.items():
         if stored.dtype not in DTYPES:
-            raise UserError(
-                f"{file}: {name} has type {stored.dtype}, known are {', '.join(DTYPES)}", "use another file"
-            )
+            named = NAMED_DTYPES.get(stored.dtype, f"known are {', '.join(DTYPES)}")
+            raise UserError(f"{file}: {name} has type {stored.dtype}, {named}", FULL)
     return entries
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """Return the metadata in the header of a safetensors file; none for a file of another format."""
+    if file.suffix.lower() == ".gguf":
+        return {}
+    with safetensors_file(file, "np") as opened:
+        return dict(opened.metadata() or {})
 
 
 @contextmanager
@@ -173,25 +197,63 @@ def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _open_shards(folder: Path) -> Weights:
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if not indices:
-        pickled = next((path for pattern in ("*.bin", "*.pt", "*.ckpt") for path in folder.glob(pattern)), None)
-        found = f"only {pickled.name}, which is pickled and can run code when opened" if pickled else "no weights"
-        raise UserError(f"{folder} has {found}", f"copy {SINGLE_FILES[0]} or {SINGLE_FILES[1]} into it")
+def component_files(folder: Path, report: LoadReport | None = None) -> list[Path]:
+    """Return the files in `folder` that hold the weights of a component, which are one file or shards.
+
+    What is there and not read, such as another variant, is added to `report`. Raises UserError as open_weights().
+    """
+    report = report or LoadReport()
+    names = file_names(folder)
+    indices: dict[str, dict[str, str]] = {}
+
+    def read_index(name: str) -> list[str]:
+        indices[name] = _read_index(folder / name)
+        return list(indices[name].values())
+
+    chosen = choose(str(folder), names, read_index, report)
+    if chosen is None:
+        raise no_weights(folder, names)
+    files = [folder / name for name in chosen.files]
+    if chosen.index:
+        held = {file.name: read_header(file) for file in files}
+        for name, file in indices[chosen.index].items():
+            if name not in held[file]:
+                problem = f"{folder / file} lacks {name}, which {chosen.index} says it holds"
+                raise UserError(problem, "copy both again")
+    return files
+
+
+def file_names(folder: Path) -> list[str]:
+    """Return the names of the files in a folder; none if it is no folder."""
+    return [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+
+
+def no_weights(folder: Path, names: Collection[str]) -> UserError:
+    """Return the error for a component's folder without weights that can be read: it says what is there instead."""
+    fix = f"copy {SINGLE_FILES[0]} or {SINGLE_FILES[1]} into it"
+    others = sorted(name for name in names if name.endswith(OTHER_WEIGHTS))
+    if not others:
+        return UserError(f"{folder} has no weights", fix)
+    name = others[0]
+    if name.endswith(PICKLED_SUFFIXES):
+        return UserError(f"{folder} has only {name}, which is pickled and can run code when opened", fix)
+    if name.endswith(".gguf"):
+        use = f"give {folder / name} itself, and {setting('base', folder.parent)}"
+        return UserError(f"{folder} has its weights as GGUF, {name}, which no diffusers folder has", use)
+    if name.endswith(SAFETENSORS):
+        fix = f"rename it to {SINGLE_FILES[folder.name.startswith('text')]} if it has the names of diffusers; if not, "
+        fix += f"give the file itself, and {setting('base', folder.parent)}"
+    return UserError(f"{folder} has no weights that can be read, only {', '.join(others[:3])}", fix)
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Return the file of each tensor that an index of shards names."""
     try:
-        weight_map = json.loads(read_bytes(indices[0]))["weight_map"]
+        weight_map = json.loads(read_bytes(index))["weight_map"]
         files = sorted(set(weight_map.values()))
         foreign = next((name for name in files if Path(name).name != name), None)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise UserError(f"{indices[0]} is damaged: {_short(error)!r}", "copy it again") from error
+        raise UserError(f"{index} is damaged: {_short(error)!r}", "copy it again") from error
     if foreign is not None:
-        raise UserError(f"{indices[0]} names {foreign!r}, which is no file beside it", "copy it again")
-    for name in files:
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name} is missing: {indices[0].name} names it", "copy the shard again")
-    weights = open_files(folder, [folder / name for name in files])
-    for name, file in weight_map.items():
-        if weights.shards.get(name) != folder / file:
-            raise UserError(f"{folder / file} lacks {name}, which {indices[0].name} says it holds", "copy both again")
-    return weights
+        raise UserError(f"{index} names {foreign!r}, which is no file beside it", "copy it again")
+    return dict(weight_map)

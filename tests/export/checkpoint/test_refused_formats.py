@@ -26,11 +26,6 @@ class Trap:
         return Path.touch, (self.sprung,)
 
 
-def save_gguf(file: Path) -> None:
-    """Version 3, without tensors and metadata (github.com/ggml-org/ggml, docs/gguf.md)."""
-    file.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(16))
-
-
 LFS = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123\n"
 FILES = {
     "pickled": lambda file: torch.save({"a.weight": torch.zeros(2, 2), "trap": Trap(file.with_name("sprung"))}, file),
@@ -38,7 +33,6 @@ FILES = {
         {"a": Trap(file.with_name("sprung"))}, file, _use_new_zipfile_serialization=False
     ),
     "pickled by itself": lambda file: file.write_bytes(pickle.dumps({str(i): Trap(file) for i in range(99)}, 4)),
-    "GGUF": save_gguf,
     "Git LFS": lambda file: file.write_text(LFS),
     "web page": lambda file: file.write_text("<!DOCTYPE html><html><body>Please log in</body></html>"),
 }
@@ -69,7 +63,6 @@ def test_files_of_other_formats(kind: str, suffix: str, tmp_path: Path) -> None:
         ("SCB", "bitsandbytes in 8 bits"),
         ("wscales", "Nunchaku"),
         ("qweight", "GPTQ or AWQ"),
-        ("weight_scale_2", "nvfp4"),
         ("weight._data", "Quanto"),
     ],
 )

@@ -65,7 +65,7 @@ def export_checkpoint(
 ) -> "Exported":
     """Export a checkpoint to ONNX in the folder `out`: the same as `ditforge export`.
 
-    `checkpoint` is a folder in diffusers' layout, or a .safetensors file. `progress` is called with (the
+    `checkpoint` is a folder in diffusers' layout, or a .safetensors or .gguf file. `progress` is called with (the
     network, as in "dit (4 of 5)", bytes of weights written, bytes in all). Options, by name:
 
     base: a folder in diffusers' layout with the components that a single file lacks.

@@ -35,7 +35,11 @@ def no_repository(path: Path) -> UserError:
         if kind != "repository":
             return UserError(f"{path} holds {held}, and not a model repository", command(form, path))
         return UserError(f"the model repository {path} has lost its models", MAKE_REPOSITORY)
-    if path.suffix == ".safetensors" or (path / CHECKPOINT).is_file() or any(path.glob("*.safetensors")):
+    if (
+        path.suffix in (".safetensors", ".sft", ".gguf")
+        or (path / CHECKPOINT).is_file()
+        or any(path.glob("*.safetensors"))
+    ):
         return UserError(f"{path} is a checkpoint, and not a model repository", command("ditforge up {}", path))
     if (path / CONFIG).is_file():
         return UserError(f"{path} is one model of a model repository", command("ditforge serve {}", path.parent))
@@ -55,12 +59,14 @@ def check_checkpoint(path: Path) -> None:
     if not path.exists() and path.suffix.lower() in WEIGHTS:
         raise UserError(f"{path} does not exist", command("ls {}   says what there is", path.parent))
     if path.is_file() and path.suffix.lower() not in WEIGHTS and not has_header(path):
-        problem = f"{path} is not a checkpoint, which is a folder in diffusers' layout or a .safetensors file"
+        problem = f"{path} is not a checkpoint, which is a folder in diffusers' layout, or a .safetensors or .gguf file"
         raise UserError(problem, command("give one of these; ditforge inspect {}   says what is there", path.parent))
 
 
 def has_header(file: Path) -> bool:
-    """Whether a file begins like a safetensors file: with the length of a JSON object, and that object."""
+    """Whether a file begins like a GGUF file, or like a safetensors file: with the length of an object, and that."""
     with file.open("rb") as opened:
         start = opened.read(9)
+    if start.startswith(b"GGUF"):
+        return True
     return len(start) == 9 and int.from_bytes(start[:8], "little") <= file.stat().st_size and start[8:] == b"{"

@@ -91,7 +91,7 @@ def path_or_repository(text: str) -> Path:
 
 
 SOURCE_HELP = (
-    "A folder in diffusers' layout, a .safetensors file, or a repository of the Hugging Face Hub: OWNER/NAME, "
+    "A folder in diffusers' layout, a .safetensors or .gguf file, or a repository of the Hugging Face Hub: OWNER/NAME, "
     "OWNER/NAME@REVISION, OWNER/NAME/FILE.safetensors@REVISION."
 )
 Source = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help=SOURCE_HELP, parser=path_or_repository)]

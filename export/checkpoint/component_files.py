@@ -52,9 +52,11 @@ class Chosen:
     index: str | None = None
 
 
-def is_index(name: str) -> bool:
-    """Whether a file of this name is an index of safetensors shards."""
-    return INDEX.fullmatch(name) is not None
+def indices(names: Iterable[str], asked: Collection[str]) -> list[str]:
+    """Return the indices among the names of a folder's files that may be read if the variants `asked` are asked for."""
+    sets = file_sets(names)
+    chosen = [files for files in sets if files.variant in asked] or [files for files in sets if files.variant is None]
+    return [index for files in chosen or sets for index in files.indices]
 
 
 def file_sets(names: Iterable[str]) -> list[Set]:
@@ -82,10 +84,12 @@ def variants(names: Iterable[str]) -> list[str]:
     return sorted({files.variant for files in file_sets(names) if files.variant})
 
 
-def choose(where: str, names: Collection[str], read_index: ReadIndex, report: LoadReport) -> Chosen | None:
+def choose(
+    where: str, names: Collection[str], read_index: ReadIndex, report: LoadReport, again: str = "copy the folder again"
+) -> Chosen | None:
     """Choose the files with the weights among `names`, the files of the folder `where`; None if none has weights.
 
-    `read_index` returns the names of the shards in an index. What is there and not chosen is added to `report`, which
+    `read_index` returns the names of the shards in an index, and `again` is what to do about a missing file. What is there and not chosen is added to `report`, which
     also knows which variant the user asks for. Raises UserError if a shard is missing, or if it is open which variant
     is meant.
     """
@@ -112,10 +116,12 @@ def choose(where: str, names: Collection[str], read_index: ReadIndex, report: Lo
     if ignored := [files for files in plain if files.stem != taken.stem and asked is None]:
         others = _listed(ignored)
         report.add(f"{where}/{others[0]}", f"a {taken.stem}{SUFFIX} is there too, which is what is read")
-    return _of_one_set(where, names, taken, read_index, report)
+    return _of_one_set(where, names, taken, read_index, report, again)
 
 
-def _of_one_set(where: str, names: Collection[str], files: Set, read_index: ReadIndex, report: LoadReport) -> Chosen:
+def _of_one_set(
+    where: str, names: Collection[str], files: Set, read_index: ReadIndex, report: LoadReport, again: str
+) -> Chosen:
     """Choose between a single file, shards with an index, and shards without one."""
     reasons = []
     for index in files.indices:
@@ -138,7 +144,7 @@ def _of_one_set(where: str, names: Collection[str], files: Set, read_index: Read
         return Chosen((files.single,))
     if reasons:
         index, shards, missing = reasons[0]
-        fix = "copy the shard again"
+        fix = again
         if files.single:
             fix += f", or delete {index} and the other shards, for {files.single} to be read"
         problem = f"{where}/{missing[0]} is missing: {index} names it ({len(missing)} of {len(shards)} files)"
@@ -146,10 +152,10 @@ def _of_one_set(where: str, names: Collection[str], files: Set, read_index: Read
     totals = sorted(files.shards)
     if len(totals) > 1:
         seen = " and ".join(f"of {total}" for total in totals)
-        raise UserError(f"{where} has shards {seen}, and no index that says which are meant", "copy the index too")
+        raise UserError(f"{where} has shards {seen}, and no index that says which are meant", again)
     total, shards = totals[0], files.shards[totals[0]]
     if len(shards) != total:
-        raise UserError(f"{where} has {len(shards)} of {total} shards, and no index", "copy the folder again")
+        raise UserError(f"{where} has {len(shards)} of {total} shards, and no index", again)
     report.add(f"{where} has no index of its {total} shards", "all of them are there, and are read", expected=True)
     return Chosen(tuple(shards))
 

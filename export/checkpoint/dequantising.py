@@ -146,9 +146,11 @@ def comfy_settings(tensors: Tensors) -> dict[str, Mapping[str, Any]]:
             layers = parsed(text, f"{file}: _quantization_metadata").get("layers", {})
             found |= layers if isinstance(layers, dict) else {}
     for key, tensor in tensors.items():
-        if key.endswith(".comfy_quant") and tensor.dtype == torch.uint8:
-            if text := bytes(tensor.read().tolist()).strip(b"\0"):
-                found[key.removesuffix(".comfy_quant")] = parsed(text, f"{tensor.file}: {key}")
+        layer, _, last = key.rpartition(".")
+        if last != "comfy_quant" or tensor.dtype != torch.uint8:
+            continue
+        if text := bytes(tensor.read().tolist()).strip(b"\0"):
+            found[layer] = parsed(text, f"{tensor.file}: {key}")
     return {name: layer for name, layer in found.items() if isinstance(layer, dict)}
 
 

@@ -1,7 +1,7 @@
 """Read GGUF files, which llama.cpp's and ComfyUI-GGUF's tools write: weights in blocks with scales, and metadata.
 
-The header is read here, with limits, and a tensor's bytes when they are needed, so that memory is bounded by one tensor;
-gguf's own reader maps the whole file. The package gguf dequantises the blocks. Format: ggml, docs/gguf.md.
+The header is read here, with limits, and a tensor's bytes when they are needed, so that memory is bounded by one
+tensor; gguf's own reader maps the whole file. The package gguf dequantises the blocks. Format: ggml, docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import struct
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -190,7 +191,10 @@ def _read(file: Path, opened: IO[bytes], size: int) -> GgufFile:
 def _tensor(
     file: Path, name: str, reverse: tuple[int, ...], number: int, place: tuple[int, int], own_shape: object
 ) -> Lazy:
-    """Return a tensor, unread. GGUF has its dimensions in reverse order; `place` is its first byte, and the file's size."""
+    """Return a tensor, unread. GGUF has its dimensions in reverse order.
+
+    `place` is the tensor's first byte and the file's size.
+    """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     try:
@@ -213,27 +217,34 @@ def _tensor(
     row = prod(shape[1:])
 
     def read(start: int, stop: int) -> torch.Tensor:
-        if row % block == 0:
-            return (
-                _numbers(file, name, kind, at + start * row // block * item, (stop - start) * row).reshape(
-                    stop - start, *shape[1:]
-                )
-                if shape
-                else _numbers(file, name, kind, at, 1).reshape(())
-            )
-        return _numbers(file, name, kind, at, length * row).reshape(shape)[start:stop]
+        if not shape:
+            return _numbers(file, name, kind, at, 1).reshape(())
+        if row % block:  # a block holds parts of two rows
+            return _numbers(file, name, kind, at, length * row).reshape(shape)[start:stop]
+        numbers = _numbers(file, name, kind, at + start * row // block * item, (stop - start) * row)
+        return numbers.reshape(stop - start, *shape[1:])
 
     return Lazy(shape, PLAIN.get(kind.name, torch.float32), file, read)
 
 
 def _check_kind(file: Path, name: str, kind: GGMLQuantizationType) -> None:
     """Raise UserError if gguf cannot dequantise the type."""
-    from gguf import quants
+    if kind.name in PLAIN or _is_dequantised(kind):
+        return
+    problem = f"{file}: {name} has the type {kind.name}, which the package gguf cannot dequantise"
+    raise UserError(problem, "use a file in Q8_0, Q6_K, Q5_K, Q4_K or another common type")
 
-    if kind.name not in PLAIN and kind not in quants._type_traits:
-        raise UserError(
-            f"{file}: {name} has the type {kind.name}, which gguf cannot dequantise", "use a Q8_0 or Q4_K file"
-        )
+
+@cache
+def _is_dequantised(kind: GGMLQuantizationType) -> bool:
+    import numpy
+    from gguf import GGML_QUANT_SIZES, quants
+
+    try:
+        quants.dequantize(numpy.zeros((1, GGML_QUANT_SIZES[kind][1]), numpy.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _numbers(file: Path, name: str, kind: GGMLQuantizationType, at: int, count: int) -> torch.Tensor:

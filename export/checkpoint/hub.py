@@ -19,9 +19,10 @@ from pathlib import Path
 from ditforge.errors import DitforgeWarning, UserError
 
 SAFETENSORS = ".safetensors"
+SINGLE_SUFFIXES = (SAFETENSORS, ".sft", ".gguf")
 FILE_SUFFIXES = {SAFETENSORS, ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".json", ".md", ".txt", ".png", ".jpg"}
 PART = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
-REFERENCE = re.compile(rf"({PART}/{PART})(?:/([^@]+\{SAFETENSORS}))?(?:@([A-Za-z0-9_./-]+))?")
+REFERENCE = re.compile(rf"({PART}/{PART})(?:/([^@]+\.(?:safetensors|sft|gguf)))?(?:@([A-Za-z0-9_./-]+))?")
 COMMIT = re.compile("[0-9a-f]{40}")
 # The repositories of published models, by the names that people use, in lower case.
 PUBLISHED = {
@@ -156,7 +157,10 @@ def held_components(path: Path) -> frozenset[str]:
         return frozenset()
     from ditforge.export.checkpoint.layouts import open_single_file
 
-    return frozenset(open_single_file(path).components)
+    single = open_single_file(path)
+    if single.family is None:  # then only the base tells which of its folders a text encoder replaces
+        return frozenset(single.components) & {"vae"}
+    return frozenset(single.components)
 
 
 def _suggest(path: Path) -> None:

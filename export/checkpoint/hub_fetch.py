@@ -12,7 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from ditforge.errors import UserError
 from ditforge.export.checkpoint import hub_files
 from ditforge.export.checkpoint.diffusers_folder import INDEX, Checkpoint, read_json
-from ditforge.export.checkpoint.hub import SAFETENSORS, Progress, Reference, Wanted
+from ditforge.export.checkpoint.hub import SAFETENSORS, SINGLE_SUFFIXES, Progress, Reference, Wanted
 from ditforge.export.checkpoint.hub_errors import explained
 from ditforge.export.checkpoint.hub_repository import Meter, Repository, check_space, describe, download
 
@@ -50,7 +50,7 @@ def cached(reference: Reference, wanted: Wanted | None) -> Path:
         if reference.file or wanted is None:
             return folder / _known(reference, reference.file or only_file(reference, names), names)
         parts = hub_files.components(read_json(folder / INDEX), wanted.text_encoders)
-        if bare := [part for part in parts if not hub_files.descriptions(names, [part])]:
+        if bare := [part for part in parts if not hub_files.descriptions(names, [part], wanted.variant)]:
             raise UserError(f"{bare[0]} is not there")
         if wanted.weights:
             hub_files.weights(folder, names, [part for part in parts if part not in wanted.without], wanted.variant)
@@ -90,7 +90,7 @@ def _folder(reference: Reference, repository: Repository, wanted: Wanted | None,
     if folder.name != repository.commit:  # the branch got a new commit in the meantime
         repository = describe(replace(reference, revision=folder.name))
     parts = hub_files.components(read_json(folder / INDEX), wanted.text_encoders)
-    download(repository, hub_files.descriptions(repository.files, parts), meter)
+    download(repository, hub_files.descriptions(repository.files, parts, wanted.variant), meter)
     _check_family(reference, folder)
     if wanted.weights:
         needed = [part for part in parts if part not in wanted.without]
@@ -115,7 +115,7 @@ def _known(reference: Reference, file: str, names: Collection[str]) -> str:
     """Return `file` if it is among `names`. Otherwise raises UserError, which lists the safetensors files."""
     if file in names:
         return file
-    others = sorted(name for name in names if name.endswith(SAFETENSORS))
+    others = sorted(name for name in names if name.endswith(SINGLE_SUFFIXES))
     where = replace(reference, file=None)
     fix = f"one that it has: {replace(reference, file=others[0])}" if others else "take another repository"
     raise UserError(f"{where} has no {file}; it has {_listed(others) or f'no {SAFETENSORS} file'}", fix)
@@ -123,7 +123,7 @@ def _known(reference: Reference, file: str, names: Collection[str]) -> str:
 
 def _no_folder(reference: Reference, names: Collection[str]) -> UserError:
     """Return the error for a repository that is no checkpoint in diffusers' layout."""
-    files = sorted(name for name in names if name.endswith(SAFETENSORS))
+    files = sorted(name for name in names if name.endswith(SINGLE_SUFFIXES))
     if not files:
         return UserError(f"{reference} has no {INDEX}, and no {SAFETENSORS} file", "take another repository")
     problem = f"{reference} has no {INDEX}, so it is no checkpoint in diffusers' layout; it has {_listed(files)}"

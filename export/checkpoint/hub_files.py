@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ditforge.errors import UserError
-from ditforge.export.checkpoint.component_files import choose, is_index
+from ditforge.export.checkpoint.component_files import choose, indices
 from ditforge.export.checkpoint.diffusers_folder import t5_parts
 from ditforge.export.checkpoint.load_report import LoadReport
 from ditforge.export.checkpoint.weights import OTHER_WEIGHTS, SINGLE_FILES
@@ -23,6 +23,7 @@ from ditforge.small_files import read_bytes
 
 READ = re.compile(r"scheduler|transformer|vae|(text_encoder|tokenizer)(_\d+)?")
 WITHOUT_WEIGHTS = re.compile(r"scheduler|tokenizer(_\d+)?")
+AGAIN = "take another revision of the repository, or ask its owner for the file"
 DESCRIPTIONS = {".json", ".txt", ".model", ".jinja"}  # the suffixes of configurations and vocabularies
 
 
@@ -38,10 +39,18 @@ def components(index: dict[str, Any], text_encoders: str) -> list[str]:
     return [name for name in named if READ.fullmatch(name) and name not in left_out]
 
 
-def descriptions(names: Iterable[str], parts: Collection[str]) -> list[str]:
-    """Choose from the files `names` the configurations, vocabularies and shard indices of the components `parts`."""
+def descriptions(names: Iterable[str], parts: Collection[str], variant: tuple[str, ...] = ()) -> list[str]:
+    """Choose from the files `names` the configurations, vocabularies and shard indices of the components `parts`.
+
+    Of the indices, it is those of the variants that may be read if the user asks for `variant`.
+    """
+    found = []
     paths = [path for path in map(PurePosixPath, sorted(names)) if str(path.parent) in parts]
-    return [str(p) for p in paths if p.suffix in DESCRIPTIONS and (".index." not in p.name or is_index(p.name))]
+    for path in paths:
+        there = [other.name for other in paths if other.parent == path.parent]
+        if path.suffix in DESCRIPTIONS and (".index." not in path.name or path.name in indices(there, variant)):
+            found.append(str(path))
+    return found
 
 
 def weights(folder: Path, names: Collection[str], parts: Iterable[str], variant: tuple[str, ...] = ()) -> list[str]:
@@ -56,7 +65,7 @@ def weights(folder: Path, names: Collection[str], parts: Iterable[str], variant:
         if WITHOUT_WEIGHTS.fullmatch(part):
             continue
         there = [path.name for path in map(PurePosixPath, names) if str(path.parent) == part]
-        chosen = choose(part, there, partial(_shards, folder / part), report)
+        chosen = choose(part, there, partial(_shards, folder / part), report, AGAIN)
         if chosen is None:
             others = sorted(name for name in names if name.startswith(f"{part}/") and name.endswith(OTHER_WEIGHTS))
             only = f"only {', '.join(others[:3])}" if others else "nothing"

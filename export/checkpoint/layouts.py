@@ -18,8 +18,11 @@ from typing import Any
 from diffusers.loaders import single_file_utils
 
 from ditforge.errors import UserError
+from ditforge.export.checkpoint.architectures import GGUF_NAMES, architecture_of, encoder_of
 from ditforge.export.checkpoint.conversion import Piece, Recipe, Tensors
 from ditforge.export.checkpoint.dequantising import dequantised
+from ditforge.export.checkpoint.gguf_file import is_gguf, open_gguf
+from ditforge.export.checkpoint.gguf_names import ENCODERS, as_in_transformers, restored
 from ditforge.export.checkpoint.lazy_tensors import Lazy, open_tensors
 from ditforge.export.checkpoint.load_report import LoadReport, shown
 from ditforge.export.families import Family, families
@@ -27,6 +30,7 @@ from ditforge.option import option, setting
 
 DIT_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 VAE_PREFIXES = ("first_stage_model.", "vae.", "")
+CLIP_G_WIDTH = 1280
 VAE_KEY = "decoder.up.0.block.0.conv1.weight"
 UNUSED_KEYS = re.compile(r".*\.(logit_scale|position_ids|spiece_model)|(.*\.)?(model_ema\.|denoiser\.).*")
 
@@ -96,14 +100,16 @@ class SingleFile:
         return result
 
 
-def open_single_file(file: Path, report: LoadReport | None = None) -> SingleFile:
-    """Recognise the components in the safetensors file by its keys. No weight is read.
+def open_single_file(file: Path, report: LoadReport | None = None, pipeline: str | None = None) -> SingleFile:
+    """Recognise the components in the safetensors or GGUF file by its keys. No weight is read.
 
-    The tensors that belong to no component are added to `report`. Raises UserError if no component is known, if a
-    tensor is missing, or if a component has a tensor that does not belong to it.
+    The tensors that belong to no component are added to `report`. `pipeline` is the class of the base's pipeline, which
+    tells the components' names in a file without a DiT. Raises UserError if no component is known, if a tensor is
+    missing, if a component has a tensor that does not belong to it, or if the model is of another architecture.
     """
     report = report or LoadReport()
-    tensors = dequantised(open_tensors(file), report)
+    tensors = dequantised(as_in_comfy(open_contents(file, report)), report)
+    refuse_other_architectures(file, tensors)
     components: dict[str, dict[str, Lazy]] = {}
     family, prefix = find_dit(tensors)
     used: set[str] = set()
@@ -116,7 +122,8 @@ def open_single_file(file: Path, report: LoadReport | None = None) -> SingleFile
         components["transformer"] = convert_dit(family, dit, file)
         config = read_config(family, dit, file)
         used.update(prefix + key for key in dit)
-    for name, folder in encoder_folders(family, tensors).items():
+    of_base = next((known for known in families() if known.pipeline == pipeline), None)
+    for name, folder in encoder_folders(family or of_base, tensors).items():
         encoder = f"text_encoders.{name}.transformer."
         if found := without_prefix(tensors, encoder):
             components[folder] = found
@@ -132,6 +139,55 @@ def open_single_file(file: Path, report: LoadReport | None = None) -> SingleFile
         report.add(f"{shown(left)} in {file}", "no component of a known model has such tensors, so they are ignored")
     published = family.published[family.layout.published(config)] if family and family.layout else None
     return SingleFile(file, family, components, config, published)
+
+
+def open_contents(file: Path, report: LoadReport) -> dict[str, Lazy]:
+    """Return the tensors of a safetensors or GGUF file, unread. Those of llama.cpp get the names of transformers.
+
+    Raises UserError for a GGUF file of another architecture.
+    """
+    if not is_gguf(file):
+        return open_tensors(file)
+    contents = open_gguf(file)
+    if contents.architecture in ENCODERS:
+        return as_in_transformers(contents, report)
+    if contents.architecture in GGUF_NAMES and not any(key.endswith(layout_keys()) for key in contents.tensors):
+        raise other_architecture(file, GGUF_NAMES[contents.architecture])
+    return {name: restored(name, tensor) for name, tensor in contents.tensors.items()}
+
+
+def layout_keys() -> tuple[str, ...]:
+    """Return the names of the tensors by which the families' layouts are recognised."""
+    return tuple(family.layout.key for family in families() if family.layout)
+
+
+def as_in_comfy(tensors: dict[str, Lazy]) -> dict[str, Lazy]:
+    """Return the tensors of a file that is one text encoder as ComfyUI has them in a file with several components."""
+    encoder = encoder_of(tensors)
+    if encoder is None:
+        return tensors
+    if encoder == "clip":
+        width = tensors["text_model.encoder.layers.0.self_attn.q_proj.weight"].shape[-1]
+        encoder = "clip_l" if width < CLIP_G_WIDTH else "clip_g"
+    return {f"text_encoders.{encoder}.transformer.{name}": tensor for name, tensor in tensors.items()}
+
+
+def refuse_other_architectures(file: Path, tensors: Tensors) -> None:
+    """Raise UserError if the file holds a model of an architecture that is known and cannot be exported."""
+    if is_lora(tensors):
+        return
+    if name := architecture_of({key: tensor.shape for key, tensor in tensors.items()}):
+        raise other_architecture(file, name)
+
+
+def other_architecture(file: Path, name: str) -> UserError:
+    """Return the error for a model of another architecture."""
+    return UserError(f"{file} is {name}, which cannot be exported", f"use {known_models()}, or a fine-tune of them")
+
+
+def is_lora(tensors: Iterable[str]) -> bool:
+    """Whether the tensors are those of a LoRA."""
+    return any(".lora_" in key or ".lora." in key for key in tensors)
 
 
 def require(single: SingleFile, needed: Iterable[str], base: Path | None) -> None:
@@ -242,7 +298,7 @@ def lora_of(file: Path) -> str:
 def unknown(file: Path, tensors: Tensors) -> UserError:
     """Return the error that says why nothing in the file can be used."""
     keys = list(tensors)
-    if any(".lora_" in key or ".lora." in key for key in keys):
+    if is_lora(keys):
         return UserError(
             f"{file} is a LoRA, not a checkpoint", f"give the checkpoint that it belongs to, and {lora_of(file)}"
         )

@@ -84,10 +84,14 @@ def as_weights(folder: Path, tensors: Mapping[str, Lazy]) -> Weights:
 
 
 def open_tensors(file: Path) -> dict[str, Lazy]:
-    """Return the tensors of the safetensors file by name, without reading them.
+    """Return the tensors of a safetensors or GGUF file by name, without reading them.
 
     Raises UserError for a file that is truncated, damaged or of another format.
     """
+    from ditforge.export.checkpoint.gguf_file import is_gguf, open_gguf
+
+    if is_gguf(file):
+        return open_gguf(file).tensors
     return {name: in_file(stored) for name, stored in read_header(file).items()}
 
 

@@ -25,7 +25,7 @@ OTHER_FILE = f"{SAFETENSORS}, or its folder in diffusers' layout"
 START_BYTES = 512  # how many bytes at the start of a file tell its format
 # How a file begins, its format, and what to do. A safetensors file begins with the length of its header and a brace.
 STARTS = (
-    (rb"PK\x03\x04.*archive|PK\x03\x04[\s\S]{26}[^/]*/data\.pkl", PICKLED, SAFETENSORS),
+    (rb"PK\x03\x04[\s\S]{26}[^/]+/(data\.pkl|\.format_version|\.data)", PICKLED, SAFETENSORS),
     (rb"\x80[\x02-\x05]", PICKLED, SAFETENSORS),
     (
         rb"PK\x03\x04|PK\x05\x06",

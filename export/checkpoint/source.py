@@ -177,8 +177,8 @@ def _open_file(source: CheckpointSource, report: LoadReport) -> Checkpoint:
     from ditforge.export.checkpoint.layouts import open_single_file, require
 
     file, base = source.path, source.base
-    single = open_single_file(file, report)
     opened = with_text_encoders(open_checkpoint(base), source.text_encoders) if base else None
+    single = open_single_file(file, report, opened.pipeline if opened else None)
     if opened is None and single.published is None:
         held = ", ".join(single.components)
         raise UserError(

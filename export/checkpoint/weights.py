@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite, isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,10 +86,25 @@ class Weights:
         """Read the tensor `name`, in its own dtype if `factor` is 1.
 
         Otherwise it is multiplied by `factor` in float32, where a power of two loses no digit. Raises UserError if the
-        tensor's file cannot be read or has changed since it was opened.
+        tensor's file cannot be read or has changed since it was opened, and if a number is infinite or none.
         """
         tensor = self.reads[name]()
+        check_finite(name, self.shards[name], tensor)
         return tensor if factor == 1 else tensor.float() * factor
+
+
+def check_finite(name: str, file: Path, tensor: torch.Tensor) -> None:
+    """Raise UserError if the tensor holds NaN or an infinity, with which every picture would be black.
+
+    It takes a pass over the tensor: 0.4 ms for a million numbers in float16 or bfloat16.
+    """
+    if not tensor.numel() or not tensor.is_floating_point() or tensor.element_size() == 1:
+        return
+    least, most = (float(value) for value in tensor.aminmax())
+    if not (isfinite(least) and isfinite(most)):
+        kind = "NaN" if isnan(least) else "infinite numbers"
+        problem = f"{file}: {name} holds {kind}, which make every picture black"
+        raise UserError(problem, "download the file again; if it stays so, use another version of the model")
 
 
 @dataclass(frozen=True)
@@ -153,6 +169,7 @@ def read_header(file: Path) -> dict[str, Stored]:
         check_packing(file, names)
         parts = {name: opened.get_slice(name) for name in names}
         entries = {name: Stored(file, name, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+    check_duplicates(file)
     for name, stored in entries.items():
         if stored.dtype not in DTYPES:
             named = NAMED_DTYPES.get(stored.dtype, f"known are {', '.join(DTYPES)}")
@@ -160,10 +177,31 @@ def read_header(file: Path) -> dict[str, Stored]:
     return entries
 
 
+def check_duplicates(file: Path) -> None:
+    """Raise UserError if the header has a name twice: the safetensors library reads the last one without a word."""
+    with file.open("rb") as opened:
+        header = opened.read(int.from_bytes(opened.read(8), "little"))
+    if twice := _first_duplicate(header):
+        raise UserError(f"{file} is damaged: its header has {twice!r} twice", "copy the file again")
+
+
+def _first_duplicate(header: bytes) -> str | None:
+    found: list[str] = []
+
+    def read_pairs(pairs: list[tuple[str, object]]) -> None:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            found.extend(name for name in names if names.count(name) > 1)
+
+    json.loads(header, object_pairs_hook=read_pairs)
+    return found[0] if found else None
+
+
 def read_metadata(file: Path) -> dict[str, str]:
     """Return the metadata in the header of a safetensors file; none for a file of another format."""
-    if file.suffix.lower() == ".gguf":
-        return {}
+    with file.open("rb") as opened:
+        if opened.read(4) == b"GGUF":
+            return {}
     with safetensors_file(file, "np") as opened:
         return dict(opened.metadata() or {})
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ditforge import entry_points
 from ditforge.errors import DitforgeError, UserError
+from ditforge.export.checkpoint.architectures import pipeline_of
 from ditforge.export.checkpoint.diffusers_folder import INDEX, Checkpoint, t5_parts
 from ditforge.export.network import Network
 from ditforge.export.quantisation.precision import Precision
@@ -74,8 +75,10 @@ def family_of(checkpoint: Checkpoint) -> Family:
     """Return the family of the checkpoint. Raises UserError if no family has the checkpoint's pipeline."""
     known = {family.pipeline: family for family in families()}
     if checkpoint.pipeline not in known:
+        name = pipeline_of(checkpoint.pipeline)
+        pipeline = checkpoint.pipeline or "model of no named class"
         raise UserError(
-            f"{checkpoint.folder} is a {checkpoint.pipeline or 'model of no named class'}, which cannot be exported",
+            f"{checkpoint.folder} is a {pipeline}{f' ({name})' if name else ''}, which cannot be exported",
             f"use a checkpoint of one of: {', '.join(known)}",
         )
     return known[checkpoint.pipeline]

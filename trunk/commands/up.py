@@ -159,7 +159,9 @@ def choose_options(wanted: Wanted, target: Target) -> ExportOptions:
 def folder_name(source: CheckpointSource) -> str:
     """The name of the checkpoint's folder in the cache: names for people, and a digest of all paths and strengths."""
     path = placed(source.path)
-    name = "+".join([path.name.removesuffix(".safetensors"), *(lora.stem for lora, _ in source.loras)])[:LONGEST_NAME]
+    name = "+".join(
+        [path.name.removesuffix(".safetensors").removesuffix(".gguf"), *(lora.stem for lora, _ in source.loras)]
+    )[:LONGEST_NAME]
     base = placed(source.base) if source.base else None
     paths = [path, base, *((placed(lora), strength) for lora, strength in source.loras)]
     return f"{name}{'-random' if source.random_weights else ''}-{digest(*paths)}"

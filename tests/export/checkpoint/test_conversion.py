@@ -290,7 +290,7 @@ def test_damaged_files_are_refused_in_plain_words(schnell: DiffusionPipeline, tm
         file.write_bytes(damaged)
         with pytest.raises(UserError, match=rf"\({len(damaged)} bytes\) is truncated or damaged"):
             open_single_file(file)
-    for start, kind in ((b"PK\x03\x04", "a pickled checkpoint"), (b"GGUF", "a GGUF file")):
+    for start, kind in ((b"PK\x03\x04", "a zip archive"), (b"\x80\x02", "a pickled checkpoint")):
         file.write_bytes(start + bytes(100))
         with pytest.raises(UserError, match=f"is {kind}"):
             open_single_file(file)

@@ -89,9 +89,9 @@ def choose(
 ) -> Chosen | None:
     """Choose the files with the weights among `names`, the files of the folder `where`; None if none has weights.
 
-    `read_index` returns the names of the shards in an index, and `again` is what to do about a missing file. What is there and not chosen is added to `report`, which
-    also knows which variant the user asks for. Raises UserError if a shard is missing, or if it is open which variant
-    is meant.
+    `read_index` returns the names of the shards in an index, and `again` is what to do about a missing file. What is
+    there and not chosen is added to `report`, which also knows which variant the user asks for. Raises UserError if a
+    shard is missing, or if it is open which variant is meant.
     """
     sets = file_sets(names)
     if not sets:

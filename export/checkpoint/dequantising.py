@@ -315,7 +315,7 @@ def for_cublas(name: str, scale: Lazy, rows: int, columns: int) -> Lazy:
 def factors(scale: torch.Tensor) -> torch.Tensor:
     """Return scales in float32. Those stored as exponents (E8M0) are powers of two: 2^(e - 127)."""
     if scale.dtype in POWER_DTYPES:
-        return torch.ldexp(torch.ones(()), scale.view(torch.uint8).int() - 127)
+        return scale.view(EXPONENTS).float()
     return scale.float()
 
 

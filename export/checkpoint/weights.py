@@ -8,6 +8,7 @@ Format: https://huggingface.co/docs/safetensors, "Format".
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -189,9 +190,8 @@ def _first_duplicate(header: bytes) -> str | None:
     found: list[str] = []
 
     def read_pairs(pairs: list[tuple[str, object]]) -> None:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            found.extend(name for name in names if names.count(name) > 1)
+        if len(dict(pairs)) < len(pairs):
+            found.append(Counter(name for name, _ in pairs).most_common(1)[0][0])
 
     json.loads(header, object_pairs_hook=read_pairs)
     return found[0] if found else None
@@ -276,11 +276,11 @@ def no_weights(folder: Path, names: Collection[str]) -> UserError:
     if name.endswith(PICKLED_SUFFIXES):
         return UserError(f"{folder} has only {name}, which is pickled and can run code when opened", fix)
     if name.endswith(".gguf"):
-        use = f"give {folder / name} itself, and {setting('base', folder.parent)}"
+        use = f"give {folder / name} itself, and {setting('base', str(folder.parent))}"
         return UserError(f"{folder} has its weights as GGUF, {name}, which no diffusers folder has", use)
     if name.endswith(SAFETENSORS):
         fix = f"rename it to {SINGLE_FILES[folder.name.startswith('text')]} if it has the names of diffusers; if not, "
-        fix += f"give the file itself, and {setting('base', folder.parent)}"
+        fix += f"give the file itself, and {setting('base', str(folder.parent))}"
     return UserError(f"{folder} has no weights that can be read, only {', '.join(others[:3])}", fix)
 
 

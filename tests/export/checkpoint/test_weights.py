@@ -279,3 +279,28 @@ def test_an_index_that_lies(tmp_path: Path, weight_map: object, problem: str) ->
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(UserError, match=problem):
         open_weights(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("number", "named"), [(float("nan"), "NaN"), (float("inf"), "infinite"), (-float("inf"), "infinite")]
+)
+def test_a_weight_that_is_no_number(number: float, named: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Every picture of it would be black."""
+    tensor = torch.ones(3, 5, dtype=dtype)
+    tensor[1, 2] = number
+    save_file({"a": torch.ones(2), "b.weight": tensor}, tmp_path / "model.safetensors")
+    weights = open_weights(tmp_path)
+    weights.read("a")
+    with pytest.raises(UserError, match=rf"model\.safetensors: b\.weight holds {named}"):
+        weights.read("b.weight")
+
+
+def test_a_name_twice(tmp_path: Path) -> None:
+    """safetensors reads the last of them without a word."""
+    part = b'"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(pack(b"{" + part + b", " + part + b"}", DATA[:8]))
+    assert theirs(file) is not None
+    with pytest.raises(UserError, match="its header has 'a' twice"):
+        open_weights(tmp_path)

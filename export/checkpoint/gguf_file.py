@@ -10,7 +10,7 @@ import os
 import struct
 from dataclasses import dataclass
 from functools import cache
-from math import prod
+from math import gcd, prod
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -27,6 +27,8 @@ VERSIONS = (2, 3)
 ALIGNMENT = 32
 MOST_DIMENSIONS = 8
 MOST_VALUES = 4_000_000  # of metadata; a vocabulary of 256,000 words has three values a word
+LARGEST = 2**48  # numbers of a tensor
+ROW = 96  # blocks that gguf dequantises in one step: five times as fast as one by one
 LONGEST_NAME, LONGEST_TEXT = 2**16, 2**26
 # The types of metadata's values, by their numbers: struct's letters. 8 is a string and 9 an array.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -204,6 +206,8 @@ def _tensor(
     at, size = place
     shape = tuple(reversed(reverse))
     block, item = GGML_QUANT_SIZES[kind]
+    if prod(max(side, 1) for side in shape) >= LARGEST:
+        raise _Damaged(f"{name} has the shape {list(shape)}")
     if shape and shape[-1] % block:
         raise _Damaged(f"{name} has rows of {shape[-1]}, and {kind.name} has blocks of {block}")
     if prod(shape) // block * item > size - at:
@@ -269,6 +273,7 @@ def _numbers(file: Path, name: str, kind: GGMLQuantizationType, at: int, count: 
         return torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
     if not content:
         return torch.empty(0)
-    blocks = numpy.frombuffer(content, dtype=numpy.uint8).reshape(-1, item)
+    row = gcd(count // block, ROW)
+    blocks = numpy.frombuffer(content, dtype=numpy.uint8).reshape(-1, row * item)
     with numpy.errstate(all="ignore"):  # scales that are no numbers are found where the weight is used
         return torch.from_numpy(quants.dequantize(blocks, kind).reshape(-1))

@@ -149,8 +149,8 @@ def comfy_settings(tensors: Tensors) -> dict[str, Mapping[str, Any]]:
         layer, _, last = key.rpartition(".")
         if last != "comfy_quant" or tensor.dtype != torch.uint8:
             continue
-        if text := bytes(tensor.read().tolist()).strip(b"\0"):
-            found[layer] = parsed(text, f"{tensor.file}: {key}")
+        if content := bytes(tensor.read().tolist()).strip(b"\0"):
+            found[layer] = parsed(content, f"{tensor.file}: {key}")
     return {name: layer for name, layer in found.items() if isinstance(layer, dict)}
 
 

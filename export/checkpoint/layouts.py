@@ -25,6 +25,7 @@ from ditforge.export.checkpoint.gguf_file import is_gguf, open_gguf
 from ditforge.export.checkpoint.gguf_names import ENCODERS, as_in_transformers, restored
 from ditforge.export.checkpoint.lazy_tensors import Lazy, open_tensors
 from ditforge.export.checkpoint.load_report import LoadReport, shown
+from ditforge.export.checkpoint.weights import read_metadata
 from ditforge.export.families import Family, families
 from ditforge.option import option, setting
 
@@ -137,6 +138,11 @@ def open_single_file(file: Path, report: LoadReport | None = None, pipeline: str
         raise unknown(file, tensors)
     if left := [key for key in tensors if key not in used and not UNUSED_KEYS.fullmatch(key)]:
         report.add(f"{shown(left)} in {file}", "no component of a known model has such tensors, so they are ignored")
+    if family and "kontext" in f"{file.name} {' '.join(read_metadata(file).values())}".lower():
+        why = (
+            "FLUX.1 Kontext, if it is that, has the tensors of FLUX.1-dev and is exported as that: without its picture"
+        )
+        report.add(f"the name or the metadata of {file} speak of Kontext", why)
     published = family.published[family.layout.published(config)] if family and family.layout else None
     return SingleFile(file, family, components, config, published)
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.architectures import architecture_of, pipeline_of
 from ditforge.export.checkpoint.layouts import open_single_file
+from ditforge.export.checkpoint.load_report import LoadReport
 from ditforge.export.checkpoint.source import CheckpointSource, open_files
 from ditforge.export.families import families, family_of
 
@@ -102,6 +103,18 @@ def test_folders(pipeline: str, name: str, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
     with pytest.raises(UserError, match=rf"{pipeline} \(.*{name}.*\), which cannot be exported"):
         family_of(open_files(CheckpointSource(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata"),
+    [("flux1-dev-kontext_fp8.safetensors", None), ("a.safetensors", {"modelspec.title": "FLUX.1 Kontext [dev]"})],
+)
+def test_kontext_is_only_told_by_words(name: str, metadata: dict[str, str] | None, tmp_path: Path) -> None:
+    tensors = single_files.flux_dit(random_flux.schnell().transformer.state_dict())
+    save_file({key: tensor.clone() for key, tensor in tensors.items()}, tmp_path / name, metadata)
+    report = LoadReport()
+    open_single_file(tmp_path / name, report)
+    assert "speak of Kontext" in report.unexpected[0].what
 
 
 def test_our_own_pipelines_are_of_no_other_architecture() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
+from ditforge.api import ExportKeywords, keywords
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.component_files import file_sets, variants
 from ditforge.export.checkpoint.hub_files import descriptions, weights as hub_weights
 from ditforge.export.checkpoint.load_report import LoadReport
-from ditforge.export.checkpoint.source import CheckpointSource, open_files
+from ditforge.export.checkpoint.source import CheckpointSource, fingerprint, open_files
 from ditforge.export.checkpoint.weights import component_files, open_weights
+from ditforge.options import SourceFlags
 
 DIT, TEXT = "diffusion_pytorch_model", "model"
 
@@ -228,3 +231,16 @@ def test_folders_without_weights_that_can_be_read(name: str, problem: str, tmp_p
     (tmp_path / name).write_bytes(b"x" * 100)
     with pytest.raises(UserError, match=problem):
         open_weights(tmp_path)
+
+
+@pytest.mark.parametrize("given", ["fp16", ["fp16"], ("fp16", "dev")])
+def test_the_option_in_python(given: str | list[str]) -> None:
+    read = keywords(ExportKeywords, {"variant": given})["variant"]
+    assert read == ((given,) if isinstance(given, str) else tuple(given))
+
+
+def test_the_flag_and_what_depends_on_it(random_schnell: Path) -> None:
+    source = SourceFlags(variant=["fp16", "dev"]).of(random_schnell)
+    assert source.variant == ("fp16", "dev")
+    assert fingerprint(source) != fingerprint(replace(source, variant=()))
+    assert fingerprint(source) == fingerprint(replace(source, variant=("dev", "fp16")))

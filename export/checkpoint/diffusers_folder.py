@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditforge.errors import UserError
-from ditforge.export.checkpoint.component_files import variants
+from ditforge.export.checkpoint.component_files import file_sets, variants
 from ditforge.export.checkpoint.load_report import LoadReport
 from ditforge.export.checkpoint.weights import Weights, component_files, file_names
 from ditforge.small_files import read_json_object
@@ -79,14 +79,34 @@ class Checkpoint:
         if component in self.tensors:
             return self.tensors[component]
         from ditforge.export.checkpoint.dequantising import dequantised
-        from ditforge.export.checkpoint.lazy_tensors import open_tensors
 
         folder = self.folder / component
-        files = component_files(folder, self.report)
         self._check_variant(component)
         config = self.config(component) if (component, CONFIG) in self.configs or (folder / CONFIG).is_file() else {}
-        tensors = {name: tensor for file in files for name, tensor in open_tensors(file).items()}
-        return dequantised(tensors, self.report, config.get("quantization_config"), folder)
+        return dequantised(self._stored(component), self.report, config.get("quantization_config"), folder)
+
+    def read_otherwise(self, component: str) -> bool:
+        """Whether diffusers or transformers would read other weights from the folder than read_component().
+
+        They read no scales, need the name of a variant, and may take another of several files.
+        """
+        from ditforge.export.checkpoint.dequantising import is_plain
+
+        sets = file_sets(file_names(self.folder / component))
+        if (
+            component in self.tensors
+            or len(sets) != 1
+            or sets[0].variant
+            or bool(sets[0].single) == bool(sets[0].indices)
+        ):
+            return True
+        return not all(is_plain(name, tensor) for name, tensor in self._stored(component).items())
+
+    def _stored(self, component: str) -> dict[str, Lazy]:
+        from ditforge.export.checkpoint.lazy_tensors import open_tensors
+
+        files = component_files(self.folder / component, self.report)
+        return {name: tensor for file in files for name, tensor in open_tensors(file).items()}
 
     def _check_variant(self, component: str) -> None:
         """Report it if other components have the files of a variant that the user asked for, and this one has not."""

@@ -30,16 +30,16 @@ def load(
     """Load the checkpoint's pipeline of the class `cls`, in bf16 onto a GPU, or in fp32 if there is none.
 
     `networks` are all networks of the checkpoint. `components` replace those of the checkpoint; None leaves one out.
-    Tensors that are not from the checkpoint's folder (Checkpoint.tensors) are read one at a time, directly to the
-    device. Raises UserError if the folder's index names a class of another library.
+    Tensors that are not from the checkpoint's folder (Checkpoint.tensors), or that diffusers would read otherwise, are
+    read one at a time, directly to the device. Raises UserError if the folder's index names a class of another library.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    index = checkpoint.config("", INDEX)
+    index, networks = checkpoint.config("", INDEX), list(networks)
     made = {
         name: filled(checkpoint, name, [n for n in networks if n.weights == name], device, dtype)
-        for name in checkpoint.tensors
-        if name not in components and (index.get(name) or [None])[-1]
+        for name in dict.fromkeys((*checkpoint.tensors, *(network.weights for network in networks)))
+        if name not in components and (index.get(name) or [None])[-1] and checkpoint.read_otherwise(name)
     }
     if SCHEDULER in checkpoint.configs:
         made[SCHEDULER[0]] = class_of(checkpoint, SCHEDULER[0]).from_config(checkpoint.config(*SCHEDULER))

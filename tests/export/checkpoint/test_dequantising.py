@@ -22,6 +22,7 @@ from ditforge.export.checkpoint.layouts import open_single_file
 from ditforge.export.checkpoint.lazy_tensors import open_tensors
 from ditforge.export.checkpoint.load_report import LoadReport
 from ditforge.export.checkpoint.source import CheckpointSource, open_files
+from ditforge.export.families import family_of
 
 SCALE = 0.0137
 
@@ -248,3 +249,18 @@ def test_methods_that_a_configuration_names(
     with pytest.raises(UserError, match=f"text_encoder_2 has weights packed by {name}") as error:
         open_files(CheckpointSource(folder)).weights("text_encoder_2")
     assert "black-forest-labs" in error.value.fix
+
+
+def test_calibration_runs_on_the_dequantised_weights(random_schnell: Path, tmp_path: Path) -> None:
+    """diffusers alone would read the float8 numbers without their scales."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(random_schnell, folder)
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    written = single_files.in_float8(load_file(file), SCALE, "weight_scale")
+    save_file({key: tensor.contiguous() for key, tensor in written.items()}, file)
+    checkpoint = open_files(CheckpointSource(folder))
+    assert [checkpoint.read_otherwise(name) for name in ("transformer", "vae", "text_encoder")] == [True, False, False]
+    pipeline = family_of(checkpoint).load_pipeline(checkpoint)
+    state = pipeline.transformer.state_dict()
+    key = "transformer_blocks.0.attn.to_q.weight"
+    assert torch.equal(state[key].cpu().float(), checkpoint.weights("transformer").read(key))

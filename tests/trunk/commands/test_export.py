@@ -78,12 +78,14 @@ def write_claim(file: Path, name: str = "x") -> Path:
 def test_a_damaged_single_file(refused: Refused, random_schnell: Path, single: Path) -> None:
     whole = single.read_bytes()
     lie = whole.replace(b'"F32"', b'"F64"', 1)
-    for damaged in (whole[:-1], whole[: len(whole) // 2], whole[:4], b"", lie):
+    for damaged in (whole[:-1], whole[: len(whole) // 2], whole[:4], lie):
         single.write_bytes(damaged)
         mentions = (single, f"({len(damaged)} bytes) is truncated or damaged", "copy the file again")
         refused(single, "--base", random_schnell, mentions=mentions)
     write_claim(single)
     refused(single, "--base", random_schnell, mentions=(single, "truncated or damaged"))
+    single.write_bytes(b"")
+    refused(single, "--base", random_schnell, mentions=(single, "is empty", "download the file again"))
 
 
 def test_a_single_file_without_what_belongs_to_it(refused: Refused, random_schnell: Path, single: Path) -> None:

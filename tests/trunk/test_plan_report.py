@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     return folder
 
 
-def test_a_published_model_on_one_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was measured beforehand, whatever spelling of its name is given."""
+Plan = Callable[..., Result]
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Plan:
+    """Runs `ditforge plan ARGUMENTS` in an empty folder, and in this process."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: run_here(["plan", *map(str, arguments)], monkeypatch, capfd)
+
+
+def test_a_published_model_on_one_card(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was measured beforehand, whatever spelling of its name is given; a process of its own says the same."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     result = ditforge("plan", "FLUX.1-dev", "--gpu", "rtx3060", cwd=tmp_path)
     assert result.code == 0, result.err
@@ -47,9 +58,7 @@ def test_a_published_model_on_one_card(tmp_path: Path, monkeypatch: pytest.Monke
     assert "- 9 of dit's 16 segments are loaded and freed in each step: 8.0 GiB a step" in result.out
     assert result.err == ""
     assert "Times are estimates" in result.out
-    again = ditforge(
-        "plan", "black-forest-labs/FLUX.1-dev", "--random-weights", "--gpu", "h100", "--json", cwd=tmp_path
-    )
+    again = plan("black-forest-labs/FLUX.1-dev", "--random-weights", "--gpu", "h100", "--json")
     assert (again.code, again.err) == (0, "")
     (h100,) = json.loads(again.out)["gpus"]
     (usual,) = (fit for fit in h100["sizes"] if fit["size"] == 1024)
@@ -59,17 +68,19 @@ def test_a_published_model_on_one_card(tmp_path: Path, monkeypatch: pytest.Monke
     assert not list(tmp_path.iterdir())
 
 
-def test_a_checkpoint_is_measured_once(flux_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_is_measured_once(
+    plan: Plan, flux_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    first, second = (ditforge("plan", flux_tiny, "--gpu", "rtx3060", cwd=tmp_path) for _ in range(2))
+    first, second = (plan(flux_tiny, "--gpu", "rtx3060") for _ in range(2))
     assert (first.code, second.code, second.err) == (0, 0, "")
     assert "20 of 20" in first.err  # the progress
     assert first.out == second.out
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
-def test_a_row_for_each_gpu(tmp_path: Path) -> None:
-    result = ditforge("plan", MODELS / "flux-tiny", "--precision", "fp8-weights", cwd=tmp_path)
+def test_a_row_for_each_gpu(plan: Plan) -> None:
+    result = plan(MODELS / "flux-tiny", "--precision", "fp8-weights")
     assert result.code == 0, result.err
     title, heading, *rows = result.out.partition("\n\n")[0].splitlines()
     assert "up to 128 x 128" in title
@@ -79,24 +90,24 @@ def test_a_row_for_each_gpu(tmp_path: Path) -> None:
     assert any("lacks it" in row for row in rows)
 
 
-def test_without_t5(tmp_path: Path) -> None:
-    result = ditforge("plan", MODELS / "sd35-tiny", "--gpu", "rtx3060", "--text-encoders", "clip", cwd=tmp_path)
+def test_without_t5(plan: Plan) -> None:
+    result = plan(MODELS / "sd35-tiny", "--gpu", "rtx3060", "--text-encoders", "clip")
     assert result.code == 0, result.err
     assert "join_clip" in result.out and "t5" not in result.out
 
 
-def test_an_export_in_the_precision_that_it_has(schnell, tmp_path: Path) -> None:
-    result = ditforge("plan", schnell.onnx, "--gpu", "rtx4090", "--size", "96", cwd=tmp_path)
+def test_an_export_in_the_precision_that_it_has(plan: Plan, schnell) -> None:
+    result = plan(schnell.onnx, "--gpu", "rtx4090", "--size", "96")
     assert result.code == 0, result.err
     assert "precision as exported" in result.out
     assert re.search(r"^dit +fp32 +resident +1 +0\.\d GiB", result.out, re.MULTILINE)
-    assert_error(ditforge("plan", schnell.onnx, "--precision", "bf16", cwd=tmp_path), "exported already")
-    assert_error(ditforge("plan", schnell.onnx, "--text-encoders", "clip", cwd=tmp_path), "exported already")
+    assert_error(plan(schnell.onnx, "--precision", "bf16"), "exported already")
+    assert_error(plan(schnell.onnx, "--text-encoders", "clip"), "exported already")
 
 
-def test_what_does_not_fit_the_gpu_that_is_named(schnell, tmp_path: Path) -> None:
+def test_what_does_not_fit_the_gpu_that_is_named(plan: Plan, schnell) -> None:
     for gpu in ("rtx4090", "sm_89"):  # of the latter only what is said is known
-        result = ditforge("plan", schnell.onnx, "--gpu", gpu, "--gpu-memory", "0.5", "--size", "96", cwd=tmp_path)
+        result = plan(schnell.onnx, "--gpu", gpu, "--gpu-memory", "0.5", "--size", "96")
         assert (result.code, result.err) == (1, "")
         assert f"random-schnell on {gpu}, 0.5 GiB, " in result.out
         assert "does not fit" in result.out  # since CUDA takes more

@@ -103,8 +103,9 @@ def local(path: Path, wanted: Wanted | None = None, progress: Progress | None = 
 def local_lora(path: Path, progress: Progress | None = None) -> Path:
     """Return the local path of a LoRA's file, and download it first if `path` is on the Hub.
 
-    For a repository without a file name, it is the repository's only safetensors file. Raises the same errors as
-    local(), and UserError if the repository has several such files.
+    For a repository without a file name, it is the repository's only safetensors file, or that with an adapter's usual
+    name. PEFT's adapter_config.json beside the file is downloaded too. Raises the same errors as local(), and UserError
+    if the repository has several files that can be meant.
     """
     reference = reference_of(path)
     if reference is None:

@@ -11,6 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from ditforge.errors import UserError
 from ditforge.export.checkpoint import hub_files
+from ditforge.export.checkpoint.adapters.folder import chosen, with_config
 from ditforge.export.checkpoint.diffusers_folder import INDEX, Checkpoint, read_json
 from ditforge.export.checkpoint.hub import SAFETENSORS, SINGLE_SUFFIXES, Progress, Reference, Wanted
 from ditforge.export.checkpoint.hub_errors import explained
@@ -22,14 +23,19 @@ LISTED = 12  # how many files of a repository an error lists
 def fetch(reference: Reference, wanted: Wanted | None, progress: Progress | None) -> Path:
     """Download what the cache lacks of `reference`, and return its local path.
 
-    Of a folder, only the `wanted` files are downloaded; `wanted` None means a LoRA, which is one file. Raises the same
-    errors as hub.local().
+    Of a folder, only the `wanted` files are downloaded; `wanted` None means a LoRA, which is one file, with PEFT's
+    configuration if that is beside it. Raises the same errors as hub.local().
     """
     meter = Meter(progress)
     with explained(reference):
         repository = describe(reference)
         file = reference.file or (only_file(reference, repository.files) if wanted is None else None)
-        path = _file(reference, repository, file, meter) if file else _folder(reference, repository, wanted, meter)
+        if file:
+            known = _known(reference, file, repository.files)
+            files = with_config(known, repository.files) if wanted is None else [known]
+            path = _files(reference, repository, files, meter)
+        else:
+            path = _folder(reference, repository, wanted, meter)
         meter.finish()
     return path
 
@@ -61,12 +67,11 @@ def cached(reference: Reference, wanted: Wanted | None) -> Path:
 
 
 def only_file(reference: Reference, names: Collection[str]) -> str:
-    """Return the only safetensors file of a repository. Those in subfolders count only if there is no other.
+    """Return the only safetensors file of a repository, or that with an adapter's usual name (see adapters/folder.py).
 
-    Raises UserError if there is none, or if there are several.
+    Files in subfolders count only if there is no other. Raises UserError if there is none, or if there are several.
     """
-    found = sorted(name for name in names if name.endswith(SAFETENSORS))
-    found = [name for name in found if "/" not in name] or found
+    found = chosen(names)
     if len(found) == 1:
         return found[0]
     if not found:
@@ -75,10 +80,13 @@ def only_file(reference: Reference, names: Collection[str]) -> str:
     raise UserError(problem, f"name one: {replace(reference, file=found[0])}")
 
 
-def _file(reference: Reference, repository: Repository, file: str, meter: Meter) -> Path:
-    _known(reference, file, repository.files)
-    check_space(reference, repository, [file])
-    return download(repository, [file], meter, reference.revision or constants.DEFAULT_REVISION)
+def _files(reference: Reference, repository: Repository, files: list[str], meter: Meter) -> Path:
+    """Download the files, and return the path of the first one."""
+    check_space(reference, repository, files)
+    folder = download(repository, files[:1], meter, reference.revision or constants.DEFAULT_REVISION)
+    if files[1:]:
+        download(repository, files[1:], meter, reference.revision or constants.DEFAULT_REVISION)
+    return folder
 
 
 def _folder(reference: Reference, repository: Repository, wanted: Wanted | None, meter: Meter) -> Path:

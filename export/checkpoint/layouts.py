@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -49,6 +49,10 @@ class Layout:
     published: takes that configuration, and returns the name of the published model that has the rest of it.
     encoders: maps ComfyUI's name of each text encoder to diffusers' folder.
     lora_encoders: maps each prefix in Kohya's LoRA files to diffusers' folder of the text encoder.
+    lora_joint: maps the name that adapters have for several of diffusers' modules at once to these modules, in the
+        order of their rows. {} stands for the number of the block.
+    lora_optional: patterns of modules that only some models of the family have, without dots, and why a checkpoint can
+        do without what an adapter has for them.
     """
 
     key: str
@@ -58,6 +62,8 @@ class Layout:
     published: Callable[[Config], str]
     encoders: Mapping[str, str]
     lora_encoders: Mapping[str, str]
+    lora_joint: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    lora_optional: Mapping[str, str] = field(default_factory=dict)
 
 
 def count_blocks(names: Iterable[str], kind: str) -> int:

@@ -12,6 +12,8 @@ from typing import Any
 
 from ditforge.errors import UserError
 from ditforge.export.checkpoint import hub
+from ditforge.export.checkpoint.adapters.folder import adapter_file, name_of
+from ditforge.export.checkpoint.adapters.settings import CONFIG as ADAPTER_CONFIG
 from ditforge.export.checkpoint.diffusers_folder import INDEX, Checkpoint, open_checkpoint, read_json, t5_parts
 from ditforge.export.checkpoint.load_report import LoadReport
 from ditforge.option import option, setting
@@ -29,7 +31,8 @@ class CheckpointSource:
         OWNER/NAME or OWNER/NAME/FILE.safetensors, and so can the base and the LoRAs. With `random_weights`, it can
         also be the name of a published model, such as "flux.1-dev".
     base: a folder in diffusers' layout with the components that a single file lacks, for example the tokenizers.
-    loras: LoRA files, each with the strength at which it is added to the weights.
+    loras: LoRAs and other adapters, each with the strength at which it is merged into the weights: a file, or a folder
+        with one, such as PEFT writes.
     text_encoders: "all", or "clip" to leave T5 out. With "clip", T5's files may be missing.
     t5_precision: the precision of T5; None if it is that of the rest.
     random_weights: read only the configurations, and use random numbers as weights.
@@ -98,7 +101,7 @@ def localised(source: CheckpointSource, weights: bool = True, progress: hub.Prog
         base = hub.local(
             base, hub.Wanted(source.text_encoders, weights, hub.held_components(path), source.variant), progress
         )
-    loras = tuple((hub.local_lora(lora, progress), strength) for lora, strength in source.loras)
+    loras = tuple((adapter_file(hub.local_lora(lora, progress)), strength) for lora, strength in source.loras)
     return replace(source, path=path, base=base, loras=loras)
 
 
@@ -129,7 +132,7 @@ def parse_lora(text: str) -> tuple[Path, float]:
     Raises UserError if there is no file, or if the strength is not a finite number.
     """
     path, colon, strength = text.rpartition(":")
-    if text and (not colon or Path(text).is_file()):
+    if text and (not colon or Path(text).exists()):
         return Path(text), 1.0
     try:
         number = float(strength)
@@ -169,6 +172,8 @@ def _files(path: Path) -> list[tuple[object, ...]]:
     if snapshot := hub.snapshot_of(path):
         return [(str(snapshot),)]
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    if path.is_file() and (path.parent / ADAPTER_CONFIG).is_file():  # settings of an adapter that are read beside it
+        files.append(path.parent / ADAPTER_CONFIG)
     start = path.parent if path.is_file() else path
     return [(str(file.relative_to(start)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
@@ -205,15 +210,16 @@ def _open_file(source: CheckpointSource, report: LoadReport) -> Checkpoint:
 
 
 def _with_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) -> Checkpoint:
-    from ditforge.export.checkpoint.lora import fuse
+    from ditforge.export.checkpoint.adapters.fusing import fuse
     from ditforge.export.families import family_of
 
     tensors = dict(checkpoint.tensors)
     for component in _components(checkpoint.config("", INDEX)):
         if component.startswith(("transformer", "text_encoder")) and component not in tensors:
             tensors[component] = checkpoint.read_component(component)
-    fused = fuse({name: part for name, part in tensors.items() if name != "vae"}, loras, family_of(checkpoint).layout)
-    names = tuple(f"{file.name}:{strength:g}" for file, strength in loras)
+    changed = {name: part for name, part in tensors.items() if name != "vae"}
+    fused = fuse(changed, loras, family_of(checkpoint).layout, checkpoint.report)
+    names = tuple(f"{name_of(file)}:{strength:g}" for file, strength in loras)
     return replace(checkpoint, tensors={**tensors, **fused}, loras=names)
 
 

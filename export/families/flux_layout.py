@@ -37,6 +37,10 @@ def flux_hints(names: Iterable[str]) -> list[str]:
     return [*blocks, "guidance_in."]
 
 
+DOUBLE_QKV = tuple(f"transformer_blocks.{{}}.attn.to_{part}" for part in "qkv")
+DOUBLE_ADDED_QKV = tuple(f"transformer_blocks.{{}}.attn.add_{part}_proj" for part in "qkv")
+SINGLE_QKV = tuple(f"single_transformer_blocks.{{}}.attn.to_{part}" for part in "qkv")
+
 LAYOUT = Layout(
     key="double_blocks.0.img_attn.qkv.weight",
     convert=single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,
@@ -49,5 +53,19 @@ LAYOUT = Layout(
         "lora_te1_": "text_encoder",
         "lora_te2_": "text_encoder_2",
         "lora_te3_": "text_encoder_2",
+    },
+    lora_joint={  # of XLabs' attention processors, and of diffusers' fused projections
+        "double_blocks.{}.processor.qkv_lora1": DOUBLE_QKV,
+        "double_blocks.{}.processor.qkv_lora2": DOUBLE_ADDED_QKV,
+        "double_blocks.{}.processor.proj_lora1": ("transformer_blocks.{}.attn.to_out.0",),
+        "double_blocks.{}.processor.proj_lora2": ("transformer_blocks.{}.attn.to_add_out",),
+        "single_blocks.{}.processor.qkv_lora": SINGLE_QKV,
+        "single_blocks.{}.processor.proj_lora": ("single_transformer_blocks.{}.proj_out",),
+        "transformer_blocks.{}.attn.to_qkv": DOUBLE_QKV,
+        "transformer_blocks.{}.attn.to_added_qkv": DOUBLE_ADDED_QKV,
+        "single_transformer_blocks.{}.attn.to_qkv": SINGLE_QKV,
+    },
+    lora_optional={
+        r"(time_text_embed_guidance_embedder|guidance_in)_.*": "this model has no guidance embedder, as FLUX.1-dev has",
     },
 )

@@ -56,4 +56,12 @@ LAYOUT = Layout(
         "lora_te2_": "text_encoder_2",
         "lora_te3_": "text_encoder_3",
     },
+    lora_joint={  # of diffusers' fused projections
+        f"transformer_blocks.{{}}.{joint}": tuple(f"transformer_blocks.{{}}.{part}" for part in parts)
+        for joint, parts in {
+            "attn.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+            "attn.to_added_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+            "attn2.to_qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+        }.items()
+    },
 )

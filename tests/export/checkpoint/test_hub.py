@@ -180,6 +180,15 @@ def test_a_lora_is_a_file_or_the_only_one(hub: Hub) -> None:
     assert hub.touched() == {"style.safetensors", "b.safetensors"}
 
 
+def test_an_adapter_of_peft_comes_with_its_configuration(hub: Hub) -> None:
+    files: Files = {"adapter_model.safetensors": b"lora", "adapter_config.json": b"{}", "optimizer.safetensors": b"no"}
+    hub.add("someone/peft", files)
+    file = local_lora(Path("someone/peft"))
+    assert (file.name, file.read_bytes()) == ("adapter_model.safetensors", b"lora")
+    assert (file.parent / "adapter_config.json").read_bytes() == b"{}"
+    assert hub.touched() == {"adapter_model.safetensors", "adapter_config.json"}
+
+
 def test_a_revision_is_a_branch_or_a_commit_and_a_source_of_its_own(hub: Hub, flux_tiny: Path) -> None:
     repository = hub.repositories[FLUX_ID]
     (first,) = repository.commits

@@ -118,8 +118,8 @@ def test_other_formats(refused: Refused, random_schnell: Path, tmp_path: Path) -
     torch.save({"a.weight": torch.zeros(2)}, tmp_path / "model.ckpt")
     refused(tmp_path / "model.ckpt", mentions=("model.ckpt is a pickled checkpoint", ".safetensors"))
     refused(random_schnell, "--lora", tmp_path / "model.ckpt", mentions=("model.ckpt is a pickled checkpoint",))
-    save_file({"lora_unet_x.lokr_w1": torch.ones(2, 2)}, tmp_path / "lokr.safetensors")
-    refused(random_schnell, "--lora", tmp_path / "lokr.safetensors", mentions=("is a LoKr", "plain LoRA"))
+    save_file({"lycoris_img_in.a1.weight": torch.ones(2, 2)}, tmp_path / "glora.safetensors")
+    refused(random_schnell, "--lora", tmp_path / "glora.safetensors", mentions=("is a GLoRA", "merge it"))
     folder = tmp_path / "nf4"
     shutil.copytree(random_schnell, folder)
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ditforge.errors import UserError
+from ditforge.export.checkpoint.adapters.fusing import fuse
 from ditforge.export.checkpoint.diffusers_folder import CONFIGS
 from ditforge.export.checkpoint.layouts import open_single_file
 from ditforge.export.checkpoint.lazy_tensors import Lazy, open_tensors
-from ditforge.export.checkpoint.lora import fuse
 from ditforge.export.checkpoint.source import parse_lora
 from ditforge.export.families.flux_layout import LAYOUT as FLUX
 from ditforge.export.families.sd3_layout import LAYOUT as SD3
@@ -262,17 +262,30 @@ def test_what_fits_nothing_is_refused(flux: DiffusionPipeline, sd3: DiffusionPip
     good = bfl(name, down, up)
     cases: dict[str, dict[str, Tensor]] = {
         r"double_blocks\.9\.img_attn\.qkv fit nothing": {**good, **bfl("double_blocks.9.img_attn.qkv", down, up)},
-        r"is a DoRA, .* holds double_blocks.0.img_attn.qkv.dora_scale": {**good, f"{name}.dora_scale": torch.ones(3)},
-        r"is a DoRA, ": {**good, f"transformer.{name}.lora_magnitude_vector": torch.ones(3)},
-        r"is a LoHa, ": {"lora_unet_x.hada_w1_a": torch.ones(2, 2)},
-        r"is a LoKr, ": {"lycoris_x.lokr_w1": torch.ones(2, 2), "lycoris_x.lokr_w2_a": torch.ones(2, 2)},
-        r"is an OFT, ": {"lora_unet_x.oft_blocks": torch.ones(2, 2)},
-        r"is a LoRA of XLabs' attention processors, ": {
-            "double_blocks.0.processor.qkv_lora1.down.weight": torch.ones(2, 2),
-            "double_blocks.0.processor.qkv_lora1.up.weight": torch.ones(2, 2),
+        r"has shape \[3\], for 216 lengths": {**good, f"{name}.dora_scale": torch.ones(3)},
+        r"has lora_magnitude_vector, and it is not": {
+            f"transformer.{name}.lora_magnitude_vector": torch.ones(3),
+            **good,
         },
-        r"is a difference of whole weights, ": {**good, "diffusion_model.img_in.diff_b": torch.ones(3)},
-        r"is a control LoRA or ControlNet, ": {**good, f"{name}.lora_B.bias": torch.ones(3)},
+        r"lora_unet_x fit nothing": {"lora_unet_x.hada_w1_a": torch.ones(2, 2)},
+        r"img_in has no hada_w1_b": {"lora_unet_img_in.hada_w1_a": torch.ones(2, 2)},
+        r"img_in has both lokr_w1 and": {
+            "lycoris_img_in.lokr_w1": torch.ones(2, 2),
+            "lycoris_img_in.lokr_w1_a": torch.ones(2, 2),
+        },
+        r"img_in is \[2, 2\], which do not fit": {"lora_unet_img_in.oft_blocks": torch.ones(2, 2)},
+        r"is a GLoRA: it holds": {"lycoris_img_in.a1.weight": torch.ones(2, 2)},
+        r"is a T-LoRA": {"lycoris_img_in.lambda_layer": torch.ones(2, 2)},
+        r"is an IP-Adapter": {"double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight": torch.ones(2, 2)},
+        r"is a ControlNet": {"controlnet_blocks.0.weight": torch.ones(2, 2)},
+        r"is a textual inversion": {"clip_l": torch.ones(2, 2)},
+        r"img_in is \[3\], and x_embedder.bias is \[72\]": {**good, "diffusion_model.img_in.diff_b": torch.ones(3)},
+        r"qkv is \[3\], and .*to_q.bias is \[72\]": {**good, f"{name}.lora_B.bias": torch.ones(3)},
+        r"a control LoRA, which makes this input": bfl("img_in", torch.zeros(4, 128), torch.zeros(72, 4)),
+        r"holds whole weights, .* and no adapter": {"img_in.weight": torch.ones(2, 2)},
+        r"the alpha of .* is nan": {**good, f"{name}.alpha": torch.tensor(float("nan"))},
+        r"several adapters of PEFT: a, b": {f"{name}.lora_A.a.weight": down, f"{name}.lora_A.b.weight": down},
+        r"has an alpha and no matrices": {**good, "img_in.alpha": torch.tensor(1.0)},
         "holds no tensors, and so no LoRA": {},
         r"a rank of 0": bfl(name, torch.zeros(0, 72), torch.zeros(216, 0)),
         r"not one alpha": {**good, f"{name}.alpha": torch.zeros(0)},

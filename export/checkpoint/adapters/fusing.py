@@ -1,0 +1,278 @@
+"""Adapters, merged into the weights when these are read.
+
+The names in a file can be those of any tool (names.py), the kind can be any of those here, and its strength is where
+its tool writes it (settings.py). An adapter for a fused weight (`qkv`, `linear1`) is computed for the fused weight and
+cut along its rows in the same way as the weight itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from ditforge.errors import UserError
+from ditforge.export.checkpoint.adapters import difference, dora, keys, loha, lokr, lora, oft
+from ditforge.export.checkpoint.adapters.changes import Change, Parts, addition, shapes
+from ditforge.export.checkpoint.adapters.names import Index, Module, Target, index
+from ditforge.export.checkpoint.adapters.settings import Settings, read_settings
+from ditforge.export.checkpoint.conversion import Tensors
+from ditforge.export.checkpoint.layouts import Layout
+from ditforge.export.checkpoint.lazy_tensors import Lazy, joined, open_tensors
+from ditforge.export.checkpoint.load_report import LoadReport, shown
+from ditforge.option import option
+
+OTHER_MODEL = "use a LoRA that was made for this model, or leave it out"
+SAME = 0.01  # of the largest number: two spellings of a LoRA can be rounded to different dtypes
+
+Components = dict[str, dict[str, Lazy]]
+
+
+@dataclass(frozen=True)
+class Use:
+    """A module in an adapter's file: the name there, what it means, and the change of one of its parameters."""
+
+    written: str
+    module: Module
+    parameter: str
+    change: Change
+
+
+def fuse(
+    components: Mapping[str, Tensors],
+    loras: Sequence[tuple[Path, float]],
+    layout: Layout | None,
+    report: LoadReport | None = None,
+) -> Components:
+    """Return the components with adapters merged. The sums are computed in float32 when a tensor is read.
+
+    components: the DiT (`transformer`) and the text encoders, each with its tensors by diffusers' names. Tensors that
+        no adapter changes stay as they are.
+    loras: the adapters' files, each with its strength. They are merged in this order, each into what the earlier ones
+        left, as ComfyUI, LyCORIS and PEFT's merge() do. The order matters only for kinds that do more than add.
+    layout: has the names that the authors of the DiT's family use; if it is None, only diffusers' names are known.
+    report: gets what is in the files and is not merged.
+
+    Raises UserError for a file of a kind that cannot be merged, or that has keys or shapes that do not fit this model,
+    lacks a part of an adapter, says different things about its strength, or changes a weight twice.
+    """
+    names, report = index(components, layout), report or LoadReport()
+    fused = {component: dict(tensors) for component, tensors in components.items()}
+    for file, strength in loras:
+        merge(file, strength, names, components, fused, report)
+    return fused
+
+
+def merge(
+    file: Path,
+    strength: float,
+    names: Index,
+    components: Mapping[str, Tensors],
+    fused: Components,
+    report: LoadReport,
+) -> None:
+    """Merge one file into `fused`, whose tensors are replaced. Raises UserError as fuse() does.
+
+    `components` are the checkpoint's own tensors.
+    """
+    changed: dict[tuple[str, str], tuple[Use, tuple[Lazy, Lazy | None]]] = {}
+    twice = []
+    for use in read_uses(file, strength, names, report):
+        targets = use.module.targets.get(use.parameter, [])
+        if not targets:
+            problem = f"{file} changes the {use.parameter} of {use.written}, which has none in this checkpoint"
+            raise UserError(problem, OTHER_MODEL)
+        current = gathered(targets, fused)
+        check_fit(file, use, current, targets)
+        merged = use.change.apply(current, gathered(targets, components), strength)
+        for target in targets:
+            source = target.recipe.pieces[0].name
+            new = target.recipe.of({source: merged})
+            delta = target.recipe.of({source: use.change.delta}) if use.change.delta else None
+            key = target.component, target.name
+            if key not in changed:
+                changed[key] = use, (new, delta)
+                continue
+            other, known = changed[key]
+            if not same(fused[target.component][target.name], (new, delta), known):
+                problem = f"{file} changes {target.name} twice and differently, as {other.written} and as {use.written}"
+                raise UserError(problem, "take one of the two out of the file")
+            twice.append(use.written)
+    if twice:
+        report.add(f"{shown(dict.fromkeys(twice))} in {file}", "the same is there under other names; it is merged once")
+    for (component, name), (_, (new, _)) in changed.items():
+        fused[component][name] = new
+
+
+def same(before: Lazy, one: tuple[Lazy, Lazy | None], other: tuple[Lazy, Lazy | None]) -> bool:
+    """Return whether two changes of the weight `before` are the same up to rounding.
+
+    Each is the weight with the change, and what is added to it if that is known; then the weight is not read.
+    """
+    if one[1] is not None and other[1] is not None:
+        first, second = one[1].read().flatten(), other[1].read().flatten()
+    else:
+        start = before.read().float().flatten()
+        first, second = (changed.read().flatten() - start for changed, _ in (one, other))
+    return bool((first - second).abs().max() <= SAME * first.abs().max())
+
+
+def read_uses(file: Path, strength: float, names: Index, report: LoadReport) -> list[Use]:
+    """Return what the file changes. Raises UserError if a part of it fits nothing in the checkpoint.
+
+    What a checkpoint can do without is added to `report`.
+    """
+    modules, strange = keys.grouped(file, open_tensors(file))
+    settings = read_settings(file)
+    found: dict[str, Module] = {}
+    skipped: dict[str, list[str]] = {}
+    for key in [key for key in strange if keys.left_out(key)]:
+        strange.remove(key)
+        skipped.setdefault(keys.left_out(key) or "", []).append(key)
+    for written in modules:
+        if module := names.find(written):
+            found[written] = module
+        elif why := names.lacking(written):
+            skipped.setdefault(why, []).append(written)
+        else:
+            strange.append(written)
+    if strange or not found:
+        raise unmatched(file, sorted(strange) or [name for group in skipped.values() for name in group], names)
+    for why, group in skipped.items():
+        report.add(f"{shown(group)} in {file}", why)
+    uses = []
+    for written, module in found.items():
+        parts = dict(modules[written])
+        if parts.keys() <= {"alpha"}:
+            raise UserError(f"{file}: {written} has an alpha and no matrices", "copy the file again")
+        for parameter, change in changes(file, written, module, parts, settings).items():
+            uses.append(Use(written, module, parameter, change))
+        note_ineffective(file, written, modules[written], strength, report)
+    note_metadata(file, modules, settings, report)
+    return uses
+
+
+def changes(file: Path, written: str, module: Module, parts: Parts, settings: Settings) -> dict[str, Change]:
+    """Return the changes of a module's weight and bias, and take what they use out of `parts`.
+
+    Raises UserError if parts are missing, are left over, or belong to two kinds of adapters.
+    """
+    found: dict[str, list[Change]] = {"weight": [], "bias": []}
+    for kind in (of_products, of_rotation, of_differences):
+        for parameter, change in kind(written, module, parts, settings):
+            found[parameter].append(change)
+    parts.pop("alpha", None)
+    if parts or any(len(several) > 1 for several in found.values()):
+        left = ", ".join(parts) or "two kinds of adapters"
+        raise UserError(f"{file}: {written} has {left}, and it is not known what that means", OTHER_MODEL)
+    return {parameter: several[0] for parameter, several in found.items() if several}
+
+
+def of_products(written: str, module: Module, parts: Parts, settings: Settings) -> list[tuple[str, Change]]:
+    """Return the changes of a LoRA, LoHa or LoKr, with the magnitudes of a DoRA; none if there is no such part."""
+    for own, kind in ((keys.LORA_PARTS, lora), (keys.LOHA_PARTS, loha), (keys.LOKR_PARTS, lokr)):
+        if not own & parts.keys():
+            continue
+        rank: int | None = kind.rank(parts, written)
+        scale = settings.scale(module.component, module.name, rank, parts.get("alpha"))
+        delta, sizes = kind.delta(parts, written, scale)
+        magnitude, dora_scale = parts.pop("lora_magnitude_vector", None), parts.pop("dora_scale", None)
+        bias = parts.pop("lora_up_bias", None)
+        for part in own:
+            parts.pop(part, None)
+        if magnitude is None and dora_scale is None and settings.config(module.component).get("use_dora"):
+            problem = f"{settings.file}: {settings.origin} has use_dora, and {written} has no magnitudes"
+            raise UserError(problem, "use the configuration that belongs to this file")
+        if magnitude is not None:
+            changed = dora.of_peft(delta, sizes, magnitude, written)
+        elif dora_scale is not None:
+            changed = dora.of_lycoris(delta, sizes, dora_scale, written)
+        else:
+            changed = addition(delta, sizes)
+        found = [("weight", changed)]
+        return found if bias is None else [*found, ("bias", addition(lora.bias_delta(bias, scale), shapes(bias)))]
+    return []
+
+
+def of_rotation(written: str, module: Module, parts: Parts, settings: Settings) -> list[tuple[str, Change]]:
+    """Return the change of an OFT; none if there is no part of one."""
+    if "oft_R" in parts:
+        change = oft.of_peft(parts, written, settings.config(module.component))
+        parts.pop("oft_R")
+        return [("weight", change)]
+    if "oft_blocks" in parts:
+        alpha = parts.get("alpha")
+        constraint = settings.alpha(alpha, written) if alpha is not None else 0.0
+        change = oft.of_lycoris(parts, written, constraint)
+        for part in ("oft_blocks", "rescale"):
+            parts.pop(part, None)
+        return [("weight", change)]
+    return []
+
+
+def of_differences(written: str, module: Module, parts: Parts, settings: Settings) -> list[tuple[str, Change]]:
+    """Return the changes of whole weights and biases; none if there are no such parts."""
+    kinds: tuple[tuple[str, str, Callable[[Lazy], Change]], ...] = (
+        ("diff", "weight", difference.difference),
+        ("w_norm", "weight", difference.difference),
+        ("diff_b", "bias", difference.difference),
+        ("b_norm", "bias", difference.difference),
+        ("set_weight", "weight", difference.replacement),
+        ("weight", "weight", difference.replacement),
+        ("bias", "bias", difference.replacement),
+    )
+    return [(parameter, change(parts.pop(part))) for part, parameter, change in kinds if part in parts]
+
+
+def gathered(targets: Sequence[Target], components: Mapping[str, Tensors]) -> Lazy:
+    """Return a module's weight in the layout from which its targets are cut: the inverse of their recipes."""
+    rows = []
+    for target in targets:
+        tensor, first = components[target.component][target.name], 0
+        shares = [piece.stop - piece.start for piece in target.recipe.pieces]
+        for piece, share in zip(target.recipe.pieces, shares, strict=True):
+            stop = first + int(tensor.length * share / sum(shares))
+            rows.append((piece.start, tensor.rows(first, stop)))
+            first = stop
+    return joined(part for _, part in sorted(rows, key=lambda row: row[0]))
+
+
+def check_fit(file: Path, use: Use, weight: Lazy, targets: Sequence[Target]) -> None:
+    """Raise UserError if the change has not the shape of the weight, which is gathered from the targets."""
+    change, numbers = use.change, prod(weight.shape[1:])
+    if change.rows in (-1, weight.length) and change.row in (None, numbers):
+        return
+    found = f"{file}: {use.written} is {change.sizes}, and {targets[0].name} is {list(weight.shape)}"
+    if change.rows == weight.length and change.row and change.row > numbers and change.row % numbers == 0:
+        problem = f"{found}: a control LoRA, which makes this input of the network wider"
+        raise UserError(problem, "leave it out: an export has no input for its picture")
+    raise UserError(f"{found}: a LoRA of another model", OTHER_MODEL)
+
+
+def unmatched(file: Path, names: Sequence[str], known: Index) -> UserError:
+    """Return the error for modules that fit nothing in the checkpoint, with those that they are most like."""
+    near = {name: known.nearest(name) for name in names[:3]}
+    like = ", ".join(f"{name} is most like {other}" for name, other in near.items() if other)
+    problem = f"{file}: {shown(names)} fit nothing in this checkpoint: a LoRA of another model, or none"
+    return UserError(problem + (f" ({like})" if like else ""), OTHER_MODEL)
+
+
+def note_ineffective(file: Path, written: str, parts: Parts, strength: float, report: LoadReport) -> None:
+    """Add to the report what has no effect: an alpha beside a difference, and a strength beside a whole weight."""
+    if strength != 1 and {"set_weight", *keys.WHOLE} & parts.keys():
+        report.add(f"the strength {strength:g} of {written} in {file}", "it replaces the weight, whatever the strength")
+    if "alpha" in parts and not (keys.LORA_PARTS | keys.LOHA_PARTS | keys.LOKR_PARTS | {"oft_blocks"}) & parts.keys():
+        report.add(f"{written}.alpha in {file}", "differences of whole weights have no alpha in any tool")
+
+
+def note_metadata(file: Path, modules: Mapping[str, Parts], settings: Settings, report: LoadReport) -> None:
+    """Add to the report an alpha that Kohya's scripts write into the metadata, if the tensors have none.
+
+    These scripts, and all others that read their files, then take the rank for alpha.
+    """
+    alpha, rank = (settings.metadata.get(name) for name in ("ss_network_alpha", "ss_network_dim"))
+    if alpha is None or alpha == rank or settings.configs or any("alpha" in parts for parts in modules.values()):
+        return
+    why = f"the tools that write it read alpha only from tensors; {option('loras', '--lora')} FILE:STRENGTH can set it"
+    report.add(f"ss_network_alpha {alpha} of rank {rank} in the metadata of {file}", why)

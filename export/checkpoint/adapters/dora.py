@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import prod
 
 import torch
@@ -41,31 +40,25 @@ def of_lycoris(delta: Lazy, sizes: str, scale: Lazy, module: str) -> Change:
     """Return the change of LyCORIS' `dora_scale`, which LoRA, LoHa and LoKr can have: W' = scale / |W + delta| * that.
 
     scale is [out, 1, …] for the lengths of rows, or [1, in, …] for those of columns, which older versions use. The
-    result is W + s * (W' - W) for the strength s. Of several adapters, each starts with what the earlier ones left.
+    result is W + s * (W' - W) for the strength s, as in ComfyUI and in LyCORIS' apply_dora_scale(). Of several
+    adapters, each starts with what the earlier ones left.
     """
     columns = scale.shape[:1] == (1,) and delta.length != 1
     check(scale, delta.shape[1] if columns else delta.length, module)
 
     def apply(current: Lazy, base: Lazy, strength: float) -> Lazy:
-        def scaled(start: int, stop: int, lengths: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        def read(start: int, stop: int) -> torch.Tensor:
             weight = current.read_rows(start, stop).float()
-            added = (weight + finite(delta, start, stop).reshape(weight.shape)).flatten(1)
-            factor = lengths(added)
-            return (added * (strength * (factor - 1) + 1)).reshape(weight.shape)
-
-        def of_rows(added: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-            norm: torch.Tensor = added.norm(dim=1, keepdim=True)
-            return whole(scale).reshape(-1, 1)[start:stop] / (norm + EPSILON)
-
-        def of_columns(added: torch.Tensor) -> torch.Tensor:
-            inputs = added.reshape(added.shape[0], current.shape[1], -1)
-            norm: torch.Tensor = inputs.norm(dim=(0, 2), keepdim=True)
-            factor = whole(scale).reshape(1, -1, 1) / (norm + EPSILON)
-            return factor.expand(1, *inputs.shape[1:]).flatten(1)
+            added = weight + finite(delta, start, stop).reshape(weight.shape)
+            lengths = whole(scale).reshape(1, -1) if columns else whole(scale).reshape(-1, 1)[start:stop]
+            lengths = lengths.reshape(*lengths.shape, *(1,) * (weight.ndim - 2))
+            others = (0, *range(2, weight.ndim)) if columns else tuple(range(1, weight.ndim))
+            norm: torch.Tensor = added.norm(dim=others, keepdim=True)
+            return weight + strength * (added * lengths / (norm + EPSILON) - weight)
 
         if columns:
-            return computed(current, lambda: scaled(0, current.length, of_columns))
-        return current.each_row(lambda a, b: scaled(a, b, lambda added: of_rows(added, a, b)), torch.float32)
+            return computed(current, lambda: read(0, current.length))
+        return current.each_row(read, torch.float32)
 
     return Change(delta.length, prod(delta.shape[1:]), sizes, apply)
 

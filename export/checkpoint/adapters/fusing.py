@@ -84,7 +84,7 @@ def merge(
             problem = f"{file} changes the {use.parameter} of {use.written}, which has none in this checkpoint"
             raise UserError(problem, OTHER_MODEL)
         current = gathered(targets, fused)
-        check_fit(file, use, current, targets)
+        check_fit(file, use, current, fused[targets[0].component][targets[0].name], targets[0].name)
         merged = use.change.apply(current, gathered(targets, components), strength)
         for target in targets:
             source = target.recipe.pieces[0].name
@@ -238,12 +238,12 @@ def gathered(targets: Sequence[Target], components: Mapping[str, Tensors]) -> La
     return joined(part for _, part in sorted(rows, key=lambda row: row[0]))
 
 
-def check_fit(file: Path, use: Use, weight: Lazy, targets: Sequence[Target]) -> None:
-    """Raise UserError if the change has not the shape of the weight, which is gathered from the targets."""
+def check_fit(file: Path, use: Use, weight: Lazy, part: Lazy, name: str) -> None:
+    """Raise UserError if the change has not the shape of the module's weight, of which `part` is the first target."""
     change, numbers = use.change, prod(weight.shape[1:])
     if change.rows in (-1, weight.length) and change.row in (None, numbers):
         return
-    found = f"{file}: {use.written} is {change.sizes}, and {targets[0].name} is {list(weight.shape)}"
+    found = f"{file}: {use.written} is {change.sizes}, and {name} is {list(part.shape)}"
     if change.rows == weight.length and change.row and change.row > numbers and change.row % numbers == 0:
         problem = f"{found}: a control LoRA, which makes this input of the network wider"
         raise UserError(problem, "leave it out: an export has no input for its picture")

@@ -121,7 +121,7 @@ def read_settings(file: Path) -> Settings:
     """
     with safetensors_file(file, "np") as opened:
         metadata = opened.metadata() or {}
-    configs = _from_metadata(file, metadata)
+    configs: dict[str, Mapping[str, Any]] = dict(_from_metadata(file, metadata))
     origin = f"{METADATA_KEY} in its header"
     beside = file.parent / CONFIG
     if beside.is_file():
@@ -129,7 +129,8 @@ def read_settings(file: Path) -> Settings:
         if any(_strength(known) != _strength(config) for known in configs.values()):
             problem = f"{file} has other settings in {METADATA_KEY} in its header than {beside}"
             raise UserError(problem, f"keep {CONFIG} in another folder")
-        configs, origin = {"": config, **configs}, str(beside)
+        configs.setdefault("", config)
+        origin = str(beside)
     for config in configs.values():
         kind = config.get("peft_type")
         if kind is not None and kind not in KINDS:
@@ -145,7 +146,7 @@ def _strength(config: Mapping[str, Any]) -> list[Any]:
     return [config.get(name) or None for name in names]
 
 
-def _from_metadata(file: Path, metadata: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
+def _from_metadata(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Return PEFT's configuration of each component, from keys such as `transformer.lora_alpha`.
 
     Without a component, as diffusers' save_lora_adapter() writes them, they are found under "".
@@ -157,4 +158,4 @@ def _from_metadata(file: Path, metadata: Mapping[str, str]) -> dict[str, Mapping
             found.setdefault(component, {})[option] = value
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: {METADATA_KEY} in its header is damaged: {error}", "copy the file again") from error
-    return dict(found)
+    return found

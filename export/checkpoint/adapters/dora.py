@@ -53,7 +53,7 @@ def of_lycoris(delta: Lazy, sizes: str, scale: Lazy, module: str) -> Change:
             lengths = whole(scale).reshape(1, -1) if columns else whole(scale).reshape(-1, 1)[start:stop]
             lengths = lengths.reshape(*lengths.shape, *(1,) * (weight.ndim - 2))
             others = (0, *range(2, weight.ndim)) if columns else tuple(range(1, weight.ndim))
-            norm: torch.Tensor = added.norm(dim=others, keepdim=True)
+            norm: torch.Tensor = torch.linalg.vector_norm(added, dim=others, keepdim=True)
             return weight + strength * (added * lengths / (norm + EPSILON) - weight)
 
         if columns:

@@ -176,7 +176,7 @@ def of_products(written: str, module: Module, parts: Parts, settings: Settings) 
             continue
         rank: int | None = kind.rank(parts, written)
         scale = settings.scale(module.component, module.name, rank, parts.get("alpha"))
-        delta, sizes = kind.delta(parts, written, scale)
+        delta, sizes = kind.delta(dict(parts), written, scale)  # a copy, since the matrices are read later
         magnitude, dora_scale = parts.pop("lora_magnitude_vector", None), parts.pop("dora_scale", None)
         bias = parts.pop("lora_up_bias", None)
         for part in own:

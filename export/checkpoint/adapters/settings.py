@@ -131,8 +131,8 @@ def read_settings(file: Path) -> Settings:
             raise UserError(problem, f"keep {CONFIG} in another folder")
         configs.setdefault("", config)
         origin = str(beside)
-    for config in configs.values():
-        kind = config.get("peft_type")
+    for known in configs.values():
+        kind = known.get("peft_type")
         if kind is not None and kind not in KINDS:
             raise UserError(
                 f"{file} is an adapter of PEFT's kind {kind}, says {origin}: it cannot be merged into the weights",

@@ -37,6 +37,7 @@ PARTS = tuple(
         (r"\.(?P<part>weight|bias)", None),  # PEFT writes modules that it trained as a whole
     )
 )
+PEFT_WRAPPERS = re.compile(r"\.(base_layer|original_module|modules_to_save(\.[^.]+)?)$")
 WHOLE = {"weight", "bias"}  # what an adapter file has beside an adapter, and a checkpoint has alone
 LEFT_OUT = {  # keys of adapter files that are no adapter of a network
     r"bundle_emb\..*": "embeddings for words of the prompt, which an export does not read",
@@ -101,7 +102,7 @@ def parse(key: str) -> Key | None:
         if match := pattern.fullmatch(key):
             groups = match.groupdict()
             found = part or groups["part"]
-            return Key(match["module"], found, groups.get("adapter"))
+            return Key(PEFT_WRAPPERS.sub("", match["module"]), found, groups.get("adapter"))
     return None
 
 

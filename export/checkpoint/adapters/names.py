@@ -109,7 +109,8 @@ class Index:
         """Return the module of the checkpoint whose name is most like `name`; None if none is like it."""
         flat = name.replace(".", "_")
         component, start = max(self._readings(flat), key=lambda reading: reading[1])
-        near = get_close_matches(flat[start:], self.modules.get(component, {}), n=1)
+        known = (name for name in self.modules.get(component, {}) if not self.spelled[name].endswith(tuple(PARAMETERS)))
+        near = get_close_matches(flat[start:], list(known), n=1)
         return self.spelled[near[0]] if near else None
 
     def _readings(self, flat: str) -> Iterator[tuple[str, int]]:

@@ -18,6 +18,7 @@ from typing import Any
 from diffusers.loaders import single_file_utils
 
 from ditforge.errors import UserError
+from ditforge.export.checkpoint.adapters.keys import is_adapter
 from ditforge.export.checkpoint.architectures import GGUF_NAMES, architecture_of, encoder_of
 from ditforge.export.checkpoint.conversion import Piece, Recipe, Tensors
 from ditforge.export.checkpoint.dequantising import dequantised
@@ -186,7 +187,7 @@ def as_in_comfy(tensors: dict[str, Lazy]) -> dict[str, Lazy]:
 
 def refuse_other_architectures(file: Path, tensors: Tensors) -> None:
     """Raise UserError if the file holds a model of an architecture that is known and cannot be exported."""
-    if is_lora(tensors):
+    if is_adapter(tensors):
         return
     if name := architecture_of({key: tensor.shape for key, tensor in tensors.items()}):
         raise other_architecture(file, name)
@@ -195,11 +196,6 @@ def refuse_other_architectures(file: Path, tensors: Tensors) -> None:
 def other_architecture(file: Path, name: str) -> UserError:
     """Return the error for a model of another architecture."""
     return UserError(f"{file} is {name}, which cannot be exported", f"use {known_models()}, or a fine-tune of them")
-
-
-def is_lora(tensors: Iterable[str]) -> bool:
-    """Whether the tensors are those of a LoRA."""
-    return any(".lora_" in key or ".lora." in key for key in tensors)
 
 
 def require(single: SingleFile, needed: Iterable[str], base: Path | None) -> None:
@@ -310,7 +306,7 @@ def lora_of(file: Path) -> str:
 def unknown(file: Path, tensors: Tensors) -> UserError:
     """Return the error that says why nothing in the file can be used."""
     keys = list(tensors)
-    if is_lora(keys):
+    if is_adapter(keys):
         return UserError(
             f"{file} is a LoRA, not a checkpoint", f"give the checkpoint that it belongs to, and {lora_of(file)}"
         )

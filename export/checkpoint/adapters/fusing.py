@@ -137,8 +137,11 @@ def read_uses(file: Path, strength: float, names: Index, report: LoadReport) -> 
             skipped.setdefault(why, []).append(written)
         else:
             strange.append(written)
-    if strange or not found:
-        raise unmatched(file, sorted(strange) or [name for group in skipped.values() for name in group], names)
+    if strange:
+        raise unmatched(file, sorted(strange), names)
+    if not found:
+        reasons = "; ".join(f"{shown(group)}: {why}" for why, group in skipped.items())
+        raise UserError(f"nothing in {file} has an effect on this export ({reasons})", "leave it out")
     for why, group in skipped.items():
         report.add(f"{shown(group)} in {file}", why)
     uses = []

@@ -106,6 +106,12 @@ def parse(key: str) -> Key | None:
     return None
 
 
+def is_adapter(names: Iterable[str]) -> bool:
+    """Return whether a file with tensors of these names is an adapter, and no checkpoint."""
+    parsed = [parse(name) for name in names]
+    return any(key is not None and key.part not in WHOLE for key in parsed)
+
+
 def grouped(file: Path, tensors: Mapping[str, T]) -> tuple[dict[str, dict[str, T]], list[str]]:
     """Return the tensors of an adapter file by module and part, and the keys that have no known form.
 

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.adapters.fusing import fuse
-from ditforge.export.checkpoint.diffusers_folder import CONFIGS
+from ditforge.export.checkpoint.diffusers_folder import CONFIGS, open_checkpoint
 from ditforge.export.checkpoint.layouts import open_single_file
-from ditforge.export.checkpoint.lazy_tensors import Lazy, open_tensors
-from ditforge.export.checkpoint.source import parse_lora
+from ditforge.export.checkpoint.lazy_tensors import Lazy, folder_tensors, open_tensors
+from ditforge.export.checkpoint.load_report import LoadReport
+from ditforge.export.checkpoint.source import CheckpointSource, open_files, parse_lora
 from ditforge.export.families.flux_layout import LAYOUT as FLUX
 from ditforge.export.families.sd3_layout import LAYOUT as SD3
 
@@ -370,3 +371,83 @@ def test_kohya_against_diffusers_converter_at_the_published_width(tmp_path: Path
         down, up = (theirs[f"transformer.{name}.lora_{side}.weight"] for side in "AB")
         found = fused["transformer"][f"{name}.weight"].rows(0, 1000).read()
         torch.testing.assert_close(found, up[:1000] @ down, rtol=1e-5, atol=1e-5)
+
+
+def test_one_lora_in_two_spellings_is_merged_once(flux: DiffusionPipeline, tmp_path: Path) -> None:
+    """Those of the authors and of diffusers, as mixed files have them; the second one is rounded to 16 bits."""
+    dit, fused_name = flux.transformer, "double_blocks.0.img_attn.qkv"
+    down, up = matrices(72, 216, 0)
+    parts = [f"transformer.transformer_blocks.0.attn.to_{part}" for part in "qkv"]
+    both = kohya(fused_name, down, up)
+    for part, rows in zip(parts, up.chunk(3), strict=True):
+        both |= bfl(part, (down / 2).bfloat16(), rows.bfloat16())
+    once = fuse({"transformer": lazily(dit, tmp_path)}, [(write(tmp_path, kohya(fused_name, down, up)), 0.8)], FLUX)
+    values = {name: tensor.read() for name, tensor in once["transformer"].items()}
+    report = LoadReport()
+    twice = fuse({"transformer": lazily(dit, tmp_path)}, [(write(tmp_path, both), 0.8)], FLUX, report)
+    for name, value in values.items():
+        torch.testing.assert_close(twice["transformer"][name].read(), value, rtol=0.02, atol=0.02)
+    (note,) = report.unexpected
+    assert "the same is there under other names; it is merged once" in note.why
+    both[f"{parts[1]}.lora_B.weight"] = -both[f"{parts[1]}.lora_B.weight"]
+    with pytest.raises(UserError, match=r"changes transformer_blocks.0.attn.to_k.weight twice and differently, as"):
+        fuse({"transformer": lazily(dit, tmp_path)}, [(write(tmp_path, both), 0.8)], FLUX)
+    file = write(tmp_path, kohya(fused_name, down, up))
+    given_twice = fuse({"transformer": lazily(dit, tmp_path)}, [(file, 0.8), (file, 0.8)], FLUX)["transformer"]
+    name = "transformer_blocks.0.attn.to_q.weight"
+    before = dit.state_dict()[name]
+    torch.testing.assert_close(given_twice[name].read() - before, 2 * (values[name] - before), rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_checkpoint_can_do_without_is_said(flux: DiffusionPipeline, tmp_path: Path) -> None:
+    """A LoRA of FLUX.1-dev on schnell, which has no guidance embedder, without T5; and embeddings of OneTrainer."""
+    dit, name = flux.transformer, "double_blocks.0.txt_mlp.2"
+    down, up = matrices(288, 72, 0)
+    others = {
+        **kohya("guidance_in.in_layer", *matrices(256, 72, 1)),
+        **{
+            f"lora_te3_encoder_block_0_layer_0_SelfAttention_q.{part}.weight": torch.ones(2, 2) for part in ("lora_up",)
+        },
+        "bundle_emb.word.t5_out": torch.ones(2, 2),
+    }
+    file, report = write(tmp_path, kohya(name, down, up) | others), LoadReport()
+    fused = fuse({"transformer": lazily(dit, tmp_path)}, [(file, 1.0)], FLUX, report)["transformer"]
+    assert_added(fused, dit, {"transformer_blocks.0.ff_context.net.2": up @ down}, 0.5)
+    said = " ".join(map(str, report.unexpected))
+    assert len(report.unexpected) == 3
+    for part in ("no guidance embedder", "text_encoder_2 is left out of this export", "bundle_emb.word.t5_out"):
+        assert part in said
+    strict = LoadReport(strict=True)
+    fuse({"transformer": lazily(dit, tmp_path)}, [(file, 1.0)], FLUX, strict)
+    with pytest.raises(UserError, match="no guidance embedder"):
+        strict.conclude()
+    with pytest.raises(UserError, match=r"nothing in .* has an effect on this export"):
+        fuse({"transformer": lazily(dit, tmp_path)}, [(write(tmp_path, others), 1.0)], FLUX)
+
+
+def test_modules_that_are_most_like_those_of_the_file(flux: DiffusionPipeline, tmp_path: Path) -> None:
+    dit = {"transformer": lazily(flux.transformer, tmp_path)}
+    file = write(tmp_path, bfl("transformer.transformer_blocks.7.attn.to_q", *matrices(72, 72, 0)))
+    with pytest.raises(UserError, match=r"attn.to_q is most like transformer_blocks.0.attn.to_q\)"):
+        fuse(dit, [(file, 1.0)], FLUX)
+
+
+def test_a_folder_of_peft_without_t5(random_schnell: Path, tmp_path: Path) -> None:
+    """As the command line takes it: the folder, and a checkpoint of which T5 is left out."""
+    tensors = bfl("transformer.transformer_blocks.0.attn.to_q", *matrices(72, 72, 0))
+    tensors |= bfl("text_encoder_2.encoder.block.0.layer.0.SelfAttention.q", *matrices(56, 60, 0))
+    (tmp_path / "style").mkdir()
+    write(tmp_path / "style", tensors).rename(tmp_path / "style" / "adapter_model.safetensors")
+    (tmp_path / "style" / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 16}')
+    values = {}
+    for encoders, said in (("all", 0), ("clip", 1)):
+        source = CheckpointSource(random_schnell, loras=((tmp_path / "style", 0.5),), text_encoders=encoders)
+        checkpoint = open_files(source)
+        assert checkpoint.loras == ("style/adapter_model.safetensors:0.5",)
+        values[encoders] = checkpoint.tensors["transformer"]["transformer_blocks.0.attn.to_q.weight"].read()
+        assert len(checkpoint.report.unexpected) == said
+    assert torch.equal(values["all"], values["clip"])
+    before = folder_tensors(open_checkpoint(random_schnell).weights("transformer"))
+    down, up = matrices(72, 72, 0)
+    expected = before["transformer_blocks.0.attn.to_q.weight"].read() + 0.5 * 4 * up @ down
+    torch.testing.assert_close(values["all"], expected)

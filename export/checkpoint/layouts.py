@@ -52,8 +52,8 @@ class Layout:
     lora_encoders: maps each prefix in Kohya's LoRA files to diffusers' folder of the text encoder.
     lora_joint: maps the name that adapters have for several of diffusers' modules at once to these modules, in the
         order of their rows. {} stands for the number of the block.
-    lora_optional: patterns of modules that only some models of the family have, without dots, and why a checkpoint can
-        do without what an adapter has for them.
+    lora_optional: patterns of modules that not all models of the family have, as `transformer.block_0_part` without
+        further dots, and why a checkpoint can do without what an adapter has for them.
     """
 
     key: str

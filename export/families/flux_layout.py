@@ -66,6 +66,7 @@ LAYOUT = Layout(
         "single_transformer_blocks.{}.attn.to_qkv": SINGLE_QKV,
     },
     lora_optional={
-        r"(time_text_embed_guidance_embedder|guidance_in)_.*": "this model has no guidance embedder, as FLUX.1-dev has",
+        r"transformer\.(time_text_embed_guidance_embedder|guidance_in)_.*": "this model has no guidance embedder",
+        r"text_encoder\.text_projection": "FLUX.1 uses CLIP without its projection",
     },
 )

@@ -106,12 +106,17 @@ def describe_adapter(file: Path) -> AdapterDescription:
         ranks=dict(sorted(ranks.items())),
         alphas=dict(sorted(alphas.items())),
         spelling=first(SPELLINGS, modules) or "no prefix, as some tools write them",
-        network=first(NETWORKS, (name.replace(".", "_") for name in modules)) or "no known model",
+        network=network_of(modules) or "no known model",
         components=Counter(component(module) for module in modules),
         modules=tuple(modules),
         strange=tuple(strange),
         settings=settings,
     )
+
+
+def network_of(modules: Iterable[str]) -> str | None:
+    """Return the models whose modules have such names; None if no known model has."""
+    return first(NETWORKS, (name.replace(".", "_") for name in modules))
 
 
 def component(module: str) -> str:

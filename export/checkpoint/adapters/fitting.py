@@ -67,7 +67,9 @@ def _fit(
     known: tuple[Index, Mapping[str, Tensors]],
 ) -> Fit:
     names, components = known
-    matched, lacking, unmatched, misfits = 0, [], list(strange), []
+    matched, unmatched = 0, list(strange)
+    lacking: list[str] = []
+    misfits: list[str] = []
     for written, parts in modules.items():
         module = names.find(written)
         if module is None:

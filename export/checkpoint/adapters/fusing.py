@@ -15,6 +15,7 @@ from pathlib import Path
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.adapters import difference, dora, keys, loha, lokr, lora, oft
 from ditforge.export.checkpoint.adapters.changes import Change, Parts, addition, shapes
+from ditforge.export.checkpoint.adapters.description import network_of
 from ditforge.export.checkpoint.adapters.names import Index, Module, Target, index
 from ditforge.export.checkpoint.adapters.settings import Settings, read_settings
 from ditforge.export.checkpoint.conversion import Tensors
@@ -138,7 +139,7 @@ def read_uses(file: Path, strength: float, names: Index, report: LoadReport) -> 
         else:
             strange.append(written)
     if strange:
-        raise unmatched(file, sorted(strange), names)
+        raise unmatched(file, sorted(strange), names, None if found else network_of(modules))
     if not found:
         reasons = "; ".join(f"{shown(group)}: {why}" for why, group in skipped.items())
         raise UserError(f"nothing in {file} has an effect on this export ({reasons})", "leave it out")
@@ -147,13 +148,23 @@ def read_uses(file: Path, strength: float, names: Index, report: LoadReport) -> 
     uses = []
     for written, module in found.items():
         parts = dict(modules[written])
+        check_dtypes(file, written, parts)
         if parts.keys() <= {"alpha"}:
             raise UserError(f"{file}: {written} has an alpha and no matrices", "copy the file again")
         for parameter, change in changes(file, written, module, parts, settings).items():
             uses.append(Use(written, module, parameter, change))
-        note_ineffective(file, written, modules[written], strength, report)
+    note_ineffective(file, {written: modules[written] for written in found}, strength, report)
     note_metadata(file, modules, settings, report)
     return uses
+
+
+def check_dtypes(file: Path, written: str, parts: Parts) -> None:
+    """Raise UserError if a tensor other than an alpha consists of integers, which pack weights in an unknown way."""
+    for name, tensor in parts.items():
+        if name != "alpha" and not tensor.dtype.is_floating_point:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            problem = f"{file}: {name} of {written} is {kind}, numbers that are packed in a way that is not known"
+            raise UserError(problem, "use a file with numbers in 16 or 32 bits")
 
 
 def changes(file: Path, written: str, module: Module, parts: Parts, settings: Settings) -> dict[str, Change]:
@@ -248,25 +259,38 @@ def check_fit(file: Path, use: Use, weight: Lazy, part: Lazy, name: str) -> None
         return
     found = f"{file}: {use.written} is {change.sizes}, and {name} is {list(part.shape)}"
     if change.rows == weight.length and change.row and change.row > numbers and change.row % numbers == 0:
-        problem = f"{found}: a control LoRA, which makes this input of the network wider"
-        raise UserError(problem, "leave it out: an export has no input for its picture")
+        problem = f"{found}: made for a model with a wider input here, as control LoRAs and those of Fill are"
+        raise UserError(problem, "leave it out: an export has no input for their pictures")
     raise UserError(f"{found}: a LoRA of another model", OTHER_MODEL)
 
 
-def unmatched(file: Path, names: Sequence[str], known: Index) -> UserError:
-    """Return the error for modules that fit nothing in the checkpoint, with those that they are most like."""
+def unmatched(file: Path, names: Sequence[str], known: Index, network: str | None) -> UserError:
+    """Return the error for modules that fit nothing in the checkpoint, with those that they are most like.
+
+    `network` says whose names they are, if that is known.
+    """
     near = {name: known.nearest(name) for name in names[:3]}
     like = ", ".join(f"{name} is most like {other}" for name, other in near.items() if other)
     problem = f"{file}: {shown(names)} fit nothing in this checkpoint: a LoRA of another model, or none"
+    problem += f"; the names are those of {network}" if network else ""
     return UserError(problem + (f" ({like})" if like else ""), OTHER_MODEL)
 
 
-def note_ineffective(file: Path, written: str, parts: Parts, strength: float, report: LoadReport) -> None:
-    """Add to the report what has no effect: an alpha beside a difference, and a strength beside a whole weight."""
-    if strength != 1 and {"set_weight", *keys.WHOLE} & parts.keys():
-        report.add(f"the strength {strength:g} of {written} in {file}", "it replaces the weight, whatever the strength")
-    if "alpha" in parts and not (keys.LORA_PARTS | keys.LOHA_PARTS | keys.LOKR_PARTS | {"oft_blocks"}) & parts.keys():
-        report.add(f"{written}.alpha in {file}", "differences of whole weights have no alpha in any tool")
+def note_ineffective(file: Path, modules: Mapping[str, Parts], strength: float, report: LoadReport) -> None:
+    """Add to the report what has no effect: alphas of kinds without a scale, and a strength beside a whole weight."""
+    scaled = keys.LORA_PARTS | keys.LOHA_PARTS | keys.LOKR_PARTS | {"oft_blocks"}
+    alphas = {written: parts for written, parts in modules.items() if "alpha" in parts}
+    whole = [w for w, parts in alphas.items() if {"lokr_w1", "lokr_w2"} <= parts.keys()]
+    unscaled = [written for written, parts in alphas.items() if not scaled & parts.keys()]
+    replaced = [written for written, parts in modules.items() if {"set_weight", *keys.WHOLE} & parts.keys()]
+    if whole:  # LyCORIS writes an alpha beside them all the same
+        report.add(f"the alpha of {shown(whole)} in {file}", "a LoKr of two whole matrices has no rank", expected=True)
+    if unscaled:
+        report.add(f"the alpha of {shown(unscaled)} in {file}", "this kind of adapter is not scaled by an alpha")
+    if replaced and strength != 1:
+        report.add(
+            f"the strength {strength:g} of {shown(replaced)} in {file}", "whole weights are replaced all the same"
+        )
 
 
 def note_metadata(file: Path, modules: Mapping[str, Parts], settings: Settings, report: LoadReport) -> None:

@@ -101,7 +101,7 @@ class Index:
             if component != DIT and component not in self.modules:
                 return f"{component} is left out of this export"
             for pattern, why in self.optional.items():
-                if component == DIT and re.fullmatch(pattern, flat[start:]):
+                if re.fullmatch(pattern, f"{component}.{flat[start:]}"):
                     return why
         return None
 

@@ -56,7 +56,7 @@ class Settings:
         config = self.config(component)
         by_tensor = None
         if alpha is not None:
-            by_tensor = 1.0 if rank is None else self.alpha(alpha, module) / rank
+            by_tensor = 1.0 if rank is None else self._scaling_alpha(alpha, module) / rank
             if config.get("use_rslora"):
                 problem = f"{self.file}: {module} has an alpha, and {self.origin} has use_rslora"
                 fix = "keep one of them in the file"
@@ -75,6 +75,15 @@ class Settings:
         value = float(alpha.read().float().reshape(-1)[0])
         if not isfinite(value):
             raise UserError(f"{self.file}: the alpha of {module} is {value}", "use a file with finite numbers")
+        return value
+
+    def _scaling_alpha(self, alpha: Lazy, module: str) -> float:
+        value = self.alpha(alpha, module)
+        if value == 0:
+            problem = (
+                f"{self.file}: the alpha of {module} is 0, which Kohya's scripts read as the rank, and ComfyUI as 0"
+            )
+            raise UserError(problem, "set it in the file: to the rank, or take the module out")
         return value
 
     def _by_config(self, config: Mapping[str, Any], module: str, rank: int | None) -> float | None:

@@ -60,4 +60,4 @@ def test_a_whole_weight_has_no_strength(dit: FluxTransformer2DModel, tmp_path: P
     stored({"diffusion_model.img_in.set_weight": weight}, tmp_path / "a.safetensors")
     state = merged(dit, [(tmp_path / "a.safetensors", 0.5)], tmp_path, report)
     torch.testing.assert_close(state["x_embedder.weight"], weight)
-    assert "it replaces the weight, whatever the strength" in str(report.unexpected[0])
+    assert "whole weights are replaced all the same" in str(report.unexpected[0])

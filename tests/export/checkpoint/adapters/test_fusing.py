@@ -268,6 +268,7 @@ def test_what_fits_nothing_is_refused(flux: DiffusionPipeline, sd3: DiffusionPip
             f"transformer.{name}.lora_magnitude_vector": torch.ones(3),
             **good,
         },
+        r"fit nothing .* are those of Stable Diffusion 1, 2 or XL": kohya("input_blocks.4.1.proj_in", down, up),
         r"lora_unet_x fit nothing": {"lora_unet_x.hada_w1_a": torch.ones(2, 2)},
         r"img_in has no hada_w1_b": {"lora_unet_img_in.hada_w1_a": torch.ones(2, 2)},
         r"img_in has both lokr_w1 and": {
@@ -282,10 +283,12 @@ def test_what_fits_nothing_is_refused(flux: DiffusionPipeline, sd3: DiffusionPip
         r"is a textual inversion": {"clip_l": torch.ones(2, 2)},
         r"img_in is \[3\], and x_embedder.bias is \[72\]": {**good, "diffusion_model.img_in.diff_b": torch.ones(3)},
         r"qkv is \[3\], and .*to_q.bias is \[72\]": {**good, f"{name}.lora_B.bias": torch.ones(3)},
-        r"a control LoRA, which makes this input": bfl("img_in", torch.zeros(4, 128), torch.zeros(72, 4)),
+        r"a wider input here, as control LoRAs": bfl("img_in", torch.zeros(4, 128), torch.zeros(72, 4)),
         r"holds whole weights, .* and no adapter": {"img_in.weight": torch.ones(2, 2)},
         r"the alpha of .* is nan": {**good, f"{name}.alpha": torch.tensor(float("nan"))},
         r"several adapters of PEFT: a, b": {f"{name}.lora_A.a.weight": down, f"{name}.lora_A.b.weight": down},
+        r"the alpha of .* is 0, which Kohya's": {**good, f"{name}.alpha": torch.tensor(0.0)},
+        r"lora_up of .* is int8, numbers that are packed": {**good, f"{name}.lora_B.weight": up.to(torch.int8)},
         r"has an alpha and no matrices": {**good, "img_in.alpha": torch.tensor(1.0)},
         "holds no tensors, and so no LoRA": {},
         r"a rank of 0": bfl(name, torch.zeros(0, 72), torch.zeros(216, 0)),
@@ -300,7 +303,7 @@ def test_what_fits_nothing_is_refused(flux: DiffusionPipeline, sd3: DiffusionPip
         with pytest.raises(UserError, match=message):
             fuse(dit, [(write(tmp_path, tensors), 1.0)], FLUX)
     (tmp_path / "sd3").mkdir()
-    with pytest.raises(UserError, match="fit nothing in this checkpoint"):
+    with pytest.raises(UserError, match=r"fit nothing in this checkpoint: .* names are those of FLUX.1, or"):
         fuse({"transformer": lazily(sd3.transformer, tmp_path / "sd3")}, [(write(tmp_path, good), 1.0)], SD3)
     with pytest.raises(UserError, match="holds no tensors, and so no LoRA"):
         fuse(dit, [(write(tmp_path, {}), 1.0)], FLUX)

@@ -169,6 +169,7 @@ def test_modules_that_a_checkpoint_can_do_without(flux: Index, sd3: Index) -> No
         assert flux.find(written) is None
         assert "guidance embedder" in (flux.lacking(written) or "")
         assert sd3.lacking(written) is None
+    assert "without its projection" in (flux.lacking("lora_te1_text_projection") or "")
     del sd3.modules["text_encoder_3"]
     assert (
         sd3.lacking("lora_te3_encoder_block_0_layer_0_SelfAttention_q") == "text_encoder_3 is left out of this export"

@@ -12,8 +12,9 @@ import torch
 
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.adapters import keys
-from ditforge.export.checkpoint.adapters.fusing import Use, changes, check_fit, gathered
+from ditforge.export.checkpoint.adapters.fusing import check_fit, gathered
 from ditforge.export.checkpoint.adapters.names import DIT, Index, index
+from ditforge.export.checkpoint.adapters.reading import Use, changes
 from ditforge.export.checkpoint.adapters.settings import Settings, read_settings
 from ditforge.export.checkpoint.conversion import Tensors
 from ditforge.export.checkpoint.diffusers_folder import INDEX, read_json

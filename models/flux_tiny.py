@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from scenes import caption, training_scenes
 from training import build_autoencoder, build_t5, fill_with_zeros, to_stored_type
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
-from vocabulary import CLIP_LENGTH, clip_tokenizer, save_tokenizer, t5_tokenizer
+from vocabulary import CLIP_LENGTH, clip_tokenizer, save_settings, save_tokenizer, t5_tokenizer
 
 
 @dataclass
@@ -97,4 +97,5 @@ def save_pipeline(models: Models, folder: Path) -> None:
         transformer=models.transformer,
     )
     pipeline.save_pretrained(folder)
+    save_settings(folder)
     save_tokenizer(models.tokenizer, folder / "tokenizer")

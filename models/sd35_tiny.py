@@ -20,7 +20,7 @@ from transformers import (
     T5EncoderModel,
     T5TokenizerFast,
 )
-from vocabulary import clip_tokenizer, save_tokenizer, t5_tokenizer
+from vocabulary import clip_tokenizer, save_settings, save_tokenizer, t5_tokenizer
 
 SHIFT = 3.0  # of the schedule, at every size
 CLIP_TOKENS = 24  # captions have 20 at most, and each of CLIP's tokens is one of the transformer's
@@ -117,5 +117,6 @@ def save_pipeline(models: Models, folder: Path) -> None:
         tokenizer_3=models.tokenizer_3,
     )
     pipeline.save_pretrained(folder)
+    save_settings(folder)
     save_tokenizer(models.tokenizer, folder / "tokenizer")
     save_tokenizer(models.tokenizer_2, folder / "tokenizer_2")

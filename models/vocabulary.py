@@ -78,3 +78,8 @@ def save_tokenizer(tokenizer: CLIPTokenizer | T5TokenizerFast, folder: Path) -> 
     tokenizer.save_pretrained(folder)
     if isinstance(tokenizer, CLIPTokenizer):
         tokenizer.backend_tokenizer.model.save(str(folder))
+
+
+def save_settings(folder: Path) -> None:
+    """Writes ditforge.json, which says with how many tokens of T5 the model was trained."""
+    (folder / "ditforge.json").write_text(json.dumps({"text_length": T5_LENGTH}, indent=2) + "\n")

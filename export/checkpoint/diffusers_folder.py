@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.component_files import file_sets, variants
+from ditforge.export.checkpoint.folder_settings import FolderSettings, read_settings
 from ditforge.export.checkpoint.load_report import LoadReport
 from ditforge.export.checkpoint.weights import Weights, component_files, file_names
+from ditforge.option import setting
 from ditforge.small_files import read_json_object
 
 if TYPE_CHECKING:
     from ditforge.export.checkpoint.lazy_tensors import Lazy
+    from ditforge.export.checkpoint.variants import Variant
 
 INDEX = "model_index.json"
 CONFIG = "config.json"
+NETWORKS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 CONFIGS = Path(__file__).parents[1] / "configs"  # published models' folders, without weights and vocabularies
 
 
@@ -34,6 +38,10 @@ class Checkpoint:
     configs: configurations that replace those of the folder, by component and file name.
     loras: the LoRAs that were added, as FILE:STRENGTH, without the files' folders.
     variant: the variants that the user asked for; LoadReport.choose() says which of several choices is among them.
+    text_length: the tokens of T5's input that the user asked for; None for the model's own length.
+    settings: what the folder's ditforge.json says.
+    chosen: the variant of the family, where it was found before; None if the folder's files tell it.
+    repository: the repository on the Hub that the folder is from; empty if it is from elsewhere.
     repositories: which parts are from the Hugging Face Hub, and their commits; empty if none is.
     report: what was not read of the files, and what was chosen; those who read them add to it.
     """
@@ -46,6 +54,10 @@ class Checkpoint:
     configs: Mapping[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
     loras: tuple[str, ...] = ()
     variant: tuple[str, ...] = ()
+    text_length: int | None = None
+    settings: FolderSettings = field(default_factory=FolderSettings)
+    chosen: Variant | None = None
+    repository: str = ""
     repositories: str = ""
     report: LoadReport = field(default_factory=LoadReport, compare=False)
 
@@ -123,11 +135,36 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder", "give the folder of a checkpoint in diffusers' layout")
     if not (folder / INDEX).is_file():
-        raise UserError(
-            f"{folder} has no {INDEX}, so it is not a checkpoint in diffusers' layout",
-            "download the whole repository of the model, with its subfolders transformer, vae, text_encoder, …",
-        )
-    return Checkpoint(folder, str(read_json(folder / INDEX).get("_class_name", "")))
+        problem = f"{folder} has no {INDEX}, so it is not a checkpoint in diffusers' layout"
+        raise UserError(problem, elsewhere(folder))
+    pipeline = str(read_json(folder / INDEX).get("_class_name", ""))
+    return Checkpoint(folder, pipeline, settings=read_settings(folder))
+
+
+def elsewhere(folder: Path) -> str:
+    """Return what to do about a folder without an INDEX: it may be a part of a checkpoint's folder, or around one."""
+    if found := sorted(path.parent for path in folder.glob(f"*/{INDEX}")):
+        return f"give one that has it: {', '.join(map(str, found[:3]))}"
+    if (folder.resolve().parent / INDEX).is_file():
+        return f"give the whole checkpoint: {folder.resolve().parent}"
+    if components_in(folder):
+        return f"{setting('base', 'FOLDER')}, a diffusers folder of the model it was made from, has the rest"
+    return "download the whole repository of the model, with its subfolders transformer, vae, text_encoder, …"
+
+
+def components_in(folder: Path) -> dict[str, Path]:
+    """Return the networks in a folder without an INDEX, as trainers save them: component → the folder that holds it.
+
+    It has subfolders such as `transformer`, or it is the folder of a transformer itself.
+    """
+    if is_network(folder) and "Transformer" in str(read_json(folder / CONFIG).get("_class_name", "")):
+        return {"transformer": folder}
+    return {name: folder / name for name in NETWORKS if is_network(folder / name)}
+
+
+def is_network(folder: Path) -> bool:
+    """Return whether the folder has a configuration and weights."""
+    return (folder / CONFIG).is_file() and any(folder.glob("*.safetensors"))
 
 
 def t5_parts(index: dict[str, Any]) -> list[str]:

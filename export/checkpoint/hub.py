@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from ditforge.errors import DitforgeWarning, UserError
+from ditforge.export.checkpoint.diffusers_folder import components_in
 
 SAFETENSORS = ".safetensors"
 SINGLE_SUFFIXES = (SAFETENSORS, ".sft", ".gguf")
@@ -152,8 +153,19 @@ def title(folder: Path) -> str | None:
     return snapshot.repository.split("/")[-1] if snapshot else None
 
 
+def name_of(path: Path) -> str:
+    """Return the repository of a path in the Hub's cache, and its file there, without the commit; "" if elsewhere."""
+    snapshot = snapshot_of(path)
+    return "/".join(filter(None, (snapshot.repository, snapshot.file))) if snapshot else ""
+
+
 def held_components(path: Path) -> frozenset[str]:
-    """Return the components whose weights are in the single file `path`; none if `path` is not a file."""
+    """Return the components whose weights are surely in `path`, a single file or a folder with some networks.
+
+    Which of a base's text encoders a file without a DiT holds is known only with the base.
+    """
+    if path.is_dir():
+        return frozenset(components_in(path))
     if not path.is_file():
         return frozenset()
     from ditforge.export.checkpoint.layouts import open_single_file

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
@@ -19,13 +19,16 @@ from diffusers.loaders import single_file_utils
 
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.adapters.keys import is_adapter
+from ditforge.export.checkpoint import hub
 from ditforge.export.checkpoint.architectures import GGUF_NAMES, architecture_of, encoder_of
 from ditforge.export.checkpoint.conversion import Piece, Recipe, Tensors
 from ditforge.export.checkpoint.dequantising import dequantised
+from ditforge.export.checkpoint.diffusers_folder import CONFIG, INDEX, Checkpoint, components_in, read_json
 from ditforge.export.checkpoint.gguf_file import is_gguf, open_gguf
 from ditforge.export.checkpoint.gguf_names import ENCODERS, as_in_transformers, restored
-from ditforge.export.checkpoint.lazy_tensors import Lazy, open_tensors
+from ditforge.export.checkpoint.lazy_tensors import Lazy, identity, open_tensors, transposed
 from ditforge.export.checkpoint.load_report import LoadReport, shown
+from ditforge.export.checkpoint.variants import NAME_OR_PATH, names_in
 from ditforge.export.checkpoint.weights import read_metadata
 from ditforge.export.families import Family, families
 from ditforge.option import option, setting
@@ -34,7 +37,18 @@ DIT_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 VAE_PREFIXES = ("first_stage_model.", "vae.", "")
 CLIP_G_WIDTH = 1280
 VAE_KEY = "decoder.up.0.block.0.conv1.weight"
-UNUSED_KEYS = re.compile(r".*\.(logit_scale|position_ids|spiece_model)|(.*\.)?(model_ema\.|denoiser\.).*")
+VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+CLIP_KEY = "text_model.embeddings.position_embedding.weight"
+PROJECTION = "text_projection"
+# What many files hold beside the networks, and why no export needs it.
+UNUSED = {
+    re.compile(r"(.*\.)?logit_scale"): "only the training of CLIP needs it",
+    re.compile(r"(.*\.)?position_ids"): "the positions count from 0 in any case",
+    re.compile(r"(.*\.)?spiece_model"): "the tokenizers are read from the base",
+    re.compile(r"(.*\.)?model_ema\..*"): "it is an average of the weights, which the training makes",
+    re.compile(r"(.*\.)?denoiser\..*"): "it is the schedule of the training",
+    re.compile(r"loss\..*"): "it is of the autoencoder's training",
+}
 
 Config = dict[str, Any]
 
@@ -47,8 +61,8 @@ class Layout:
     convert: diffusers' converter from the authors' names to diffusers' names.
     hints: takes diffusers' names, and returns names in the authors' layout from which `convert` counts the blocks.
     config: takes the authors' tensors, and returns the part of the DiT's configuration that their shapes tell.
-    published: takes that configuration, and returns the name of the published model that has the rest of it.
     encoders: maps ComfyUI's name of each text encoder to diffusers' folder.
+    projected: the text encoders, by ComfyUI's name, whose projection is the identity where a file lacks it.
     lora_encoders: maps each prefix in Kohya's LoRA files to diffusers' folder of the text encoder.
     lora_joint: maps the name that adapters have for several of diffusers' modules at once to these modules, in the
         order of their rows. {} stands for the number of the block.
@@ -60,9 +74,9 @@ class Layout:
     convert: Callable[[dict[str, Recipe]], dict[str, Recipe]]
     hints: Callable[[Iterable[str]], list[str]]
     config: Callable[[Tensors], Config]
-    published: Callable[[Config], str]
     encoders: Mapping[str, str]
     lora_encoders: Mapping[str, str]
+    projected: tuple[str, ...] = ()
     lora_joint: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     lora_optional: Mapping[str, str] = field(default_factory=dict)
 
@@ -75,48 +89,51 @@ def count_blocks(names: Iterable[str], kind: str) -> int:
 
 @dataclass(frozen=True)
 class SingleFile:
-    """The contents of a checkpoint in one file.
+    """The contents of a checkpoint in one file, or of a folder with only some networks.
 
-    file: the file.
+    file: the file or folder.
     family: the family of its DiT; None if it has no DiT.
     components: for each of diffusers' components that it holds, the tensors by diffusers' names.
-    config: the part of the DiT's configuration that the shapes tell; {} if it has no DiT.
-    published: the configurations' folder of a published model, from which the rest is taken; None if it has no DiT.
+    config: the part of the DiT's configuration that is known, for a file from the shapes; {} if it has no DiT.
+    configs: the configurations that it holds, by component and file name; a file holds none.
+    names: what the file calls the model, for variants.py: places in the file, and names.
     """
 
     file: Path
     family: Family | None
     components: dict[str, dict[str, Lazy]]
     config: Config
-    published: Path | None
+    configs: Mapping[tuple[str, str], Config] = field(default_factory=dict)
+    names: Sequence[tuple[str, str]] = ()
 
-    def transformer_config(self, base: Config | None = None) -> Config:
-        """Return the DiT's configuration: what the shapes tell, and the rest from `base` or the published model.
+    def transformer_config(self, published: Path, base: Config | None = None) -> Config:
+        """Return the DiT's configuration: what is known of it, and the rest from `base` or the published model.
 
-        Raises UserError if the rest is from the published model and that has another head size. The rotary axes depend
-        on the head size, and shapes do not tell them.
+        `published` is the folder of that model's configurations. Raises UserError if the rest is from there and that
+        model has another head size. The rotary axes depend on the head size, and shapes do not tell them.
         """
+        if ("transformer", CONFIG) in self.configs:
+            return self.config
         if base is not None:
             return base | self.config
-        assert self.published is not None, f"{self.file} holds no DiT"
-        known = json.loads((self.published / "transformer" / "config.json").read_bytes())
+        known = json.loads((published / "transformer" / CONFIG).read_bytes())
         if known["attention_head_dim"] != self.config["attention_head_dim"]:
             head, usual = self.config["attention_head_dim"], known["attention_head_dim"]
-            problem = f"the DiT in {self.file} has heads of {head}, {self.published.name} of {usual}"
+            problem = f"the DiT in {self.file} has heads of {head}, {published.name} of {usual}"
             raise UserError(problem, f"{setting('base', 'FOLDER')}, a diffusers folder of this model")
         result: Config = known | self.config
         return result
 
 
-def open_single_file(file: Path, report: LoadReport | None = None, pipeline: str | None = None) -> SingleFile:
+def open_single_file(file: Path, report: LoadReport | None = None, base: Checkpoint | None = None) -> SingleFile:
     """Recognise the components in the safetensors or GGUF file by its keys. No weight is read.
 
-    The tensors that belong to no component are added to `report`. `pipeline` is the class of the base's pipeline, which
-    tells the components' names in a file without a DiT. Raises UserError if no component is known, if a tensor is
+    `base` is the folder that completes the file; where the file has no DiT, it tells which text encoder is meant. The
+    tensors that belong to no component are added to `report`. Raises UserError if no component is known, if a tensor is
     missing, if a component has a tensor that does not belong to it, or if the model is of another architecture.
     """
     report = report or LoadReport()
-    tensors = dequantised(as_in_comfy(open_contents(file, report)), report)
+    tensors = dequantised(as_in_comfy(open_contents(file, report), base), report)
     refuse_other_architectures(file, tensors)
     components: dict[str, dict[str, Lazy]] = {}
     family, prefix = find_dit(tensors)
@@ -130,28 +147,103 @@ def open_single_file(file: Path, report: LoadReport | None = None, pipeline: str
         components["transformer"] = convert_dit(family, dit, file)
         config = read_config(family, dit, file)
         used.update(prefix + key for key in dit)
-    of_base = next((known for known in families() if known.pipeline == pipeline), None)
-    for name, folder in encoder_folders(family or of_base, tensors).items():
-        encoder = f"text_encoders.{name}.transformer."
-        if found := without_prefix(tensors, encoder):
-            components[folder] = found
-            used.update(encoder + key for key in found)
+    known = family or family_with(base)
+    for name, folder in encoder_folders(known, tensors).items():
+        if keys := encoder_keys(name, tensors):
+            components[folder] = encoder_tensors({key: tensors[full] for key, full in keys.items()})
+            used.update(keys.values())
+            if known and known.layout and name in known.layout.projected:
+                add_projection(name, components[folder], report)
     vae_prefix = next((p for p in VAE_PREFIXES if p + VAE_KEY in tensors), None)
     if vae_prefix is not None:
         vae = without_prefix(tensors, vae_prefix)
+        if not vae_prefix:
+            vae = {key: tensor for key, tensor in vae.items() if key.startswith(VAE_PARTS)}
         components["vae"] = convert_vae(vae, file)
         used.update(vae_prefix + key for key in vae)
     if not components:
         raise unknown(file, tensors)
-    if left := [key for key in tensors if key not in used and not UNUSED_KEYS.fullmatch(key)]:
-        report.add(f"{shown(left)} in {file}", "no component of a known model has such tensors, so they are ignored")
+    report_unused([key for key in tensors if key not in used], file, report)
     if family and "kontext" in f"{file.name} {' '.join(read_metadata(file).values())}".lower():
         why = (
             "FLUX.1 Kontext, if it is that, has the tensors of FLUX.1-dev and is exported as that: without its picture"
         )
         report.add(f"the name or the metadata of {file} speak of Kontext", why)
-    published = family.published[family.layout.published(config)] if family and family.layout else None
-    return SingleFile(file, family, components, config, published)
+    return SingleFile(file, family, components, config, names=names_of(file))
+
+
+def open_folder(folder: Path, report: LoadReport, base: Checkpoint) -> SingleFile:
+    """Open a folder with only some of a checkpoint's networks, in diffusers' layout, as trainers save it.
+
+    Raises UserError if its DiT is of another class than that of the base.
+    """
+    components, configs = {}, {}
+    for name, place in components_in(folder).items():
+        alone = Checkpoint(place.parent, "", variant=report.variants, report=report)
+        components[name] = dict(alone.read_component(place.name))
+        configs[name, CONFIG] = read_json(place / CONFIG)
+    config = configs.get(("transformer", CONFIG), {})
+    cls, wanted = config.get("_class_name"), (base.config("", INDEX).get("transformer") or [None])[-1]
+    if config and cls != wanted:
+        problem = f"{folder} holds a {cls}, and the transformer of {base.folder} is a {wanted}"
+        raise UserError(problem, f"{setting('base', 'FOLDER')}, a diffusers folder of the same family")
+    names = [("its _name_or_path", str(config.get(NAME_OR_PATH) or ""))]
+    family = family_with(base) if config else None
+    return SingleFile(folder, family, components, config, configs, [("the Hub", hub.name_of(folder)), *names])
+
+
+def names_of(file: Path) -> list[tuple[str, str]]:
+    """Return what the file is called by the Hub and in its metadata, for variants.py."""
+    return [("the Hub", hub.name_of(file)), *names_in(read_metadata(file))]
+
+
+def report_unused(keys: Iterable[str], file: Path, report: LoadReport) -> None:
+    """Add the tensors of `file` that belong to no component to the report."""
+    left: dict[str, list[str]] = {}
+    for key in keys:
+        reason = next((reason for pattern, reason in UNUSED.items() if pattern.fullmatch(key)), "")
+        left.setdefault(reason, []).append(key)
+    for reason, those in left.items():
+        unknown = "no component of a known model has such tensors, so they are ignored"
+        report.add(f"{shown(those)} in {file}", reason or unknown, expected=bool(reason))
+
+
+def family_with(base: Checkpoint | None) -> Family | None:
+    """Return the family of the base; None if there is no base, or if no family has its pipeline."""
+    return next((family for family in families() if base and family.pipeline == base.pipeline), None)
+
+
+def encoder_keys(name: str, tensors: Iterable[str]) -> dict[str, str]:
+    """Return the keys of the text encoder `name` in an all-in-one file, by their names in transformers' module.
+
+    ComfyUI keeps the projection inside of `transformer`, and older versions kept it beside that.
+    """
+    prefix = f"text_encoders.{name}."
+    inner = f"{prefix}transformer."
+    keys = {key[len(inner) :]: key for key in tensors if key.startswith(inner)}
+    beside = {key[len(prefix) :]: key for key in tensors if key.startswith(prefix + PROJECTION)}
+    return {**beside, **keys}
+
+
+def encoder_tensors(tensors: Tensors) -> dict[str, Lazy]:
+    """Return a text encoder's tensors by transformers' names. OpenCLIP writes the projection transposed."""
+    found = dict(tensors)
+    if (projection := found.pop(PROJECTION, None)) is not None and f"{PROJECTION}.weight" not in found:
+        found[f"{PROJECTION}.weight"] = transposed(projection)
+    return found
+
+
+def add_projection(name: str, encoder: dict[str, Lazy], report: LoadReport) -> None:
+    """Add the identity as the projection of a CLIP whose file lacks it.
+
+    diffusers does so too (single_file_utils.create_diffusers_clip_model_from_ldm), and so does ComfyUI.
+    """
+    if f"{PROJECTION}.weight" in encoder or CLIP_KEY not in encoder:
+        return
+    positions = encoder[CLIP_KEY]
+    encoder[f"{PROJECTION}.weight"] = identity(positions.shape[1], positions)
+    reason = f"{positions.file} lacks it, which means that it is the identity"
+    report.add(f"{PROJECTION}.weight of {name}", reason, expected=True)
 
 
 def open_contents(file: Path, report: LoadReport) -> dict[str, Lazy]:
@@ -174,14 +266,21 @@ def layout_keys() -> tuple[str, ...]:
     return tuple(family.layout.key for family in families() if family.layout)
 
 
-def as_in_comfy(tensors: dict[str, Lazy]) -> dict[str, Lazy]:
-    """Return the tensors of a file that is one text encoder as ComfyUI has them in a file with several components."""
+def as_in_comfy(tensors: dict[str, Lazy], base: Checkpoint | None = None) -> dict[str, Lazy]:
+    """Return the tensors of a file that is one text encoder as ComfyUI has them in a file with several components.
+
+    Of two CLIPs, it is the one that is as wide as that of the base.
+    """
     encoder = encoder_of(tensors)
     if encoder is None:
         return tensors
     if encoder == "clip":
         width = tensors["text_model.encoder.layers.0.self_attn.q_proj.weight"].shape[-1]
-        encoder = "clip_l" if width < CLIP_G_WIDTH else "clip_g"
+        family = family_with(base)
+        folders = family.layout.encoders if family and family.layout else {}
+        clips = {name: folder for name, folder in folders.items() if name.startswith("clip")}
+        same = [name for name, folder in clips.items() if base and base.config(folder).get("hidden_size") == width]
+        encoder = same[0] if len(same) == 1 else "clip_l" if width < CLIP_G_WIDTH else "clip_g"
     return {f"text_encoders.{encoder}.transformer.{name}": tensor for name, tensor in tensors.items()}
 
 

@@ -73,6 +73,17 @@ def joined(parts: Iterable[Lazy]) -> Lazy:
     return Lazy((length, *parts[0].shape[1:]), parts[0].dtype, parts[0].file, read)
 
 
+def identity(size: int, like: Lazy) -> Lazy:
+    """Return the identity matrix [size, size], in the dtype and with the file of the tensor `like`."""
+    return Lazy((size, size), like.dtype, like.file, lambda a, b: torch.eye(size, dtype=like.dtype)[a:b])
+
+
+def transposed(tensor: Lazy) -> Lazy:
+    """Return the transposed matrix. The whole tensor is read for any of its rows."""
+    rows, columns = tensor.shape
+    return Lazy((columns, rows), tensor.dtype, tensor.file, lambda a, b: tensor.read()[:, a:b].T.contiguous())
+
+
 def as_weights(folder: Path, tensors: Mapping[str, Lazy]) -> Weights:
     """Return the tensors of one network as Weights. `folder` is the folder that error messages name."""
     return Weights(

@@ -10,6 +10,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
@@ -56,7 +57,7 @@ def random_checkpoint(folder: Path, seed: int = SEED) -> Iterator[Checkpoint]:
             shutil.copyfile(path, target)
         opened = open_checkpoint(copy)
         make_tokenizers(opened)
-        yield Checkpoint(copy, opened.pipeline, seed)
+        yield replace(opened, seed=seed)
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

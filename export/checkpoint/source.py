@@ -8,18 +8,32 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ditforge.errors import UserError
 from ditforge.export.checkpoint import hub
 from ditforge.export.checkpoint.adapters.folder import adapter_file, name_of
 from ditforge.export.checkpoint.adapters.settings import CONFIG as ADAPTER_CONFIG
-from ditforge.export.checkpoint.diffusers_folder import INDEX, Checkpoint, open_checkpoint, read_json, t5_parts
+from ditforge.export.checkpoint.diffusers_folder import (
+    CONFIG,
+    INDEX,
+    Checkpoint,
+    components_in,
+    open_checkpoint,
+    read_json,
+    t5_parts,
+)
+from ditforge.export.checkpoint.folder_settings import FolderSettings, check_text_length
 from ditforge.export.checkpoint.load_report import LoadReport
+from ditforge.export.checkpoint.variants import Evidence, choose, evidence_of
 from ditforge.option import option, setting
 
+if TYPE_CHECKING:
+    from ditforge.export.checkpoint.layouts import SingleFile
+    from ditforge.export.checkpoint.variants import Variant
+    from ditforge.export.families import Family
+
 TEXT_ENCODER_CHOICES = ("all", "clip")
-CONFIG = "config.json"
 SCHEDULER = "scheduler", "scheduler_config.json"
 
 
@@ -27,10 +41,11 @@ SCHEDULER = "scheduler", "scheduler_config.json"
 class CheckpointSource:
     """What a checkpoint is put together from.
 
-    path: a folder in diffusers' layout, or a .safetensors file. Both can be on the Hugging Face Hub (see hub.py), as
-        OWNER/NAME or OWNER/NAME/FILE.safetensors, and so can the base and the LoRAs. With `random_weights`, it can
-        also be the name of a published model, such as "flux.1-dev".
-    base: a folder in diffusers' layout with the components that a single file lacks, for example the tokenizers.
+    path: a folder in diffusers' layout, or a .safetensors file, or with a base a folder with only some networks, such
+        as `transformer`. It can be on the Hugging Face Hub (see hub.py), as OWNER/NAME or OWNER/NAME/FILE.safetensors,
+        and so can the base and the LoRAs. With `random_weights`, it can also be the name of a published model, such as
+        "flux.1-dev".
+    base: a folder in diffusers' layout with the components that `path` lacks, for example the tokenizers.
     loras: LoRAs and other adapters, each with the strength at which it is merged into the weights: a file, or a folder
         with one, such as PEFT writes.
     text_encoders: "all", or "clip" to leave T5 out. With "clip", T5's files may be missing.
@@ -39,6 +54,7 @@ class CheckpointSource:
     strict: raise an error, in place of warnings, if a part of the files has no effect on the export.
     variant: which of several variants is meant, where files or configurations leave it open: of files, such as "fp16",
         or of a model, such as "dev".
+    text_length: the number of tokens of T5's input; None if it is that of the model.
     """
 
     path: Path
@@ -49,6 +65,7 @@ class CheckpointSource:
     random_weights: bool = False
     strict: bool = False
     variant: tuple[str, ...] = ()
+    text_length: int | None = None
 
 
 @contextmanager
@@ -65,26 +82,40 @@ def opened(source: CheckpointSource) -> Iterator[Checkpoint]:
         raise UserError("random weights take nothing from files", f"leave out {files}, or {option('random_weights')}")
     from ditforge.export.checkpoint.random_weights import random_checkpoint  # imported late, because it imports torch
 
+    check_text_length(source.text_length)
     here = hub.local(source.path, hub.Wanted(source.text_encoders, weights=False))
     with random_checkpoint(here) as checkpoint:
-        named = replace(checkpoint, variant=source.variant, report=LoadReport(source.strict, source.variant))
+        named = replace(
+            checkpoint,
+            variant=source.variant,
+            text_length=source.text_length,
+            repository=hub.name_of(here),
+            report=LoadReport(source.strict, source.variant),
+        )
         yield with_text_encoders(named, source.text_encoders)
 
 
 def open_files(source: CheckpointSource) -> Checkpoint:
     """Open a checkpoint whose weights are in files. Raises UserError in the same cases as opened()."""
     source, report = localised(source), LoadReport(source.strict, source.variant)
-    if source.path.is_file():
-        checkpoint = _open_file(source, report)
+    check_text_length(source.text_length)
+    if source.path.is_file() or (source.base and _is_partial(source.path)):
+        checkpoint = _open_parts(source, report)
     elif source.base is not None:
         raise UserError(
-            f"{option('base')} is for a checkpoint in one file, and {source.path} is none",
+            f"{option('base')} is for a checkpoint in one file or with some networks alone, and {source.path} is none",
             f"leave out {option('base')}",
         )
     else:
         named = replace(open_checkpoint(source.path), title=hub.title(source.path), report=report)
+        named = replace(named, repository=hub.name_of(source.path))
         checkpoint = with_text_encoders(named, source.text_encoders)
-    checkpoint = replace(checkpoint, variant=source.variant, repositories=repositories(source))
+    checkpoint = replace(
+        checkpoint, variant=source.variant, text_length=source.text_length, repositories=repositories(source)
+    )
+    for lora, strength in source.loras:
+        if not strength:
+            report.add(str(lora), "its strength is 0, so it changes nothing")
     return _with_loras(checkpoint, source.loras) if source.loras else checkpoint
 
 
@@ -118,7 +149,11 @@ def with_text_encoders(checkpoint: Checkpoint, name: str) -> Checkpoint:
         )
     if name == "all":
         return checkpoint
-    return replace(checkpoint, configs={**checkpoint.configs, ("", INDEX): _without_t5(checkpoint.config("", INDEX))})
+    index = checkpoint.config("", INDEX)
+    if not t5_parts(index):
+        reason = f"{checkpoint.folder} comes without T5, so it changes nothing"
+        checkpoint.report.add(setting("text_encoders", name), reason)
+    return replace(checkpoint, configs={**checkpoint.configs, ("", INDEX): _without_t5(index)})
 
 
 def _without_t5(index: dict[str, Any]) -> dict[str, Any]:
@@ -178,35 +213,86 @@ def _files(path: Path) -> list[tuple[object, ...]]:
     return [(str(file.relative_to(start)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-def _open_file(source: CheckpointSource, report: LoadReport) -> Checkpoint:
-    from ditforge.export.checkpoint.layouts import open_single_file, require
+def _open_parts(source: CheckpointSource, report: LoadReport) -> Checkpoint:
+    """Open a single file, or a folder with some networks, and the base that has the rest."""
+    from ditforge.export.checkpoint.layouts import open_folder, open_single_file, require
 
-    file, base = source.path, source.base
-    opened = with_text_encoders(open_checkpoint(base), source.text_encoders) if base else None
-    single = open_single_file(file, report, opened.pipeline if opened else None)
-    if opened is None and single.published is None:
+    path, base, opened = source.path, source.base, None
+    if base:
+        named = replace(open_checkpoint(base), report=report, repository=hub.name_of(base))
+        opened = with_text_encoders(named, source.text_encoders)
+    single = open_folder(path, report, opened) if opened and path.is_dir() else open_single_file(path, report, opened)
+    if opened is None and single.family is None:
         held = ", ".join(single.components)
         raise UserError(
-            f"{file} holds no DiT, only {held}", f"{setting('base', 'FOLDER')}, a diffusers folder with the rest"
+            f"{path} holds no DiT, only {held}", f"{setting('base', 'FOLDER')}, a diffusers folder with the rest"
         )
     if opened and single.family and single.family.pipeline != opened.pipeline:
-        problem = f"{file} is of a {single.family.pipeline}, and {base} is a {opened.pipeline}"
+        problem = f"{path} is of a {single.family.pipeline}, and {base} is a {opened.pipeline}"
         raise UserError(problem, f"{setting('base', 'FOLDER')}, a diffusers folder of the same family")
-    folder = base or single.published
-    assert folder is not None, "one of them is there"
-    index = opened.config("", INDEX) if opened else read_json(folder / INDEX)
+    index = opened.config("", INDEX) if opened else next(map(_read_index, _published(single.family)))
     require(single, (name for name in _components(index) if name != SCHEDULER[0]), base)
     assert opened is not None, "the tokenizers are in no single file"
-    configs = dict(opened.configs)
-    if single.published:
-        names = [SCHEDULER, *((component, CONFIG) for component in single.components)]
-        for component, name in names:
-            if not (folder / component / name).is_file():
-                configs[component, name] = read_json(single.published / component / name)
-        known = folder / "transformer" / CONFIG
-        base_config = read_json(known) if known.is_file() else None
-        configs["transformer", CONFIG] = single.transformer_config(base_config)
-    return replace(opened, title=file.stem, tensors=single.components, configs=configs, report=report)
+    completed = replace(
+        opened, title=path.stem if path.is_file() else hub.title(path) or path.resolve().name, tensors=single.components
+    )
+    if single.family is None or "transformer" not in single.components:
+        return replace(completed, configs={**opened.configs, **single.configs})
+    return _completed(completed, single, single.family, report)
+
+
+def _completed(opened: Checkpoint, single: SingleFile, family: Family, report: LoadReport) -> Checkpoint:
+    """Return the base with the DiT of `single`, its variant, and the configurations that go with it."""
+    folder, configs = opened.folder, {**opened.configs, **single.configs}
+    known = folder / "transformer" / CONFIG
+    base_config = read_json(known) if known.is_file() else None
+    of_base = _variant_of_base(opened, family, base_config or single.config, whole=base_config is not None)
+    chosen = None
+    if family.variants:
+        config = family.read_config(Checkpoint(folder, "", configs={("transformer", CONFIG): single.config}))
+        chosen = choose(family.variants, Evidence(single.file, config, names=single.names, base=of_base), report)
+    published = family.published[chosen.configs] if chosen else next(_published(family))
+    for component, name in [SCHEDULER, *((component, CONFIG) for component in single.components)]:
+        if (component, name) not in configs and not (folder / component / name).is_file():
+            configs[component, name] = read_json(published / component / name)
+    settings = opened.settings
+    if chosen:
+        scheduler = configs.get(SCHEDULER) or read_json(folder.joinpath(*SCHEDULER))
+        foreign = chosen.scheduled is not None and not chosen.scheduled(scheduler)
+        if foreign or (of_base is not None and of_base != chosen):
+            configs[SCHEDULER], settings = read_json(published.joinpath(*SCHEDULER)), FolderSettings()
+            whose = f"of {of_base.title}" if of_base else "of another model"
+            reason = f"they are {whose}, and {single.file} is {chosen.title}: those of {chosen.configs} are taken"
+            report.add(f"the scheduler and the recommended settings in {folder}", reason)
+    configs["transformer", CONFIG] = single.transformer_config(published, base_config)
+    return replace(opened, configs=configs, chosen=chosen, settings=settings)
+
+
+def _variant_of_base(opened: Checkpoint, family: Family, config: dict[str, Any], whole: bool) -> Variant | None:
+    """Return the variant of a base, whose DiT has the configuration `config`; None if its files leave it open.
+
+    `whole` is False for a base without a DiT: its scheduler may then be that of several variants.
+    """
+    if not family.variants:
+        return None
+    base = replace(opened, configs={**opened.configs, ("transformer", CONFIG): config})
+    seen = evidence_of(base, family.read_config(base))
+    try:
+        return choose(family.variants, seen if whole else replace(seen, scheduler=None), LoadReport())
+    except UserError:
+        return None
+
+
+def _is_partial(path: Path) -> bool:
+    return path.is_dir() and not (path / INDEX).is_file() and bool(components_in(path))
+
+
+def _published(family: Family | None) -> Iterator[Path]:
+    return iter(family.published.values() if family else ())
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    return read_json(folder / INDEX)
 
 
 def _with_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) -> Checkpoint:

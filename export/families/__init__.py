@@ -16,11 +16,12 @@ from ditforge import entry_points
 from ditforge.errors import DitforgeError, UserError
 from ditforge.export.checkpoint.architectures import pipeline_of
 from ditforge.export.checkpoint.diffusers_folder import INDEX, Checkpoint, t5_parts
+from ditforge.export.checkpoint.variants import Variant
 from ditforge.export.network import Network
 from ditforge.export.quantisation.precision import Precision
 from ditforge.export.text_encoders.tokenizers import Tokenizer
 from ditforge.model import Model
-from ditforge.option import setting
+from ditforge.option import option, setting
 
 if TYPE_CHECKING:
     from ditforge.export.checkpoint.layouts import Layout
@@ -44,6 +45,7 @@ class Family:
     layout: how the authors write the DiT into one file, and the names in LoRA files. If it is None, only diffusers
         folders can be read.
     published: for each published model, by name, a folder with its configurations, without weights.
+    variants: its models, with what is recommended for each; () if there is only one. See variants.py.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Family:
     run_pipeline: Callable[[Any, Model, str, int, int], None]
     layout: Layout | None = None
     published: Mapping[str, Path] = field(default_factory=dict)
+    variants: tuple[Variant, ...] = ()
 
 
 def families() -> list[Family]:
@@ -106,6 +109,8 @@ def read_networks(checkpoint: Checkpoint, precision: Precision) -> tuple[Model, 
     family = family_of(checkpoint)
     try:
         model = family.model(checkpoint)
+        if checkpoint.text_length is not None and (model.t5 == "absent" or not family.variants):
+            raise UserError(f"{model.name} is exported without T5", f"leave out {option('text_length')}")
         if model.t5 == "required" and not t5_parts(checkpoint.config("", INDEX)):
             raise UserError(f"{model.name} cannot do without T5", setting("text_encoders", "all"))
         return model, family.read_tokenizers(checkpoint), family.networks(checkpoint, precision)

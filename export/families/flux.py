@@ -16,6 +16,7 @@ from ditforge.contract import DIT
 from ditforge.export import vae
 from ditforge.export.checkpoint.diffusers_folder import CONFIGS, Checkpoint, with_defaults
 from ditforge.export.checkpoint.schedule import flow_schedule
+from ditforge.export.checkpoint.variants import Variant, variant_of
 from ditforge.export.families import Family
 from ditforge.export.families.flux_dit import PATCH, FluxVelocity
 from ditforge.export.families.flux_layout import LAYOUT
@@ -26,14 +27,53 @@ from ditforge.export.text_encoders import clip, t5
 from ditforge.export.text_encoders.tokenizers import Tokenizer, read_tokenizer
 from ditforge.model import Model
 
-PUBLISHED = ("flux.1-dev", "flux.1-schnell")
+DEV, SCHNELL = PUBLISHED = ("flux.1-dev", "flux.1-schnell")
 # The largest side of a picture, relative to the side that the model was trained for. Larger pictures fall apart, and at
 # this one, attention takes 256 times as long already.
 MAX_SIZE_RATIO = 4
 # The linears of the blocks, without those of the modulation (norm…), whose errors reach every token. The embedders and
 # the final layers are not quantised either, as in NVIDIA's recipe (TensorRT-Model-Optimizer, diffusers example).
 LINEARS = re.compile(r"(single_)?transformer_blocks\.\d+\.(?!.*norm).*\.weight")
-SCHNELL_TOKENS = 256  # the authors' length of T5's input in models without embedded guidance; with it, it is 512
+DEV_NAMES = re.compile(r"flux[\W_]*1?[\W_]*dev|de[\W_]*distill|undistill")
+# Steps, guidance and the length of T5's input are those of the authors' model cards and code.
+VARIANTS = (
+    Variant(
+        name="dev",
+        title="FLUX.1-dev",
+        configs=DEV,
+        guidance="embedded",
+        steps=28,
+        scale=3.5,
+        text_length=512,
+        fits=lambda config: bool(config["guidance_embeds"]),
+        named=DEV_NAMES,
+    ),
+    Variant(
+        name="schnell",
+        title="FLUX.1-schnell",
+        configs=SCHNELL,
+        guidance="none",
+        steps=4,
+        scale=0.0,
+        text_length=256,
+        fits=lambda config: not config["guidance_embeds"],
+        named=re.compile("schnell"),
+        scheduled=lambda scheduler: not scheduler.get("use_dynamic_shifting"),
+    ),
+    # Fine-tunes that undo the distillation, such as flux-dev-de-distill. They take classifier-free guidance.
+    Variant(
+        name="dev",
+        title="FLUX.1-dev without its distilled guidance",
+        configs=DEV,
+        guidance="classifier-free",
+        steps=28,
+        scale=3.5,
+        text_length=512,
+        fits=lambda config: not config["guidance_embeds"],
+        named=DEV_NAMES,
+        scheduled=lambda scheduler: bool(scheduler.get("use_dynamic_shifting")),
+    ),
+)
 
 
 def dit(config: dict[str, Any], tokens: int, precision: Precision) -> Network:
@@ -69,6 +109,11 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return with_defaults(FluxTransformer2DModel, checkpoint.config("transformer"))
 
 
+def variant(checkpoint: Checkpoint) -> Variant:
+    """Return the variant that the checkpoint is. Raises UserError if its files leave it open."""
+    return variant_of(checkpoint, VARIANTS, read_config(checkpoint))
+
+
 def networks(checkpoint: Checkpoint, precision: Precision) -> list[Network]:
     """Describe all networks of the checkpoint, in the order in which data flows."""
     tokenizers = {tokenizer.name: tokenizer for tokenizer in read_tokenizers(checkpoint)}
@@ -83,18 +128,17 @@ def networks(checkpoint: Checkpoint, precision: Precision) -> list[Network]:
 
 def read_tokenizers(checkpoint: Checkpoint) -> list[Tokenizer]:
     """Return CLIP's and T5's tokenizers."""
-    embedded = read_config(checkpoint)["guidance_embeds"]
+    positions = clip.positions_of(checkpoint.config("text_encoder"))
     return [
-        read_tokenizer(checkpoint, "tokenizer", "clip"),
-        read_tokenizer(checkpoint, "tokenizer_2", "t5", limit=None if embedded else SCHNELL_TOKENS),
+        read_tokenizer(checkpoint, "tokenizer", "clip", limit=positions),
+        read_tokenizer(checkpoint, "tokenizer_2", "t5", length=variant(checkpoint).text_length),
     ]
 
 
 def model(checkpoint: Checkpoint) -> Model:
-    """Return what a client must know. Steps and guidance are those that the authors recommend for dev and schnell."""
-    transformer, autoencoder = read_config(checkpoint), vae.read_config(checkpoint)
+    """Return what a client must know. Steps and guidance are those of the checkpoint's variant."""
+    autoencoder, known = vae.read_config(checkpoint), variant(checkpoint)
     scheduler = checkpoint.config("scheduler", "scheduler_config.json")
-    embedded = transformer["guidance_embeds"]
     pixels = vae.factor(autoencoder)
     return Model(
         name=checkpoint.name,
@@ -103,9 +147,9 @@ def model(checkpoint: Checkpoint) -> Model:
         size_multiple=pixels * PATCH,
         default_size=autoencoder["sample_size"],
         max_size=autoencoder["sample_size"] * MAX_SIZE_RATIO,
-        default_steps=28 if embedded else 4,
-        guidance="embedded" if embedded else "none",
-        default_guidance=3.5 if embedded else 0.0,
+        default_steps=known.steps,
+        guidance=known.guidance,
+        default_guidance=known.scale,
         schedule=flow_schedule(scheduler, scheduler.get("_class_name", ""), PATCH),
         max_tokens={tokenizer.name: tokenizer.max_tokens for tokenizer in read_tokenizers(checkpoint)},
     )
@@ -118,7 +162,9 @@ def load_pipeline(checkpoint: Checkpoint) -> FluxPipeline:
 
 def run_pipeline(loaded: FluxPipeline, model: Model, prompt: str, steps: int, seed: int) -> None:
     """Run all steps of a picture, without decoding it."""
-    reference_pipeline.run(loaded, model, prompt, steps, seed, model.max_tokens["t5"])
+    free = model.guidance == "classifier-free"
+    options = {"negative_prompt": "", "true_cfg_scale": model.default_guidance} if free else {}
+    reference_pipeline.run(loaded, model, prompt, steps, seed, model.max_tokens["t5"], **options)
 
 
 FAMILY = Family(
@@ -134,4 +180,5 @@ FAMILY = Family(
     run_pipeline=run_pipeline,
     layout=LAYOUT,
     published={name: CONFIGS / name for name in PUBLISHED},
+    variants=VARIANTS,
 )

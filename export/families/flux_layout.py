@@ -46,7 +46,6 @@ LAYOUT = Layout(
     convert=single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,
     hints=flux_hints,
     config=flux_config,
-    published=lambda config: "flux.1-dev" if config["guidance_embeds"] else "flux.1-schnell",
     encoders={"clip_l": "text_encoder", "t5xxl": "text_encoder_2"},
     lora_encoders={  # some tools call T5 the third text encoder, although FLUX.1 has only two
         "lora_te_": "text_encoder",

@@ -19,6 +19,7 @@ from ditforge.errors import UserError
 from ditforge.export import vae
 from ditforge.export.checkpoint.diffusers_folder import CONFIGS, INDEX, Checkpoint, t5_parts, with_defaults
 from ditforge.export.checkpoint.schedule import flow_schedule
+from ditforge.export.checkpoint.variants import Config, Variant, variant_of
 from ditforge.export.families import Family
 from ditforge.export.families.sd3_dit import StableDiffusion3Velocity
 from ditforge.export.families.sd3_layout import LAYOUT
@@ -30,8 +31,62 @@ from ditforge.export.text_encoders.tokenizers import Tokenizer, read_tokenizer
 from ditforge.model import Model, SkipLayers
 from ditforge.option import setting
 
-PUBLISHED = ("sd3.5-large", "sd3.5-large-turbo", "sd3.5-medium")
+LARGE, TURBO, MEDIUM = PUBLISHED = ("sd3.5-large", "sd3.5-large-turbo", "sd3.5-medium")
 T5_TOKENS = 256  # diffusers' default max_sequence_length; also the number of zeros that take T5's place without T5
+
+
+def is_large(config: Config) -> bool:
+    """Return whether a DiT with this configuration is built as large, which large-turbo is too."""
+    return bool(config["qk_norm"]) and not config["dual_attention_layers"]
+
+
+# Steps and guidance are those of the authors' model cards. Nothing in the DiT distinguishes large-turbo from large.
+VARIANTS = (
+    Variant(
+        name="large",
+        title="Stable Diffusion 3.5 large",
+        configs=LARGE,
+        guidance="classifier-free",
+        steps=28,
+        scale=3.5,
+        text_length=T5_TOKENS,
+        fits=is_large,
+        named=re.compile(r"3[\W_]*5[\W_]*large(?![\W_]*turbo)"),
+    ),
+    Variant(
+        name="large-turbo",
+        title="Stable Diffusion 3.5 large-turbo",
+        configs=TURBO,
+        guidance="classifier-free",
+        steps=4,
+        scale=1.0,
+        text_length=T5_TOKENS,
+        fits=is_large,
+        named=re.compile(r"large[\W_]*turbo"),
+    ),
+    Variant(
+        name="medium",
+        title="Stable Diffusion 3.5 medium",
+        configs=MEDIUM,
+        guidance="classifier-free",
+        steps=40,
+        scale=4.5,
+        text_length=T5_TOKENS,
+        fits=lambda config: bool(config["dual_attention_layers"]),
+        named=re.compile(r"3[\W_]*5[\W_]*medium"),
+    ),
+    Variant(
+        name="sd3-medium",
+        title="Stable Diffusion 3 medium",
+        configs=LARGE,  # what shapes do not tell is the same there
+        guidance="classifier-free",
+        steps=28,
+        scale=7.0,
+        text_length=T5_TOKENS,
+        fits=lambda config: not config["qk_norm"] and not config["dual_attention_layers"],
+        named=re.compile(r"3[\W_]*medium"),
+    ),
+)
 # The largest side of a picture, relative to the side that the model was trained for. The table of positions may limit
 # it further.
 MAX_SIZE_RATIO = 4
@@ -153,6 +208,11 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return with_defaults(SD3Transformer2DModel, checkpoint.config("transformer"))
 
 
+def variant(checkpoint: Checkpoint) -> Variant:
+    """Return the variant that the checkpoint is. Raises UserError if its files leave it open."""
+    return variant_of(checkpoint, VARIANTS, read_config(checkpoint))
+
+
 def has_t5(checkpoint: Checkpoint) -> bool:
     """Return whether the checkpoint comes with T5. Its index names a class for T5, or null if it was left out."""
     return bool(t5_parts(checkpoint.config("", INDEX)))
@@ -194,26 +254,21 @@ def networks(checkpoint: Checkpoint, precision: Precision) -> list[Network]:
 def read_tokenizers(checkpoint: Checkpoint) -> list[Tokenizer]:
     """Return CLIP's two tokenizers, and T5's if the checkpoint has T5."""
     check_t5(checkpoint)
-    clip_l = read_tokenizer(checkpoint, "tokenizer", "clip_l")
+    positions = min(clip.positions_of(checkpoint.config(name)) for name in ("text_encoder", "text_encoder_2"))
+    clip_l = read_tokenizer(checkpoint, "tokenizer", "clip_l", limit=positions)
     # StableDiffusion3Pipeline cuts the prompts of both CLIPs at the first one's length.
-    tokenizers = [clip_l, read_tokenizer(checkpoint, "tokenizer_2", "clip_g", limit=clip_l.max_tokens)]
+    tokenizers = [clip_l, read_tokenizer(checkpoint, "tokenizer_2", "clip_g", length=clip_l.max_tokens)]
     if has_t5(checkpoint):
-        tokenizers.append(read_tokenizer(checkpoint, "tokenizer_3", "t5", limit=T5_TOKENS))
+        tokenizers.append(read_tokenizer(checkpoint, "tokenizer_3", "t5", length=variant(checkpoint).text_length))
     return tokenizers
 
 
 def model(checkpoint: Checkpoint) -> Model:
-    """Return what a client must know. Steps and guidance are those of the authors' model cards.
-
-    Large-turbo is recognised by its name, because nothing in its files distinguishes it from large.
-    """
+    """Return what a client must know. Steps and guidance are those of the checkpoint's variant."""
     transformer, autoencoder = read_config(checkpoint), vae.read_config(checkpoint)
     scheduler = checkpoint.config("scheduler", "scheduler_config.json")
     pixels, patch = vae.factor(autoencoder), transformer["patch_size"]
-    skip = skip_layers(transformer)
-    steps, guidance = (40, 4.5) if skip else (28, 3.5)
-    if "turbo" in checkpoint.name.lower():
-        steps, guidance = 4, 0.0
+    known = variant(checkpoint)
     size = transformer["sample_size"] * pixels
     return Model(
         name=checkpoint.name,
@@ -222,10 +277,10 @@ def model(checkpoint: Checkpoint) -> Model:
         size_multiple=pixels * patch,
         default_size=size,
         max_size=min(size * MAX_SIZE_RATIO, transformer["pos_embed_max_size"] * patch * pixels),
-        default_steps=steps,
-        guidance="classifier-free",
-        default_guidance=guidance,
-        skip_layers=skip,
+        default_steps=known.steps,
+        guidance=known.guidance,
+        default_guidance=known.scale,
+        skip_layers=skip_layers(transformer),
         schedule=flow_schedule(scheduler, scheduler.get("_class_name", ""), patch, pipeline_spaces=False),
         max_tokens={tokenizer.name: tokenizer.max_tokens for tokenizer in read_tokenizers(checkpoint)},
         t5="optional" if has_t5(checkpoint) else "absent",
@@ -258,4 +313,5 @@ FAMILY = Family(
     run_pipeline=run_pipeline,
     layout=LAYOUT,
     published={name: CONFIGS / name for name in PUBLISHED},
+    variants=VARIANTS,
 )

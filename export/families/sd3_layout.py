@@ -48,8 +48,8 @@ LAYOUT = Layout(
     convert=single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
     hints=sd3_hints,
     config=sd3_config,
-    published=lambda config: "sd3.5-medium" if config["dual_attention_layers"] else "sd3.5-large",
     encoders={"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"},
+    projected=("clip_l",),
     lora_encoders={
         "lora_te_": "text_encoder",
         "lora_te1_": "text_encoder",

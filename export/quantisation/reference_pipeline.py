@@ -83,8 +83,13 @@ def class_of(checkpoint: Checkpoint, component: str) -> Any:
     return found
 
 
-def run(pipeline: DiffusionPipeline, model: Model, prompt: str, steps: int, seed: int, t5_tokens: int) -> None:
-    """Run all steps of a picture with the model's default size and guidance, without decoding it."""
+def run(
+    pipeline: DiffusionPipeline, model: Model, prompt: str, steps: int, seed: int, t5_tokens: int, **options: Any
+) -> None:
+    """Run all steps of a picture with the model's default size and guidance, without decoding it.
+
+    `options` are the pipeline's own.
+    """
     with silent():
         pipeline(
             prompt,
@@ -95,6 +100,7 @@ def run(pipeline: DiffusionPipeline, model: Model, prompt: str, steps: int, seed
             max_sequence_length=t5_tokens,
             generator=torch.Generator("cpu").manual_seed(seed),
             output_type="latent",
+            **options,
         )
 
 

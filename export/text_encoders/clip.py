@@ -72,6 +72,12 @@ def read_settings(config: dict[str, Any]) -> CLIPTextConfig:
     )
 
 
+def positions_of(config: dict[str, Any]) -> int:
+    """Return the most tokens of a prompt that CLIP with the configuration `config` can read."""
+    result: int = read_settings(config).max_position_embeddings
+    return result
+
+
 def clip_pooled(config: dict[str, Any], weights: str, tokens: int, precision: Precision) -> Network:
     """Describe CLIP with a pooled output only. It reads `tokens` tokens per prompt.
 

@@ -1,7 +1,7 @@
 """Read the vocabulary of a SentencePiece model (spiece.model), which is a protobuf message.
 
-The `sentencepiece` package has generated code for this, which only works with a protobuf as new as itself (sentencepiece
-0.2.3 needs protobuf 7, and tritonclient needs protobuf 6). The few fields that are needed are read here.
+The generated code for this in the `sentencepiece` package works only with a protobuf as new as itself: sentencepiece
+0.2.3 needs protobuf 7, and tritonclient needs protobuf 6. The few fields that are needed are read here.
 Source: google/sentencepiece, src/sentencepiece_model.proto; https://protobuf.dev/programming-guides/encoding.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -30,10 +31,13 @@ WORDS = [
 ]
 
 
+TEXT_LENGTH = 40
+
+
 def schnell(seed: int = 0) -> FluxPipeline:
     """A pipeline shaped like FLUX.1-schnell (no guidance embedding, fixed shift), unlike flux-tiny in every size."""
     torch.manual_seed(seed)
-    clip_tokenizer, t5_tokenizer = character_clip_tokenizer(), word_t5_tokenizer(max_tokens=40)
+    clip_tokenizer, t5_tokenizer = character_clip_tokenizer(), word_t5_tokenizer(max_tokens=TEXT_LENGTH)
     clip = CLIPTextConfig(
         vocab_size=len(clip_tokenizer),
         hidden_size=48,
@@ -95,7 +99,13 @@ def save_schnell(folder: Path, seed: int = 0) -> Path:
     """Save such a checkpoint to `folder`/random-schnell."""
     path = folder / "random-schnell"
     schnell(seed).save_pretrained(path, safe_serialization=True)
+    save_settings(path)
     return path
+
+
+def save_settings(path: Path) -> None:
+    """Say in a folder's ditforge.json what save_schnell() says: T5's input is shorter than schnell's."""
+    (path / "ditforge.json").write_text(json.dumps({"variant": "schnell", "text_length": TEXT_LENGTH}))
 
 
 def save_wide(folder: Path) -> Path:
@@ -115,6 +125,7 @@ def save_wide(folder: Path) -> Path:
     ).to(torch.bfloat16)
     path = folder / "random-wide"
     pipeline.save_pretrained(path, safe_serialization=True)
+    save_settings(path)
     return path
 
 

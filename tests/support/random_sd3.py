@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from random_flux import character_clip_tokenizer, word_t5_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
 
 T5_WIDTH = 120
+TEXT_LENGTH = 48
 
 
 def medium(seed: int = 0) -> StableDiffusion3Pipeline:
@@ -36,13 +38,15 @@ def save_medium(folder: Path, seed: int = 0) -> Path:
     """Save a checkpoint like medium to `folder`/random-sd3."""
     path = folder / "random-sd3"
     medium(seed).save_pretrained(path, safe_serialization=True)
+    (path / "ditforge.json").write_text(json.dumps({"text_length": TEXT_LENGTH}))
     return path
 
 
 def save_large_turbo(folder: Path, seed: int = 0, with_t5: bool = False) -> Path:
-    """Save a checkpoint like large-turbo, which its name tells from large, to `folder`/random-sd3-turbo."""
+    """Save a checkpoint like large-turbo, which its ditforge.json tells from large, to `folder`/random-sd3-turbo."""
     path = folder / "random-sd3-turbo"
     large(seed, with_t5).save_pretrained(path, safe_serialization=True)
+    (path / "ditforge.json").write_text(json.dumps({"variant": "large-turbo", "text_length": TEXT_LENGTH}))
     return path
 
 
@@ -83,7 +87,7 @@ def pipeline(seed: int, with_t5: bool, vae_channels: tuple[int, ...], **transfor
         text_encoder_2=clip(clip_tokenizer, hidden_size=64, projection_dim=44, num_hidden_layers=3).eval(),
         tokenizer_2=padded_with_exclamation_marks(clip_tokenizer),
         text_encoder_3=t5().eval() if with_t5 else None,
-        tokenizer_3=word_t5_tokenizer(max_tokens=48) if with_t5 else None,
+        tokenizer_3=word_t5_tokenizer(max_tokens=TEXT_LENGTH) if with_t5 else None,
         transformer=dit.eval(),
     )
 
@@ -106,7 +110,7 @@ def clip(tokenizer: CLIPTokenizer, **options: Any) -> CLIPTextModelWithProjectio
 def t5() -> T5EncoderModel:
     """A T5 encoder for the word tokenizer."""
     sizes = {"d_model": T5_WIDTH, "d_kv": 14, "d_ff": 72, "num_layers": 2, "num_heads": 3}
-    vocabulary = len(word_t5_tokenizer(max_tokens=48))
+    vocabulary = len(word_t5_tokenizer(max_tokens=TEXT_LENGTH))
     return T5EncoderModel(T5Config(vocab_size=vocabulary, feed_forward_proj="gated-gelu", **sizes))
 
 

@@ -84,7 +84,7 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def read_tokenizers(checkpoint: Checkpoint) -> list[Tokenizer]:
     """The one tokenizer."""
-    return [read_tokenizer(checkpoint, "tokenizer", "toy", limit=TOKENS)]
+    return [read_tokenizer(checkpoint, "tokenizer", "toy", length=TOKENS)]
 
 
 def networks(checkpoint: Checkpoint, precision: Precision) -> list[Network]:

@@ -130,7 +130,7 @@ def test_large_turbo_is_large_in_four_steps() -> None:
         with random_checkpoint(Path(name)) as opened:
             models.append(family_of(opened).model(opened))
     turbo, large = models
-    assert (turbo.name, turbo.default_steps, turbo.default_guidance) == ("sd3.5-large-turbo", 4, 0)
+    assert (turbo.name, turbo.default_steps, turbo.default_guidance) == ("sd3.5-large-turbo", 4, 1)
     same = {"name": large.name, "default_steps": large.default_steps, "default_guidance": large.default_guidance}
     assert turbo.model_copy(update=same) == large
 

@@ -144,7 +144,7 @@ def test_what_a_client_must_know(sd3, sd3_turbo) -> None:
     medium, turbo = (manifest.read(stages.onnx, "onnx").model for stages in (sd3, sd3_turbo))
     assert medium.guidance == turbo.guidance == "classifier-free"
     assert (medium.default_steps, medium.default_guidance, medium.t5) == (40, 4.5, "optional")
-    assert (turbo.default_steps, turbo.default_guidance, turbo.t5) == (4, 0.0, "optional")
+    assert (turbo.default_steps, turbo.default_guidance, turbo.t5) == (4, 1.0, "optional")
     assert medium.max_tokens == {"clip_l": 24, "clip_g": 24, "t5": 64}
     assert turbo.max_tokens == {"clip_l": 33, "clip_g": 33, "t5": 48}
     assert (medium.default_size, medium.max_size) == (128, 384)  # 24 patches are as far as the table goes

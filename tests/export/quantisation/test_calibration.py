@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import random_flux
 import random_sd3
 import single_files
 import torch
@@ -82,6 +83,7 @@ def merged(random_schnell: Path, lora: Path, tmp_path_factory: pytest.TempPathFa
         layer.weight += product(CLIP)
     folder = tmp_path_factory.mktemp("merged") / "merged"
     pipeline.save_pretrained(folder)
+    random_flux.save_settings(folder)
     return folder
 
 
@@ -108,6 +110,7 @@ def test_only_the_dit_is_the_files(random_schnell: Path, merged: Path, tmp_path:
     found = ranges_of(CheckpointSource(file, random_schnell), tmp_path)
     both = FluxPipeline.from_pretrained(random_schnell, transformer=dit)
     both.save_pretrained(tmp_path / "folder")
+    random_flux.save_settings(tmp_path / "folder")
     expected = ranges_of(CheckpointSource(tmp_path / "folder"), tmp_path)
     assert_same_ranges(found, expected)
     assert found.config_sha256 == expected.config_sha256

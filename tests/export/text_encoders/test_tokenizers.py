@@ -16,7 +16,12 @@ from ditforge.errors import UserError
 from ditforge.export.checkpoint.diffusers_folder import Checkpoint
 from ditforge.export.text_encoders.tokenizers import read_tokenizer
 
-TEXTS = ["a photo of a red circle, number 7", "Ａ ﬁne  cat ① on the right", "", "two\nlines é 猫 <extra_id_3>"]
+TEXTS = [
+    "a photo of a red circle, number 7",
+    "\uff21 \ufb01ne  cat \u2460 on the right",
+    "",
+    "two\nlines é 猫 <extra_id_3>",
+]
 SPOKEN = [text for text in TEXTS if "extra_id" not in text]
 
 
@@ -82,7 +87,10 @@ def test_only_the_vocabulary(sd35_tiny: Path, component: str, files: tuple[str, 
         whole = json.loads((tmp_path / component / files[0]).read_text())
         (tmp_path / component / files[0]).write_text(json.dumps(whole | {"padding": None, "truncation": None}))
     read_tokenizer(Checkpoint(tmp_path, ""), component, "any", limit=24).save(tmp_path / "saved.json")
-    saved, reference = Backend.from_file(str(tmp_path / "saved.json")), AutoTokenizer.from_pretrained(sd35_tiny / component)
+    saved, reference = (
+        Backend.from_file(str(tmp_path / "saved.json")),
+        AutoTokenizer.from_pretrained(sd35_tiny / component),
+    )
     for text in TEXTS:
         expected = reference(text, padding="max_length", truncation=True, max_length=24).input_ids
         assert saved.encode(text).ids == expected, text

@@ -57,6 +57,7 @@ class Network:
     linears: a pattern of the names of the weights that may be quantised to 8 bits; None if no weight may.
     factors: for each pattern of names, the factor by which those weights are multiplied when they are read. Factors are
         powers of two that keep activations within the range of `dtype`; the module that `build` makes compensates them.
+    unread: for each pattern of names of tensors that such checkpoints hold too, why the network does not need them.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Network:
     key_prefixes: tuple[str, ...] = ()
     linears: re.Pattern[str] | None = None
     factors: Mapping[re.Pattern[str], float] = field(default_factory=dict)
+    unread: Mapping[re.Pattern[str], str] = field(default_factory=dict)
 
     def may_be_8_bit(self, weight: str) -> bool:
         """Return whether the weight with this name may be quantised to 8 bits."""

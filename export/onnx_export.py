@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
@@ -16,6 +16,7 @@ from ditforge.contract import TOKENIZER
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 from ditforge.export.checkpoint import consistency, random_weights
 from ditforge.export.checkpoint.diffusers_folder import Checkpoint
+from ditforge.export.checkpoint.load_report import LoadReport
 from ditforge.export.checkpoint.source import CheckpointSource, fingerprint, localised, opened
 from ditforge.export.checkpoint.weights import Weights
 from ditforge.export.disk_space import check_space, size_of
@@ -62,11 +63,13 @@ class Exported:
     manifest: the manifest of the folder.
     fresh: True if the folder held this export already, so that no network was exported.
     choice: which linears were not quantised to 8 bits and why; None where that was not measured.
+    report: what was read of the checkpoint, and what was not.
     """
 
     manifest: Manifest
     fresh: bool
     choice: Choice | None = None
+    report: LoadReport = field(default_factory=LoadReport)
 
 
 @dataclass(frozen=True)
@@ -159,24 +162,29 @@ def export_opened(
         "exporter": f"torch {torch.__version__}",
         "checkpoint": random_weights.fingerprint(checkpoint) if origin.random_weights else fingerprint(origin),
     }
+    if origin.variant:
+        source["variant"] = ", ".join(sorted(origin.variant))
+    if origin.text_length is not None:
+        source["text_length"] = str(origin.text_length)
     if checkpoint.repositories:
         source["repositories"] = checkpoint.repositories
     before = manifest.earlier(out, "onnx")
-    if (
-        before
-        and (before.source, before.ditforge) == (source, __version__)
-        and manifest.is_whole(out, before.components)
-    ):
-        return Exported(wished(before, out, options), fresh=True)
+    if before and (before.source, before.ditforge) != (source, __version__):
+        before = None
+    fresh = before is not None and manifest.is_whole(out, before.components)
+    if before and fresh and not origin.strict:
+        return Exported(wished(before, out, options), fresh=True, report=checkpoint.report)
     model, tokenizers, networks = read_networks(checkpoint, precision)
     if precision.t5 and T5 not in (network.name for network in networks):
         raise UserError(f"{model.name} is exported without T5", f"leave out {option('t5_precision')}")
-    sizes: dict[str, int] = {}
-    for network in networks:  # all of them are checked before the first one is written
-        shapes = consistency.check_weights(network, weights_of(network, checkpoint))
-        sizes[network.name] = size_of(network, shapes, scheme_of(network, precision))
-    consistency.check_ports(networks)
+    # All of them are checked before the first one is written.
+    shapes = consistency.check_checkpoint(checkpoint, networks, lambda network: weights_of(network, checkpoint))
+    sizes = {n.name: size_of(n, shapes[n.name], scheme_of(n, precision)) for n in networks}
     checkpoint.report.conclude()
+    for line in checkpoint.report.lines():
+        log.info("%s", line)
+    if before and fresh:
+        return Exported(wished(before, out, options), fresh=True, report=checkpoint.report)
     made_from = origin_of(checkpoint, source, options)
     stage_folder.check_replaceable(out, "onnx", (), "" if options.force else stage_folder.called(model.name, made_from))
     unfinished = Unfinished.beside(out, {**source, "ditforge": __version__})
@@ -213,7 +221,7 @@ def export_opened(
             warnings.warn(remark, DitforgeWarning, stacklevel=1)
         raise
     unfinished.drop_all()
-    return Exported(result, fresh=False, choice=choice)
+    return Exported(result, fresh=False, choice=choice, report=checkpoint.report)
 
 
 def wished(before: Manifest, out: Path, options: ExportOptions) -> Manifest:

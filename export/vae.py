@@ -27,6 +27,8 @@ WEIGHTS = "vae"
 # cannot be smaller, because the weights (about 2^-7 in the widest layers, so 2^-13 when scaled) must stay above 2^-14,
 # below which fp16 loses digits.
 STREAM = 2.0**-6
+# What the file of an autoencoder may hold besides.
+UNREAD = {re.compile(r"loss\..*|(.*\.)?model_ema\..*"): "they are of the autoencoder's training"}
 # A layer that reads a norm's output, latents or pixels and writes to a stream has its weight and bias scaled. A layer
 # that reads a stream, which is scaled already, has only its bias scaled.
 FACTORS = {
@@ -99,6 +101,7 @@ def vae(config: dict[str, Any], precision: Precision) -> tuple[Network, Network]
             dtype=dtype,
             reason=reason,
             factors=FACTORS if narrow else {},
+            unread=UNREAD,
         )
 
     return (

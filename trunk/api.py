@@ -35,6 +35,7 @@ class ExportKeywords(TypedDict, total=False):
     t5_precision: Name | None
     random_weights: bool
     variant: Variants
+    text_length: Whole | None
     strict: bool
     gpu: Name | None
     precision: Name | None
@@ -75,6 +76,7 @@ def export_checkpoint(
     random_weights: use random numbers in place of the weights; `checkpoint` may then be a published model's name.
     variant: which variant is meant, or a list of them, where files or configurations leave it open: of files, such as
         "fp16", or of a model, such as "dev".
+    text_length: how many tokens of a prompt T5 reads; by default as many as the model was trained with.
     strict: raise an error, in place of warnings, if a part of the checkpoint's files has no effect on the export.
     gpu: what engines will be compiled for: a product such as "rtx4090", "sm_89", several ("sm_86,sm_89"), "local" or
         "cpu". It decides the precision and the activations that are not given.

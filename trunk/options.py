@@ -112,6 +112,9 @@ RandomWeights = Annotated[
 ]
 VARIANT_HELP = "Which of several variants is meant, of files (fp16, bf16) or of a model; again for more."
 Variants = Annotated[list[str] | None, typer.Option("--variant", metavar="NAME", help=VARIANT_HELP)]
+TextLength = Annotated[
+    int | None, typer.Option(metavar="TOKENS", help="How many tokens of a prompt T5 reads; by default the model's own.")
+]
 STRICT_HELP = "Stop, in place of a warning, if a part of the checkpoint's files has no effect on the export."
 Strict = Annotated[bool, typer.Option("--strict", help=STRICT_HELP)]
 
@@ -146,6 +149,7 @@ class SourceFlags:
     lora: Loras = None
     text_encoders: TextEncoders = "all"
     variant: Variants = None
+    text_length: TextLength = None
     strict: Strict = False
 
     def of(self, path: Path, t5_precision: str | None = None, random_weights: bool = False) -> CheckpointSource:
@@ -155,7 +159,15 @@ class SourceFlags:
         loras = tuple(parse_lora(option) for option in self.lora or ())
         variant = tuple(self.variant or ())
         return CheckpointSource(
-            path, self.base, loras, self.text_encoders, t5_precision, random_weights, self.strict, variant
+            path,
+            self.base,
+            loras,
+            self.text_encoders,
+            t5_precision,
+            random_weights,
+            self.strict,
+            variant,
+            self.text_length,
         )
 
 

@@ -137,7 +137,8 @@ def read_measurement(wanted: Wanted) -> Measurement:
 def read_shipped(wanted: Wanted) -> Measurement | None:
     """The measurement that a published model's configurations come with; None if the user asks for something else."""
     source = wanted.source
-    if not source.random_weights or wanted.precision == "fp32" or source.text_encoders != "all" or source.variant:
+    asked = source.text_encoders, source.variant, source.text_length
+    if not source.random_weights or wanted.precision == "fp32" or asked != ("all", (), None):
         return None
     from ditforge.export.families import published_models
 
@@ -164,6 +165,7 @@ def kept_at(wanted: Wanted) -> Path:
         as_fp32,
     )
     key += (asked.variant,) if asked.variant else ()
+    key += () if asked.text_length is None else (f"text {asked.text_length}",)
     return default_cache() / "footprints" / f"{sha256(repr(key).encode()).hexdigest()}.json"
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 INDEX = "model_index.json"
 CONFIG = "config.json"
+SCHEDULER = "scheduler", "scheduler_config.json"
 NETWORKS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 CONFIGS = Path(__file__).parents[1] / "configs"  # published models' folders, without weights and vocabularies
 

@@ -71,6 +71,11 @@ class LoadReport:
         """The notes that are warnings."""
         return [note for note in self.notes if not note.expected]
 
+    def lines(self) -> list[str]:
+        """Describe what was read and everything that was noted, one line each."""
+        read = [f"{component}: {count} tensors are read" for component, count in self.read.items()]
+        return [*read, *(str(note) for note in self.notes if note.expected)]
+
     def conclude(self) -> None:
         """Give one DitforgeWarning for each unexpected note; if `strict`, raise one UserError with all of them.
 

@@ -10,7 +10,15 @@ from ditforge.errors import UserError
 from ditforge.model import Schedule
 
 SCHEDULER = FlowMatchEulerDiscreteScheduler.__name__
-UNKNOWN_OPTIONS = ("shift_terminal", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+UNKNOWN_OPTIONS = (
+    "shift_terminal",
+    "invert_sigmas",
+    "stochastic_sampling",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+)
+TIMESTEPS = 1000  # the pipelines divide timesteps by it, whatever the scheduler's number is
 
 
 def flow_schedule(config: dict[str, Any], class_name: str, patch_size: int, pipeline_spaces: bool = True) -> Schedule:
@@ -26,6 +34,8 @@ def flow_schedule(config: dict[str, Any], class_name: str, patch_size: int, pipe
     for option in UNKNOWN_OPTIONS:
         if config.get(option):
             raise UserError(f"the checkpoint's scheduler has {option} {config[option]!r}, which is not known", fix)
+    if (timesteps := config.get("num_train_timesteps", TIMESTEPS)) != TIMESTEPS:
+        raise UserError(f"the checkpoint's scheduler has num_train_timesteps {timesteps!r}, only 1000 is known", fix)
     sigma_min = None if pipeline_spaces else FlowMatchEulerDiscreteScheduler.from_config(config).sigma_min
     if not config.get("use_dynamic_shifting", False):
         return Schedule(kind="fixed", shift=config.get("shift", 1.0), sigma_min=sigma_min, patch_size=patch_size)

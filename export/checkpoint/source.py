@@ -17,6 +17,7 @@ from ditforge.export.checkpoint.adapters.settings import CONFIG as ADAPTER_CONFI
 from ditforge.export.checkpoint.diffusers_folder import (
     CONFIG,
     INDEX,
+    SCHEDULER,
     Checkpoint,
     components_in,
     open_checkpoint,
@@ -25,6 +26,7 @@ from ditforge.export.checkpoint.diffusers_folder import (
 )
 from ditforge.export.checkpoint.folder_settings import FolderSettings, check_text_length
 from ditforge.export.checkpoint.load_report import LoadReport
+from ditforge.export.checkpoint.unread import report_files
 from ditforge.export.checkpoint.variants import Evidence, choose, evidence_of
 from ditforge.option import option, setting
 
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from ditforge.export.families import Family
 
 TEXT_ENCODER_CHOICES = ("all", "clip")
-SCHEDULER = "scheduler", "scheduler_config.json"
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def open_files(source: CheckpointSource) -> Checkpoint:
     else:
         named = replace(open_checkpoint(source.path), title=hub.title(source.path), report=report)
         named = replace(named, repository=hub.name_of(source.path))
+        report_files(source.path, report)
         checkpoint = with_text_encoders(named, source.text_encoders)
     checkpoint = replace(
         checkpoint, variant=source.variant, text_length=source.text_length, repositories=repositories(source)

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ditforge import small_files
 from ditforge.errors import DitforgeWarning, UserError
-from ditforge.export.checkpoint.consistency import check_weights
+from ditforge.export.checkpoint.consistency import check_checkpoint
 from ditforge.export.checkpoint.diffusers_folder import Checkpoint
 from ditforge.export.checkpoint.source import CheckpointSource, open_files
 from ditforge.export.families import family_of, read_networks
@@ -153,8 +153,7 @@ def calibrate(
     small_files.check_writable(out, "ranges.json")
     checkpoint = open_files(source)
     model, _, networks = read_networks(checkpoint, FP32)
-    for network in networks:
-        check_weights(network, checkpoint.weights(network.weights))
+    check_checkpoint(checkpoint, networks, lambda network: checkpoint.weights(network.weights))
     checkpoint.report.conclude()
     family = family_of(checkpoint)
     report = progress or (lambda doing, done, total: None)

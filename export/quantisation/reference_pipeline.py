@@ -14,8 +14,7 @@ from diffusers.utils import logging as diffusers_log
 from transformers.utils import logging as transformers_log
 
 from ditforge.errors import UserError
-from ditforge.export.checkpoint.diffusers_folder import INDEX, Checkpoint
-from ditforge.export.checkpoint.source import SCHEDULER
+from ditforge.export.checkpoint.diffusers_folder import INDEX, SCHEDULER, Checkpoint
 from ditforge.export.graph.tracing import dry_run
 from ditforge.export.network import Network
 from ditforge.model import Model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -12,6 +13,12 @@ from ditforge.export.network import BATCH, Network, Port
 from ditforge.export.quantisation.precision import Precision, network_dtype, text_dtype
 
 KEY_PREFIXES = ("text_model.",)  # transformers 4 wrote this before the keys, transformers 5 does not
+# What a checkpoint of CLIP holds besides.
+UNREAD = {
+    re.compile(r"vision_model\..*|visual_projection\..*|logit_scale"): "they are for CLIP's half that reads pictures",
+    re.compile(r"embeddings\.position_ids"): "the positions count from 0 in any case",
+}
+UNPROJECTED = {re.compile(r"text_projection(\.weight)?"): "the model takes CLIP's output without a projection"}
 
 
 class PooledText(nn.Module):
@@ -66,7 +73,11 @@ def positions(ids: Tensor) -> Tensor:
 
 
 def read_settings(config: dict[str, Any]) -> CLIPTextConfig:
-    """Return the configuration without the checkpoint's dtype, which would override that of the network."""
+    """Return the configuration without the checkpoint's dtype, which would override that of the network.
+
+    The configuration of a whole CLIP has that of the text encoder in a field of its own.
+    """
+    config = config.get("text_config") or config
     return CLIPTextConfig.from_dict(
         {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
     )
@@ -93,6 +104,7 @@ def clip_pooled(config: dict[str, Any], weights: str, tokens: int, precision: Pr
         weights=weights,
         dtype=network_dtype(precision),
         key_prefixes=KEY_PREFIXES,
+        unread=UNREAD | UNPROJECTED,
     )
 
 
@@ -117,4 +129,5 @@ def clip_penultimate(name: str, config: dict[str, Any], weights: str, tokens: in
         weights=weights,
         dtype=network_dtype(precision),
         key_prefixes=KEY_PREFIXES,
+        unread=UNREAD,
     )

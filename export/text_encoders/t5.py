@@ -30,6 +30,10 @@ STREAM = 2.0**-8
 HALF = STREAM**0.5
 # All linears. The embeddings, which are looked up, and the table of relative positions are not linears.
 LINEARS = re.compile(r"encoder\.block\.\d+\.layer\.\d+\.(SelfAttention\.[qkvo]|DenseReluDense\.w\w+)\.weight")
+UNREAD = {
+    re.compile(r"decoder\..*|lm_head\.weight"): "only T5's encoder is used",
+    re.compile(r"logit_scale|spiece_model"): "they are no part of T5's encoder",
+}
 
 
 class HiddenStates(nn.Module):
@@ -68,6 +72,7 @@ def t5_hidden_states(config: dict[str, Any], weights: str, tokens: int, precisio
         dtype=dtype,
         reason=reason,
         linears=LINEARS,
+        unread=UNREAD,
         factors=small_stream_factors(settings.is_gated_act) if narrow else {},
     )
 

@@ -175,6 +175,7 @@ def options_name(source: CheckpointSource, options: ExportOptions) -> str:
     name += f"-{options.activations}" if options.precision in EIGHT_BIT else ""
     name += "" if source.text_encoders == "all" else f"-{source.text_encoders}"
     name += "".join(f"-{variant}" for variant in source.variant)
+    name += f"-text-{source.text_length}" if source.text_length else ""
     name += f"-t5-{source.t5_precision}" if source.t5_precision else ""
     ranges = options.calibration
     return name + (f"-{ranges.stem}-{digest(ranges.resolve())}" if ranges else "")

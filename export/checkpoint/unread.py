@@ -110,7 +110,8 @@ def add_fields(config: Mapping[str, Any], known: Collection[str], where: str, re
     """Report the fields of a configuration that are not among the known ones."""
     from transformers import GenerationConfig
 
-    harmless = WITHOUT_EFFECT | GenerationConfig().to_dict().keys()  # how text is generated, which is not done
+    generation = GenerationConfig().to_dict()  # type: ignore[no-untyped-call]
+    harmless = WITHOUT_EFFECT | generation.keys()  # no text is generated
     left = [name for name in config if name not in known and name != QUANTISED]
     spare = [name for name in left if name.startswith("_") or name in harmless]
     other = [name for name in left if name not in spare]

@@ -54,10 +54,10 @@ def read_tokenizer(
     except Exception as error:  # transformers raises many kinds, and all of them mean the same to the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"the tokenizer in {folder} cannot be read: {reason}", "copy the folder again") from error
-    said = tokenizer.model_max_length if tokenizer.model_max_length <= LONGEST else limit
-    if length is None and said is None:
+    lengths = [most for most in (tokenizer.model_max_length, limit) if most is not None and most <= LONGEST]
+    if length is None and not lengths:
         raise UserError(f"{folder}/{SETTINGS} has no model_max_length", "copy the folder again")
-    return Tokenizer(name, length or min(said, limit or said), tokenizer)
+    return Tokenizer(name, length or min(lengths), tokenizer)
 
 
 def load(folder: Path, files: tuple[str, ...]) -> Any:

@@ -99,8 +99,13 @@ def read_subject(wanted: Wanted) -> Subject:
     """Read the checkpoint, the export, or the published model that the user named. Raises UserError for others."""
     path = wanted.source.path
     if (path / manifest.FILE_NAME).is_file() and manifest.read_any(path).kind == "onnx":
-        if wanted.source.text_encoders != "all":
-            raise UserError(f"{path} is exported already, with text encoders or without", "leave out --text-encoders")
+        asked = {
+            "--text-encoders": wanted.source.text_encoders != "all",
+            "--variant": bool(wanted.source.variant),
+            "--text-length": wanted.source.text_length is not None,
+        }
+        if given := [option for option, is_given in asked.items() if is_given]:
+            raise UserError(f"{path} is exported already, with {given[0]} or without", f"leave out {given[0]}")
         return exported(path, wanted)
     folders.check_checkpoint(path)
     found = read_measurement(replace(wanted, source=configurations(wanted.source)))

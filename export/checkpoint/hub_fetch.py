@@ -10,7 +10,7 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from ditforge.errors import UserError
-from ditforge.export.checkpoint import hub_files
+from ditforge.export.checkpoint import folder_settings, hub_files
 from ditforge.export.checkpoint.adapters.folder import chosen, with_config
 from ditforge.export.checkpoint.diffusers_folder import INDEX, Checkpoint, read_json
 from ditforge.export.checkpoint.hub import SAFETENSORS, SINGLE_SUFFIXES, Progress, Reference, Wanted
@@ -98,7 +98,8 @@ def _folder(reference: Reference, repository: Repository, wanted: Wanted | None,
     if folder.name != repository.commit:  # the branch got a new commit in the meantime
         repository = describe(replace(reference, revision=folder.name))
     parts = hub_files.components(read_json(folder / INDEX), wanted.text_encoders)
-    download(repository, hub_files.descriptions(repository.files, parts, wanted.variant), meter)
+    own = [folder_settings.FILE] if folder_settings.FILE in repository.files else []
+    download(repository, [*own, *hub_files.descriptions(repository.files, parts, wanted.variant)], meter)
     _check_family(reference, folder)
     if wanted.weights:
         needed = [part for part in parts if part not in wanted.without]

@@ -45,6 +45,10 @@ def check_checkpoint(
             those = [network for network in networks if network.weights == component]
             report_tensors(those, opened[component], keys.read, keys.twins, report)
         report_fields(checkpoint, component, report)
+    for component, tensors in checkpoint.tensors.items():
+        if component not in found:
+            files = sorted({str(tensor.file) for tensor in tensors.values()})
+            report.add(f"{component} in {', '.join(files)}", "the export is without it", expected=True)
     report_scheduler(checkpoint, report)
     report_index(checkpoint, networks, report)
     return shapes

@@ -36,7 +36,8 @@ def test_only_what_was_measured_beforehand_is_taken(flux_tiny: Path) -> None:
     assert configurations(CheckpointSource(Path("black-forest-labs/FLUX.1-dev"))) == published
     assert configurations(CheckpointSource(flux_tiny)) == CheckpointSource(flux_tiny)
     assert read_shipped(Wanted(published, precision="fp32")) is None
-    assert read_shipped(Wanted(replace(published, text_encoders="clip"))) is None
+    for changes in ({"text_encoders": "clip"}, {"text_length": 100}, {"variant": ("dev",)}):
+        assert read_shipped(Wanted(replace(published, **changes))) is None
     assert read_shipped(Wanted(CheckpointSource(flux_tiny, random_weights=True))) is None
     assert read_shipped(Wanted(CheckpointSource(flux_tiny))) is None
     assert read_subject(Wanted(source, precision="fp8")).model.name == "flux.1-dev"

@@ -328,3 +328,12 @@ def test_strict_concludes_with_an_error(folder: Path) -> None:
     with pytest.raises(UserError, match=r"spectral_norm in .*vae/config.json"):
         report.conclude()
     assert any(line.startswith("vae: ") for line in report.lines())
+
+
+def test_a_text_encoder_that_is_left_out(saved_turbo: Path, tmp_path: Path) -> None:
+    tensors = single_files.sd3_dit(random_sd3.large().transformer.state_dict())
+    t5 = random_sd3.t5().state_dict()
+    tensors |= single_files.prefixed("text_encoders.t5xxl.transformer.", t5)
+    file = save(tensors, tmp_path / "all.safetensors")
+    assert f"text_encoder_3 in {file}" in expected_notes(CheckpointSource(file, saved_turbo, text_encoders="clip"))
+    assert "text_encoder_3 in" not in expected_notes(CheckpointSource(file, saved_turbo))

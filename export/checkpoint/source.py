@@ -278,9 +278,9 @@ def _variant_of_base(opened: Checkpoint, family: Family, config: dict[str, Any],
     if not family.variants:
         return None
     base = replace(opened, configs={**opened.configs, ("transformer", CONFIG): config})
-    seen = evidence_of(base, family.read_config(base))
+    scheduled = whole and (opened.folder.joinpath(*SCHEDULER)).is_file()
     try:
-        return choose(family.variants, seen if whole else replace(seen, scheduler=None), LoadReport())
+        return choose(family.variants, evidence_of(base, family.read_config(base), scheduled), LoadReport())
     except UserError:
         return None
 

@@ -89,13 +89,13 @@ def variant_of(checkpoint: Checkpoint, variants: Sequence[Variant], config: Conf
     )
 
 
-def evidence_of(checkpoint: Checkpoint, config: Config) -> Evidence:
-    """Return what a diffusers folder says of its model."""
+def evidence_of(checkpoint: Checkpoint, config: Config, scheduled: bool = True) -> Evidence:
+    """Return what a diffusers folder says of its model; if `scheduled` is false, without its scheduler."""
     names = [("the repository on the Hub", checkpoint.repository)]
     for component, file in (("", "model_index.json"), ("transformer", "config.json")):
         path = f"{component}/{file}".lstrip("/")
         names.append((f"{NAME_OR_PATH} in {path}", str(checkpoint.config(component, file).get(NAME_OR_PATH) or "")))
-    scheduler = checkpoint.config("scheduler", "scheduler_config.json")
+    scheduler = checkpoint.config("scheduler", "scheduler_config.json") if scheduled else None
     return Evidence(checkpoint.folder, config, checkpoint.settings.variant, names, scheduler)
 
 

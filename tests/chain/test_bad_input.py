@@ -451,7 +451,7 @@ def test_checkpoint_without_a_folder(export_refused, checkpoint: Path, folder: s
         ("transformer/config.json", {"in_channels": 128}, ("[72, 64]", "[72, 128]")),
         ("text_encoder/config.json", {"hidden_size": 45}, ("[190, 48]", "[190, 45]")),
         ("text_encoder/config.json", {"hidden_size": "wide"}, ("hidden_size",)),
-        ("text_encoder/config.json", {"max_position_embeddings": 10}, ("text_encoder/config.json",)),
+        ("text_encoder/config.json", {"max_position_embeddings": 10}, ("[33, 48]", "[10, 48]")),
         ("text_encoder_2/config.json", {"d_model": 64}, ("[115, 56]", "[115, 64]")),
         ("vae/config.json", {"block_out_channels": [8, 16, 16, 32]}, ("[24, ", "[32, ")),
         ("vae/config.json", {"norm_num_groups": 5}, ("vae/config.json", "5")),

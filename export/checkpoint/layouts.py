@@ -18,8 +18,8 @@ from typing import Any
 from diffusers.loaders import single_file_utils
 
 from ditforge.errors import UserError
-from ditforge.export.checkpoint.adapters.keys import is_adapter
 from ditforge.export.checkpoint import hub
+from ditforge.export.checkpoint.adapters.keys import is_adapter
 from ditforge.export.checkpoint.architectures import GGUF_NAMES, architecture_of, encoder_of
 from ditforge.export.checkpoint.conversion import Piece, Recipe, Tensors
 from ditforge.export.checkpoint.dequantising import dequantised

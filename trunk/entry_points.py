@@ -1,7 +1,7 @@
 """Finds the objects that installed packages offer to ditforge under the entry points of its groups.
 
-ditforge's own families and compilers are found in the same way. Another package declares its own in its pyproject.toml,
-for example:
+ditforge's own families, layouts and compilers are found in the same way. Another package declares its own in its
+pyproject.toml, for example:
 
     [project.entry-points."ditforge.compilers"]
     mine = "my_package.my_compiler:COMPILER"
@@ -16,7 +16,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from ditforge.errors import DitforgeError, UserError
 
-FAMILIES, COMPILERS = "ditforge.families", "ditforge.compilers"
+FAMILIES, LAYOUTS, COMPILERS = "ditforge.families", "ditforge.layouts", "ditforge.compilers"
 
 
 @cache

@@ -8,12 +8,10 @@ A file has the layout of the family's authors or that of ComfyUI. It holds the D
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
-from typing import Any
 
 from diffusers.loaders import single_file_utils
 
@@ -24,67 +22,27 @@ from ditforge.export.checkpoint.architectures import GGUF_NAMES, architecture_of
 from ditforge.export.checkpoint.conversion import Piece, Recipe, Tensors
 from ditforge.export.checkpoint.dequantising import dequantised
 from ditforge.export.checkpoint.diffusers_folder import CONFIG, INDEX, Checkpoint, components_in, read_json
-from ditforge.export.checkpoint.gguf_file import is_gguf, open_gguf
+from ditforge.export.checkpoint.gguf_file import open_gguf
+from ditforge.export.checkpoint.gguf_header import is_gguf
 from ditforge.export.checkpoint.gguf_names import ENCODERS, as_in_transformers, restored
+from ditforge.export.checkpoint.layout import (
+    CLIP_G_WIDTH,
+    CLIP_KEY,
+    PROJECTION,
+    UNUSED,
+    VAE_KEY,
+    VAE_PARTS,
+    VAE_PREFIXES,
+    Config,
+    Layout,
+    encoder_keys,
+)
 from ditforge.export.checkpoint.lazy_tensors import Lazy, identity, open_tensors, transposed
 from ditforge.export.checkpoint.load_report import LoadReport, shown
 from ditforge.export.checkpoint.variants import NAME_OR_PATH, names_in
 from ditforge.export.checkpoint.weights import read_metadata
 from ditforge.export.families import Family, families
 from ditforge.option import option, setting
-
-DIT_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
-VAE_PREFIXES = ("first_stage_model.", "vae.", "")
-CLIP_G_WIDTH = 1280
-VAE_KEY = "decoder.up.0.block.0.conv1.weight"
-VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-CLIP_KEY = "text_model.embeddings.position_embedding.weight"
-PROJECTION = "text_projection"
-# What many files hold beside the networks, and why no export needs it.
-UNUSED = {
-    re.compile(r"(.*\.)?logit_scale"): "only the training of CLIP needs it",
-    re.compile(r"(.*\.)?position_ids"): "the positions count from 0 in any case",
-    re.compile(r"(.*\.)?spiece_model"): "the tokenizers are read from the base",
-    re.compile(r"(.*\.)?model_ema\..*"): "it is an average of the weights, which the training makes",
-    re.compile(r"(.*\.)?denoiser\..*"): "it is the schedule of the training",
-    re.compile(r"loss\..*"): "it is of the autoencoder's training",
-}
-
-Config = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the authors of a family write its DiT into a file.
-
-    key: the name of a tensor that only this layout has.
-    convert: diffusers' converter from the authors' names to diffusers' names.
-    hints: takes diffusers' names, and returns names in the authors' layout from which `convert` counts the blocks.
-    config: takes the authors' tensors, and returns the part of the DiT's configuration that their shapes tell.
-    encoders: maps ComfyUI's name of each text encoder to diffusers' folder.
-    projected: the text encoders, by ComfyUI's name, whose projection is the identity where a file lacks it.
-    lora_encoders: maps each prefix in Kohya's LoRA files to diffusers' folder of the text encoder.
-    lora_joint: maps the name that adapters have for several of diffusers' modules at once to these modules, in the
-        order of their rows. {} stands for the number of the block.
-    lora_optional: patterns of modules that not all models of the family have, as `transformer.block_0_part` without
-        further dots, and why a checkpoint can do without what an adapter has for them.
-    """
-
-    key: str
-    convert: Callable[[dict[str, Recipe]], dict[str, Recipe]]
-    hints: Callable[[Iterable[str]], list[str]]
-    config: Callable[[Tensors], Config]
-    encoders: Mapping[str, str]
-    lora_encoders: Mapping[str, str]
-    projected: tuple[str, ...] = ()
-    lora_joint: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    lora_optional: Mapping[str, str] = field(default_factory=dict)
-
-
-def count_blocks(names: Iterable[str], kind: str) -> int:
-    """Count the blocks `kind`.0, `kind`.1, … among the names."""
-    numbers = [name.split(".")[1] for name in names if name.startswith(f"{kind}.")]
-    return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
 
 
 @dataclass(frozen=True)
@@ -213,18 +171,6 @@ def family_with(base: Checkpoint | None) -> Family | None:
     return next((family for family in families() if base and family.pipeline == base.pipeline), None)
 
 
-def encoder_keys(name: str, tensors: Iterable[str]) -> dict[str, str]:
-    """Return the keys of the text encoder `name` in an all-in-one file, by their names in transformers' module.
-
-    ComfyUI keeps the projection inside of `transformer`, and older versions kept it beside that.
-    """
-    prefix = f"text_encoders.{name}."
-    inner = f"{prefix}transformer."
-    keys = {key[len(inner) :]: key for key in tensors if key.startswith(inner)}
-    beside = {key[len(prefix) :]: key for key in tensors if key.startswith(prefix + PROJECTION)}
-    return {**beside, **keys}
-
-
 def encoder_tensors(tensors: Tensors) -> dict[str, Lazy]:
     """Return a text encoder's tensors by transformers' names. OpenCLIP writes the projection transposed."""
     found = dict(tensors)
@@ -313,9 +259,8 @@ def require(single: SingleFile, needed: Iterable[str], base: Path | None) -> Non
 def find_dit(tensors: Tensors) -> tuple[Family | None, str]:
     """Return the family of the DiT among the tensors, and the prefix of its keys; (None, "") if there is no DiT."""
     for family in families():
-        for prefix in DIT_PREFIXES:
-            if family.layout and prefix + family.layout.key in tensors:
-                return family, prefix
+        if family.layout and (prefix := family.layout.prefix_in(tensors)) is not None:
+            return family, prefix
     return None, ""
 
 

@@ -99,7 +99,8 @@ def open_tensors(file: Path) -> dict[str, Lazy]:
 
     Raises UserError for a file that is truncated, damaged or of another format.
     """
-    from ditforge.export.checkpoint.gguf_file import is_gguf, open_gguf
+    from ditforge.export.checkpoint.gguf_file import open_gguf
+    from ditforge.export.checkpoint.gguf_header import is_gguf
 
     if is_gguf(file):
         return open_gguf(file).tensors

@@ -24,7 +24,7 @@ from ditforge.model import Model
 from ditforge.option import option, setting
 
 if TYPE_CHECKING:
-    from ditforge.export.checkpoint.layouts import Layout
+    from ditforge.export.checkpoint.layout import Layout
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ditforge.export.checkpoint.schedule import flow_schedule
 from ditforge.export.checkpoint.variants import Variant, variant_of
 from ditforge.export.families import Family
 from ditforge.export.families.flux_dit import PATCH, FluxVelocity
-from ditforge.export.families.flux_layout import LAYOUT
+from ditforge.export.families.flux_layout import LAYOUT, PUBLISHED, VARIANTS
 from ditforge.export.network import BATCH, OF_THE_EXPORT, Dim, Network, Port
 from ditforge.export.quantisation import reference_pipeline
 from ditforge.export.quantisation.precision import Precision, network_dtype, text_dtype
@@ -27,53 +27,12 @@ from ditforge.export.text_encoders import clip, t5
 from ditforge.export.text_encoders.tokenizers import Tokenizer, read_tokenizer
 from ditforge.model import Model
 
-DEV, SCHNELL = PUBLISHED = ("flux.1-dev", "flux.1-schnell")
 # The largest side of a picture, relative to the side that the model was trained for. Larger pictures fall apart, and at
 # this one, attention takes 256 times as long already.
 MAX_SIZE_RATIO = 4
 # The linears of the blocks, without those of the modulation (norm…), whose errors reach every token. The embedders and
 # the final layers are not quantised either, as in NVIDIA's recipe (TensorRT-Model-Optimizer, diffusers example).
 LINEARS = re.compile(r"(single_)?transformer_blocks\.\d+\.(?!.*norm).*\.weight")
-DEV_NAMES = re.compile(r"flux[\W_]*1?[\W_]*dev|de[\W_]*distill|undistill")
-# Steps, guidance and the length of T5's input are those of the authors' model cards and code.
-VARIANTS = (
-    Variant(
-        name="dev",
-        title="FLUX.1-dev",
-        configs=DEV,
-        guidance="embedded",
-        steps=28,
-        scale=3.5,
-        text_length=512,
-        fits=lambda config: bool(config["guidance_embeds"]),
-        named=DEV_NAMES,
-    ),
-    Variant(
-        name="schnell",
-        title="FLUX.1-schnell",
-        configs=SCHNELL,
-        guidance="none",
-        steps=4,
-        scale=0.0,
-        text_length=256,
-        fits=lambda config: not config["guidance_embeds"],
-        named=re.compile("schnell"),
-        scheduled=lambda scheduler: not scheduler.get("use_dynamic_shifting"),
-    ),
-    # Fine-tunes that undo the distillation, such as flux-dev-de-distill. They take classifier-free guidance.
-    Variant(
-        name="dev",
-        title="FLUX.1-dev without its distilled guidance",
-        configs=DEV,
-        guidance="classifier-free",
-        steps=28,
-        scale=3.5,
-        text_length=512,
-        fits=lambda config: not config["guidance_embeds"],
-        named=DEV_NAMES,
-        scheduled=lambda scheduler: bool(scheduler.get("use_dynamic_shifting")),
-    ),
-)
 
 
 def dit(config: dict[str, Any], tokens: int, precision: Precision) -> Network:

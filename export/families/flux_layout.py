@@ -1,17 +1,61 @@
-"""The layout of FLUX.1 in one file, as Black Forest Labs (BFL) and ComfyUI write it."""
+"""The models of FLUX.1, and their layout in one file, as Black Forest Labs (BFL) and ComfyUI write it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
-from diffusers.loaders import single_file_utils
+from ditforge.export.checkpoint.layout import Layout, Shaped, count_blocks
+from ditforge.export.checkpoint.variants import Variant
 
-from ditforge.export.checkpoint.conversion import Tensors
-from ditforge.export.checkpoint.layouts import Layout, count_blocks
+if TYPE_CHECKING:
+    from ditforge.export.checkpoint.conversion import Recipe
+
+DEV, SCHNELL = PUBLISHED = ("flux.1-dev", "flux.1-schnell")
+DEV_NAMES = re.compile(r"flux[\W_]*1?[\W_]*dev|de[\W_]*distill|undistill")
+# Steps, guidance and the length of T5's input are those of the authors' model cards and code.
+VARIANTS = (
+    Variant(
+        name="dev",
+        title="FLUX.1-dev",
+        configs=DEV,
+        guidance="embedded",
+        steps=28,
+        scale=3.5,
+        text_length=512,
+        fits=lambda config: bool(config["guidance_embeds"]),
+        named=DEV_NAMES,
+    ),
+    Variant(
+        name="schnell",
+        title="FLUX.1-schnell",
+        configs=SCHNELL,
+        guidance="none",
+        steps=4,
+        scale=0.0,
+        text_length=256,
+        fits=lambda config: not config["guidance_embeds"],
+        named=re.compile("schnell"),
+        scheduled=lambda scheduler: not scheduler.get("use_dynamic_shifting"),
+    ),
+    # Fine-tunes that undo the distillation, such as flux-dev-de-distill. They take classifier-free guidance.
+    Variant(
+        name="dev",
+        title="FLUX.1-dev without its distilled guidance",
+        configs=DEV,
+        guidance="classifier-free",
+        steps=28,
+        scale=3.5,
+        text_length=512,
+        fits=lambda config: not config["guidance_embeds"],
+        named=DEV_NAMES,
+        scheduled=lambda scheduler: bool(scheduler.get("use_dynamic_shifting")),
+    ),
+)
 
 
-def flux_config(tensors: Tensors) -> dict[str, Any]:
+def flux_config(tensors: Mapping[str, Shaped]) -> dict[str, Any]:
     """Return the part of FluxTransformer2DModel's configuration that the shapes of BFL's tensors tell."""
     head = tensors["double_blocks.0.img_attn.norm.query_norm.scale"].shape[0]
     width, channels = tensors["img_in.weight"].shape
@@ -30,6 +74,14 @@ def flux_config(tensors: Tensors) -> dict[str, Any]:
     }
 
 
+def converted(recipes: dict[str, Recipe]) -> dict[str, Recipe]:
+    """Return the recipes by diffusers' names: its own converter runs on them."""
+    from diffusers.loaders import single_file_utils
+
+    result: dict[str, Recipe] = single_file_utils.convert_flux_transformer_checkpoint_to_diffusers(recipes)
+    return result
+
+
 def flux_hints(names: Iterable[str]) -> list[str]:
     """Return keys in BFL's layout for as many blocks as diffusers' `names` have."""
     double, single = count_blocks(names, "transformer_blocks"), count_blocks(names, "single_transformer_blocks")
@@ -42,8 +94,10 @@ DOUBLE_ADDED_QKV = tuple(f"transformer_blocks.{{}}.attn.add_{part}_proj" for par
 SINGLE_QKV = tuple(f"single_transformer_blocks.{{}}.attn.to_{part}" for part in "qkv")
 
 LAYOUT = Layout(
+    title="FLUX.1",
+    variants=VARIANTS,
     key="double_blocks.0.img_attn.qkv.weight",
-    convert=single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,
+    convert=converted,
     hints=flux_hints,
     config=flux_config,
     encoders={"clip_l": "text_encoder", "t5xxl": "text_encoder_2"},

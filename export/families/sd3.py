@@ -19,10 +19,10 @@ from ditforge.errors import UserError
 from ditforge.export import vae
 from ditforge.export.checkpoint.diffusers_folder import CONFIGS, INDEX, Checkpoint, t5_parts, with_defaults
 from ditforge.export.checkpoint.schedule import flow_schedule
-from ditforge.export.checkpoint.variants import Config, Variant, variant_of
+from ditforge.export.checkpoint.variants import Variant, variant_of
 from ditforge.export.families import Family
 from ditforge.export.families.sd3_dit import StableDiffusion3Velocity
-from ditforge.export.families.sd3_layout import LAYOUT
+from ditforge.export.families.sd3_layout import LAYOUT, PUBLISHED, T5_TOKENS, VARIANTS
 from ditforge.export.network import BATCH, Dim, Network, Port
 from ditforge.export.quantisation import reference_pipeline
 from ditforge.export.quantisation.precision import Precision, network_dtype, text_dtype
@@ -31,62 +31,6 @@ from ditforge.export.text_encoders.tokenizers import Tokenizer, read_tokenizer
 from ditforge.model import Model, SkipLayers
 from ditforge.option import setting
 
-LARGE, TURBO, MEDIUM = PUBLISHED = ("sd3.5-large", "sd3.5-large-turbo", "sd3.5-medium")
-T5_TOKENS = 256  # diffusers' default max_sequence_length; also the number of zeros that take T5's place without T5
-
-
-def is_large(config: Config) -> bool:
-    """Return whether a DiT with this configuration is built as large, which large-turbo is too."""
-    return bool(config["qk_norm"]) and not config["dual_attention_layers"]
-
-
-# Steps and guidance are those of the authors' model cards. Nothing in the DiT distinguishes large-turbo from large.
-VARIANTS = (
-    Variant(
-        name="large",
-        title="Stable Diffusion 3.5 large",
-        configs=LARGE,
-        guidance="classifier-free",
-        steps=28,
-        scale=3.5,
-        text_length=T5_TOKENS,
-        fits=is_large,
-        named=re.compile(r"3[\W_]*5[\W_]*large(?![\W_]*turbo)"),
-    ),
-    Variant(
-        name="large-turbo",
-        title="Stable Diffusion 3.5 large-turbo",
-        configs=TURBO,
-        guidance="classifier-free",
-        steps=4,
-        scale=1.0,
-        text_length=T5_TOKENS,
-        fits=is_large,
-        named=re.compile(r"large[\W_]*turbo"),
-    ),
-    Variant(
-        name="medium",
-        title="Stable Diffusion 3.5 medium",
-        configs=MEDIUM,
-        guidance="classifier-free",
-        steps=40,
-        scale=4.5,
-        text_length=T5_TOKENS,
-        fits=lambda config: bool(config["dual_attention_layers"]),
-        named=re.compile(r"3[\W_]*5[\W_]*medium"),
-    ),
-    Variant(
-        name="sd3-medium",
-        title="Stable Diffusion 3 medium",
-        configs=LARGE,  # what shapes do not tell is the same there
-        guidance="classifier-free",
-        steps=28,
-        scale=7.0,
-        text_length=T5_TOKENS,
-        fits=lambda config: not config["qk_norm"] and not config["dual_attention_layers"],
-        named=re.compile(r"3[\W_]*medium"),
-    ),
-)
 # The largest side of a picture, relative to the side that the model was trained for. The table of positions may limit
 # it further.
 MAX_SIZE_RATIO = 4

@@ -1,18 +1,77 @@
-"""The layout of Stable Diffusion 3.5 in one file, as Stability and ComfyUI write it."""
+"""The models of Stable Diffusion 3.5, and their layout in one file, as Stability and ComfyUI write it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from math import isqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusers.loaders import single_file_utils
+from ditforge.export.checkpoint.layout import Layout, Shaped, count_blocks
+from ditforge.export.checkpoint.variants import Config, Variant
 
-from ditforge.export.checkpoint.conversion import Tensors
-from ditforge.export.checkpoint.layouts import Layout, count_blocks
+if TYPE_CHECKING:
+    from ditforge.export.checkpoint.conversion import Recipe
+
+LARGE, TURBO, MEDIUM = PUBLISHED = ("sd3.5-large", "sd3.5-large-turbo", "sd3.5-medium")
+T5_TOKENS = 256  # diffusers' default max_sequence_length; also the number of zeros that take T5's place without T5
 
 
-def sd3_config(tensors: Tensors) -> dict[str, Any]:
+def is_large(config: Config) -> bool:
+    """Return whether a DiT with this configuration is built as large, which large-turbo is too."""
+    return bool(config["qk_norm"]) and not config["dual_attention_layers"]
+
+
+# Steps and guidance are those of the authors' model cards. Nothing in the DiT distinguishes large-turbo from large.
+VARIANTS = (
+    Variant(
+        name="large",
+        title="Stable Diffusion 3.5 large",
+        configs=LARGE,
+        guidance="classifier-free",
+        steps=28,
+        scale=3.5,
+        text_length=T5_TOKENS,
+        fits=is_large,
+        named=re.compile(r"3[\W_]*5[\W_]*large(?![\W_]*turbo)"),
+    ),
+    Variant(
+        name="large-turbo",
+        title="Stable Diffusion 3.5 large-turbo",
+        configs=TURBO,
+        guidance="classifier-free",
+        steps=4,
+        scale=1.0,
+        text_length=T5_TOKENS,
+        fits=is_large,
+        named=re.compile(r"large[\W_]*turbo"),
+    ),
+    Variant(
+        name="medium",
+        title="Stable Diffusion 3.5 medium",
+        configs=MEDIUM,
+        guidance="classifier-free",
+        steps=40,
+        scale=4.5,
+        text_length=T5_TOKENS,
+        fits=lambda config: bool(config["dual_attention_layers"]),
+        named=re.compile(r"3[\W_]*5[\W_]*medium"),
+    ),
+    Variant(
+        name="sd3-medium",
+        title="Stable Diffusion 3 medium",
+        configs=LARGE,  # what shapes do not tell is the same there
+        guidance="classifier-free",
+        steps=28,
+        scale=7.0,
+        text_length=T5_TOKENS,
+        fits=lambda config: not config["qk_norm"] and not config["dual_attention_layers"],
+        named=re.compile(r"3[\W_]*medium"),
+    ),
+)
+
+
+def sd3_config(tensors: Mapping[str, Shaped]) -> dict[str, Any]:
     """Return the part of SD3Transformer2DModel's configuration that the shapes of Stability's tensors tell."""
     width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
     norm = tensors.get("joint_blocks.0.x_block.attn.ln_q.weight")
@@ -36,6 +95,14 @@ def sd3_config(tensors: Tensors) -> dict[str, Any]:
     }
 
 
+def converted(recipes: dict[str, Recipe]) -> dict[str, Recipe]:
+    """Return the recipes by diffusers' names: its own converter runs on them."""
+    from diffusers.loaders import single_file_utils
+
+    result: dict[str, Recipe] = single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(recipes)
+    return result
+
+
 def sd3_hints(names: Iterable[str]) -> list[str]:
     """Return keys in Stability's layout for as many blocks as diffusers' `names` have, with all optional parts."""
     blocks = range(count_blocks(names, "transformer_blocks"))
@@ -44,8 +111,10 @@ def sd3_hints(names: Iterable[str]) -> list[str]:
 
 
 LAYOUT = Layout(
+    title="Stable Diffusion 3.5",
+    variants=VARIANTS,
     key="joint_blocks.0.x_block.attn.qkv.weight",
-    convert=single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
+    convert=converted,
     hints=sd3_hints,
     config=sd3_config,
     encoders={"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"},

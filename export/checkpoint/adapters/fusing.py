@@ -15,7 +15,7 @@ from ditforge.errors import UserError
 from ditforge.export.checkpoint.adapters.names import Index, Target, index
 from ditforge.export.checkpoint.adapters.reading import OTHER_MODEL, Use, read_uses
 from ditforge.export.checkpoint.conversion import Tensors
-from ditforge.export.checkpoint.layouts import Layout
+from ditforge.export.checkpoint.layout import Layout
 from ditforge.export.checkpoint.lazy_tensors import Lazy, joined
 from ditforge.export.checkpoint.load_report import LoadReport, shown
 

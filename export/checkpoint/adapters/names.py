@@ -14,7 +14,8 @@ from difflib import get_close_matches
 from fractions import Fraction
 
 from ditforge.export.checkpoint.conversion import Piece, Recipe, Tensors
-from ditforge.export.checkpoint.layouts import Layout, recipes_for
+from ditforge.export.checkpoint.layout import Layout
+from ditforge.export.checkpoint.layouts import recipes_for
 
 DIT = "transformer"
 # Prefixes that say nothing: of wrappers of the network, and of tools. Any number of them can stand before a name.

@@ -14,7 +14,7 @@ from merged import lazily, merged, stored
 from torch import nn
 
 from ditforge.export.checkpoint.adapters.names import Index, index
-from ditforge.export.checkpoint.layouts import Layout
+from ditforge.export.checkpoint.layout import Layout
 from ditforge.export.families.flux_layout import LAYOUT as FLUX
 from ditforge.export.families.sd3_layout import LAYOUT as SD3
 

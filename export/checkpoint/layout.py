@@ -1,0 +1,110 @@
+"""How the authors of a family write its models into one file, and what other components of such a file are called.
+
+Nothing here needs PyTorch, so that a file is recognised at once. Layouts are found by the entry points of the group
+`ditforge.layouts`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ditforge import entry_points
+from ditforge.errors import UserError
+from ditforge.export.checkpoint.variants import Variant
+
+if TYPE_CHECKING:
+    from ditforge.export.checkpoint.conversion import Recipe
+
+DIT_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
+VAE_PREFIXES = ("first_stage_model.", "vae.", "")
+CLIP_G_WIDTH = 1280
+VAE_KEY = "decoder.up.0.block.0.conv1.weight"
+VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+CLIP_KEY = "text_model.embeddings.position_embedding.weight"
+PROJECTION = "text_projection"
+# What many files hold beside the networks, and why no export needs it.
+UNUSED = {
+    re.compile(r"(.*\.)?logit_scale"): "only the training of CLIP needs it",
+    re.compile(r"(.*\.)?position_ids"): "the positions count from 0 in any case",
+    re.compile(r"(.*\.)?spiece_model"): "the tokenizers are read from the base",
+    re.compile(r"(.*\.)?model_ema\..*"): "it is an average of the weights, which the training makes",
+    re.compile(r"(.*\.)?denoiser\..*"): "it is the schedule of the training",
+    re.compile(r"loss\..*"): "it is of the autoencoder's training",
+}
+
+Config = dict[str, Any]
+
+
+class Shaped(Protocol):
+    """A tensor of which only the shape is asked: read or not."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the authors of a family write its DiT into a file.
+
+    title: what people call the family's models.
+    variants: the models of the family.
+    key: the name of a tensor that only this layout has.
+    convert: diffusers' converter from the authors' names to diffusers' names.
+    hints: takes diffusers' names, and returns names in the authors' layout from which `convert` counts the blocks.
+    config: takes the authors' tensors, and returns the part of the DiT's configuration that their shapes tell.
+    encoders: maps ComfyUI's name of each text encoder to diffusers' folder.
+    projected: the text encoders, by ComfyUI's name, whose projection is the identity where a file lacks it.
+    lora_encoders: maps each prefix in Kohya's LoRA files to diffusers' folder of the text encoder.
+    lora_joint: maps the name that adapters have for several of diffusers' modules at once to these modules, in the
+        order of their rows. {} stands for the number of the block.
+    lora_optional: patterns of modules that not all models of the family have, as `transformer.block_0_part` without
+        further dots, and why a checkpoint can do without what an adapter has for them.
+    """
+
+    title: str
+    variants: tuple[Variant, ...]
+    key: str
+    convert: Callable[[dict[str, Recipe]], dict[str, Recipe]]
+    hints: Callable[[Iterable[str]], list[str]]
+    config: Callable[[Mapping[str, Shaped]], Config]
+    encoders: Mapping[str, str]
+    lora_encoders: Mapping[str, str]
+    projected: tuple[str, ...] = ()
+    lora_joint: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    lora_optional: Mapping[str, str] = field(default_factory=dict)
+
+    def prefix_in(self, names: Container[str]) -> str | None:
+        """Return the prefix of the DiT's keys among the names of a file's tensors; None if there is no such DiT."""
+        return next((prefix for prefix in DIT_PREFIXES if prefix + self.key in names), None)
+
+
+def count_blocks(names: Iterable[str], kind: str) -> int:
+    """Count the blocks `kind`.0, `kind`.1, … among the names."""
+    numbers = [name.split(".")[1] for name in names if name.startswith(f"{kind}.")]
+    return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
+
+
+def layouts() -> list[Layout]:
+    """Return all installed layouts. Raises UserError for an entry point that does not name a Layout."""
+    found = []
+    for name in entry_points.installed(entry_points.LAYOUTS):
+        layout = entry_points.load(entry_points.LAYOUTS, name)
+        if not isinstance(layout, Layout):
+            raise UserError(f"what is installed as the layout {name!r} is a {type(layout).__name__}", "uninstall it")
+        found.append(layout)
+    return found
+
+
+def encoder_keys(name: str, tensors: Iterable[str]) -> dict[str, str]:
+    """Return the keys of the text encoder `name` in an all-in-one file, by their names in transformers' module.
+
+    ComfyUI keeps the projection inside of `transformer`, and older versions kept it beside that.
+    """
+    prefix = f"text_encoders.{name}."
+    inner = f"{prefix}transformer."
+    keys = {key[len(inner) :]: key for key in tensors if key.startswith(inner)}
+    beside = {key[len(prefix) :]: key for key in tensors if key.startswith(prefix + PROJECTION)}
+    return {**beside, **keys}

@@ -6,21 +6,24 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 from ditforge import manifest
 from ditforge.errors import UserError
 from ditforge.manifest import Component, Engine, Manifest
 from ditforge.model import Model
-from ditforge.option import command
 from ditforge.placement import Placement
 from ditforge.small_files import read_json_object
+
+if TYPE_CHECKING:
+    from ditforge.export.checkpoint.description import TensorFile
 
 INDEX = "model_index.json"  # every checkpoint in diffusers' layout has this file
 SAFETENSORS = ".safetensors"
 GIVE = "give a folder that a stage wrote, a checkpoint, a .safetensors file, or a picture"
+PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
+PICTURE_START = re.compile(rb"\x89PNG|\xff\xd8\xff|RIFF....WEBP", re.DOTALL)
 BLOCK = re.compile(r"\.\d+\.")
-LORA = re.compile(r"\.lora(_[AB]|_down|_up|\.down|\.up)\b")
 
 
 @dataclass(frozen=True)
@@ -134,30 +137,6 @@ class CheckpointFolder:
 
 
 @dataclass(frozen=True)
-class TensorFile:
-    """A .safetensors file.
-
-    kind: checkpoint file, lora or tensors.
-    pipeline: diffusers' class of its model, or empty if that is not known.
-    holds: diffusers' names of the components in it.
-    tensors, parameters: the number of tensors, and the number of all their elements.
-    dtypes: the bytes of each dtype, by safetensors' names.
-    problem: why it cannot be exported, or empty if it can.
-    """
-
-    kind: str
-    path: str
-    size: int
-    pipeline: str
-    holds: tuple[str, ...]
-    tensors: int
-    parameters: int
-    dtypes: dict[str, int]
-    metadata: dict[str, str]
-    problem: str
-
-
-@dataclass(frozen=True)
 class Picture:
     """A picture that ditforge made. kind: picture. parameters: the options that make it again."""
 
@@ -166,7 +145,7 @@ class Picture:
     parameters: dict[str, Any]
 
 
-Contents = StageFolder | CheckpointFolder | TensorFile | Picture
+Contents = Union[StageFolder, CheckpointFolder, "TensorFile", Picture]
 
 
 def look_into(path: Path) -> Contents:
@@ -181,16 +160,24 @@ def look_into(path: Path) -> Contents:
         return stage_folder(path, manifest.parse(path / manifest.FILE_NAME))
     if (path / INDEX).is_file():
         return checkpoint_folder(path)
-    if path.suffix == SAFETENSORS and path.is_file():
-        return tensor_file(path)
-    if path.is_file():
+    if path.is_file() and is_picture(path):
         from ditforge.client.picture_file import read_parameters
 
         return Picture("picture", str(path), read_parameters(path))
+    if path.is_file():
+        from ditforge.export.checkpoint.description import describe_file
+
+        return describe_file(path)
     if path.is_dir():
         problem = f"{path} has no {manifest.FILE_NAME}, which each stage of ditforge writes, and no {INDEX}"
         raise UserError(f"{problem}: it is no checkpoint either", "give one of the folders or files inside")
     raise UserError(f"{path} is no folder, and not a regular file", GIVE)
+
+
+def is_picture(path: Path) -> bool:
+    """Return whether the file has the name of a picture, or begins as one does."""
+    with path.open("rb") as opened:
+        return path.suffix.lower() in PICTURES or PICTURE_START.match(opened.read(12)) is not None
 
 
 def stage_folder(path: Path, found: Manifest) -> StageFolder:
@@ -257,47 +244,3 @@ def checkpoint_folder(path: Path) -> CheckpointFolder:
             parts.append(CheckpointPart(name, said[-1], weights))
     pipeline, total = str(index.get("_class_name", "")), sum(one.weights for one in parts)
     return CheckpointFolder("checkpoint", str(path), pipeline, total, tuple(parts))
-
-
-def tensor_file(path: Path) -> TensorFile:
-    """Look into a file of tensors. Only its header is read. Raises UserError if it is damaged."""
-    from math import prod
-
-    from safetensors import SafetensorError, safe_open
-
-    dtypes, parameters = Counter[str](), 0
-    try:
-        with safe_open(path, framework="np") as file:
-            metadata, names = dict(file.metadata() or {}), list(file.keys())
-            for name in names:
-                tensor = file.get_slice(name)
-                count = prod(tensor.get_shape())
-                parameters += count
-                dtypes[tensor.get_dtype()] += count * WIDTHS.get(tensor.get_dtype(), 0)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or damaged: {error}", "copy the file again") from error
-    kind, pipeline, holds, problem = recognise(path, names)
-    size = path.stat().st_size
-    return TensorFile(kind, str(path), size, pipeline, holds, len(names), parameters, dict(dtypes), metadata, problem)
-
-
-WIDTHS = {  # safetensors' name of a dtype → the bytes of one element
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
-    **dict.fromkeys(("U32", "I32", "F32"), 4),
-    **dict.fromkeys(("U64", "I64", "F64"), 8),
-}
-
-
-def recognise(path: Path, names: list[str]) -> tuple[str, str, tuple[str, ...], str]:
-    """Tell from the names of its tensors what a file is: kind, pipeline, components, and why it cannot be exported."""
-    if any(LORA.search(name) for name in names):
-        why = "a LoRA belongs behind --lora: ditforge export CHECKPOINT --lora {}"
-        return "lora", "", (), command(why, f"{path}:1.0")
-    from ditforge.export.checkpoint.layouts import open_single_file  # which imports torch
-
-    try:
-        single = open_single_file(path)
-    except UserError as error:
-        return "tensors", "", (), error.problem
-    return "checkpoint file", single.family.pipeline if single.family else "", tuple(single.components), ""

@@ -14,9 +14,10 @@ import pytest
 
 from ditforge.commands.build import BuildReport
 from ditforge.commands.doctor import Machine
-from ditforge.contents import CheckpointFolder, Picture, StageFolder, TensorFile
+from ditforge.contents import CheckpointFolder, Picture, StageFolder
 from ditforge.engines.gpu_table import GpuTable
 from ditforge.engines.verdict import Verification
+from ditforge.export.checkpoint.description import TensorFile
 from ditforge.plan_report import PlanReport
 from ditforge.reports import as_document
 

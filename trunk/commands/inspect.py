@@ -13,18 +13,20 @@ from ditforge import terminal
 from ditforge.reports import Json, show
 
 if TYPE_CHECKING:
-    from ditforge.contents import CheckpointFolder, Contents, Part, StageFolder, TensorFile
+    from ditforge.contents import CheckpointFolder, Contents, Part, StageFolder
+    from ditforge.export.checkpoint.description import Adapter, TensorFile
 
 
 def inspect(
     path: Annotated[
-        Path, typer.Argument(help="A folder that a stage wrote, a checkpoint, a .safetensors file, or a picture.")
+        Path, typer.Argument(help="A folder that a stage wrote, a checkpoint, a file of tensors, or a picture.")
     ],
     as_json: Json = False,
 ) -> None:
     """What a folder or file is, and what is in it.
 
-    It can be what a stage wrote, a checkpoint, a file of tensors, or a picture, which says what made it.
+    It can be what a stage wrote, a checkpoint, a .safetensors or .gguf file with a checkpoint, a LoRA or anything else,
+    or a picture, which says what made it. Only headers are read.
 
     Example: ditforge inspect picture.png
     """
@@ -122,13 +124,59 @@ def say_checkpoint(found: CheckpointFolder) -> None:
 
 def say_tensors(found: TensorFile) -> None:
     """Print what is in a file of tensors."""
-    what = {"lora": "a LoRA", "checkpoint file": f"a checkpoint in one file, {found.pipeline or 'without a DiT'}"}
-    terminal.say(f"{found.path}: {what.get(found.kind, 'tensors that ditforge does not export')}")
-    facts = [("size", amount(found.size)), ("tensors", f"{found.tensors}, {found.parameters:,} parameters")]
-    facts += [("dtypes", ", ".join(f"{name} {amount(size)}" for name, size in found.dtypes.items()))]
-    facts += [("components", ", ".join(found.holds))] if found.holds else []
-    facts += [("note", found.problem)] if found.problem else []
-    say_facts(facts + [(key, shortened(value)) for key, value in found.metadata.items()])
+    terminal.say(f"{found.path}: {found.what}")
+    facts = [("format", found.format), ("size", f"{amount(found.size)}, {found.tensors} tensors")]
+    facts += [("parameters", f"{found.parameters:,}"), ("dtypes", sizes(found.dtypes))]
+    facts += [("layout", found.layout)] if found.layout else []
+    facts += adapter_rows(found.adapter) if found.adapter else []
+    facts += [("ignored", one) for one in found.ignored]
+    facts += [("export", found.export)] if found.export else []
+    facts += [("problem", found.problem), ("fix", found.fix)] if found.problem else []
+    say_facts(facts)
+    if found.parts:
+        terminal.say("")
+        rows = [(one.name, str(one.tensors), f"{one.parameters:,}", sizes(one.dtypes)) for one in found.parts]
+        terminal.table(("component", "tensors", "parameters", "dtypes"), rows)
+    if found.adapter:
+        say_fits(found.adapter)
+    if found.metadata:
+        terminal.say("")
+        terminal.table(("metadata", ""), [(key, shortened(value)) for key, value in found.metadata.items()])
+
+
+def adapter_rows(adapter: Adapter) -> list[tuple[str, str]]:
+    """What is said of an adapter, as names and values."""
+    modules = ", ".join(f"{count} of {name}" for name, count in adapter.modules.items())
+    rows = [("modules", modules), ("names of", adapter.tool), ("kinds", counts(adapter.kinds))]
+    rows += [("rank", counts(adapter.ranks))] if adapter.ranks else []
+    rows += [("alpha", counts(adapter.alphas) if adapter.alphas else "not written, so it is the rank")]
+    rows += [("unknown", ", ".join(adapter.strange[:3]))] if adapter.strange else []
+    return rows
+
+
+def say_fits(adapter: Adapter) -> None:
+    """Print how the adapter fits each published model, and what modules of the best one its own are most like."""
+    terminal.say("")
+    rows = [
+        (fit.model, str(fit.matched), str(len(fit.lacking)), str(len(fit.unmatched)), str(len(fit.misfits)))
+        for fit in adapter.fits
+    ]
+    terminal.table(("model", "modules that fit", "not needed", "unmatched", "of other shapes"), rows)
+    best = next((fit for fit in adapter.fits if fit.matched), None)
+    for name, nearest in best.nearest.items() if best else ():
+        terminal.say(f"  {name} is no module of {best.model if best else ''}; the nearest is {nearest}")
+
+
+def counts(found: dict[str, int]) -> str:
+    """Values and how often there are, the only one without its count."""
+    if len(found) == 1:
+        return next(iter(found))
+    return ", ".join(f"{value} ({count} times)" for value, count in found.items())
+
+
+def sizes(dtypes: dict[str, int]) -> str:
+    """Dtypes and their bytes."""
+    return ", ".join(f"{name} {amount(size)}" for name, size in dtypes.items())
 
 
 def say_facts(facts: Iterable[tuple[str, str]]) -> None:

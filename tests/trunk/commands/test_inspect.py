@@ -103,9 +103,9 @@ def test_files_of_tensors(random_schnell: Path, tmp_path: Path, capsys: pytest.C
     lora, vae = tmp_path / "style.safetensors", random_schnell / "vae" / "diffusion_pytorch_model.safetensors"
     save_file({"transformer.a.lora_A.weight": np.zeros((4, 8), np.float16)}, lora, {"author": "somebody"})
     document = inspected(lora, tmp_path)
-    assert (document["kind"], document["tensors"], document["parameters"]) == ("lora", 1, 32)
+    assert (document["kind"], document["tensors"], document["parameters"]) == ("adapter", 1, 32)
     assert (document["dtypes"], document["metadata"]) == ({"F16": 64}, {"author": "somebody"})
-    assert "is a LoRA" not in shown(lora, capsys).splitlines()[1]
+    assert "an adapter (LoRA) for no known model" in shown(lora, capsys).splitlines()[0]
     found = look_into(vae)
     assert found.kind == "tensors" and found.problem
     assert found.parameters > 0 and set(found.dtypes) == {"F32"}

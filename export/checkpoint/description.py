@@ -1,0 +1,357 @@
+"""What a file of tensors is, from its header alone: for `ditforge inspect`. Nothing here reads a weight.
+
+PyTorch is imported only for adapters, whose modules are compared with those of the published models.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ditforge.errors import UserError
+from ditforge.export.checkpoint.adapters.description import AdapterDescription, describe_adapter
+from ditforge.export.checkpoint.adapters.keys import is_adapter
+from ditforge.export.checkpoint.architectures import GGUF_NAMES, architecture_of, encoder_of
+from ditforge.export.checkpoint.diffusers_folder import CONFIGS, INDEX, read_json
+from ditforge.export.checkpoint.gguf_header import is_gguf, read_gguf_header
+from ditforge.export.checkpoint.hub import name_of
+from ditforge.export.checkpoint.layout import (
+    UNUSED,
+    VAE_KEY,
+    VAE_PARTS,
+    VAE_PREFIXES,
+    Config,
+    Layout,
+    encoder_keys,
+    layouts,
+)
+from ditforge.export.checkpoint.load_report import LoadReport, shown
+from ditforge.export.checkpoint.variants import Evidence, Variant, choose, names_in, titles
+from ditforge.export.checkpoint.weights import read_header, read_metadata
+from ditforge.option import command
+
+BITS = re.compile(r"(?:F|BF|I|U|BOOL)(\d*)")
+GGUF_T5 = ("t5", "t5encoder")
+MARKS = re.compile(r"(.*\.)?(scaled_fp8|comfy_quant)")  # what tells ComfyUI how weights are stored
+# How the names of tensors begin in the files of diffusers folders, and what they are.
+IN_FOLDERS = {
+    ("transformer_blocks.", "single_transformer_blocks."): "a DiT",
+    ("encoder.down_blocks.", "decoder.up_blocks.", "decoder.mid_block."): "an autoencoder",
+    ("shared.", "encoder.block.", "text_model.", "encoder.layers.", "embeddings."): "a text encoder",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a header: its type as the format names it, its shape and its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """A component in a file.
+
+    name: the folder that diffusers has for it; where the family is open, what ComfyUI calls it.
+    tensors, parameters: the number of tensors, and the number of all their elements.
+    dtypes: the bytes of each dtype.
+    """
+
+    name: str
+    tensors: int
+    parameters: int
+    dtypes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class AdapterFit:
+    """How an adapter fits a published model.
+
+    matched: how many of its modules fit. lacking: those that the model can do without. unmatched: those whose name fits
+    no module. misfits: those of another shape. nearest: for unmatched modules, the module most like them.
+    """
+
+    model: str
+    matched: int
+    lacking: tuple[str, ...]
+    unmatched: tuple[str, ...]
+    misfits: tuple[str, ...]
+    nearest: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a LoRA or another adapter is.
+
+    kinds: how many modules have each kind. ranks, alphas: how many have each rank, and each alpha that is written.
+    tool: whose names the modules have. network: the models whose modules are called so. modules: their number by
+    component. strange: keys of no known form. fits: the published models, the best fit first.
+    """
+
+    kinds: dict[str, int]
+    ranks: dict[str, int]
+    alphas: dict[str, int]
+    tool: str
+    network: str
+    modules: dict[str, int]
+    strange: tuple[str, ...]
+    fits: tuple[AdapterFit, ...]
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A file of tensors.
+
+    kind: checkpoint file, adapter or tensors.
+    format: safetensors or GGUF.
+    what: in words, what it is.
+    family, variant: the titles of its model's family, and of the model; empty if they are not known.
+    layout: how the names of the DiT's tensors are written; empty if it has no DiT.
+    size: its bytes. tensors, parameters, dtypes: as in a part.
+    parts: the components in it.
+    adapter: what the adapter is, or null.
+    metadata: the texts in its header.
+    ignored: what an export does not read, and why.
+    export: the command that exports it, or empty if none does.
+    problem, fix: why it cannot be exported as it is, and what to do; empty if it can.
+    """
+
+    kind: str
+    path: str
+    format: str
+    what: str
+    family: str
+    variant: str
+    layout: str
+    size: int
+    tensors: int
+    parameters: int
+    dtypes: dict[str, int]
+    parts: tuple[FilePart, ...]
+    adapter: Adapter | None
+    metadata: dict[str, str]
+    ignored: tuple[str, ...]
+    export: str
+    problem: str
+    fix: str
+
+
+def describe_file(file: Path) -> TensorFile:
+    """Describe the file. Raises UserError if it is damaged, or of a format that is named and cannot be read."""
+    entries, metadata, architecture = read_entries(file)
+    whole = part("", entries.values())
+    plain = TensorFile(
+        kind="tensors",
+        path=str(file),
+        format="GGUF" if is_gguf(file) else "safetensors",
+        what="tensors of no known model",
+        family="",
+        variant="",
+        layout="",
+        size=file.stat().st_size,
+        tensors=whole.tensors,
+        parameters=whole.parameters,
+        dtypes=whole.dtypes,
+        parts=(),
+        adapter=None,
+        metadata=metadata,
+        ignored=(),
+        export="",
+        problem="",
+        fix="",
+    )
+    if is_adapter(entries):
+        return as_adapter(file, plain)
+    found = next(((one, prefix) for one in layouts() if (prefix := one.prefix_in(entries)) is not None), None)
+    name = architecture_of({key: entry.shape for key, entry in entries.items()})
+    if name is None and found is None:
+        name = GGUF_NAMES.get(architecture)
+    if name:
+        problem, fix = f"it is {name}, which cannot be exported", f"use {known_models()}, or a fine-tune of them"
+        return replace(plain, what=f"a model of another architecture: {name}", problem=problem, fix=fix)
+    return as_checkpoint(file, plain, entries, found, architecture)
+
+
+def read_entries(file: Path) -> tuple[dict[str, Entry], dict[str, str], str]:
+    """Return the tensors in the header by name, its texts, and what a GGUF file says of its architecture."""
+    if not is_gguf(file):
+        stored = read_header(file)
+        entries = {name: Entry(one.dtype, one.shape, size_of(one.dtype, one.shape)) for name, one in stored.items()}
+        return entries, read_metadata(file), ""
+    header = read_gguf_header(file)
+    tensors = {
+        name: Entry(one.kind, one.shape, prod(one.shape) // one.block * one.item)
+        for name, one in header.tensors.items()
+    }
+    texts = {name: value for name, value in header.metadata.items() if isinstance(value, str)}
+    return tensors, texts, header.architecture
+
+
+def size_of(dtype: str, shape: Iterable[int]) -> int:
+    """Return the bytes of a tensor whose dtype has safetensors' name: F8_E4M3, BF16, …"""
+    match = BITS.match(dtype)
+    assert match, dtype
+    return prod(shape) * int(match[1] or 8) // 8
+
+
+def part(name: str, entries: Iterable[Entry]) -> FilePart:
+    """Count the tensors of a component."""
+    entries, dtypes = list(entries), Counter[str]()
+    for entry in entries:
+        dtypes[entry.dtype] += entry.size
+    return FilePart(name, len(entries), sum(prod(entry.shape) for entry in entries), dict(dtypes.most_common()))
+
+
+def as_checkpoint(
+    file: Path,
+    plain: TensorFile,
+    entries: Mapping[str, Entry],
+    found: tuple[Layout, str] | None,
+    architecture: str,
+) -> TensorFile:
+    """Describe a file that is no adapter: a checkpoint in one file, or one component alone."""
+    held, used = dict[str, list[str]](), set[str]()
+    layout, prefix = found or (None, "")
+    if layout:
+        others = ("text_encoders.", *filter(None, VAE_PREFIXES)) if not prefix else ()
+        held["transformer"] = [key for key in entries if key.startswith(prefix) and not key.startswith(others)]
+    for name in {key.split(".")[1] for key in entries if key.startswith("text_encoders.")}:
+        folder = layout.encoders.get(name, name) if layout else name
+        held[folder] = list(encoder_keys(name, entries).values())
+    if alone := "t5xxl" if architecture in GGUF_T5 else encoder_of(entries):
+        held[alone] = list(entries)
+    vae = next((one for one in VAE_PREFIXES if one + VAE_KEY in entries), None)
+    if vae is not None:
+        held["vae"] = [key for key in entries if key.startswith(tuple(vae + start for start in VAE_PARTS))]
+    used.update(key for keys in held.values() for key in keys)
+    parts = tuple(part(name, (entries[key] for key in keys)) for name, keys in sorted(held.items()) if keys)
+    if not parts:
+        return replace(plain, **unknown(file, entries))
+    ignored = left_out([key for key in entries if key not in used])
+    described = replace(plain, kind="checkpoint file", parts=parts, ignored=ignored)
+    if layout:
+        return with_dit(file, described, layout, prefix, entries)
+    names = " and ".join(one.name for one in parts)
+    to_export = command("ditforge export {} --base FOLDER --out DIR", file)
+    return replace(described, what=f"{names} of a model, without its DiT", export=str(to_export))
+
+
+def with_dit(
+    file: Path, described: TensorFile, layout: Layout, prefix: str, entries: Mapping[str, Entry]
+) -> TensorFile:
+    """Add what the DiT's tensors tell: the model, and what an export of the file lacks."""
+    dit = {key[len(prefix) :]: entry for key, entry in entries.items() if key.startswith(prefix)}
+    written = f"the authors' names, after {prefix}" if prefix else "the authors' names"
+    described = replace(
+        described, family=layout.title, layout=written, what=f"a checkpoint of {layout.title} in one file"
+    )
+    try:
+        config = layout.config(dit)
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+        problem = f"its DiT is incomplete or built otherwise: {error}"
+        return replace(described, problem=problem, fix="download the file again, or use another")
+    fitting = [variant for variant in layout.variants if variant.fits(config)]
+    try:
+        known = choose(layout.variants, evidence(file, config, described.metadata), LoadReport())
+    except UserError as error:
+        return replace(described, variant=titles(fitting), problem=error.problem, fix=str(error.fix))
+    missing = missing_components(known, [one.name for one in described.parts])
+    base = " --base FOLDER" if missing else ""
+    to_export = command(f"ditforge export {{}}{base} --out DIR", file)
+    lacks = f"; FOLDER is a diffusers folder with {', '.join(missing)}" if missing else ""
+    return replace(
+        described, what=f"a checkpoint of {known.title} in one file", variant=known.title, export=f"{to_export}{lacks}"
+    )
+
+
+def evidence(file: Path, config: Config, metadata: Mapping[str, str]) -> Evidence:
+    """Return what the file says of its model."""
+    return Evidence(file, config, names=[("the Hub", name_of(file)), *names_in(metadata)])
+
+
+def missing_components(variant: Variant, held: Iterable[str]) -> list[str]:
+    """Return the components of the published model that the file does not hold, tokenizers included."""
+    index: dict[str, Any] = read_json(CONFIGS / variant.configs / INDEX)
+    named = [name for name, value in index.items() if isinstance(value, list) and value and value[-1]]
+    return [name for name in named if name not in set(held) | {"scheduler"}]
+
+
+def left_out(keys: Iterable[str]) -> tuple[str, ...]:
+    """Return what an export does not read of the keys, and why."""
+    found: dict[str, list[str]] = {}
+    for key in keys:
+        if MARKS.fullmatch(key):
+            continue
+        reason = next((reason for pattern, reason in UNUSED.items() if pattern.fullmatch(key)), "")
+        found.setdefault(reason or "no component of a known model has such tensors", []).append(key)
+    return tuple(f"{shown(those)}: {reason}" for reason, those in found.items())
+
+
+def unknown(file: Path, entries: Iterable[str]) -> dict[str, str]:
+    """Return what the file is, the problem and the fix where no component is known."""
+    names = list(entries)
+    for starts, what in IN_FOLDERS.items():
+        if any(name.startswith(starts) for name in names):
+            problem, fix = "it is one file of a diffusers folder", "give the folder that has model_index.json"
+            return {"what": f"{what} with diffusers' names", "problem": problem, "fix": fix}
+    problem = f"it has the tensors {shown(names)}, which no known model has"
+    return {"problem": problem, "fix": f"use a file of {known_models()}, in its authors' layout or ComfyUI's"}
+
+
+def known_models() -> str:
+    """Return the titles of the families whose single files can be read, joined by "or"."""
+    return " or ".join(layout.title for layout in layouts())
+
+
+def as_adapter(file: Path, plain: TensorFile) -> TensorFile:
+    """Describe a LoRA or another adapter."""
+    what = "an adapter of a checkpoint"
+    try:
+        found = describe_adapter(file)
+    except UserError as error:
+        problem = error.problem.removeprefix(f"{file} is ").removeprefix(f"{file}: ")
+        return replace(plain, kind="adapter", what=what, problem=problem, fix=str(error.fix))
+    fits = adapter_fits(file)
+    kinds = " and ".join(found.kinds)
+    described = replace(
+        plain,
+        kind="adapter",
+        what=f"an adapter ({kinds}) for {found.network}",
+        adapter=adapter_facts(found, fits),
+        export=str(command("ditforge export CHECKPOINT --lora {} --out DIR", f"{file}:1.0")),
+    )
+    if any(fit.matched and not fit.unmatched and not fit.misfits for fit in fits):
+        return described
+    problem = "it fits none of the published models whole, by names and shapes"
+    return replace(described, problem=problem, fix="use it with the model that it was made for, if that is another")
+
+
+def adapter_fits(file: Path) -> tuple[AdapterFit, ...]:
+    """Compare the adapter with the published models. PyTorch is imported for it."""
+    from ditforge.export.checkpoint.adapters.fitting import fits
+
+    return tuple(
+        AdapterFit(fit.model, fit.matched, fit.lacking, fit.unmatched, fit.misfits, dict(fit.nearest))
+        for fit in fits(file)
+    )
+
+
+def adapter_facts(found: AdapterDescription, fits: tuple[AdapterFit, ...]) -> Adapter:
+    """Return what is reported of an adapter."""
+    return Adapter(
+        kinds=dict(found.kinds),
+        ranks={str(rank): count for rank, count in found.ranks.items()},
+        alphas={f"{alpha:g}": count for alpha, count in found.alphas.items()},
+        tool=found.spelling,
+        network=found.network,
+        modules=dict(found.components),
+        strange=found.strange,
+        fits=fits,
+    )

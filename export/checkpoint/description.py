@@ -263,8 +263,8 @@ def with_dit(
     except UserError as error:
         return replace(described, variant=titles(fitting), problem=error.problem, fix=str(error.fix))
     missing = missing_components(known, [one.name for one in described.parts])
-    base = " --base FOLDER" if missing else ""
-    to_export = command(f"ditforge export {{}}{base} --out DIR", file)
+    usage = "ditforge export {} --base FOLDER --out DIR" if missing else "ditforge export {} --out DIR"
+    to_export = command(usage, file)
     lacks = f"; FOLDER is a diffusers folder with {', '.join(missing)}" if missing else ""
     return replace(
         described, what=f"a checkpoint of {known.title} in one file", variant=known.title, export=f"{to_export}{lacks}"

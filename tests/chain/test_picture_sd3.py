@@ -90,7 +90,7 @@ def test_an_export_without_t5(sd3_clip, sd3_clip_server, guidance: float) -> Non
 def test_a_checkpoint_of_other_sizes(sd3_turbo, sd3_turbo_server, guidance: float | None, t5: str) -> None:
     """By default, turbo takes no guidance; it can have it all the same."""
     with Client(sd3_turbo_server.url) as client:
-        assert (client.model.default_steps, client.model.default_guidance, client.model.vae_factor) == (4, 0.0, 2)
+        assert (client.model.default_steps, client.model.default_guidance, client.model.vae_factor) == (4, 1.0, 2)
         ours = picture(client, height=80, width=48, guidance=guidance, negative_prompt=NEGATIVE, t5=t5)
         options = {"guidance_scale": guidance or 0.0, "negative_prompt": NEGATIVE}
         assert_same(ours, diffusers_picture(sd3_turbo.checkpoint, t5 == "always", PROMPT, 80, 48, **options))

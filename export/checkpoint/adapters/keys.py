@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ditforge.errors import UserError
+from ditforge.option import option
 
 T = TypeVar("T")
 NAMED = r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?"  # PEFT can write the name of its adapter between the others
@@ -140,7 +141,8 @@ def grouped(file: Path, tensors: Mapping[str, T]) -> tuple[dict[str, dict[str, T
         raise UserError(problem, "save each of them into a file of its own, and give the file once for each")
     if modules and all(parts.keys() <= WHOLE for parts in modules.values()):
         problem = f"{file} holds whole weights, such as {next(iter(tensors))}, and no adapter"
-        raise UserError(problem, "a checkpoint is given as CHECKPOINT, and only a LoRA as --lora")
+        fix = f"give a checkpoint itself to the export, and only LoRAs to {option('loras', '--lora')}"
+        raise UserError(problem, fix)
     return modules, strange
 
 

@@ -28,8 +28,7 @@ WITHOUT_EFFECT = {
     *("architectures", "torch_dtype", "dtype", "transformers_version", "model_type", "gradient_checkpointing"),
     *("dropout", "output_past", "n_positions", "task_specific_params", "finetuning_task", "pruned_heads"),
     *("torchscript", "use_bfloat16", "tf_legacy_loss", "tokenizer_class", "prefix", "add_cross_attention"),
-    *("cross_attention_hidden_size", "tie_encoder_decoder", "tie_word_embeddings", "is_decoder"),
-    *("sep_token_id"),
+    *("cross_attention_hidden_size", "tie_encoder_decoder", "tie_word_embeddings", "is_decoder", "sep_token_id"),
 }
 QUANTISED = "quantization_config"  # tells how the weights are stored, and is read with them
 OF_PIPELINES = frozenset({"requires_safety_checker"})  # fields of a model_index.json that are no components

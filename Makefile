@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-quick test-models test-cpu-kinds lint fuzz soak bench accuracy memory full-size image-check gpu-check clean
+.PHONY: demo test test-quick test-matrix test-models test-cpu-kinds lint fuzz soak bench accuracy memory full-size image-check gpu-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/first_picture.py models/flux-tiny --out out/demo
@@ -19,13 +19,17 @@ PYTEST := -m pytest --numprocesses 3 --dist worksteal
 # Which lines run: SlipCover's probes cost little once they are hit, where a tracer would double the time.
 COVERAGE := -m slipcover --source client,engines,export,triton_repo,trunk --json --out $(VENV)/coverage.json
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python $(COVERAGE) $(PYTEST) --ignore tests/models
+	OMP_NUM_THREADS=1 $(BIN)/python $(COVERAGE) $(PYTEST) -m "not matrix" --ignore tests/models
+
+# TensorRT-RTX compiles all networks in all precisions for GPUs of all kinds, and blocks of FLUX.1 in their real width.
+test-matrix: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m matrix
 
 # What nobody needs who does not train: the scripts in models/, in miniature, and the pictures of what they trained.
 test-models: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests/models
 
-# What needs no export, compiler, training or server: under two minutes.
+# What needs no export, compiler or server: under two minutes.
 test-quick: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow" --ignore tests/models
 

@@ -53,13 +53,13 @@ def without(folder: Path, out: Path, *names: str) -> Path:
 @pytest.mark.parametrize(
     ("model", "gpu", "precisions"),
     [
-        ("exports", "sm_86", FP32),
         ("exports", "sm_89,sm_120", FP8),
-        ("exports", "sm_86,sm_89,sm_120", BF16),
-        ("exports", "sm_75", FP16),
-        ("sd3_exports", "sm_75", FP16),
-        ("sd3_exports", "sm_86", BF16),
-        ("sd3_exports", "sm_89,sm_120", FP8),
+        pytest.param("exports", "sm_86", FP32, marks=pytest.mark.matrix),
+        pytest.param("exports", "sm_86,sm_89,sm_120", BF16, marks=pytest.mark.matrix),
+        pytest.param("exports", "sm_75", FP16, marks=pytest.mark.matrix),
+        pytest.param("sd3_exports", "sm_75", FP16, marks=pytest.mark.matrix),
+        pytest.param("sd3_exports", "sm_80,sm_86", BF16, marks=pytest.mark.matrix),
+        pytest.param("sd3_exports", "sm_89,sm_120", FP8, marks=pytest.mark.matrix),
     ],
 )
 def test_every_network_compiles_in_every_precision_of_the_gpu(
@@ -88,6 +88,7 @@ def test_every_network_compiles_in_every_precision_of_the_gpu(
     assert {path.suffix for path in (tmp_path / "engines").iterdir()} == {".plan", ".json", ""}
 
 
+@pytest.mark.matrix
 def test_the_plan_of_fp8_weights_is_smaller_by_half_of_what_is_8_bit(schnell, tmp_path: Path) -> None:
     """Modulation and embedders stay 16-bit, and so the whole is more than half of the bf16 one: here 0.67."""
     checkpoint, sizes = random_flux.save_wide(tmp_path), {}

@@ -202,6 +202,7 @@ def test_an_export_says_what_its_networks_take(
     assert found.components["tokenizer"].footprint is None
 
 
+@pytest.mark.matrix
 def test_tensorrt_wants_no_more(tmp_path: Path) -> None:
     """TensorRT-RTX says how much its engine takes, which no GPU is needed for; here of the published autoencoder."""
     with random_checkpoint(Path("flux.1-dev")) as opened:

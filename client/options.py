@@ -13,6 +13,7 @@ from ditforge.client.samplers import DEFAULT, SAMPLERS, Callback, Sampler, sampl
 from ditforge.client.schedules import ScheduleFunction, check_sigmas, check_steps, find_schedule
 from ditforge.client.sizes import parse_size
 from ditforge.errors import UserError
+from ditforge.model import MAX_CHARACTERS
 from ditforge.option import check_names as check_known, option, setting
 
 MAX_GUIDANCE = 100.0
@@ -254,13 +255,15 @@ def check_callback(callback: Callback | None) -> None:
 
 
 def check_text(what: str, text: str) -> None:
-    """Raise UserError unless `text`, which errors call `what`, is a string that can be encoded in UTF-8."""
+    """Raise UserError unless `text`, which errors call `what`, is a string in UTF-8, and not too long."""
     if not isinstance(text, str):
         raise UserError(f"{what} must be a string, got {text!r:.60}", "write it as text")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{what} {text!r} is not text: {error.reason}", "give it in UTF-8") from error
+        raise UserError(f"{what} {text!r:.60} is not text: {error.reason}", "give it in UTF-8") from error
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"{what} has at most {MAX_CHARACTERS:,} characters, got {len(text):,}", "write a shorter one")
 
 
 def check_scale(name: str, value: float | None, largest: float, suggestion: float) -> None:

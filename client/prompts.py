@@ -18,7 +18,7 @@ from ditforge.client.request import Request, following, make_request
 from ditforge.errors import UserError
 from ditforge.model import Model
 from ditforge.option import as_keys, option
-from ditforge.small_files import no_key_twice, read_lines
+from ditforge.small_files import KeyTwice, no_key_twice, read_lines
 
 FILE = option("path", "--prompts FILE")
 AT_ONCE = 8  # as many as a server takes into one call by default
@@ -108,10 +108,12 @@ def parse_line(line: str) -> tuple[str, dict[str, Any]]:
     try:
         values: dict[str, Any] = json.loads(line, object_pairs_hook=no_key_twice)
         prompt: str = values.pop("prompt")
+    except KeyTwice as error:
+        raise UserError(str(error), "leave one of them out") from None
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"this is not JSON: {error}", f"write {FORM}") from None
-    except ValueError as error:  # of no_key_twice
-        raise UserError(str(error), "leave one of them out") from None
+    except ValueError:  # of int(): Python reads no more digits than it can read fast
+        raise UserError("it holds a number of more than 4300 digits", "write a shorter number") from None
     except KeyError:
         raise UserError('there is no "prompt"', '{"prompt": "a red circle", "seed": 1}') from None
     check_names(values, NAMES)

@@ -15,10 +15,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from ditforge.manifest import Component, Tensor
-from ditforge.model import TILED, Model
+from ditforge.model import MAX_CHARACTERS, TILED, Model
 
-# The most characters of a prompt. Tokenizers take seconds for longer ones, and no text encoder reads a tenth of them.
-MAX_CHARACTERS = 32_000
 DTYPES: dict[str, type[np.generic]] = {
     "FP64": np.float64,
     "FP32": np.float32,

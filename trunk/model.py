@@ -14,6 +14,8 @@ TILED = (VAE_DECODER, VAE_ENCODER)
 MOST_PIXELS = 1 << 17  # the largest side of a picture
 MAX_BATCH = 128  # samples in one call
 MAX_STEPS = 1000
+# Characters of a prompt. Tokenizers take seconds for longer ones, and no text encoder reads a tenth of them.
+MAX_CHARACTERS = 32_000
 # Bounds that hold for every model. A file or a server may claim anything, and the program computes with these numbers
 # and allocates memory by them.
 Count = Annotated[int, Field(gt=0, le=1 << 20)]

@@ -103,6 +103,7 @@ def test_what_no_model_takes(options: dict[str, Any], words: str) -> None:
         ({"schedule": "karras", "sigmas": [1, 0]}, "--schedule would make", "leave out --schedule, or --sigmas"),
         ({"steps": 3, "sigmas": [1, 0]}, "2 --sigmas are 1 steps, and --steps is 3", "leave out --steps"),
         ({"sigmas": [0, 1]}, "--sigmas must fall", "--sigmas 1,0.75,0.5,0.25,0"),
+        ({"negative_prompt": "a" * 32_001}, "--negative-prompt has at most 32,000 characters", "write a shorter one"),
         ({"negative_prompt": "\udcff"}, "--negative-prompt '\\udcff' is not text", "give it in UTF-8"),
     ],
 )

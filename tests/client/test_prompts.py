@@ -52,6 +52,11 @@ def test_a_file(tmp_path: Path) -> None:
         ),
         ("{a|b} cats", "line 2: this is not JSON"),
         ('{"prompt": "a", "seed": 1, "seed": 2}', r'(?s)line 2: "seed" is there twice\n.*leave one of them out'),
+        (
+            '{"prompt": "a", "seed": ' + "1" * 5000 + "}",
+            r"(?s)line 2: .*more than 4300 digits\n.*write a shorter number",
+        ),
+        ('{"prompt": "' + "a" * 32_001 + '"}', 'line 2: "prompt" has at most 32,000 characters, got 32,001'),
         ('{"seed": 3}', 'line 2: there is no "prompt"'),
         ('{"prompt": 3}', 'line 2: "prompt" must be a string, got 3'),
         (

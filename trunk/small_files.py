@@ -79,15 +79,19 @@ def read_json_object(path: Path, whole: str = "") -> dict[str, Any]:
     return content
 
 
+class KeyTwice(ValueError):
+    """An object of JSON has a key twice."""
+
+
 def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make an object of JSON that a person wrote; json.loads calls it as its `object_pairs_hook`.
 
-    Raises ValueError for a key that is there twice, of which json.loads would take the last without a word.
+    Raises KeyTwice for a key that is there twice, of which json.loads would take the last without a word.
     """
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{json.dumps(next(name for name in names if names.count(name) > 1))} is there twice")
+        raise KeyTwice(f"{json.dumps(next(name for name in names if names.count(name) > 1))} is there twice")
     return content
 
 
@@ -120,6 +124,9 @@ def check_writable(path: Path, example: str, name: str = "out") -> None:
             raise UserError(f"{path} is a folder", setting(name, str(path / example)))
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is not a regular file", another(name))
+        there = next(parent for parent in path.absolute().parents if parent.exists())
+        if not there.is_dir():
+            raise UserError(f"cannot write {path}: {there} is a file", another(name))
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
             pass

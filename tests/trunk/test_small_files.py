@@ -54,7 +54,8 @@ def test_what_is_written(tmp_path: Path) -> None:
         tmp_path: "is a folder",
         tmp_path / "pipe": "is not a regular file",
         Path("/dev/null"): "is not a regular file",
-        tmp_path / "file" / "file": "cannot write",
+        tmp_path / "file" / "file": f"{tmp_path}/file is a file",
+        tmp_path / "file" / "below" / "file": f"{tmp_path}/file is a file",
         Path("/proc/file"): "cannot write",
     }.items():
         with pytest.raises(UserError, match=words):

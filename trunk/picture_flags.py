@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 MAX_COUNT = 1000  # all pictures can be in memory at the same time
 SAMPLER_HELP = f"By default euler; there are {', '.join(completion.samplers())}. docs/client.md describes them."
-SCHEDULE_HELP = "default (the model's own), simple, sgm_uniform, karras, exponential or beta."
+SCHEDULE_HELP = (
+    f"By default the model's own; there are {', '.join(completion.schedules())}. docs/client.md describes them."
+)
 SIZE_HELP = "Both at once: WxH, square, portrait, landscape, or a ratio such as 16:9."
 OUT_HELP = (
     "A .png, .jpg or .webp file, by default picture-SEED.png; of several, FILE-0, FILE-1, … One there is replaced."

@@ -57,3 +57,10 @@ def test_the_precisions_are_those_of_the_export() -> None:
 
 def test_help_names_it(tmp_path: Path) -> None:
     assert "--install-completion" in ditforge("--help", cwd=tmp_path).out
+
+
+@pytest.mark.parametrize(("kind", "names"), [("sampler", completion.samplers()), ("schedule", completion.schedules())])
+def test_help_lists_every_name(kind: str, names: list[str], tmp_path: Path) -> None:
+    """Those of new files too, which nothing else has to name."""
+    words = " ".join(ditforge("generate", "--help", cwd=tmp_path).out.split())
+    assert f"{', '.join(names)}. docs/client.md" in words.partition(f"--{kind} ")[2]

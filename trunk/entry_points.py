@@ -12,8 +12,10 @@ Source: https://packaging.python.org/en/latest/specifications/entry-points/
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 
+from ditforge import install_hint
 from ditforge.errors import DitforgeError, UserError
 
 FAMILIES, LAYOUTS, COMPILERS = "ditforge.families", "ditforge.layouts", "ditforge.compilers"
@@ -40,7 +42,17 @@ def load(group: str, name: str) -> object:
         return point.load()
     except (ImportError, AttributeError) as error:
         if point.value.startswith("ditforge."):
-            raise
+            if not is_stale(point, error):
+                raise
+            problem = f"ditforge was installed with {point.value} as {name!r} under {group}, and its source lacks that"
+            raise UserError(problem, install_hint.again()) from error
         brought = f" of {point.dist.name} {point.dist.version}" if point.dist else ""
         problem = f"{name!r}{brought} cannot be loaded from {point.value}: {error}"
         raise UserError(problem, "install what it needs, or uninstall the package that brings it") from error
+
+
+def is_stale(point: EntryPoint, error: Exception) -> bool:
+    """Whether a checkout that is installed with -e has changed since then: it lacks the module, or the object in it."""
+    if isinstance(error, ModuleNotFoundError):
+        return error.name is not None and f"{point.module}.".startswith(f"{error.name}.")
+    return isinstance(error, AttributeError) and not hasattr(import_module(point.module), point.attr)

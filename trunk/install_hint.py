@@ -47,6 +47,12 @@ def lacking(error: ModuleNotFoundError, what: str) -> UserError | None:
     return UserError(f"{what} needs {module}, which is not installed", install(extra)) if extra else None
 
 
+def again() -> str:
+    """The command that installs the checkout from which ditforge runs again, after its files have changed."""
+    origin = installed_from()
+    return f"{pip()} install -e {shlex.quote(str(origin)) if origin else f'.   {CHECKOUT}'}"
+
+
 def upgrade(extra: str) -> str:
     """The command that installs an extra of a newer ditforge."""
     return f"{pip()} install '.[{extra}]'   in a newer checkout of ditforge"

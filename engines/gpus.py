@@ -16,6 +16,7 @@ from ditforge.option import option, setting
 
 CPU = "cpu"
 LOCAL = "local"
+MOST_MEMORY_GB = 10_000  # more than any GPU has, so that a size in bytes is a number of 64 bits
 BF16_MEMORY_GB = 40  # of a DiT of 12 billion parameters, 16-bit weights and the text encoders fit
 OTHERS = "also takes sm_89, several (sm_86,sm_89), local, and cpu"
 NAMES = option("ditforge gpus   lists the names; gpu " + OTHERS, "ditforge gpus   lists the names; --gpu " + OTHERS)
@@ -129,8 +130,9 @@ def limited(target: Target, memory_gb: float | None) -> Target:
         raise UserError(
             f"{option('gpu_memory')} is a GPU's, and this is for the CPU", f"leave it out, or {setting('gpu', 'GPU')}"
         )
-    if not 0 < memory_gb < float("inf"):
-        raise UserError(f"a GPU's memory is some GiB, got {memory_gb:g}", f"{setting('gpu_memory', 10)}, for example")
+    if not 0 < memory_gb <= MOST_MEMORY_GB:
+        problem = f"{option('gpu_memory')} must be above 0 and at most {MOST_MEMORY_GB} GiB, got {memory_gb:g}"
+        raise UserError(problem, f"{setting('gpu_memory', 10)}, for example")
     return replace(target, memory_gb=memory_gb)
 
 

@@ -117,11 +117,15 @@ def configurations(source: CheckpointSource) -> CheckpointSource:
     """The source with configurations that are here: those of a published model, or downloaded without the weights."""
     if source.path.exists():
         return source
-    from ditforge.export.families import find_published
+    from ditforge.export.families import find_published, published_models
 
     if published := find_published(str(source.path)):
         return replace(source, path=published, random_weights=True)
-    return source if source.random_weights else downloaded(source, weights=False)
+    found = source if source.random_weights else downloaded(source, weights=False)
+    if not found.path.exists():
+        names = ", ".join(sorted(published_models()))
+        raise UserError(f"{source.path} is not a folder", f"give that of a checkpoint, or a published model: {names}")
+    return found
 
 
 def read_measurement(wanted: Wanted) -> Measurement:

@@ -145,6 +145,7 @@ def test_the_product_that_the_driver_names() -> None:
     ("arguments", "mention"),
     [
         (["nosuch"], "nosuch is not a folder"),
+        (["flux.2"], "flux.1-dev, flux.1-schnell"),
         (["nosuch", "--random-weights"], "flux.1-dev"),
         (["nosuch", "--gpu", "rtx3061"], "did you mean rtx3060"),
         (
@@ -155,6 +156,7 @@ def test_the_product_that_the_driver_names() -> None:
         (["nosuch", "--gpu", "cpu", "--gpu-memory", "8"], "--gpu-memory is a GPU's"),
         (["nosuch", "--gpu", "rtx3060", "--gpu-memory", "0"], "got 0"),
         (["nosuch", "--gpu", "rtx3060", "--gpu-memory", "nan"], "got nan"),
+        (["nosuch", "--gpu", "rtx3060", "--gpu-memory", "1e308"], "above 0 and at most 10000 GiB, got 1e+308"),
         (["nosuch", "--gpu-memory", "8"], "--gpu-memory is that of one GPU"),
         ([str(MODELS / "flux-tiny"), "--gpu", "rtx3060", "--precision", "fp8"], "no FP8 tensor cores"),
         ([str(MODELS / "flux-tiny"), "--gpu", "rtx3060", "--precision", "fp9"], "unknown precision 'fp9'"),

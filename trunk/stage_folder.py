@@ -65,13 +65,31 @@ def check_replaceable(target: Path, kind: Kind, own: Iterable[str], model: str =
 
 
 def check_outside(target: Path) -> None:
-    """Raise UserError if the current folder is `target`, or inside: a shell there would be left in a removed folder."""
+    """Raise UserError if `target` would lose, or spoil, a folder that it is not.
+
+    If the current folder is `target`, or inside, a shell there would be left in a removed folder. If `target` is inside
+    of a stage's folder, that one would hold files that its stage did not write, and could not be replaced any more.
+    """
     here = current_folder()
     if target in (here, *here.parents) and target.parent != target:
         raise UserError(
             f"{target} is the current folder, or has it inside, and a new folder takes its place",
             f"cd {quote(str(target.parent))}, and {setting('out', target.name)}",
         )
+    for parent in target.parents:
+        if (kind := kind_of(parent)) is not None:
+            problem = f"{target} is inside of {parent}, which holds {kind}, and could not be made again with it in it"
+            raise UserError(problem, setting("out", str(parent.with_name(target.name))))
+
+
+def kind_of(folder: Path) -> Kind | None:
+    """What a stage wrote into `folder`; None if no stage did, or if its manifest cannot be read."""
+    if not os.path.isfile(folder / FILE_NAME):
+        return None
+    try:
+        return parse(folder / FILE_NAME).kind
+    except UserError:
+        return None
 
 
 def check_content(target: Path, kind: Kind, names: list[str], own: Iterable[str], model: str) -> None:

@@ -120,6 +120,20 @@ def test_the_current_folder_is_not_replaced(
     assert here.samefile(".")
 
 
+@pytest.mark.parametrize("out", ["onnx/engines", "onnx/below/engines"])
+def test_a_folder_inside_of_a_stages_own_is_not_written(out: str, schnell, tmp_path: Path) -> None:
+    """The outer one would hold files that its stage did not write, and could never be made again."""
+    (tmp_path / "onnx").mkdir()
+    shutil.copyfile(schnell.onnx / "manifest.json", tmp_path / "onnx" / "manifest.json")
+    words = f'{tmp_path}/{out} is inside of {tmp_path}/onnx, which holds onnx(.|\n)*out="{tmp_path}/engines"'
+    with pytest.raises(UserError, match=words):
+        stage_folder.check_early(tmp_path / out, "engines")
+    with pytest.raises(UserError, match=words), stage_folder.written_whole(tmp_path / out, "engines"):
+        pass
+    (tmp_path / "onnx" / "manifest.json").write_text('{"name": "of a web page"}')
+    stage_folder.check_early(tmp_path / out, "engines")
+
+
 @pytest.mark.parametrize("below", ["", "below"])
 def test_a_link_to_itself_is_not_replaced(below: str, tmp_path: Path) -> None:
     loop = tmp_path / "loop"

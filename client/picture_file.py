@@ -24,6 +24,7 @@ QUALITY = 95  # of JPEG and WebP files, up to 100
 DESCRIPTION, EXIF, COMMENT = 0x010E, 0x8769, 0x9286
 LARGEST_EXIF = 65_000  # bytes; Exif has to fit into one JPEG segment, of at most 65,535
 OURS = "give a picture that ditforge made"
+SAVE = "write it with ditforge generate or ditforge.client.save_picture; image.save(), for one, keeps no parameters"
 
 
 def png(path: Path, name: str) -> str:
@@ -126,7 +127,8 @@ def read_parameters(path: Path) -> dict[str, Any]:
     except (TypeError, ValueError, KeyError, RecursionError):
         parameters = None
     if not isinstance(parameters, dict):
-        raise UserError(f"{path} has no parameters in it: ditforge did not make it, or another program saved it", OURS)
+        problem = f"{path} has no parameters in it: ditforge did not make it, or another program saved it"
+        raise UserError(problem, SAVE)
     return parameters
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 INDEX = "model_index.json"  # every checkpoint in diffusers' layout has this file
 SAFETENSORS = ".safetensors"
-GIVE = "give a folder that a stage wrote, a checkpoint, a .safetensors file, or a picture"
+GIVE = "give a folder that a stage wrote, a checkpoint, a .safetensors or .gguf file, or a picture"
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 PICTURE_START = re.compile(rb"\x89PNG|\xff\xd8\xff|RIFF....WEBP", re.DOTALL)
 BLOCK = re.compile(r"\.\d+\.")

@@ -100,7 +100,7 @@ def test_pictures_of_others(suffix: str, description: str | None, tmp_path: Path
     if description:
         exif[0x010E] = description[:60_000]
     Image.new("RGB", (8, 8)).save(tmp_path / f"a{suffix}", exif=exif)
-    with pytest.raises(UserError, match="ditforge did not make it, or another program saved it"):
+    with pytest.raises(UserError, match=r"(?s)ditforge did not make it, or another program saved it\n.*save_picture"):
         read_parameters(tmp_path / f"a{suffix}")
 
 

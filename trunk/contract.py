@@ -21,6 +21,9 @@ PICTURE_KEY, ENGINES_KEY = "ditforge-picture", "ditforge-engines"
 DTYPES = ("FP32", "FP16", "INT32", "UINT8", "BYTES")
 VARYING = ("batch", "height", "width", "latent_height", "latent_width")
 
+# What a model's description says the width of: latents, the velocity that the DiT predicts for them, and token ids.
+LATENTS, VELOCITY, IDS = "latents", "velocity", "_ids"
+
 # The outputs of a text ensemble.
 PROMPT_EMBEDS, POOLED_EMBEDS, PROMPT_TOKENS = "prompt_embeds", "pooled_embeds", "prompt_tokens"
 TEXT_OUTPUTS = (PROMPT_EMBEDS, POOLED_EMBEDS, PROMPT_TOKENS)

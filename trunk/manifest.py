@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from typing_extensions import Self
 
 from ditforge import __version__
-from ditforge.contract import DTYPES, TOKENIZER, VARYING
+from ditforge.contract import DTYPES, IDS, LATENTS, TOKENIZER, VARYING, VELOCITY
 from ditforge.errors import UserError
 from ditforge.footprint import Footprint
 from ditforge.model import Model
@@ -175,7 +175,11 @@ class Manifest(_Record):
             if not re.fullmatch(r"[\w-]+", name, re.ASCII) or len(name) > LONGEST_NAME:
                 raise ValueError(f"components: {name[:80]!r} is no name of a network")
             for tensor, described in (component.inputs | component.outputs).items():
-                _check_tensor(f"components.{name}: the tensor {tensor}", described)
+                where = f"components.{name}: the tensor {tensor}"
+                _check_tensor(where, described)
+                _check_width(where, tensor, described, self.model)
+        if self.kind == "onnx" and self.engines:
+            raise ValueError(f"kind is onnx, and there are engines, such as {next(iter(self.engines))}")
         if strange := sorted(self.engines.keys() - self.components.keys()):
             raise ValueError(f"engines.{strange[0]} is the engine of no component")
         for name, engine in self.engines.items():
@@ -198,6 +202,16 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
     for dim in tensor.shape:
         if dim not in VARYING if isinstance(dim, str) else not 0 < dim <= LARGEST_DIM:
             raise ValueError(f"{name} has the dimension {dim!r}, no number above 0 and none of {', '.join(VARYING)}")
+
+
+def _check_width(where: str, name: str, tensor: Tensor, model: Model) -> None:
+    """Raise ValueError if the model says another second dimension, of latents or of token ids [B, width, …]."""
+    if name in (LATENTS, VELOCITY):
+        said: int | None = model.latent_channels
+    else:
+        said = model.max_tokens.get(name.removesuffix(IDS)) if name.endswith(IDS) else None
+    if said is not None and tensor.shape[1:2] != (said,):
+        raise ValueError(f"{where} has the shape {list(tensor.shape)}, and by model its second dimension is {said}")
 
 
 def read(folder: Path, kind: Kind) -> Manifest:

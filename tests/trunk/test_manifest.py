@@ -158,6 +158,9 @@ FAULTS: list[tuple[str, tuple[str, ...], Any, str]] = [
     ("engines", ("components", "dit", "inputs", "latents", "shape"), [], "the batch as its first dimension"),
     ("engines", ("components", "../x"), PART, r"'\.\./x' is no name of a network"),
     ("onnx", ("model", "max_tokens"), {}, r"model\.max_tokens names no text encoder"),
+    ("onnx", ("model", "max_tokens"), {"clip": 9}, r"tokenizer: the tensor clip_ids has .*, and by model .* is 9"),
+    ("onnx", ("model", "latent_channels"), 4, r"dit: the tensor latents has the shape \['batch', 16, .* is 4"),
+    ("engines", ("kind",), "onnx", "kind is onnx, and there are engines, such as clip"),
     ("onnx", ("format",), True, "has format True"),
     ("onnx", ("format",), 2.0, r"has format 2\.0"),
 ]

@@ -23,7 +23,7 @@ from ditforge.client.noise import BatchNoise
 from ditforge.client.options import GenerateOptions, Options, check_callback, make_options
 from ditforge.client.picture_file import METADATA_KEY
 from ditforge.client.request import Request, make_request
-from ditforge.client.samplers import Array, Callback, Denoise, Noise, find_sampler, sampler_name
+from ditforge.client.samplers import SAMPLERS, Array, Callback, Denoise, Noise, find_sampler, sampler_name
 from ditforge.client.settings import ConnectionSettings, Settings, make_settings
 from ditforge.client.told import warn
 from ditforge.contract import DIT, TEXT_ENCODERS, TEXT_ENCODERS_CLIP, VAE_DECODER
@@ -186,16 +186,21 @@ def sample(request: Request, denoise: Denoise, noise: Noise, callback: Callback 
         what = f"{made.dtype} {list(made.shape)}" if isinstance(made, np.ndarray) else type(made).__name__
         problem = f"the sampler {sampler_name(request.sampler)} returned {what}"
         raise UserError(problem, f"return latents, float32 {list(latents.shape)}")
-    check_finite(made, "latents", f"the sampler {sampler_name(request.sampler)}")
+    name = sampler_name(request.sampler)
+    check_finite(made, "latents", f"the sampler {name}", "" if name in SAMPLERS else f"look into the sampler {name}")
     return made.astype(np.float32, copy=False)
 
 
-def check_finite(array: Array, tensor: str, where: str) -> None:
-    """Raise DitforgeError if `array`, the output of a network or sampler, has a NaN or an infinity in it."""
+def check_finite(array: Array, tensor: str, where: str, fix: str = "") -> None:
+    """Raise DitforgeError if `array`, the output of a network or sampler, has a NaN or an infinity in it.
+
+    `fix` is what to do if it is not the engines that have to be looked into.
+    """
     broken = np.count_nonzero(~np.isfinite(array))
     if broken:
         problem = f"{tensor} is not finite (NaN or infinity) in {broken} of {array.size} elements: {where}"
-        raise DitforgeError(problem, "ditforge verify ENGINE_DIR --against ONNX_DIR   or export in another --precision")
+        engines = "ditforge verify ENGINE_DIR --against ONNX_DIR   or export in another --precision"
+        raise DitforgeError(problem, fix or engines)
 
 
 def encode(calls: Calls, request: Request) -> tuple[Arrays, Arrays | None]:

@@ -135,29 +135,27 @@ def make_sigmas(schedule: str | ScheduleFunction, steps: int, spacing: Spacing) 
     Raises UserError if the schedule is unknown, or does not return steps + 1 levels that fall from 1 to 0.
     """
     levels = find_schedule(schedule)(check_steps(steps), spacing)
-    sigmas = check_sigmas(levels, f"the schedule {schedule_name(schedule)}")
+    fix = f"return {steps + 1} levels, which fall from 1 to 0"
+    sigmas = check_sigmas(levels, f"what the schedule {schedule_name(schedule)} returns", fix)
     if len(sigmas) != steps + 1:
-        problem = f"the schedule {schedule_name(schedule)} gave {len(sigmas)} levels for {steps} steps"
-        raise UserError(problem, f"return {steps + 1} levels, the last of which is 0")
+        raise UserError(f"the schedule {schedule_name(schedule)} gave {len(sigmas)} levels for {steps} steps", fix)
     return sigmas
 
 
-def check_sigmas(levels: npt.ArrayLike | Sequence[float], what: str) -> Sigmas:
+def check_sigmas(levels: npt.ArrayLike | Sequence[float], what: str, fix: str = FALLING) -> Sigmas:
     """Return `levels` as float32 [N + 1]. Raises UserError unless they fall from 1 to 0 in 1 to 1000 steps.
 
-    `what` is what errors call them.
+    `what` is what errors call them, and `fix` what they advise.
     """
     try:
         sigmas = np.asarray(levels, np.float64).astype(np.float32)
     except (TypeError, ValueError, OverflowError):
-        raise UserError(f"{what} must be numbers, got {levels!r}", FALLING) from None
+        raise UserError(f"{what} must be numbers, got {levels!r}", fix) from None
     if sigmas.ndim != 1 or not 2 <= len(sigmas) <= MAX_STEPS + 1:
-        raise UserError(
-            f"{what} must be a list of 2 to {MAX_STEPS + 1} levels, got shape {list(sigmas.shape)}", FALLING
-        )
+        raise UserError(f"{what} must be a list of 2 to {MAX_STEPS + 1} levels, got shape {list(sigmas.shape)}", fix)
     if not (np.diff(sigmas) < 0).all() or sigmas[-1] != 0 or abs(sigmas[0] - 1) > 1e-6:
         shown = ", ".join(f"{sigma:g}" for sigma in sigmas[:8]) + (", …" if len(sigmas) > 8 else "")
-        raise UserError(f"{what} must fall from 1 to 0, each level below the one before, got {shown}", FALLING)
+        raise UserError(f"{what} must fall from 1 to 0, each level below the one before, got {shown}", fix)
     return sigmas
 
 

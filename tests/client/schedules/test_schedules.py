@@ -223,6 +223,7 @@ def test_levels_that_cannot_be(levels, words):
     with pytest.raises(UserError, match=words) as error:
         make_sigmas(mine, 3, spacing(SD3_SHIFT))
     assert "the schedule mine" in error.value.problem
+    assert error.value.fix == "return 4 levels, which fall from 1 to 0"
 
 
 def test_beta_without_scipy(monkeypatch):

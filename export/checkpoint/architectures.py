@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "net.", "transformer.")
+PREFIXES = re.compile(r"((model|diffusion_model|transformer|net|dit|module|_orig_mod)\.)*")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Architecture:
     pipelines: str = ""
 
 
+CLIP_OF_OTHERS = "CLIP in OpenAI's or OpenCLIP's layout, and not in that of Hugging Face, which can be read"
+T5_BIAS = r"(.*\.)?encoder\.block\.{}\.layer\.0\.SelfAttention\.relative_attention_bias\.weight"
 # The first that fits is taken, so that what is built upon another architecture comes before that.
 ARCHITECTURES = (
     Architecture("a ControlNet of FLUX.1", (r"(controlnet_.*|input_hint_block\.0\.weight)", r"double_blocks\.0\..*")),
@@ -94,11 +96,23 @@ ARCHITECTURES = (
     ),
     Architecture("Stable Diffusion 3 for pictures as input", (), r"StableDiffusion3(Img2Img|Inpaint|ControlNet|PAG).*"),
     Architecture("FLUX.1 for pictures as input", (), r"Flux(Img2Img|Inpaint|ControlNet).*"),
-    Architecture("Kandinsky", (), r"Kandinsky.*"),
+    Architecture("a text encoder of Wan (UMT5)", (T5_BIAS.format(0), T5_BIAS.format(1))),
+    Architecture("a text encoder of Wan (UMT5)", (r"enc\.blk\.1\.attn_rel_b\.weight",)),
+    Architecture(CLIP_OF_OTHERS, (r"(.*\.)?transformer\.resblocks\.0\.attn\.in_proj_weight",)),
+    Architecture(CLIP_OF_OTHERS, (r"resblocks\.0\.attn\.in_proj_weight",)),
+    Architecture("a network that reads pictures (SigLIP)", (r"vision_model\.head\.probe",)),
+    Architecture("a language model", (r"(language_model\.(model\.)?)?layers\.0\.self_attn\.q_proj\.weight",)),
+    Architecture("the autoencoder of FLUX.2", (r"(.*\.)?bn\.running_mean", r"(.*\.)?decoder\.conv_in\.weight")),
+    Architecture("the autoencoder of Wan or Qwen-Image", (r"(.*\.)?decoder\.middle\.0\.residual\.0\.gamma",)),
+    Architecture("a tiny autoencoder (TAESD)", (r"(.*\.)?(decoder\.)?(layers\.)?3\.conv\.0\.weight",)),
+    Architecture("an upscaler of pictures", (r"(model\.1\.sub\.0\.RDB1|RRDB_trunk\.0\.RDB1|body\.0\.rdb1)\.conv1.*",)),
+    Architecture("Kandinsky", (r"visual_transformer_blocks\.0\..*",), r"Kandinsky.*"),
     Architecture("Bria", (), r"Bria.*"),
     Architecture("Allegro", (), r"Allegro.*"),
     Architecture("Kolors", (), r"Kolors.*"),
 )
+# CLIP's first linear, as transformers 4 wrote it and as transformers 5 does.
+CLIP_QUERIES = ("text_model.encoder.layers.0.self_attn.q_proj.weight", "encoder.layers.0.self_attn.q_proj.weight")
 # What GGUF files name that are of none of these: `general.architecture`.
 GGUF_NAMES = {
     "sd1": "Stable Diffusion 1 or 2",
@@ -128,7 +142,29 @@ def architecture_of(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     if "double_blocks.0.img_attn.qkv.weight" in names and len(read) == len(written) == 2 and read[1] != written[0]:
         named = {384: "Fill", 128: "Canny or Depth"}.get(read[1], "a variant")
         return f"FLUX.1 {named}, which takes a picture beside the noise"
+    if name := wide_sd3(sizes):
+        return name
     return None
+
+
+def wide_sd3(sizes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Return what a DiT of Stable Diffusion 3 is that reads other channels than it writes; None if it is none."""
+    read, written = sizes.get("x_embedder.proj.weight", ()), sizes.get("final_layer.linear.weight", ())
+    if "joint_blocks.0.x_block.attn.qkv.weight" in sizes and len(read) == 4 and written:
+        channels, patch = read[1], read[2]
+        if channels * patch**2 != written[0]:
+            return "Stable Diffusion 3 with a picture as input beside the noise"
+    return None
+
+
+def gguf_name(architecture: str) -> str | None:
+    """Return what a model is that says this of itself in a GGUF file; None if it is one that can be read, or "".
+
+    Some tools write other names for the same models, such as "pig", so that tensors are asked first.
+    """
+    if not architecture or architecture in ("flux", "sd3"):
+        return None
+    return GGUF_NAMES.get(architecture) or f"a model of the architecture {architecture!r}"
 
 
 def pipeline_of(name: str) -> str | None:
@@ -140,7 +176,7 @@ def pipeline_of(name: str) -> str | None:
 
 def bare(name: str) -> str:
     """Return the name of a tensor without the prefixes before the names of the authors."""
-    return next((name[len(prefix) :] for prefix in PREFIXES if name.startswith(prefix)), name)
+    return PREFIXES.sub("", name, count=1)
 
 
 def encoder_of(names: Iterable[str]) -> str | None:
@@ -148,4 +184,4 @@ def encoder_of(names: Iterable[str]) -> str | None:
     names = set(names)
     if "encoder.block.0.layer.0.SelfAttention.q.weight" in names:
         return "t5xxl"
-    return "clip" if "text_model.encoder.layers.0.self_attn.q_proj.weight" in names else None
+    return "clip" if names & set(CLIP_QUERIES) else None

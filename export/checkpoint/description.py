@@ -15,22 +15,23 @@ from typing import Any
 
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.adapters.description import AdapterDescription, describe_adapter
-from ditforge.export.checkpoint.adapters.keys import is_adapter
-from ditforge.export.checkpoint.architectures import GGUF_NAMES, architecture_of, encoder_of
+from ditforge.export.checkpoint.adapters.keys import check_kind, is_adapter
+from ditforge.export.checkpoint.architectures import architecture_of, encoder_of, gguf_name
 from ditforge.export.checkpoint.diffusers_folder import CONFIGS, INDEX, read_json
 from ditforge.export.checkpoint.gguf_header import is_gguf, read_gguf_header
 from ditforge.export.checkpoint.hub import name_of
 from ditforge.export.checkpoint.layout import (
     UNUSED,
-    VAE_KEY,
     VAE_PARTS,
     VAE_PREFIXES,
     Config,
     Layout,
     encoder_keys,
+    find_vae,
     layouts,
 )
 from ditforge.export.checkpoint.load_report import LoadReport, shown
+from ditforge.export.checkpoint.refused_formats import check_shard
 from ditforge.export.checkpoint.variants import Evidence, Variant, choose, names_in, titles
 from ditforge.export.checkpoint.weights import read_header, read_metadata
 from ditforge.option import command
@@ -38,12 +39,6 @@ from ditforge.option import command
 BITS = re.compile(r"(?:F|BF|I|U|BOOL)(\d*)")
 GGUF_T5 = ("t5", "t5encoder")
 MARKS = re.compile(r"(.*\.)?(scaled_fp8|comfy_quant)")  # what tells ComfyUI how weights are stored
-# How the names of tensors begin in the files of diffusers folders, and what they are.
-IN_FOLDERS = {
-    ("transformer_blocks.", "single_transformer_blocks."): "a DiT",
-    ("encoder.down_blocks.", "decoder.up_blocks.", "decoder.mid_block."): "an autoencoder",
-    ("shared.", "encoder.block.", "text_model.", "encoder.layers.", "embeddings."): "a text encoder",
-}
 
 
 @dataclass(frozen=True)
@@ -169,14 +164,24 @@ def describe_file(file: Path) -> TensorFile:
     )
     if is_adapter(entries):
         return as_adapter(file, plain)
-    found = next(((one, prefix) for one in layouts() if (prefix := one.prefix_in(entries)) is not None), None)
-    name = architecture_of({key: entry.shape for key, entry in entries.items()})
-    if name is None and found is None:
-        name = GGUF_NAMES.get(architecture)
-    if name:
-        problem, fix = f"it is {name}, which cannot be exported", f"use {known_models()}, or a fine-tune of them"
-        return replace(plain, what=f"a model of another architecture: {name}", problem=problem, fix=fix)
-    return as_checkpoint(file, plain, entries, found, architecture)
+    try:
+        check_shard(file)
+    except UserError as error:
+        what = error.problem.removeprefix(f"{file} is ")
+        return replace(plain, what=what, problem=f"it is {what}", fix=str(error.fix))
+    if name := architecture_of({key: entry.shape for key, entry in entries.items()}):
+        return of_another_architecture(plain, name)
+    found = next(((one, *where) for one in layouts() if (where := one.find(entries))), None)
+    described = as_checkpoint(file, plain, entries, found, architecture)
+    if not described.parts and (name := gguf_name(architecture)):
+        return of_another_architecture(plain, name)
+    return described
+
+
+def of_another_architecture(plain: TensorFile, name: str) -> TensorFile:
+    """Describe a file with a model that is known and cannot be exported."""
+    problem, fix = f"it is {name}, which cannot be exported", f"use {known_models()}, or a fine-tune of them"
+    return replace(plain, what=f"a model of another architecture: {name}", problem=problem, fix=fix)
 
 
 def read_entries(file: Path) -> tuple[dict[str, Entry], dict[str, str], str]:
@@ -213,12 +218,12 @@ def as_checkpoint(
     file: Path,
     plain: TensorFile,
     entries: Mapping[str, Entry],
-    found: tuple[Layout, str] | None,
+    found: tuple[Layout, str, bool] | None,
     architecture: str,
 ) -> TensorFile:
     """Describe a file that is no adapter: a checkpoint in one file, or one component alone."""
     held, used = dict[str, list[str]](), set[str]()
-    layout, prefix = found or (None, "")
+    layout, prefix, own = found or (None, "", False)
     if layout:
         others = ("text_encoders.", *filter(None, VAE_PREFIXES)) if not prefix else ()
         held["transformer"] = [key for key in entries if key.startswith(prefix) and not key.startswith(others)]
@@ -227,7 +232,7 @@ def as_checkpoint(
         held[folder] = list(encoder_keys(name, entries).values())
     if alone := "t5xxl" if architecture in GGUF_T5 else encoder_of(entries):
         held[alone] = list(entries)
-    vae = next((one for one in VAE_PREFIXES if one + VAE_KEY in entries), None)
+    vae = find_vae(entries)
     if vae is not None:
         held["vae"] = [key for key in entries if key.startswith(tuple(vae + start for start in VAE_PARTS))]
     used.update(key for keys in held.values() for key in keys)
@@ -237,23 +242,25 @@ def as_checkpoint(
     ignored = left_out([key for key in entries if key not in used])
     described = replace(plain, kind="checkpoint file", parts=parts, ignored=ignored)
     if layout:
-        return with_dit(file, described, layout, prefix, entries)
+        return with_dit(file, described, (layout, prefix, own), entries)
     names = " and ".join(one.name for one in parts)
     to_export = command("ditforge export {} --base FOLDER --out DIR", file)
     return replace(described, what=f"{names} of a model, without its DiT", export=str(to_export))
 
 
 def with_dit(
-    file: Path, described: TensorFile, layout: Layout, prefix: str, entries: Mapping[str, Entry]
+    file: Path, described: TensorFile, found: tuple[Layout, str, bool], entries: Mapping[str, Entry]
 ) -> TensorFile:
     """Add what the DiT's tensors tell: the model, and what an export of the file lacks."""
+    layout, prefix, own = found
     dit = {key[len(prefix) :]: entry for key, entry in entries.items() if key.startswith(prefix)}
-    written = f"the authors' names, after {prefix}" if prefix else "the authors' names"
+    names = "diffusers' names" if own else "the authors' names"
+    written = f"{names}, after {prefix}" if prefix else names
     described = replace(
         described, family=layout.title, layout=written, what=f"a checkpoint of {layout.title} in one file"
     )
     try:
-        config = layout.config(dit)
+        config = layout.own_config(dit) if own else layout.config(dit)
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         problem = f"its DiT is incomplete or built otherwise: {error}"
         return replace(described, problem=problem, fix="download the file again, or use another")
@@ -297,10 +304,12 @@ def left_out(keys: Iterable[str]) -> tuple[str, ...]:
 def unknown(file: Path, entries: Iterable[str]) -> dict[str, str]:
     """Return what the file is, the problem and the fix where no component is known."""
     names = list(entries)
-    for starts, what in IN_FOLDERS.items():
-        if any(name.startswith(starts) for name in names):
-            problem, fix = "it is one file of a diffusers folder", "give the folder that has model_index.json"
-            return {"what": f"{what} with diffusers' names", "problem": problem, "fix": fix}
+    try:
+        check_kind(file, names)
+    except UserError as error:
+        what, _, _ = error.problem.removeprefix(f"{file} is ").partition(": it holds ")
+        problem = error.problem.removeprefix(f"{file} is ")
+        return {"kind": "adapter", "what": what, "problem": f"it is {problem}", "fix": str(error.fix)}
     problem = f"it has the tensors {shown(names)}, which no known model has"
     return {"problem": problem, "fix": f"use a file of {known_models()}, in its authors' layout or ComfyUI's"}
 

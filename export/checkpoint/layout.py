@@ -18,10 +18,12 @@ from ditforge.export.checkpoint.variants import Variant
 if TYPE_CHECKING:
     from ditforge.export.checkpoint.conversion import Recipe
 
-DIT_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
+# What can stand before the names of a DiT's tensors, any number of times: ComfyUI's names, and those of wrappers.
+WRAPPERS = re.compile(r"((model|diffusion_model|transformer|net|dit|module|_orig_mod)\.)*")
 VAE_PREFIXES = ("first_stage_model.", "vae.", "")
 CLIP_G_WIDTH = 1280
 VAE_KEY = "decoder.up.0.block.0.conv1.weight"
+OWN_VAE_KEY = "decoder.up_blocks.0.resnets.0.conv1.weight"  # with diffusers' names
 VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 CLIP_KEY = "text_model.embeddings.position_embedding.weight"
 PROJECTION = "text_projection"
@@ -52,6 +54,8 @@ class Layout:
     title: what people call the family's models.
     variants: the models of the family.
     key: the name of a tensor that only this layout has.
+    own_key: diffusers' name of a tensor that only these models have.
+    own_names: patterns at the start of diffusers' names, and the authors' names in their place, for config.
     convert: diffusers' converter from the authors' names to diffusers' names.
     hints: takes diffusers' names, and returns names in the authors' layout from which `convert` counts the blocks.
     config: takes the authors' tensors, and returns the part of the DiT's configuration that their shapes tell.
@@ -67,6 +71,8 @@ class Layout:
     title: str
     variants: tuple[Variant, ...]
     key: str
+    own_key: str
+    own_names: tuple[tuple[str, str], ...]
     convert: Callable[[dict[str, Recipe]], dict[str, Recipe]]
     hints: Callable[[Iterable[str]], list[str]]
     config: Callable[[Mapping[str, Shaped]], Config]
@@ -76,9 +82,30 @@ class Layout:
     lora_joint: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     lora_optional: Mapping[str, str] = field(default_factory=dict)
 
-    def prefix_in(self, names: Container[str]) -> str | None:
-        """Return the prefix of the DiT's keys among the names of a file's tensors; None if there is no such DiT."""
-        return next((prefix for prefix in DIT_PREFIXES if prefix + self.key in names), None)
+    def find(self, names: Iterable[str]) -> tuple[str, bool] | None:
+        """Return the prefix of the DiT's keys among the names, and whether they are diffusers' names; None if none."""
+        names = list(names)
+        for key, own in ((self.key, False), (self.own_key, True)):
+            if (prefix := prefix_of(key, names)) is not None:
+                return prefix, own
+        return None
+
+    def own_config(self, tensors: Mapping[str, Shaped]) -> Config:
+        """Return what config() does, for tensors with diffusers' names."""
+        named: dict[str, Shaped] = {}
+        for name, tensor in tensors.items():
+            for pattern, replacement in self.own_names:
+                new, count = re.subn(pattern, replacement, name)
+                if count:
+                    named[new] = tensor
+                    break
+        return self.config(named)
+
+
+def prefix_of(key: str, names: Iterable[str]) -> str | None:
+    """Return what stands before `key` in one of the names, if it is nothing but WRAPPERS; None if there is no such."""
+    starts = (name.removesuffix(key) for name in names if name.endswith(key))
+    return max((start for start in starts if WRAPPERS.fullmatch(start)), key=len, default=None)
 
 
 def count_blocks(names: Iterable[str], kind: str) -> int:
@@ -96,6 +123,11 @@ def layouts() -> list[Layout]:
             raise UserError(f"what is installed as the layout {name!r} is a {type(layout).__name__}", "uninstall it")
         found.append(layout)
     return found
+
+
+def find_vae(names: Container[str]) -> str | None:
+    """Return the prefix of the autoencoder's keys among the names of a file's tensors; None if there is none."""
+    return next((p for p in VAE_PREFIXES if p + VAE_KEY in names or p + OWN_VAE_KEY in names), None)
 
 
 def encoder_keys(name: str, tensors: Iterable[str]) -> dict[str, str]:

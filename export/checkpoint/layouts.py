@@ -17,28 +17,30 @@ from diffusers.loaders import single_file_utils
 
 from ditforge.errors import UserError
 from ditforge.export.checkpoint import hub
-from ditforge.export.checkpoint.adapters.keys import is_adapter
-from ditforge.export.checkpoint.architectures import GGUF_NAMES, architecture_of, encoder_of
+from ditforge.export.checkpoint.adapters.keys import check_kind, is_adapter
+from ditforge.export.checkpoint.architectures import CLIP_QUERIES, architecture_of, encoder_of, gguf_name
 from ditforge.export.checkpoint.conversion import Piece, Recipe, Tensors
 from ditforge.export.checkpoint.dequantising import dequantised
 from ditforge.export.checkpoint.diffusers_folder import CONFIG, INDEX, Checkpoint, components_in, read_json
 from ditforge.export.checkpoint.gguf_file import open_gguf
-from ditforge.export.checkpoint.gguf_header import is_gguf
+from ditforge.export.checkpoint.gguf_header import is_gguf, read_gguf_header
 from ditforge.export.checkpoint.gguf_names import ENCODERS, as_in_transformers, restored
 from ditforge.export.checkpoint.layout import (
     CLIP_G_WIDTH,
     CLIP_KEY,
+    OWN_VAE_KEY,
     PROJECTION,
     UNUSED,
-    VAE_KEY,
     VAE_PARTS,
     VAE_PREFIXES,
     Config,
     Layout,
     encoder_keys,
+    find_vae,
 )
 from ditforge.export.checkpoint.lazy_tensors import Lazy, identity, open_tensors, transposed
 from ditforge.export.checkpoint.load_report import LoadReport, shown
+from ditforge.export.checkpoint.refused_formats import check_shard
 from ditforge.export.checkpoint.variants import NAME_OR_PATH, names_in
 from ditforge.export.checkpoint.weights import read_metadata
 from ditforge.export.families import Family, families
@@ -91,10 +93,11 @@ def open_single_file(file: Path, report: LoadReport | None = None, base: Checkpo
     missing, if a component has a tensor that does not belong to it, or if the model is of another architecture.
     """
     report = report or LoadReport()
+    check_shard(file)
     tensors = dequantised(as_in_comfy(open_contents(file, report), base), report)
     refuse_other_architectures(file, tensors)
     components: dict[str, dict[str, Lazy]] = {}
-    family, prefix = find_dit(tensors)
+    family, prefix, own = find_dit(tensors)
     used: set[str] = set()
     config: Config = {}
     if family:
@@ -102,8 +105,8 @@ def open_single_file(file: Path, report: LoadReport | None = None, base: Checkpo
         if not prefix:  # the DiT's keys have no prefix, so those of other components must be told apart by theirs
             others = ("text_encoders.", *filter(None, VAE_PREFIXES))
             dit = {key: tensor for key, tensor in dit.items() if not key.startswith(others)}
-        components["transformer"] = convert_dit(family, dit, file)
-        config = read_config(family, dit, file)
+        components["transformer"] = dit if own else convert_dit(family, dit, file)
+        config = read_config(family, dit, file, own)
         used.update(prefix + key for key in dit)
     known = family or family_with(base)
     for name, folder in encoder_folders(known, tensors).items():
@@ -112,12 +115,12 @@ def open_single_file(file: Path, report: LoadReport | None = None, base: Checkpo
             used.update(keys.values())
             if known and known.layout and name in known.layout.projected:
                 add_projection(name, components[folder], report)
-    vae_prefix = next((p for p in VAE_PREFIXES if p + VAE_KEY in tensors), None)
+    vae_prefix = find_vae(tensors)
     if vae_prefix is not None:
         vae = without_prefix(tensors, vae_prefix)
         if not vae_prefix:
             vae = {key: tensor for key, tensor in vae.items() if key.startswith(VAE_PARTS)}
-        components["vae"] = convert_vae(vae, file)
+        components["vae"] = vae if OWN_VAE_KEY in vae else convert_vae(vae, file)
         used.update(vae_prefix + key for key in vae)
     if not components:
         raise unknown(file, tensors)
@@ -193,23 +196,13 @@ def add_projection(name: str, encoder: dict[str, Lazy], report: LoadReport) -> N
 
 
 def open_contents(file: Path, report: LoadReport) -> dict[str, Lazy]:
-    """Return the tensors of a safetensors or GGUF file, unread. Those of llama.cpp get the names of transformers.
-
-    Raises UserError for a GGUF file of another architecture.
-    """
+    """Return the tensors of a safetensors or GGUF file, unread. Those of llama.cpp get the names of transformers."""
     if not is_gguf(file):
         return open_tensors(file)
     contents = open_gguf(file)
     if contents.architecture in ENCODERS:
         return as_in_transformers(contents, report)
-    if contents.architecture in GGUF_NAMES and not any(key.endswith(layout_keys()) for key in contents.tensors):
-        raise other_architecture(file, GGUF_NAMES[contents.architecture])
     return {name: restored(name, tensor) for name, tensor in contents.tensors.items()}
-
-
-def layout_keys() -> tuple[str, ...]:
-    """Return the names of the tensors by which the families' layouts are recognised."""
-    return tuple(family.layout.key for family in families() if family.layout)
 
 
 def as_in_comfy(tensors: dict[str, Lazy], base: Checkpoint | None = None) -> dict[str, Lazy]:
@@ -221,7 +214,7 @@ def as_in_comfy(tensors: dict[str, Lazy], base: Checkpoint | None = None) -> dic
     if encoder is None:
         return tensors
     if encoder == "clip":
-        width = tensors["text_model.encoder.layers.0.self_attn.q_proj.weight"].shape[-1]
+        width = next(tensors[key].shape[-1] for key in CLIP_QUERIES if key in tensors)
         family = family_with(base)
         folders = family.layout.encoders if family and family.layout else {}
         clips = {name: folder for name, folder in folders.items() if name.startswith("clip")}
@@ -256,12 +249,15 @@ def require(single: SingleFile, needed: Iterable[str], base: Path | None) -> Non
         raise UserError(f"{', '.join(missing)} missing: {where}", f"{setting('base', 'FOLDER')}, {fix}")
 
 
-def find_dit(tensors: Tensors) -> tuple[Family | None, str]:
-    """Return the family of the DiT among the tensors, and the prefix of its keys; (None, "") if there is no DiT."""
+def find_dit(tensors: Tensors) -> tuple[Family | None, str, bool]:
+    """Return the family of the DiT among the tensors, the prefix of its keys, and whether they have diffusers' names.
+
+    It is (None, "", False) if there is no DiT.
+    """
     for family in families():
-        if family.layout and (prefix := family.layout.prefix_in(tensors)) is not None:
-            return family, prefix
-    return None, ""
+        if family.layout and (found := family.layout.find(tensors)):
+            return family, *found
+    return None, "", False
 
 
 def encoder_folders(family: Family | None, tensors: Tensors) -> Mapping[str, str]:
@@ -298,12 +294,15 @@ def convert_dit(family: Family, tensors: Tensors, file: Path) -> dict[str, Lazy]
     return {name: recipe.of(tensors) for name, recipe in converted.items()}
 
 
-def read_config(family: Family, tensors: Tensors, file: Path) -> Config:
-    """Return the part of the DiT's configuration that shapes tell. Raises UserError for shapes that no such DiT has."""
+def read_config(family: Family, tensors: Tensors, file: Path, own: bool = False) -> Config:
+    """Return the part of the DiT's configuration that shapes tell. `own` says that tensors have diffusers' names.
+
+    Raises UserError for shapes that no such DiT has.
+    """
     assert family.layout, f"{family.name} has no layout, and was found by it"
     try:
-        return family.layout.config(tensors)
-    except (ValueError, IndexError, ZeroDivisionError) as error:
+        return family.layout.own_config(tensors) if own else family.layout.config(tensors)
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         problem = f"the shapes in {file} are not those of the DiT of {family.title}: {error}"
         raise UserError(problem, "copy the file again") from error
 
@@ -350,12 +349,13 @@ def lora_of(file: Path) -> str:
 def unknown(file: Path, tensors: Tensors) -> UserError:
     """Return the error that says why nothing in the file can be used."""
     keys = list(tensors)
+    if is_gguf(file) and (name := gguf_name(read_gguf_header(file).architecture)):
+        return other_architecture(file, name)
+    check_kind(file, keys)
     if is_adapter(keys):
         return UserError(
             f"{file} is a LoRA, not a checkpoint", f"give the checkpoint that it belongs to, and {lora_of(file)}"
         )
-    if any(key.startswith("transformer_blocks.") for key in keys):
-        return UserError(f"{file} is one file of a diffusers folder", "give the folder that has model_index.json")
     fix = f"use a file of {known_models()}, in its authors' layout or ComfyUI's"
     return UserError(f"{file} is of no known layout: it has {shown(keys)}", fix)
 

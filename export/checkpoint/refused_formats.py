@@ -23,6 +23,7 @@ FULL = (
 )
 OTHER_FILE = f"{SAFETENSORS}, or its folder in diffusers' layout"
 START_BYTES = 512  # how many bytes at the start of a file tell its format
+SHARD = re.compile(r".*-(?P<number>\d{5})-of-(?P<total>\d{5})\.(safetensors|sft|gguf)", re.IGNORECASE)
 # How a file begins, its format, and what to do. A safetensors file begins with the length of its header and a brace.
 STARTS = (
     (rb"PK\x03\x04[\s\S]{26}[^/]+/(data\.pkl|\.format_version|\.data)", PICKLED, SAFETENSORS),
@@ -95,6 +96,15 @@ def check_start(file: Path, start: bytes) -> None:
         if re.match(pattern, start):
             told = f": {start[:60].decode(errors='replace').strip()!r}" if kind == "a text file" else ""
             raise UserError(f"{file} is {kind}{told}", fix)
+
+
+def check_shard(file: Path) -> None:
+    """Raise UserError if the file's name says that it is one of several files of a model."""
+    match = SHARD.fullmatch(file.name)
+    if match and int(match["total"]) > 1:
+        number, total = int(match["number"]), int(match["total"])
+        fix = "give the folder that has model_index.json and all of them, or the model in one file"
+        raise UserError(f"{file} is part {number} of {total} of a model", fix)
 
 
 def check_packing(file: Path, names: Iterable[str]) -> None:

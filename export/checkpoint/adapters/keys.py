@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +22,8 @@ LORA_PARTS = {"lora_down", "lora_up", "lora_mid"}
 LOHA_PARTS = {f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}
 LOKR_PARTS = {f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
 SMALL = "|".join(sorted(LOHA_PARTS | LOKR_PARTS, key=len, reverse=True))
+# Parts of a fused module that Kohya's scripts number behind its name: MODULE.oft_blocks.0, MODULE.lora_down.1.weight.
+NUMBERED = re.compile(r"(?P<module>.+)\.(?P<part>oft_blocks|lora_down|lora_up)\.(?P<number>\d+)(\.weight)?")
 # The end of a key, and the part that it means. A group `part` in the pattern is the part itself.
 PARTS = tuple(
     (re.compile(rf"(?P<module>.+)(?:{end})"), part)
@@ -36,6 +39,7 @@ PARTS = tuple(
         (rf"\.oft_R{NAMED}\.weight", "oft_R"),
         (r"\.(?P<part>alpha|dora_scale|oft_blocks|rescale|diff|diff_b|w_norm|b_norm|set_weight)", None),
         (r"\.(?P<part>weight|bias)", None),  # PEFT writes modules that it trained as a whole
+        (r"(?<=_norm)\.scale", "weight"),  # Black Forest Labs' name of a norm's weight
     )
 )
 PEFT_WRAPPERS = re.compile(r"\.(base_layer|original_module|modules_to_save(\.[^.]+)?)$")
@@ -54,7 +58,7 @@ OTHER_KINDS = tuple(
         (r".*\.(lambda_layer|[qp]_layer\.weight)", "a T-LoRA, whose rank changes with the timestep", ANOTHER),
         (r".*\.(vera_lambda_[bd]|vera_[AB])(\..*)?", "a VeRA adapter", MERGE),
         (r".*\.boft_[RsP](\..*)?", "a BOFT adapter of PEFT", MERGE),
-        (r".*\.(oft_r(\..*)?|oft_diag|oft_blocks\.\d+)", "an OFT adapter of an old version of its tool", MERGE),
+        (r".*\.(oft_r(\..*)?|oft_diag)", "an OFT adapter of an old version of its tool", MERGE),
         (r".*\.(lora_E|ranknum)(\..*)?", "an AdaLoRA adapter", MERGE),
         (r".*\.lora_embedding_[AB](\..*)?", "a LoRA of an embedding", MERGE),
         (
@@ -63,6 +67,12 @@ OTHER_KINDS = tuple(
             "an adapter of a kind of PEFT that is not a LoRA",
             MERGE,
         ),
+        (
+            r".*\.base_layer\.weight",
+            "a whole network with an adapter of PEFT inside",
+            "save the adapter alone, with PEFT's save_pretrained(), or merge it with merge_and_unload() and save that",
+        ),
+        (r".*\.lora_(down|up)", "a LoRA that was converted for Nunchaku", "use the LoRA that it was converted from"),
         (
             r"(ip_adapter|image_proj|ip_adapter_proj_model)\..*|.*(to_[kv]_ip|_ip_adapter|ip_adapter_double_stream).*",
             "an IP-Adapter, which reads a picture",
@@ -99,6 +109,8 @@ class Key:
 
 def parse(key: str) -> Key | None:
     """Return the module and the part that a key names; None if the key has no known form."""
+    if match := NUMBERED.fullmatch(key):
+        return Key(f"{match['module']}.{match['number']}", match["part"])
     for pattern, part in PARTS:
         if match := pattern.fullmatch(key):
             groups = match.groupdict()
@@ -143,7 +155,25 @@ def grouped(file: Path, tensors: Mapping[str, T]) -> tuple[dict[str, dict[str, T
         problem = f"{file} holds whole weights, such as {next(iter(tensors))}, and no adapter"
         fix = f"give a checkpoint itself to the export, and only LoRAs to {option('loras', '--lora')}"
         raise UserError(problem, fix)
-    return modules, strange
+    return with_alphas(modules), strange
+
+
+def with_alphas(modules: dict[str, dict[str, T]]) -> dict[str, dict[str, T]]:
+    """Return the modules with the alpha of a module that is numbered parts (NUMBERED) in each of these.
+
+    A module with only one such part is not divided: the part is the module.
+    """
+    found = dict(modules)
+    for name, parts in modules.items():
+        if parts.keys() != {"alpha"} or f"{name}.0" not in modules:
+            continue
+        numbered = list(takewhile(modules.__contains__, (f"{name}.{number}" for number in count())))
+        del found[name]
+        for part in numbered:
+            found[part] = {**parts, **modules[part]}
+        if len(numbered) == 1:
+            found[name] = found.pop(numbered[0])
+    return found
 
 
 def check_kind(file: Path, keys: Iterable[str]) -> None:

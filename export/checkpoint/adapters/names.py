@@ -29,6 +29,9 @@ WRAPPERS = (
     "transformer_",
     "unet_",
     "dit_",
+    "net_",
+    "pipe_",
+    "oft_",
     "lora_",
     "lycoris_",
     "text_encoders_",
@@ -81,7 +84,7 @@ class Index:
 
     def find(self, name: str) -> Module | None:
         """Return the module that an adapter file calls `name`; None if the checkpoint has no such module."""
-        flat = name.replace(".", "_")
+        flat = flattened(name)
         for component, start in self._readings(flat):
             if targets := self.modules.get(component, {}).get(flat[start:]):
                 return Module(component, name[start:], targets)
@@ -97,7 +100,7 @@ class Index:
 
         It is a module of a text encoder that is left out, or one that only some models of the family have.
         """
-        flat = name.replace(".", "_")
+        flat = flattened(name)
         for component, start in self._readings(flat):
             if component != DIT and component not in self.modules:
                 return f"{component} is left out of this export"
@@ -108,7 +111,7 @@ class Index:
 
     def nearest(self, name: str) -> str | None:
         """Return the module of the checkpoint whose name is most like `name`; None if none is like it."""
-        flat = name.replace(".", "_")
+        flat = flattened(name)
         component, start = max(self._readings(flat), key=lambda reading: reading[1])
         known = (name for name in self.modules.get(component, {}) if not self.spelled[name].endswith(tuple(PARAMETERS)))
         near = get_close_matches(flat[start:], list(known), n=1)
@@ -132,6 +135,11 @@ def unwrapped(flat: str) -> list[int]:
     for start in starts:
         starts += [start + len(prefix) for prefix in WRAPPERS if flat.startswith(prefix, start)]
     return sorted(set(starts))
+
+
+def flattened(name: str) -> str:
+    """Return the name of a module in an adapter's file without dots, and without the underscores that may end it."""
+    return name.replace(".", "_").rstrip("_")
 
 
 def bare(module: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from ditforge.export.checkpoint.lazy_tensors import Lazy, open_tensors
 from ditforge.export.checkpoint.load_report import LoadReport, shown
 from ditforge.option import option
 
+ALPHA = re.compile(r"(.*[._])?(lora_|network_)?alpha")  # what metadata call an alpha
 OTHER_MODEL = "use a LoRA that was made for this model, or leave it out"
 
 
@@ -179,12 +182,38 @@ def note_ineffective(file: Path, modules: Mapping[str, Parts], strength: float, 
 
 
 def note_metadata(file: Path, modules: Mapping[str, Parts], settings: Settings, report: LoadReport) -> None:
-    """Add to the report an alpha that Kohya's scripts write into the metadata, if the tensors have none.
+    """Add to the report an alpha in the metadata that has no effect, because the tensors have none.
 
-    These scripts, and all others that read their files, then take the rank for alpha.
+    Kohya's scripts and others write it for people to read. All tools then take the rank for alpha.
     """
-    alpha, rank = (settings.metadata.get(name) for name in ("ss_network_alpha", "ss_network_dim"))
-    if alpha is None or alpha == rank or settings.configs or any("alpha" in parts for parts in modules.values()):
+    if settings.configs or any("alpha" in parts for parts in modules.values()):
         return
-    why = f"the tools that write it read alpha only from tensors; {option('loras', '--lora')} FILE:STRENGTH can set it"
-    report.add(f"ss_network_alpha {alpha} of rank {rank} in the metadata of {file}", why)
+    downs = [parts["lora_down"] for parts in modules.values() if "lora_down" in parts]
+    ranks = {down.length for down in downs}
+    for name, alpha in alphas_in(settings.metadata):
+        if alpha is None or ranks != {alpha}:
+            why = "the tools that write it read alpha only from tensors, and take the rank for it; "
+            why += f"{option('loras', '--lora')} FILE:STRENGTH can set it"
+            ranks_in_words = f" of rank {', '.join(map(str, sorted(ranks)))}" if ranks else ""
+            report.add(f"{name}{f' {alpha:g}' if alpha else ''}{ranks_in_words} in the metadata of {file}", why)
+
+
+def alphas_in(metadata: Mapping[str, str]) -> Iterator[tuple[str, float | None]]:
+    """Return the places in a file's metadata that give an alpha, each with the number; None if it is no number."""
+    for name, text in metadata.items():
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            value = text
+        found = value if isinstance(value, dict) else {name: value}
+        for key, number in found.items():
+            if ALPHA.fullmatch(key) and number is not None:
+                place = name if key == name else f"{key} of {name}"
+                yield place, float(number) if is_number(number) else None
+
+
+def is_number(value: object) -> bool:
+    """Return whether the value of a JSON document is a number, or the text of one."""
+    if isinstance(value, str):
+        return re.fullmatch(r"-?\d+(\.\d*)?(e-?\d+)?", value) is not None
+    return isinstance(value, int | float) and not isinstance(value, bool)

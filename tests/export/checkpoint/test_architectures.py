@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.architectures import architecture_of, pipeline_of
+from ditforge.export.checkpoint.description import describe_file
 from ditforge.export.checkpoint.layouts import open_single_file
 from ditforge.export.checkpoint.load_report import LoadReport
 from ditforge.export.checkpoint.source import CheckpointSource, open_files
@@ -64,6 +65,38 @@ def test_flux_with_a_picture_as_input(channels: int, name: str, tmp_path: Path) 
     save_file({key: tensor.clone() for key, tensor in tensors.items()}, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=f"FLUX.1 {name}"):
         open_single_file(tmp_path / "a.safetensors")
+
+
+def test_stable_diffusion_3_with_a_picture_as_input(tmp_path: Path) -> None:
+    tensors = single_files.sd3_dit(random_sd3.medium().transformer.state_dict())
+    read = tensors["x_embedder.proj.weight"]
+    tensors["x_embedder.proj.weight"] = torch.cat([read, read, read[:, :1]], 1)
+    save_file({key: tensor.clone() for key, tensor in tensors.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="Stable Diffusion 3 with a picture as input"):
+        open_single_file(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        ([f"encoder.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight" for i in range(3)], "UMT5"),
+        (["transformer.resblocks.0.attn.in_proj_weight", "positional_embedding"], "CLIP in OpenAI's"),
+        (["vision_model.head.probe"], "SigLIP"),
+        (["model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"], "a language model"),
+        (["language_model.model.layers.0.self_attn.q_proj.weight"], "a language model"),
+        (["bn.running_mean", "decoder.conv_in.weight"], "the autoencoder of FLUX.2"),
+        (["decoder.middle.0.residual.0.gamma"], "the autoencoder of Wan"),
+        (["decoder.layers.3.conv.0.weight"], "a tiny autoencoder"),
+    ],
+)
+def test_components_of_other_models(keys: list[str], name: str, tmp_path: Path) -> None:
+    """They are named, by `export` and by `inspect`, and not called damaged."""
+    file = tmp_path / "a.safetensors"
+    save_file({key: torch.zeros(2, 2) for key in keys}, file)
+    with pytest.raises(UserError, match=name):
+        open_single_file(file)
+    found = describe_file(file)
+    assert name in found.what and found.fix and not found.export
 
 
 @pytest.mark.parametrize("name", ["chroma", "flux2", "flux3", "hunyuan-video", "mochi-1-preview", "hidream", "krea2"])

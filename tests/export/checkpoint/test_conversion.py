@@ -88,7 +88,7 @@ def own_config(single: SingleFile, module: nn.Module) -> dict[str, tuple[Any, An
 
 
 @pytest.mark.parametrize("model", ["flux", "schnell"])
-@pytest.mark.parametrize("prefix", ["", COMFY, "diffusion_model."])
+@pytest.mark.parametrize("prefix", ["", COMFY, "diffusion_model.", "net.", "_orig_mod.", "module.transformer."])
 def test_flux_dit(model: str, prefix: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """flux1-dev.safetensors, flux1-schnell, fine-tunes in that layout; ComfyUI's prefix."""
     dit = request.getfixturevalue(model).transformer
@@ -251,6 +251,34 @@ def test_what_is_missing_is_named(schnell: DiffusionPipeline, tmp_path: Path) ->
     require(single, needed, base)
 
 
+@pytest.mark.parametrize("model", ["flux", "schnell", "medium", "large"])
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_names_of_diffusers(model: str, prefix: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """A DiT as diffusers saves it, taken out of its folder, and one inside of a pipeline's state."""
+    dit = request.getfixturevalue(model).transformer
+    single = open_single_file(write(tmp_path, single_files.prefixed(prefix, dit.state_dict())))
+    assert single.family
+    assert single.config["_class_name"] == type(dit).__name__
+    assert_equal(single.components["transformer"], dit)
+    assert not own_config(single, dit)
+
+
+def test_other_components_with_names_of_diffusers(schnell: DiffusionPipeline, tmp_path: Path) -> None:
+    """An autoencoder, and CLIP as transformers 5 writes it."""
+    for name, module in {"vae": schnell.vae, "text_encoder": schnell.text_encoder}.items():
+        single = open_single_file(write(tmp_path, module.state_dict()))
+        assert single.family is None and list(single.components) == [name]
+        assert_equal(single.components[name], module)
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model-00002-of-00003.safetensors", "a-00001-of-00002.sft"])
+def test_a_shard_is_no_model(name: str, schnell: DiffusionPipeline, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is part \d of \d of a model[\s\S]*folder"):
+        open_single_file(write(tmp_path, schnell.transformer.state_dict(), name))
+    single = open_single_file(write(tmp_path, schnell.transformer.state_dict(), "a-00001-of-00001.safetensors"))
+    assert single.family
+
+
 def test_wrong_files_are_refused_in_plain_words(schnell: DiffusionPipeline, tmp_path: Path) -> None:
     good = single_files.flux_dit(schnell.transformer.state_dict())
     key = "double_blocks.0.img_mod.lin.weight"
@@ -270,7 +298,6 @@ def test_wrong_files_are_refused_in_plain_words(schnell: DiffusionPipeline, tmp_
         "autoencoder that is built otherwise: decoder.extra": single_files.autoencoder(schnell.vae.state_dict())
         | {"decoder.extra": torch.zeros(2)},
         "cannot be divided": {**good, "double_blocks.0.img_attn.qkv.weight": torch.zeros(7, 72)},
-        "one file of a diffusers folder": dict(schnell.transformer.state_dict()),
         r"is a LoRA[\s\S]*loras=": {"lora_unet_x.lora_up.weight": torch.zeros(2, 2)},
         "no known layout: it has some.weight": {"some.weight": torch.zeros(2, 2)},
         "no known layout: it has no tensors": {},

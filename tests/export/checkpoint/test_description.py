@@ -120,18 +120,16 @@ def test_an_all_in_one_file(large: DiffusionPipeline, tmp_path: Path) -> None:
 
 
 def test_a_component_alone(schnell: DiffusionPipeline, large: DiffusionPipeline, tmp_path: Path) -> None:
-    cases = {
+    cases: dict[str, dict[str, torch.Tensor]] = {
         "t5xxl": schnell.text_encoder_2.state_dict(),
         "clip": single_files.text_model(large.text_encoder.state_dict()),
         "vae": single_files.autoencoder(schnell.vae.state_dict()),
     }
-    for name, state in cases.items():
+    own = {"clip": schnell.text_encoder.state_dict(), "vae": schnell.vae.state_dict()}
+    for name, state in [*cases.items(), *own.items()]:
         found = described(write(tmp_path / f"{name}.safetensors", state))
         assert (found.kind, [part.name for part in found.parts]) == ("checkpoint file", [name])
         assert "--base FOLDER" in found.export and not found.problem
-    for part in ("transformer", "vae", "text_encoder"):
-        found = described(write(tmp_path / f"{part}.safetensors", getattr(schnell, part).state_dict()))
-        assert "with diffusers' names" in found.what and "model_index.json" in found.fix
 
 
 def test_gguf(schnell: DiffusionPipeline, tmp_path: Path) -> None:
@@ -194,6 +192,34 @@ def test_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_other_architectures(tensors: dict[str, tuple[int, ...]], named: str, tmp_path: Path) -> None:
     found = described(write(tmp_path / "a.safetensors", {name: torch.zeros(shape) for name, shape in tensors.items()}))
     assert named in found.what and "cannot be exported" in found.problem and "FLUX.1" in found.fix
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        (["lora_unet_double_blocks_0_img_attn_proj.a1.weight"], "a GLoRA"),
+        (["base_model.model.transformer_blocks.0.attn.to_q.vera_lambda_b"], "a VeRA adapter"),
+        (["clip_l", "t5xxl"], "a textual inversion"),
+        (["transformer_blocks.0.qkv_proj.lora_down", "transformer_blocks.0.qkv_proj.lora_up"], "for Nunchaku"),
+        (["base_model.model.proj_out.base_layer.weight", "base_model.model.proj_out.lora_A.default.weight"], "inside"),
+    ],
+)
+def test_adapters_that_cannot_be_merged(keys: list[str], named: str, tmp_path: Path) -> None:
+    found = described(write(tmp_path / "a.safetensors", {name: torch.zeros(2, 2) for name in keys}))
+    assert found.kind == "adapter" and named in found.what + found.problem
+    assert found.fix and not found.export
+
+
+def test_a_shard(schnell: DiffusionPipeline, tmp_path: Path) -> None:
+    found = described(write(tmp_path / "model-00001-of-00002.safetensors", schnell.transformer.state_dict()))
+    assert found.what == "part 1 of 2 of a model" and "folder" in found.fix and not found.export
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_names_of_diffusers(prefix: str, large: DiffusionPipeline, tmp_path: Path) -> None:
+    tensors = single_files.prefixed(prefix, large.transformer.state_dict())
+    found = described(write(tmp_path / "a.safetensors", tensors, {"modelspec.title": "SD 3.5 large"}))
+    assert found.layout.startswith("diffusers' names") and found.variant == "Stable Diffusion 3.5 large"
 
 
 @pytest.mark.parametrize(

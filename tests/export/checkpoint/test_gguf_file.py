@@ -174,7 +174,7 @@ def test_t5(component: str, tmp_path: Path) -> None:
         ("qwen_image", "transformer_blocks.0.x.weight", "Qwen-Image"),
         ("sdxl", "input_blocks.0.0.weight", "Stable Diffusion XL"),
         ("flux", "distilled_guidance_layer.in_proj.weight", "Chroma"),
-        ("llama", "blk.0.attn_q.weight", "no known layout"),
+        ("llama", "blk.0.attn_q.weight", "architecture 'llama'"),
     ],
 )
 def test_other_models(architecture: str, key: str, name: str, tmp_path: Path) -> None:

@@ -59,6 +59,11 @@ FLUX_NAMES = [
     ),
     ("transformer.single_blocks.2.linear1.3", "transformer", ("single_transformer_blocks.2.proj_mlp.weight",)),
     ("lora_unet_final_layer_linear", "transformer", ("proj_out.weight",)),
+    ("lora_unet_proj_out_", "transformer", ("proj_out.weight",)),
+    ("net.final_layer.linear", "transformer", ("proj_out.weight",)),
+    ("pipe.transformer.proj_out", "transformer", ("proj_out.weight",)),
+    ("oft_unet_final_layer_linear", "transformer", ("proj_out.weight",)),
+    ("diffusion_model.final_layer_linear", "transformer", ("proj_out.weight",)),
     ("lora_unet_time_in_in_layer", "transformer", ("time_text_embed.timestep_embedder.linear_1.weight",)),
     *(
         (f"{prefix}encoder.layers.1.self_attn.q_proj", "text_encoder", (CLIP,))

@@ -123,6 +123,26 @@ def test_two_configurations(dit: FluxTransformer2DModel, tmp_path: Path) -> None
         scale(dit, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"lora_alpha": "16", "r": "4"}, "lora_alpha 16 of rank 4"),
+        ({"lora_config": json.dumps({"r": 4, "lora_alpha": 16})}, "lora_alpha of lora_config 16 of rank 4"),
+        ({"transformer.lora_alpha": "auto"}, "transformer.lora_alpha of rank 4"),
+        ({"lora_config": json.dumps({"r": 4, "lora_alpha": 4}), "ss_network_args": '{"conv_alpha": "1"}'}, ""),
+        ({"note": "[" * 2000, "lora_alpha": "4.0"}, ""),
+    ],
+)
+def test_metadata_that_nobody_reads(
+    metadata: dict[str, str], said: str, dit: FluxTransformer2DModel, tmp_path: Path
+) -> None:
+    """An alpha in other places has no effect in diffusers, ComfyUI and sd-scripts: it is said where it would have."""
+    stored(lora(), tmp_path / "adapter_model.safetensors", metadata)
+    report = LoadReport()
+    assert scale(dit, tmp_path, report) == 1.0
+    assert len(report.unexpected) == bool(said) and said in "".join(map(str, report.unexpected))
+
+
 def test_kohyas_metadata_has_no_effect_and_that_is_said(dit: FluxTransformer2DModel, tmp_path: Path) -> None:
     """sd-scripts takes the rank for a missing alpha (networks/lora.py, create_network_from_weights)."""
     for alpha, said in (("2", 1), ("4", 0)):

@@ -13,13 +13,10 @@ from ditforge.errors import UserError
 from ditforge.manifest import Component, Engine, Manifest
 from ditforge.model import Model
 from ditforge.placement import Placement
-from ditforge.small_files import read_json_object
 
 if TYPE_CHECKING:
     from ditforge.export.checkpoint.description import TensorFile
 
-INDEX = "model_index.json"  # every checkpoint in diffusers' layout has this file
-SAFETENSORS = ".safetensors"
 GIVE = "give a folder that a stage wrote, a checkpoint, a .safetensors or .gguf file, or a picture"
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 PICTURE_START = re.compile(rb"\x89PNG|\xff\xd8\xff|RIFF....WEBP", re.DOTALL)
@@ -118,22 +115,43 @@ class StageFolder:
 
 @dataclass(frozen=True)
 class CheckpointPart:
-    """A component of a checkpoint in diffusers' layout: its class, and the bytes of its safetensors files."""
+    """A component of a checkpoint in diffusers' layout.
+
+    weights: the bytes of the files with its weights. files: those that are read; () if none can be.
+    dtypes: the bytes of each dtype. variants: the variants that its files have, such as fp16.
+    quantisation: the method that its configuration names; empty if it names none.
+    """
 
     name: str
     class_name: str
     weights: int
+    files: tuple[str, ...]
+    dtypes: dict[str, int]
+    variants: tuple[str, ...]
+    quantisation: str
 
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """A checkpoint in diffusers' layout. kind: checkpoint. pipeline: diffusers' class. weights: bytes of weights."""
+    """A checkpoint in diffusers' layout, or some networks of one.
+
+    kind: checkpoint, or part of a checkpoint. pipeline: diffusers' class. family, variant: the titles of its model's
+    family, and of the model, or of those that it can be; empty if they are not known. weights: bytes of weights.
+    noted: what is not read or was chosen, and why. export: the command that exports it, or empty if none does.
+    problem, fix: why it cannot be exported as it is, and what to do; empty if it can.
+    """
 
     kind: str
     path: str
     pipeline: str
+    family: str
+    variant: str
     weights: int
     parts: tuple[CheckpointPart, ...]
+    noted: tuple[str, ...]
+    export: str
+    problem: str
+    fix: str
 
 
 @dataclass(frozen=True)
@@ -158,8 +176,6 @@ def look_into(path: Path) -> Contents:
         raise UserError(f"cannot read {path}: {error.strerror}", GIVE) from None
     if (path / manifest.FILE_NAME).is_file():
         return stage_folder(path, manifest.parse(path / manifest.FILE_NAME))
-    if (path / INDEX).is_file():
-        return checkpoint_folder(path)
     if path.is_file() and is_picture(path):
         from ditforge.client.picture_file import read_parameters
 
@@ -169,8 +185,9 @@ def look_into(path: Path) -> Contents:
 
         return describe_file(path)
     if path.is_dir():
-        problem = f"{path} has no {manifest.FILE_NAME}, which each stage of ditforge writes, and no {INDEX}"
-        raise UserError(f"{problem}: it is no checkpoint either", "give one of the folders or files inside")
+        from ditforge.export.checkpoint.folder_description import describe_folder
+
+        return describe_folder(path)
     raise UserError(f"{path} is no folder, and not a regular file", GIVE)
 
 
@@ -232,15 +249,3 @@ def part(name: str, component: Component, engine: Engine | None) -> Part:
 def ports(tensors: dict[str, manifest.Tensor]) -> tuple[Port, ...]:
     """Describe the inputs, or the outputs, of a network."""
     return tuple(Port(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
-
-
-def checkpoint_folder(path: Path) -> CheckpointFolder:
-    """Look into a checkpoint. Only its index and the sizes of its files are read."""
-    index = read_json_object(path / INDEX)
-    parts = []
-    for name, said in index.items():
-        if isinstance(said, list) and said and isinstance(said[-1], str):
-            weights = sum(file.stat().st_size for file in (path / name).glob(f"*{SAFETENSORS}"))
-            parts.append(CheckpointPart(name, said[-1], weights))
-    pipeline, total = str(index.get("_class_name", "")), sum(one.weights for one in parts)
-    return CheckpointFolder("checkpoint", str(path), pipeline, total, tuple(parts))

@@ -96,6 +96,8 @@ def choose(
     sets = file_sets(names)
     if not sets:
         return None
+    if strange := sorted(name for name in names if name.endswith(SUFFIX) and not WEIGHTS.fullmatch(name)):
+        report.add(f"{shown(strange)} in {where}", "weights in files of such names are not read, by diffusers neither")
     first = TRANSFORMERS if where.rstrip("/").rpartition("/")[2].startswith("text_encoder") else DIFFUSERS
     sets.sort(key=lambda files: files.stem != first)
     known = sorted({files.variant for files in sets if files.variant})

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditforge.errors import UserError
+from ditforge.export.checkpoint.architectures import pipeline_of
 from ditforge.export.checkpoint.component_files import file_sets, variants
 from ditforge.export.checkpoint.folder_settings import FolderSettings, read_settings
 from ditforge.export.checkpoint.load_report import LoadReport
 from ditforge.export.checkpoint.weights import Weights, component_files, file_names
-from ditforge.option import setting
+from ditforge.option import option, setting
 from ditforge.small_files import read_json_object
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ INDEX = "model_index.json"
 CONFIG = "config.json"
 SCHEDULER = "scheduler", "scheduler_config.json"
 NETWORKS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+LORA_FILE = "pytorch_lora_weights.safetensors"
 CONFIGS = Path(__file__).parents[1] / "configs"  # published models' folders, without weights and vocabularies
 
 
@@ -150,6 +152,9 @@ def elsewhere(folder: Path) -> str:
         return f"give the whole checkpoint: {folder.resolve().parent}"
     if components_in(folder):
         return f"{setting('base', 'FOLDER')}, a diffusers folder of the model it was made from, has the rest"
+    if files := sorted(folder.glob("*.safetensors")):
+        lora = option("loras", "--lora")
+        return f"give the file itself, such as {files[0]}, or with {lora} if it is a LoRA"
     return "download the whole repository of the model, with its subfolders transformer, vae, text_encoder, …"
 
 
@@ -176,6 +181,26 @@ def t5_parts(index: dict[str, Any]) -> list[str]:
     entries = {name: value[-1] for name, value in index.items() if isinstance(value, list) and value}
     encoders = [name for name, cls in entries.items() if str(cls).startswith("T5Encoder")]
     return [*encoders, *(name.replace("text_encoder", "tokenizer") for name in encoders)]
+
+
+def report_files(folder: Path, report: LoadReport) -> None:
+    """Report the weights beside model_index.json: the model again in one file, or a LoRA."""
+    for file in sorted(folder.glob("*.safetensors")):
+        if file.name == LORA_FILE:
+            report.add(str(file), f"a LoRA is applied only with {option('loras', '--lora')}")
+        else:
+            report.add(str(file), "the weights are read from the subfolders", expected=True)
+
+
+def unknown_pipeline(folder: Path, pipeline: str, known: Iterable[str]) -> UserError:
+    """Return the error for a folder whose pipeline cannot be exported. `known` are those that can."""
+    name, known = pipeline_of(pipeline), ", ".join(known)  # the pipelines for pictures as input have the same networks
+    problem = f"{folder} is a {pipeline or 'model of no named class'}{f' ({name})' if name else ''}"
+    fix = (
+        f"use a checkpoint of one of: {known}; if only the pipeline is another and all its components are those of one "
+    )
+    fix += f"of these, write that as _class_name into {INDEX}"
+    return UserError(f"{problem}, which cannot be exported", fix)
 
 
 def read_json(path: Path) -> dict[str, Any]:

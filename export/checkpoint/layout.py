@@ -51,6 +51,7 @@ class Shaped(Protocol):
 class Layout:
     """How the authors of a family write its DiT into a file.
 
+    pipeline, class_name: diffusers' classes of the pipeline and of the DiT, for example FluxPipeline.
     title: what people call the family's models.
     variants: the models of the family.
     key: the name of a tensor that only this layout has.
@@ -58,6 +59,7 @@ class Layout:
     own_names: patterns at the start of diffusers' names, and the authors' names in their place, for config.
     convert: diffusers' converter from the authors' names to diffusers' names.
     hints: takes diffusers' names, and returns names in the authors' layout from which `convert` counts the blocks.
+    defaults: what diffusers takes where the DiT's config.json lacks a field that tells the variants apart.
     config: takes the authors' tensors, and returns the part of the DiT's configuration that their shapes tell.
     encoders: maps ComfyUI's name of each text encoder to diffusers' folder.
     projected: the text encoders, by ComfyUI's name, whose projection is the identity where a file lacks it.
@@ -68,6 +70,8 @@ class Layout:
         further dots, and why a checkpoint can do without what an adapter has for them.
     """
 
+    pipeline: str
+    class_name: str
     title: str
     variants: tuple[Variant, ...]
     key: str
@@ -75,6 +79,7 @@ class Layout:
     own_names: tuple[tuple[str, str], ...]
     convert: Callable[[dict[str, Recipe]], dict[str, Recipe]]
     hints: Callable[[Iterable[str]], list[str]]
+    defaults: Config
     config: Callable[[Mapping[str, Shaped]], Config]
     encoders: Mapping[str, str]
     lora_encoders: Mapping[str, str]

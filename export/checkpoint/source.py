@@ -20,13 +20,14 @@ from ditforge.export.checkpoint.diffusers_folder import (
     SCHEDULER,
     Checkpoint,
     components_in,
+    elsewhere,
     open_checkpoint,
     read_json,
+    report_files,
     t5_parts,
 )
 from ditforge.export.checkpoint.folder_settings import FolderSettings, check_text_length
 from ditforge.export.checkpoint.load_report import LoadReport
-from ditforge.export.checkpoint.unread import report_files
 from ditforge.export.checkpoint.variants import Evidence, choose, evidence_of
 from ditforge.option import option, setting
 
@@ -102,6 +103,9 @@ def open_files(source: CheckpointSource) -> Checkpoint:
     check_text_length(source.text_length)
     if source.path.is_file() or (source.base and _is_partial(source.path)):
         checkpoint = _open_parts(source, report)
+    elif source.base is not None and source.path.is_dir() and not (source.path / INDEX).is_file():
+        problem = f"{source.path} has no {INDEX}, and no networks that {option('base')} could complete"
+        raise UserError(problem, elsewhere(source.path))
     elif source.base is not None:
         raise UserError(
             f"{option('base')} is for a checkpoint in one file or with some networks alone, and {source.path} is none",

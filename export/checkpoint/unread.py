@@ -9,7 +9,6 @@ import importlib
 import inspect
 import re
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from ditforge.errors import UserError
@@ -17,11 +16,9 @@ from ditforge.export.checkpoint.diffusers_folder import CONFIG, INDEX, SCHEDULER
 from ditforge.export.checkpoint.load_report import LoadReport, shown
 from ditforge.export.checkpoint.weights import Weights
 from ditforge.export.network import Network
-from ditforge.option import option
 
 LIBRARIES = ("diffusers", "transformers")
 TWIN = "they are other names of tensors that are read"
-LORA_FILE = "pytorch_lora_weights.safetensors"
 # Fields that libraries write into configurations, and that change nothing in a network that is executed: who wrote the
 # file, and what is for training or for other uses of such a network.
 WITHOUT_EFFECT = {
@@ -147,12 +144,3 @@ def report_index(checkpoint: Checkpoint, networks: Iterable[Network], report: Lo
             continue
         known = SPARE.get(name)
         report.add(where, known or "a picture is made without this component, so it is ignored", expected=bool(known))
-
-
-def report_files(folder: Path, report: LoadReport) -> None:
-    """Report the weights beside model_index.json: the model again in one file, or a LoRA."""
-    for file in sorted(folder.glob("*.safetensors")):
-        if file.name == LORA_FILE:
-            report.add(str(file), f"a LoRA is applied only with {option('loras', '--lora')}")
-        else:
-            report.add(str(file), "the weights are read from the subfolders", expected=True)

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ditforge import entry_points
 from ditforge.errors import DitforgeError, UserError
-from ditforge.export.checkpoint.architectures import pipeline_of
-from ditforge.export.checkpoint.diffusers_folder import INDEX, Checkpoint, t5_parts
+from ditforge.export.checkpoint.diffusers_folder import INDEX, Checkpoint, t5_parts, unknown_pipeline
 from ditforge.export.checkpoint.variants import Variant
 from ditforge.export.network import Network
 from ditforge.export.quantisation.precision import Precision
@@ -78,12 +77,7 @@ def family_of(checkpoint: Checkpoint) -> Family:
     """Return the family of the checkpoint. Raises UserError if no family has the checkpoint's pipeline."""
     known = {family.pipeline: family for family in families()}
     if checkpoint.pipeline not in known:
-        name = pipeline_of(checkpoint.pipeline)
-        pipeline = checkpoint.pipeline or "model of no named class"
-        raise UserError(
-            f"{checkpoint.folder} is a {pipeline}{f' ({name})' if name else ''}, which cannot be exported",
-            f"use a checkpoint of one of: {', '.join(known)}",
-        )
+        raise unknown_pipeline(checkpoint.folder, checkpoint.pipeline, known)
     return known[checkpoint.pipeline]
 
 

@@ -129,7 +129,7 @@ def run_pipeline(loaded: FluxPipeline, model: Model, prompt: str, steps: int, se
 FAMILY = Family(
     name="flux",
     title="FLUX.1",
-    pipeline="FluxPipeline",
+    pipeline=LAYOUT.pipeline,
     model=model,
     read_tokenizers=read_tokenizers,
     networks=networks,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ditforge.export.checkpoint.conversion import Recipe
 
 DEV, SCHNELL = PUBLISHED = ("flux.1-dev", "flux.1-schnell")
+CLASS = "FluxTransformer2DModel"
 DEV_NAMES = re.compile(r"flux[\W_]*1?[\W_]*dev|de[\W_]*distill|undistill")
 # Steps, guidance and the length of T5's input are those of the authors' model cards and code.
 VARIANTS = (
@@ -61,7 +62,7 @@ def flux_config(tensors: Mapping[str, Shaped]) -> dict[str, Any]:
     width, channels = tensors["img_in.weight"].shape
     out = tensors["final_layer.linear.weight"].shape[0]
     return {
-        "_class_name": "FluxTransformer2DModel",
+        "_class_name": CLASS,
         "num_layers": count_blocks(tensors, "double_blocks"),
         "num_single_layers": count_blocks(tensors, "single_blocks"),
         "attention_head_dim": head,
@@ -94,6 +95,8 @@ DOUBLE_ADDED_QKV = tuple(f"transformer_blocks.{{}}.attn.add_{part}_proj" for par
 SINGLE_QKV = tuple(f"single_transformer_blocks.{{}}.attn.to_{part}" for part in "qkv")
 
 LAYOUT = Layout(
+    pipeline="FluxPipeline",
+    class_name=CLASS,
     title="FLUX.1",
     variants=VARIANTS,
     key="double_blocks.0.img_attn.qkv.weight",
@@ -110,6 +113,7 @@ LAYOUT = Layout(
     ),
     convert=converted,
     hints=flux_hints,
+    defaults={"guidance_embeds": False},
     config=flux_config,
     encoders={"clip_l": "text_encoder", "t5xxl": "text_encoder_2"},
     lora_encoders={  # some tools call T5 the third text encoder, although FLUX.1 has only two

@@ -247,7 +247,7 @@ def run_pipeline(loaded: StableDiffusion3Pipeline, model: Model, prompt: str, st
 FAMILY = Family(
     name="sd3",
     title="Stable Diffusion 3.5",
-    pipeline="StableDiffusion3Pipeline",
+    pipeline=LAYOUT.pipeline,
     model=model,
     read_tokenizers=read_tokenizers,
     networks=networks,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ditforge.export.checkpoint.conversion import Recipe
 
 LARGE, TURBO, MEDIUM = PUBLISHED = ("sd3.5-large", "sd3.5-large-turbo", "sd3.5-medium")
+CLASS = "SD3Transformer2DModel"
 T5_TOKENS = 256  # diffusers' default max_sequence_length; also the number of zeros that take T5's place without T5
 
 
@@ -79,7 +80,7 @@ def sd3_config(tensors: Mapping[str, Shaped]) -> dict[str, Any]:
     caption, joint = tensors["context_embedder.weight"].shape
     dual = {int(key.split(".")[1]) for key in tensors if ".attn2." in key}
     return {
-        "_class_name": "SD3Transformer2DModel",
+        "_class_name": CLASS,
         "num_layers": count_blocks(tensors, "joint_blocks"),
         "dual_attention_layers": sorted(dual),
         "qk_norm": "rms_norm" if norm else None,
@@ -111,6 +112,8 @@ def sd3_hints(names: Iterable[str]) -> list[str]:
 
 
 LAYOUT = Layout(
+    pipeline="StableDiffusion3Pipeline",
+    class_name=CLASS,
     title="Stable Diffusion 3.5",
     variants=VARIANTS,
     key="joint_blocks.0.x_block.attn.qkv.weight",
@@ -127,6 +130,7 @@ LAYOUT = Layout(
     ),
     convert=converted,
     hints=sd3_hints,
+    defaults={"qk_norm": None, "dual_attention_layers": ()},
     config=sd3_config,
     encoders={"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"},
     projected=("clip_l",),

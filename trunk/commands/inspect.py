@@ -115,11 +115,29 @@ def part_row(part: Part, built: bool) -> tuple[str, ...]:
 
 def say_checkpoint(found: CheckpointFolder) -> None:
     """Print what is in a checkpoint."""
-    terminal.say(f"{found.path}: a checkpoint in diffusers' layout, {found.pipeline or 'of no named class'}")
-    say_facts([("weights", amount(found.weights))])
+    named = found.pipeline or ("of no named class" if found.kind == "checkpoint" else "without model_index.json")
+    terminal.say(f"{found.path}: a {found.kind} in diffusers' layout, {named}")
+    facts = [("family", found.family)] if found.family else []
+    facts += [("model", found.variant)] if found.variant else []
+    facts += [("weights", amount(found.weights))]
+    facts += [("noted", one) for one in found.noted]
+    facts += [("export", found.export)] if found.export else []
+    facts += [("problem", found.problem), ("fix", found.fix)] if found.problem else []
+    say_facts(facts)
     terminal.say("")
-    rows = [(part.name, part.class_name, amount(part.weights) if part.weights else "") for part in found.parts]
-    terminal.table(("component", "class", "weights"), rows)
+    rows = [
+        (
+            part.name,
+            part.class_name,
+            amount(part.weights) if part.weights else "",
+            ", ".join(filter(None, (", ".join(part.dtypes), part.quantisation))),
+            part.files[0] if len(part.files) == 1 else f"{len(part.files)} files" if part.files else "",
+            ", ".join(part.variants),
+        )
+        for part in found.parts
+    ]
+    headings = ("component", "class", "weights", "dtypes", "read", "variants")
+    terminal.table(headings, rows)
 
 
 def say_tensors(found: TensorFile) -> None:

@@ -18,7 +18,7 @@ from ditforge.export.checkpoint.lazy_tensors import Lazy, open_tensors
 from ditforge.export.checkpoint.load_report import LoadReport, shown
 from ditforge.option import option
 
-ALPHA = re.compile(r"(.*[._])?(lora_|network_)?alpha")  # what metadata call an alpha
+ALPHA = re.compile(r"(.*\.)?((ss_)?network_|lora_)?alpha")  # what metadata call an alpha
 OTHER_MODEL = "use a LoRA that was made for this model, or leave it out"
 
 

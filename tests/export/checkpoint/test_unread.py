@@ -315,6 +315,15 @@ def test_a_folder_with_only_a_transformer(random_schnell: Path, tmp_path: Path, 
     assert all(torch.equal(weights.read(key), tensor) for key, tensor in state.items())
 
 
+def test_a_folder_with_a_file_that_should_be_given_itself(random_schnell: Path, tmp_path: Path) -> None:
+    shutil.copy(random_schnell / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "ae.safetensors")
+    for base in (None, random_schnell):
+        with pytest.raises(
+            UserError, match=r"has no model_index.json[\s\S]*give the file itself, such as .*ae.safeten"
+        ):
+            open_files(CheckpointSource(tmp_path, base=base))
+
+
 def test_a_folder_around_or_inside_of_a_checkpoint(random_schnell: Path) -> None:
     with pytest.raises(UserError, match=rf"has no model_index.json[\s\S]*give one that has it: {random_schnell}"):
         open_files(CheckpointSource(random_schnell.parent))

@@ -107,7 +107,7 @@ def test_files_of_tensors(random_schnell: Path, tmp_path: Path, capsys: pytest.C
     assert (document["dtypes"], document["metadata"]) == ({"F16": 64}, {"author": "somebody"})
     assert "an adapter (LoRA) for no known model" in shown(lora, capsys).splitlines()[0]
     found = look_into(vae)
-    assert found.kind == "tensors" and found.problem
+    assert found.kind == "checkpoint file" and "--base" in found.export
     assert found.parameters > 0 and set(found.dtypes) == {"F32"}
 
 

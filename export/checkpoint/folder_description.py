@@ -46,7 +46,8 @@ def describe_folder(folder: Path) -> CheckpointFolder | TensorFile:
         return whole(folder)
     if parts := components_in(folder):
         return partial(folder, parts)
-    files = chosen(str(file.relative_to(folder)).replace("\\", "/") for file in folder.rglob("*.safetensors"))
+    here = [*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]  # no deeper: it may be a whole disk
+    files = chosen(str(file.relative_to(folder)).replace("\\", "/") for file in here)
     if len(files) == 1:
         return describe_file(folder / files[0])
     problem = f"{folder} is no checkpoint and no output of ditforge: it has no {INDEX} and no manifest.json"
@@ -107,7 +108,8 @@ def partial(folder: Path, places: Mapping[str, Path]) -> CheckpointFolder:
 
 def class_of(config: Mapping[str, Any]) -> str:
     """Return the class that a configuration of diffusers or transformers names; "" if it names none."""
-    named = config.get("_class_name") or next(iter(config.get("architectures") or []), "")
+    several = config.get("architectures")
+    named = config.get("_class_name") or (several[0] if isinstance(several, list) and several else "")
     return str(named)
 
 

@@ -238,7 +238,7 @@ def as_checkpoint(
     used.update(key for keys in held.values() for key in keys)
     parts = tuple(part(name, (entries[key] for key in keys)) for name, keys in sorted(held.items()) if keys)
     if not parts:
-        return replace(plain, **unknown(file, entries))
+        return unknown(file, plain, list(entries))
     ignored = left_out([key for key in entries if key not in used])
     described = replace(plain, kind="checkpoint file", parts=parts, ignored=ignored)
     if layout:
@@ -301,17 +301,17 @@ def left_out(keys: Iterable[str]) -> tuple[str, ...]:
     return tuple(f"{shown(those)}: {reason}" for reason, those in found.items())
 
 
-def unknown(file: Path, entries: Iterable[str]) -> dict[str, str]:
-    """Return what the file is, the problem and the fix where no component is known."""
-    names = list(entries)
+def unknown(file: Path, plain: TensorFile, names: list[str]) -> TensorFile:
+    """Add what the file is, the problem and the fix, where no component is known."""
     try:
         check_kind(file, names)
     except UserError as error:
-        what, _, _ = error.problem.removeprefix(f"{file} is ").partition(": it holds ")
         problem = error.problem.removeprefix(f"{file} is ")
-        return {"kind": "adapter", "what": what, "problem": f"it is {problem}", "fix": str(error.fix)}
-    problem = f"it has the tensors {shown(names)}, which no known model has"
-    return {"problem": problem, "fix": f"use a file of {known_models()}, in its authors' layout or ComfyUI's"}
+        what, fix = problem.partition(": it holds ")[0], str(error.fix)
+        return replace(plain, kind="adapter", what=what, problem=f"it is {problem}", fix=fix)
+    problem = f"it has the tensors {shown(names)}, which no known model has" if names else "it has no tensors"
+    fix = f"use a file of {known_models()}, in its authors' layout or ComfyUI's"
+    return replace(plain, problem=problem, fix=fix)
 
 
 def known_models() -> str:

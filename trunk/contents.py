@@ -12,12 +12,14 @@ from ditforge import manifest
 from ditforge.errors import UserError
 from ditforge.manifest import Component, Engine, Manifest
 from ditforge.model import Model
+from ditforge.option import command
 from ditforge.placement import Placement
 
 if TYPE_CHECKING:
     from ditforge.export.checkpoint.description import TensorFile
 
 GIVE = "give a folder that a stage wrote, a checkpoint, a .safetensors or .gguf file, or a picture"
+TENSORS = {".safetensors", ".sft", ".gguf"}
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 PICTURE_START = re.compile(rb"\x89PNG|\xff\xd8\xff|RIFF....WEBP", re.DOTALL)
 BLOCK = re.compile(r"\.\d+\.")
@@ -180,6 +182,9 @@ def look_into(path: Path) -> Contents:
         from ditforge.client.picture_file import read_parameters
 
         return Picture("picture", str(path), read_parameters(path))
+    if path.is_file() and path.suffix not in TENSORS and (path.parent / manifest.FILE_NAME).is_file():
+        problem = f"{path} is one file of what a stage of ditforge wrote"
+        raise UserError(problem, command("ditforge inspect {}", path.parent))
     if path.is_file():
         from ditforge.export.checkpoint.description import describe_file
 

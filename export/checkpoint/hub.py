@@ -110,6 +110,11 @@ def local_lora(path: Path, progress: Progress | None = None) -> Path:
     """
     reference = reference_of(path)
     if reference is None:
+        if not path.exists():
+            problem = f"the LoRA {path} does not exist"
+            raise UserError(
+                problem, "check the path; on the Hugging Face Hub it is OWNER/NAME or OWNER/NAME/FILE.safetensors"
+            )
         return path
     return _fetched(reference, None, progress)
 

@@ -55,6 +55,13 @@ def described(folder: Path, found: Manifest, **changes: Any) -> Path:
     return folder
 
 
+def test_one_file_of_a_stage_names_its_folder(schnell) -> None:
+    for name in ("manifest.json", "dit.onnx", "dit.onnx.data"):
+        with pytest.raises(UserError, match="one file of what a stage") as caught:
+            look_into(schnell.onnx / name)
+        assert str(schnell.onnx) in caught.value.fix
+
+
 def test_engines_in_segments(schnell, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = manifest.read(schnell.engines, "engines")
     model = found.model.model_copy(update={"sizes": ((64, 96), (96, 96)), "vae_tile": 64})

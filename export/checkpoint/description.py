@@ -242,18 +242,21 @@ def as_checkpoint(
     ignored = left_out([key for key in entries if key not in used])
     described = replace(plain, kind="checkpoint file", parts=parts, ignored=ignored)
     if layout:
-        return with_dit(file, described, (layout, prefix, own), entries)
+        dit = {key[len(prefix) :]: entries[key] for key in held["transformer"]}
+        return with_dit(file, described, (layout, prefix, own), dit)
     names = " and ".join(one.name for one in parts)
     to_export = command("ditforge export {} --base FOLDER --out DIR", file)
     return replace(described, what=f"{names} of a model, without its DiT", export=str(to_export))
 
 
 def with_dit(
-    file: Path, described: TensorFile, found: tuple[Layout, str, bool], entries: Mapping[str, Entry]
+    file: Path, described: TensorFile, found: tuple[Layout, str, bool], dit: Mapping[str, Entry]
 ) -> TensorFile:
-    """Add what the DiT's tensors tell: the model, and what an export of the file lacks."""
+    """Add what the DiT's tensors tell: the model, and what an export of the file lacks.
+
+    `dit` has the DiT's tensors without the prefix.
+    """
     layout, prefix, own = found
-    dit = {key[len(prefix) :]: entry for key, entry in entries.items() if key.startswith(prefix)}
     names = "diffusers' names" if own else "the authors' names"
     written = f"{names}, after {prefix}" if prefix else names
     described = replace(
@@ -265,6 +268,9 @@ def with_dit(
         problem = f"its DiT is incomplete or built otherwise: {error}"
         return replace(described, problem=problem, fix="download the file again, or use another")
     fitting = [variant for variant in layout.variants if variant.fits(config)]
+    if problem := "" if own else unlike(dit, layout.names(config)):
+        fix = f"download the file again; if it stays so, use {layout.title}, or a fine-tune of it"
+        return replace(described, variant=titles(fitting), problem=problem, fix=fix)
     try:
         known = choose(layout.variants, evidence(file, config, described.metadata), LoadReport())
     except UserError as error:
@@ -276,6 +282,18 @@ def with_dit(
     return replace(
         described, what=f"a checkpoint of {known.title} in one file", variant=known.title, export=f"{to_export}{lacks}"
     )
+
+
+def unlike(dit: Iterable[str], names: Iterable[str]) -> str:
+    """Return what a DiT's tensors lack of the names, or have beside them and their scales; "" if there is nothing."""
+    dit, names = set(dit), set(names)
+    lacking = [name for name in sorted(names) if name not in dit and f"{name}_packed" not in dit]
+    if lacking:
+        return f"its DiT lacks {shown(lacking)}"
+    modules = {name.rpartition(".")[0] for name in names}
+    strange = [name for name in sorted(dit - names) if name.rpartition(".")[0] not in modules - {""}]
+    strange = [name for name in strange if not MARKS.fullmatch(name)]
+    return f"its DiT has {shown(strange)}, which no such model has" if strange else ""
 
 
 def evidence(file: Path, config: Config, metadata: Mapping[str, str]) -> Evidence:

@@ -61,6 +61,7 @@ class Layout:
     hints: takes diffusers' names, and returns names in the authors' layout from which `convert` counts the blocks.
     defaults: what diffusers takes where the DiT's config.json lacks a field that tells the variants apart.
     config: takes the authors' tensors, and returns the part of the DiT's configuration that their shapes tell.
+    names: takes that configuration, and returns the authors' names of all tensors of such a DiT.
     encoders: maps ComfyUI's name of each text encoder to diffusers' folder.
     projected: the text encoders, by ComfyUI's name, whose projection is the identity where a file lacks it.
     lora_encoders: maps each prefix in Kohya's LoRA files to diffusers' folder of the text encoder.
@@ -81,6 +82,7 @@ class Layout:
     hints: Callable[[Iterable[str]], list[str]]
     defaults: Config
     config: Callable[[Mapping[str, Shaped]], Config]
+    names: Callable[[Config], list[str]]
     encoders: Mapping[str, str]
     lora_encoders: Mapping[str, str]
     projected: tuple[str, ...] = ()
@@ -105,6 +107,11 @@ class Layout:
                     named[new] = tensor
                     break
         return self.config(named)
+
+
+def weights_and_biases(modules: Iterable[str]) -> list[str]:
+    """Return the names of the weight and the bias of each module."""
+    return [f"{module}.{parameter}" for module in modules for parameter in ("weight", "bias")]
 
 
 def prefix_of(key: str, names: Iterable[str]) -> str | None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ditforge.export.checkpoint.layout import Layout, Shaped, count_blocks
+from ditforge.export.checkpoint.layout import Layout, Shaped, count_blocks, weights_and_biases
 from ditforge.export.checkpoint.variants import Variant
 
 if TYPE_CHECKING:
@@ -75,6 +75,23 @@ def flux_config(tensors: Mapping[str, Shaped]) -> dict[str, Any]:
     }
 
 
+def flux_names(config: dict[str, Any]) -> list[str]:
+    """Return BFL's names of all tensors of a DiT with this configuration."""
+    guidance = ("guidance_in",) if config["guidance_embeds"] else ()
+    modules = [f"{name}.{layer}" for name in ("time_in", "vector_in", *guidance) for layer in ("in_layer", "out_layer")]
+    modules += ["img_in", "txt_in", "final_layer.linear", "final_layer.adaLN_modulation.1"]
+    norms = []
+    for block in range(config["num_layers"]):
+        for stream in ("img", "txt"):
+            start = f"double_blocks.{block}.{stream}"
+            modules += [f"{start}_{part}" for part in ("mod.lin", "attn.qkv", "attn.proj", "mlp.0", "mlp.2")]
+            norms.append(f"{start}_attn.norm")
+    for block in range(config["num_single_layers"]):
+        modules += [f"single_blocks.{block}.{part}" for part in ("modulation.lin", "linear1", "linear2")]
+        norms.append(f"single_blocks.{block}.norm")
+    return [*weights_and_biases(modules), *(f"{norm}.{of}_norm.scale" for norm in norms for of in ("query", "key"))]
+
+
 def converted(recipes: dict[str, Recipe]) -> dict[str, Recipe]:
     """Return the recipes by diffusers' names: its own converter runs on them."""
     from diffusers.loaders import single_file_utils
@@ -115,6 +132,7 @@ LAYOUT = Layout(
     hints=flux_hints,
     defaults={"guidance_embeds": False},
     config=flux_config,
+    names=flux_names,
     encoders={"clip_l": "text_encoder", "t5xxl": "text_encoder_2"},
     lora_encoders={  # some tools call T5 the third text encoder, although FLUX.1 has only two
         "lora_te_": "text_encoder",

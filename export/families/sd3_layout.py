@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from math import isqrt
 from typing import TYPE_CHECKING, Any
 
-from ditforge.export.checkpoint.layout import Layout, Shaped, count_blocks
+from ditforge.export.checkpoint.layout import Layout, Shaped, count_blocks, weights_and_biases
 from ditforge.export.checkpoint.variants import Config, Variant
 
 if TYPE_CHECKING:
@@ -76,14 +76,14 @@ def sd3_config(tensors: Mapping[str, Shaped]) -> dict[str, Any]:
     """Return the part of SD3Transformer2DModel's configuration that the shapes of Stability's tensors tell."""
     width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
     norm = tensors.get("joint_blocks.0.x_block.attn.ln_q.weight")
-    head = norm.shape[0] if norm else 64
+    head = 64 if norm is None else norm.shape[0]
     caption, joint = tensors["context_embedder.weight"].shape
     dual = {int(key.split(".")[1]) for key in tensors if ".attn2." in key}
     return {
         "_class_name": CLASS,
         "num_layers": count_blocks(tensors, "joint_blocks"),
         "dual_attention_layers": sorted(dual),
-        "qk_norm": "rms_norm" if norm else None,
+        "qk_norm": None if norm is None else "rms_norm",
         "attention_head_dim": head,
         "num_attention_heads": width // head,
         "caption_projection_dim": caption,
@@ -94,6 +94,28 @@ def sd3_config(tensors: Mapping[str, Shaped]) -> dict[str, Any]:
         "patch_size": patch,
         "pos_embed_max_size": isqrt(tensors["pos_embed"].shape[1]),
     }
+
+
+def sd3_names(config: dict[str, Any]) -> list[str]:
+    """Return Stability's names of all tensors of a DiT with this configuration."""
+    modules = [f"{name}.mlp.{layer}" for name in ("t_embedder", "y_embedder") for layer in (0, 2)]
+    modules += ["x_embedder.proj", "context_embedder", "final_layer.linear", "final_layer.adaLN_modulation.1"]
+    attentions = []
+    for block in range(config["num_layers"]):
+        for stream in ("x_block", "context_block"):
+            start = f"joint_blocks.{block}.{stream}"
+            modules.append(f"{start}.adaLN_modulation.1")
+            attentions.append(f"{start}.attn")
+            if stream == "context_block" and block == config["num_layers"] - 1:
+                modules.append(f"{start}.attn.qkv")  # nothing follows the last block's text
+                continue
+            modules += [f"{start}.{part}" for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+        if block in config["dual_attention_layers"]:
+            start = f"joint_blocks.{block}.x_block.attn2"
+            modules += [f"{start}.qkv", f"{start}.proj"]
+            attentions.append(start)
+    norms = [f"{attention}.ln_{of}.weight" for attention in attentions for of in "qk"] if config["qk_norm"] else []
+    return ["pos_embed", *weights_and_biases(modules), *norms]
 
 
 def converted(recipes: dict[str, Recipe]) -> dict[str, Recipe]:
@@ -132,6 +154,7 @@ LAYOUT = Layout(
     hints=sd3_hints,
     defaults={"qk_norm": None, "dual_attention_layers": ()},
     config=sd3_config,
+    names=sd3_names,
     encoders={"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"},
     projected=("clip_l",),
     lora_encoders={

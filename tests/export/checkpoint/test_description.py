@@ -24,6 +24,8 @@ from ditforge.contents import look_into
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.description import TensorFile
 from ditforge.export.checkpoint.diffusers_folder import CONFIGS
+from ditforge.export.checkpoint.layout import layouts
+from ditforge.export.checkpoint.layouts import open_single_file
 
 COMFY = "model.diffusion_model."
 
@@ -83,6 +85,28 @@ def test_what_leaves_the_model_open_says_so(name: str, choices: str, tmp_path: P
     found = described(tmp_path / "dit.safetensors")
     assert " or " in found.variant and "nothing in its files says" in found.problem
     assert all(f"--variant {choice}" in found.fix or f'"{choice}"' in found.fix for choice in choices.split())
+
+
+@pytest.mark.parametrize("name", ["flux.1-dev", "flux.1-schnell", "sd3.5-medium", "sd3.5-large"])
+def test_the_names_of_a_layout_are_those_that_are_written(name: str) -> None:
+    written = published_dit(name)
+    (layout,) = [layout for layout in layouts() if layout.key in written]
+    assert sorted(layout.names(layout.config(written))) == sorted(written)
+
+
+def test_what_a_dit_lacks_or_has_beside_others(schnell: DiffusionPipeline, tmp_path: Path) -> None:
+    tensors = single_files.flux_dit(schnell.transformer.state_dict())
+    metadata = {"modelspec.architecture": "flux-1-schnell"}
+    more = {**tensors, "single_blocks.0.lora.weight": torch.zeros(2, 2), "scaled_fp8": torch.zeros(2)}
+    del tensors["single_blocks.1.linear2.bias"]
+    for each, said in (
+        (tensors, "lacks single_blocks.1.linear2.bias"),
+        (more, "has single_blocks.0.lora.weight, which"),
+    ):
+        found = described(write(tmp_path / "a.safetensors", each, metadata))
+        assert said in found.problem and not found.export and found.variant
+        with pytest.raises(UserError):
+            open_single_file(tmp_path / "a.safetensors")
 
 
 def test_the_metadata_tell_the_model(schnell: DiffusionPipeline, tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ INSTALLED := $(VENV)/installed
 demo: $(INSTALLED)
 	$(BIN)/python examples/first_picture.py models/flux-tiny --out out/demo
 
-# Three processes for two cores, each of one thread: what is tested for minutes, tracing, takes one, and others wait.
-PYTEST := -m pytest --numprocesses 3 --dist worksteal
+# Four processes for two cores, each of one thread: some wait for servers, and for what others trace.
+PYTEST := -m pytest --numprocesses 4 --dist worksteal
 # Which lines run: SlipCover's probes cost little once they are hit, where a tracer would double the time.
 COVERAGE := -m slipcover --source client,engines,export,triton_repo,trunk --json --out $(VENV)/coverage.json
 test: lint

@@ -101,7 +101,9 @@ def make_request(model: Model, prompts: Sequence[str], options: GenerateOptions)
     that it ignores.
     """
     if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
-        raise UserError(f"a prompt is a {type(prompts).__name__}, not a string", "give a string, or a list of strings")
+        raise UserError(
+            f"a prompt is of the type {type(prompts).__name__}, and not a string", "give a string, or a list of strings"
+        )
     if not prompts:
         raise UserError("no prompt was given", "give one, or a list of at least one")
     for prompt in prompts:

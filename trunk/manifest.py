@@ -21,6 +21,7 @@ from ditforge.contract import DTYPES, IDS, LATENTS, TOKENIZER, VARYING, VELOCITY
 from ditforge.errors import UserError
 from ditforge.footprint import Footprint
 from ditforge.model import Model
+from ditforge.option import command
 from ditforge.placement import Placement
 from ditforge.small_files import no_key_twice, read_bytes
 
@@ -36,6 +37,7 @@ ASKED, BY_DEFAULT = "asked for", "by default"
 WEIGHTS = ".data"  # how the name of a file of weights beside a graph ends; a graph without weights has an empty one
 LARGEST_DIM = 2**31 - 1
 LONGEST_NAME = 200  # characters of a component's name, or of a folder or file
+IN_WORDS = {"onnx": "a folder of ONNX graphs", "engines": "a folder of engines", "repository": "a model repository"}
 NEXT_COMMAND = {
     "onnx": "ditforge export CHECKPOINT --out DIR",
     "engines": "ditforge build ONNX_DIR --gpu GPU --out DIR",
@@ -224,7 +226,9 @@ def read(folder: Path, kind: Kind) -> Manifest:
         raise UserError(f"{folder} has no {FILE_NAME}, so it is not a folder of {kind}", make)
     manifest = parse(path)
     if manifest.kind != kind:
-        raise UserError(f"{folder} holds {manifest.kind}, but {kind} is wanted here", make)
+        held = manifest.kind
+        fix = command("ditforge build {} --out ENGINES   makes engines of them", folder) if held == "onnx" else make
+        raise UserError(f"{folder} is {IN_WORDS[held]}, and {IN_WORDS[kind]} is what this takes", fix)
     return manifest
 
 

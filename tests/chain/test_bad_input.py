@@ -364,8 +364,8 @@ def test_inspect_what_is_not_ours(refused, random_schnell: Path, tmp_path: Path)
     refused("inspect", "text.png", mentions=("text.png", "not a picture"))
     refused("inspect", "foreign.png", mentions=("foreign.png", "no parameters"))
     refused("inspect", "nowhere", mentions=("nowhere", "does not exist"))
-    refused("inspect", tmp_path, mentions=(f"{tmp_path} has no manifest.json", "no checkpoint"))
-    (tmp_path / "broken.safetensors").write_bytes(b"12345678901")
+    refused("inspect", tmp_path, mentions=(f"{tmp_path} is no checkpoint", "manifest.json"))
+    (tmp_path / "broken.safetensors").write_bytes(b"\x10" + b"\0" * 7 + b"{12")
     refused("inspect", "broken.safetensors", mentions=("broken.safetensors is truncated or damaged",))
 
 

@@ -71,7 +71,7 @@ CASES = {
     "build ONNX --resolutions 512-1536 --out o": "got 512",
     "build ONNX --resolutions 100-200 --out o": "divisible by 16",
     "build ONNX --gpu cpu --compiler tensorrt-rtx --out o": "not for the CPU",
-    "build ENGINES --out o": "holds engines, but onnx is wanted",
+    "build ENGINES --out o": "is a folder of engines, and a folder of ONNX graphs is what this takes",
     "export FILE --out o": "is not a checkpoint",
     "export ONNX --out o": "holds ONNX graphs, and not a checkpoint",
     "export missing.safetensors --out o": "missing.safetensors does not exist",
@@ -89,7 +89,7 @@ CASES = {
     "verify TINY": "no stage of ditforge wrote it",
     "verify REPO --against ONNX": "is a repository, which is not compared",
     "verify ENGINES --gpu cpu": "No such option: --gpu",
-    "repo ONNX --out o": "but engines is wanted here",
+    "repo ONNX --out o": "is a folder of ONNX graphs, and a folder of engines is what this takes",
     "inspect nowhere": "does not exist",
 }
 

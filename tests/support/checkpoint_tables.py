@@ -2,7 +2,7 @@
 
     .venv/bin/python tests/support/checkpoint_tables.py
 
-writes the tables anew into the document, each between its two comments. tests/export/checkpoint/test_tables.py checks
+writes the tables anew into the document, each between its two comments. tests/support/test_checkpoint_tables.py checks
 that the document has them as they are here, and that every test exists.
 """
 

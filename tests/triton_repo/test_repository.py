@@ -86,7 +86,7 @@ def test_max_batch(schnell, tmp_path: Path) -> None:
 
 
 def test_a_folder_of_another_stage_is_refused(schnell, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds onnx") as error:
+    with pytest.raises(UserError, match="is a folder of ONNX graphs") as error:
         write_repository(schnell.onnx, tmp_path / "repo")
     assert "ditforge build" in error.value.fix
     assert not list(tmp_path.iterdir())

@@ -155,7 +155,7 @@ def test_what_is_of_no_use_is_named(case: str, value: object) -> None:
         ("serve-insecure", 1, "insecure must be True or False, got 1"),
         ("serve-timeout", True, "timeout must be above 0"),
         ("serve-on_event", 3, "on_event must be a function, got 3"),
-        ("generate-prompt", 3, "a prompt is a int, not a string"),
+        ("generate-prompt", 3, "a prompt is of the type int, and not a string"),
         ("generate-callback", 3, "callback must be a function, got 3"),
         ("generate-callback", lambda: None, r"the callback \(\) cannot be called as one: too many"),
         ("generate-schedule", len, r"the schedule len\(obj, /\) cannot be called as one: too many"),

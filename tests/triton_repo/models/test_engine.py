@@ -16,6 +16,7 @@ from ditforge.client.settings import make_settings
 from ditforge.engines.verify import example
 
 USERS = 16
+ATTEMPTS = 5
 LARGEST_BATCH = 8  # the repository's default
 
 
@@ -45,32 +46,36 @@ def test_requests_of_several_users_run_as_one(schnell, schnell_server) -> None:
         """Until there are so many: Triton counts a request shortly after answering it."""
         eventually(lambda: statistics().inference_count >= requests)
 
+    def run_together() -> tuple[dict[int, np.ndarray], int]:
+        """The velocities of all users' requests, sent while large pictures keep the DiT busy; and its executions."""
+        before = statistics()
+        answers: Queue[tuple[int, triton.InferResult, Exception | None]] = Queue()
+        for i, one in enumerate([large, *each], start=-1):
+            client.async_infer(
+                "dit",
+                [encode(name, value) for name, value in one.items()],
+                lambda result, error, i=i: answers.put((i, result, error)),
+            )
+        found: dict[int, np.ndarray] = {}
+        for _ in range(1 + USERS):
+            i, result, error = answers.get(timeout=PATIENCE)
+            assert error is None
+            found[i] = result.as_numpy("velocity")
+        counted(before.inference_count + LARGEST_BATCH + USERS)
+        return found, statistics().execution_count - before.execution_count
+
     earlier = statistics()
     alone = [connection.infer("dit", one)["velocity"] for one in each]
     counted(earlier.inference_count + USERS)
-    before = statistics()
-
-    # Large pictures keep the DiT busy until all users' requests wait for it, on a machine however slow.
     largest = connection.model.max_size // connection.model.vae_factor
     large = examples(batch=LARGEST_BATCH, latent_height=largest, latent_width=largest)
-    answers: Queue[tuple[int, triton.InferResult, Exception | None]] = Queue()
-    for i, one in enumerate([large, *each], start=-1):
-        client.async_infer(
-            "dit",
-            [encode(name, value) for name, value in one.items()],
-            lambda result, error, i=i: answers.put((i, result, error)),
-        )
-    together: dict[int, np.ndarray] = {}
-    for _ in range(1 + USERS):
-        i, result, error = answers.get(timeout=PATIENCE)
-        assert error is None
-        together[i] = result.as_numpy("velocity")
-    counted(before.inference_count + LARGEST_BATCH + USERS)
-    after = statistics()
-
-    for i in range(USERS):
-        np.testing.assert_allclose(together[i], alone[i], rtol=0, atol=1e-4)
-    assert after.execution_count - before.execution_count < 1 + USERS // 2, "requests that waited did not share a batch"
+    for _ in range(ATTEMPTS):  # on a busy machine, the large pictures may be done before the other requests are sent
+        together, executions = run_together()
+        for i in range(USERS):
+            np.testing.assert_allclose(together[i], alone[i], rtol=0, atol=1e-4)
+        if executions < 1 + USERS // 2:
+            return
+    pytest.fail("requests that waited did not share a batch")
 
 
 def test_a_bad_request_is_answered_and_the_next_one_served(schnell, schnell_server) -> None:

@@ -126,7 +126,7 @@ def test_a_file_of_prompts_and_a_grid(run: Run) -> None:
         (("a", "--seed", "18446744073709551615", "--count", "2"), ("2 pictures", "--seed 18446744073709551614")),
         (("a", "--count", "2", "-o", "b.png"), ("b-1.png is a folder",)),
         (("a", "--count", "2", "-o", ""), ("the path is empty",)),
-        (("a" * 70_000, "-o", "a.jpg"), ("too long for the JPEG file",)),
+        (("💡" * 20_000, "-o", "a.jpg"), ("too long for the JPEG file",)),
         (("a", "--prompts", "prompts.txt"), ("--prompts, and a prompt",)),
         (("--from", "a.png", "--prompts", "prompts.txt"), ("--prompts, and --from",)),
         (("--from", "none.png"), ("cannot read none.png: No such file or directory",)),

@@ -75,6 +75,9 @@ def test_whatever_makes_another_model_has_a_folder_of_its_own(
     random_schnell: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     style, other = tmp_path / "style.safetensors", tmp_path / "other" / "style.safetensors"
+    other.parent.mkdir()
+    for file in (style, other):
+        file.touch()
     plain = CheckpointSource(random_schnell)
     wanted = [
         up.Wanted(plain),

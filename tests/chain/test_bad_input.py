@@ -366,7 +366,7 @@ def test_inspect_what_is_not_ours(refused, random_schnell: Path, tmp_path: Path)
     refused("inspect", "nowhere", mentions=("nowhere", "does not exist"))
     refused("inspect", tmp_path, mentions=(f"{tmp_path} is no checkpoint", "manifest.json"))
     (tmp_path / "broken.safetensors").write_bytes(b"\x10" + b"\0" * 7 + b"{12")
-    refused("inspect", "broken.safetensors", mentions=("broken.safetensors is truncated or damaged",))
+    refused("inspect", "broken.safetensors", mentions=("broken.safetensors (11 bytes)", "truncated or damaged"))
 
 
 # export

@@ -321,8 +321,8 @@ def test_unknown_device_and_compiler(refused, schnell) -> None:
 
 
 def test_folder_of_another_kind(refused, schnell) -> None:
-    refused("repo", schnell.onnx, "--out", "repo", mentions=(schnell.onnx, "onnx", "engines", "ditforge build"))
-    refused("build", schnell.engines, "--out", "engines", mentions=(schnell.engines, "onnx", "ditforge export"))
+    refused("repo", schnell.onnx, "--out", "repo", mentions=(schnell.onnx, "ONNX graphs", "engines", "ditforge build"))
+    refused("build", schnell.engines, "--out", "engines", mentions=(schnell.engines, "ONNX graphs", "ditforge export"))
     refused("repo", "nowhere", "--out", "repo", mentions=("nowhere", "ditforge build"))
 
 

@@ -14,11 +14,14 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from typing import TypeVar
 
 from ditforge import install_hint
 from ditforge.errors import DitforgeError, UserError
 
 FAMILIES, LAYOUTS, COMPILERS = "ditforge.families", "ditforge.layouts", "ditforge.compilers"
+
+T = TypeVar("T")
 
 
 @cache
@@ -35,8 +38,24 @@ def installed(group: str) -> dict[str, EntryPoint]:
     return found
 
 
-def load(group: str, name: str) -> object:
-    """Load the object called `name`. Raises UserError if its module cannot be imported, or lacks the object."""
+def load(group: str, name: str, cls: type[T]) -> T:
+    """Load the object called `name`, which must be of the class `cls`.
+
+    Raises UserError if its module cannot be imported or lacks the object, or if the object is of another class.
+    """
+    found = _load(group, name)
+    if not isinstance(found, cls):
+        kind = cls.__name__.lower()
+        raise UserError(f"what is installed as the {kind} {name!r} is a {type(found).__name__}", "uninstall it")
+    return found
+
+
+def load_all(group: str, cls: type[T]) -> list[T]:
+    """Load all objects of the group, which must be of the class `cls`. Raises UserError as load() does."""
+    return [load(group, name, cls) for name in installed(group)]
+
+
+def _load(group: str, name: str) -> object:
     point = installed(group)[name]
     try:
         return point.load()

@@ -130,10 +130,7 @@ def find_compiler(name: str) -> Compiler:
         near = get_close_matches(name, known, n=1)
         nearest = f" (did you mean {near[0]}?)" if near else ""
         raise UserError(f"unknown compiler {name!r}{nearest}", f"{option('compiler')} with one of: {', '.join(known)}")
-    compiler = entry_points.load(entry_points.COMPILERS, name)
-    if not isinstance(compiler, Compiler):
-        raise UserError(f"what is installed as the compiler {name!r} is a {type(compiler).__name__}", "uninstall it")
-    return compiler
+    return entry_points.load(entry_points.COMPILERS, name, Compiler)
 
 
 def compilers() -> list[Compiler]:

@@ -17,7 +17,7 @@ from ditforge.errors import UserError
 from ditforge.export.checkpoint.adapters.description import AdapterDescription, describe_adapter
 from ditforge.export.checkpoint.adapters.keys import check_kind, is_adapter
 from ditforge.export.checkpoint.architectures import architecture_of, encoder_of, gguf_name
-from ditforge.export.checkpoint.diffusers_folder import CONFIGS, INDEX, read_json
+from ditforge.export.checkpoint.diffusers_folder import CONFIGS, INDEX, named_components, read_json
 from ditforge.export.checkpoint.gguf_header import is_gguf, read_gguf_header
 from ditforge.export.checkpoint.hub import name_of
 from ditforge.export.checkpoint.layout import (
@@ -28,6 +28,7 @@ from ditforge.export.checkpoint.layout import (
     Layout,
     encoder_keys,
     find_vae,
+    known_models,
     layouts,
 )
 from ditforge.export.checkpoint.load_report import LoadReport, shown
@@ -304,8 +305,7 @@ def evidence(file: Path, config: Config, metadata: Mapping[str, str]) -> Evidenc
 def missing_components(variant: Variant, held: Iterable[str]) -> list[str]:
     """Return the components of the published model that the file does not hold, tokenizers included."""
     index: dict[str, Any] = read_json(CONFIGS / variant.configs / INDEX)
-    named = [name for name, value in index.items() if isinstance(value, list) and value and value[-1]]
-    return [name for name in named if name not in set(held) | {"scheduler"}]
+    return [name for name in named_components(index) if name not in set(held) | {"scheduler"}]
 
 
 def left_out(keys: Iterable[str]) -> tuple[str, ...]:
@@ -330,11 +330,6 @@ def unknown(file: Path, plain: TensorFile, names: list[str]) -> TensorFile:
     problem = f"it has the tensors {shown(names)}, which no known model has" if names else "it has no tensors"
     fix = f"use a file of {known_models()}, in its authors' layout or ComfyUI's"
     return replace(plain, problem=problem, fix=fix)
-
-
-def known_models() -> str:
-    """Return the titles of the families whose single files can be read, joined by "or"."""
-    return " or ".join(layout.title for layout in layouts())
 
 
 def as_adapter(file: Path, plain: TensorFile) -> TensorFile:

@@ -173,6 +173,11 @@ def is_network(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and any(folder.glob("*.safetensors"))
 
 
+def named_components(index: dict[str, Any]) -> list[str]:
+    """Return the names of an index's components. Those left out have null in place of a class and are not listed."""
+    return [name for name, value in index.items() if isinstance(value, list) and value and value[-1]]
+
+
 def t5_parts(index: dict[str, Any]) -> list[str]:
     """Return the names that a model_index.json gives to T5 and its tokenizer; an empty list if it has no T5.
 

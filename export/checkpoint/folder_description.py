@@ -20,6 +20,7 @@ from ditforge.export.checkpoint.diffusers_folder import (
     Checkpoint,
     components_in,
     elsewhere,
+    named_components,
     open_checkpoint,
     read_json,
     report_files,
@@ -59,11 +60,8 @@ def describe_folder(folder: Path) -> CheckpointFolder | TensorFile:
 def whole(folder: Path) -> CheckpointFolder:
     """Describe a checkpoint in diffusers' layout."""
     checkpoint, report = open_checkpoint(folder), LoadReport()
-    named = {
-        name: str(value[-1])
-        for name, value in checkpoint.config("", INDEX).items()
-        if isinstance(value, list) and value and value[-1]
-    }
+    index = checkpoint.config("", INDEX)
+    named = {name: str(index[name][-1]) for name in named_components(index)}
     problems: list[UserError] = []
     parts = tuple(part(name, cls, folder / name, report, problems) for name, cls in named.items())
     described = summed("checkpoint", folder, parts, checkpoint.pipeline)

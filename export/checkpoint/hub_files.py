@@ -15,7 +15,7 @@ from typing import Any
 
 from ditforge.errors import UserError
 from ditforge.export.checkpoint.component_files import choose, indices
-from ditforge.export.checkpoint.diffusers_folder import t5_parts
+from ditforge.export.checkpoint.diffusers_folder import named_components, t5_parts
 from ditforge.export.checkpoint.load_report import LoadReport
 from ditforge.export.checkpoint.weights import OTHER_WEIGHTS, SINGLE_FILES
 from ditforge.option import option
@@ -35,8 +35,7 @@ def components(index: dict[str, Any], text_encoders: str) -> list[str]:
     if text_encoders not in ("all", "clip"):
         raise UserError(f"unknown text encoders {text_encoders!r}", f"{option('text_encoders')} with one of: all, clip")
     left_out = t5_parts(index) if text_encoders == "clip" else []
-    named = [name for name, value in index.items() if isinstance(value, list) and value and value[-1]]
-    return [name for name in named if READ.fullmatch(name) and name not in left_out]
+    return [name for name in named_components(index) if READ.fullmatch(name) and name not in left_out]
 
 
 def descriptions(names: Iterable[str], parts: Collection[str], variant: tuple[str, ...] = ()) -> list[str]:

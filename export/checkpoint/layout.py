@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ditforge import entry_points
-from ditforge.errors import UserError
 from ditforge.export.checkpoint.variants import Variant
 
 if TYPE_CHECKING:
@@ -128,13 +127,12 @@ def count_blocks(names: Iterable[str], kind: str) -> int:
 
 def layouts() -> list[Layout]:
     """Return all installed layouts. Raises UserError for an entry point that does not name a Layout."""
-    found = []
-    for name in entry_points.installed(entry_points.LAYOUTS):
-        layout = entry_points.load(entry_points.LAYOUTS, name)
-        if not isinstance(layout, Layout):
-            raise UserError(f"what is installed as the layout {name!r} is a {type(layout).__name__}", "uninstall it")
-        found.append(layout)
-    return found
+    return entry_points.load_all(entry_points.LAYOUTS, Layout)
+
+
+def known_models() -> str:
+    """Return the titles of the families whose single files can be read, joined by "or"."""
+    return " or ".join(layout.title for layout in layouts())
 
 
 def find_vae(names: Container[str]) -> str | None:

@@ -37,6 +37,7 @@ from ditforge.export.checkpoint.layout import (
     Layout,
     encoder_keys,
     find_vae,
+    known_models,
 )
 from ditforge.export.checkpoint.lazy_tensors import Lazy, identity, open_tensors, transposed
 from ditforge.export.checkpoint.load_report import LoadReport, shown
@@ -358,8 +359,3 @@ def unknown(file: Path, tensors: Tensors) -> UserError:
         )
     fix = f"use a file of {known_models()}, in its authors' layout or ComfyUI's"
     return UserError(f"{file} is of no known layout: it has {shown(keys)}", fix)
-
-
-def known_models() -> str:
-    """Return the titles of the families whose single files can be read, joined by "or"."""
-    return " or ".join(family.title for family in families() if family.layout)

@@ -21,6 +21,7 @@ from ditforge.export.checkpoint.diffusers_folder import (
     Checkpoint,
     components_in,
     elsewhere,
+    named_components,
     open_checkpoint,
     read_json,
     report_files,
@@ -237,7 +238,7 @@ def _open_parts(source: CheckpointSource, report: LoadReport) -> Checkpoint:
         problem = f"{path} is of a {single.family.pipeline}, and {base} is a {opened.pipeline}"
         raise UserError(problem, f"{setting('base', 'FOLDER')}, a diffusers folder of the same family")
     index = opened.config("", INDEX) if opened else next(map(_read_index, _published(single.family)))
-    require(single, (name for name in _components(index) if name != SCHEDULER[0]), base)
+    require(single, (name for name in named_components(index) if name != SCHEDULER[0]), base)
     assert opened is not None, "the tokenizers are in no single file"
     completed = replace(
         opened, title=path.stem if path.is_file() else hub.title(path) or path.resolve().name, tensors=single.components
@@ -306,15 +307,10 @@ def _with_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) -> 
     from ditforge.export.families import family_of
 
     tensors = dict(checkpoint.tensors)
-    for component in _components(checkpoint.config("", INDEX)):
+    for component in named_components(checkpoint.config("", INDEX)):
         if component.startswith(("transformer", "text_encoder")) and component not in tensors:
             tensors[component] = checkpoint.read_component(component)
     changed = {name: part for name, part in tensors.items() if name != "vae"}
     fused = fuse(changed, loras, family_of(checkpoint).layout, checkpoint.report)
     names = tuple(f"{name_of(file)}:{strength:g}" for file, strength in loras)
     return replace(checkpoint, tensors={**tensors, **fused}, loras=names)
-
-
-def _components(index: dict[str, Any]) -> list[str]:
-    """Return the names of an index's components. Those left out have null in place of a class and are not listed."""
-    return [name for name, value in index.items() if isinstance(value, list) and value and value[-1]]

@@ -64,13 +64,7 @@ class Family:
 
 def families() -> list[Family]:
     """Return all installed families. Raises UserError for an entry point that does not name a Family."""
-    found = []
-    for name in entry_points.installed(entry_points.FAMILIES):
-        family = entry_points.load(entry_points.FAMILIES, name)
-        if not isinstance(family, Family):
-            raise UserError(f"what is installed as the family {name!r} is a {type(family).__name__}", "uninstall it")
-        found.append(family)
-    return found
+    return entry_points.load_all(entry_points.FAMILIES, Family)
 
 
 def family_of(checkpoint: Checkpoint) -> Family:

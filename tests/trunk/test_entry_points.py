@@ -18,7 +18,7 @@ def test_what_is_stale(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     point = EntryPoint("gone", value, entry_points.COMPILERS)
     monkeypatch.setattr(entry_points, "installed", lambda group: {"gone": point})
     with pytest.raises(UserError, match=f"(?s)installed with {value} as 'gone'.*fix:   .*pip install -e "):
-        entry_points.load(entry_points.COMPILERS, "gone")
+        entry_points.load(entry_points.COMPILERS, "gone", object)
 
 
 @pytest.mark.parametrize("lacks", ["torch", "onnxruntime", "ditforge_toy", "ditforge.engines.gone"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from ditforge import manifest, stage_folder
+from ditforge import manifest, regions, stage_folder
 from ditforge.contract import DIT, TOKENIZER
 from ditforge.engines.compilers import Compiler, Job, Progress, Ranges, compilers, find_compiler
 from ditforge.engines.compilers.child_process import compile_apart
@@ -352,7 +352,8 @@ def cache_key(
     component: Component, compiler: Compiler, target: Target, segments: int, shapes: list[Ranges]
 ) -> dict[str, str]:
     """Everything that changes an engine. Two engines with the same key are the same engine."""
-    digests = {f"sha256 of {name}": file.sha256 for name, file in component.files.items()}
+    unread = regions.SUFFIX if compiler.reads == "graph" else ".onnx"
+    digests = {f"sha256 of {name}": file.sha256 for name, file in component.files.items() if not name.endswith(unread)}
     profile = {
         f"shapes of {name}": ", ".join(" ".join("x".join(map(str, shape)) for shape in part[name]) for part in shapes)
         for name in (shapes[0] if shapes else ())

@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from ditforge import __version__, manifest, small_files, stage_folder
+from ditforge import __version__, manifest, regions, small_files, stage_folder
 from ditforge.contract import TOKENIZER
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 from ditforge.export.checkpoint import consistency, random_weights
@@ -24,11 +24,19 @@ from ditforge.export.families import family_of, read_networks
 from ditforge.export.graph import writing
 from ditforge.export.graph.measure_footprint import measure
 from ditforge.export.graph.resuming import Unfinished
-from ditforge.export.graph.tracing import trace
+from ditforge.export.graph.tracing import Traced, trace
 from ditforge.export.network import Network, Port
 from ditforge.export.quantisation.calibration import Calibration, find_linears, read_prompts, read_ranges
 from ditforge.export.quantisation.precision import Precision, dtype_name, parse_precision, with_t5
-from ditforge.export.quantisation.qdq import SCHEMES, quantise_linears
+from ditforge.export.quantisation.qdq import (
+    SCHEMES,
+    Scheme,
+    activation_scale,
+    calibrated,
+    quantise_linears,
+    quantised_name,
+    scale_name,
+)
 from ditforge.export.quantisation.sensitivity import (
     SAMPLES,
     Call,
@@ -319,15 +327,17 @@ def export_network(
     `scheme` is the 8-bit format (None: nothing is quantised), `ranges` has the activation ranges that fp8 needs, and
     `keep` names the linears that are not quantised. `progress` is called with the bytes written so far.
     """
-    model, aliases = trace(network)
+    traced = trace(network)
+    model = traced.model
     transposed = writing.store_transposed(model)
-    writing.attach_weights(model, aliases, transposed, weights_of(network, checkpoint), network)
-    writing.simplify(model, network)
+    writing.attach_weights(model, traced.aliases, transposed, weights_of(network, checkpoint), network)
     writing.assert_no_float64(model)
     base, layers = dtype_name(network.dtype), {}
     if scheme and network.linears:
         layers = quantise(model, network, scheme, ranges, keep)
     files = writing.save(model, folder / f"{network.name}.onnx", progress)
+    quantised = {name: SCHEMES[scheme] for name in layers if layers[name] == scheme} if scheme else {}
+    files.append(write_programs(folder, network, traced, transposed, quantised, ranges))
     count = list(layers.values()).count(scheme or "")
     return Component(
         files={file.name: manifest.describe(file) for file in files},
@@ -338,6 +348,39 @@ def export_network(
         inputs={name: describe(port) for name, port in network.inputs.items()},
         outputs={name: describe(port) for name, port in network.outputs.items()},
     )
+
+
+def write_programs(
+    folder: Path,
+    network: Network,
+    traced: Traced,
+    transposed: Collection[str],
+    quantised: Mapping[str, Scheme],
+    ranges: Calibration | None,
+) -> Path:
+    """Write the network's programs beside its graph, whose weights they share. Returns their file.
+
+    `transposed` and `quantised` name the weights that are stored so for the graph.
+    """
+    weights = {}
+    for name in traced.aliases:
+        stored = regions.Stored(name=name, transposed=name in transposed)
+        if scheme := quantised.get(name):
+            amax = calibrated(ranges.amax, name) if scheme.activations and ranges else None
+            stored = regions.Stored(
+                name=quantised_name(name),
+                transposed=name in transposed,
+                scheme=scheme.name,
+                scale=scale_name(name),
+                activation_scale=None if amax is None else activation_scale(amax, scheme, network.dtype).item(),
+            )
+        weights[name] = stored
+    path = folder / f"{network.name}{regions.SUFFIX}"
+    found = regions.Regions(
+        torch=torch.__version__, calls=traced.calls, outputs=tuple(network.outputs), weights=weights
+    )
+    regions.write(path, found, traced.programs)
+    return path
 
 
 def quantise(

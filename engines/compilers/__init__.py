@@ -98,6 +98,7 @@ class Compiler:
     settings: returns whatever else changes an engine, for the cache key.
     check: raises UserError, with what would be possible, if a component cannot be compiled for a target. What
         `executes` says has been checked before.
+    reads: "graph" for the ONNX graph, "programs" for the torch.export programs beside it (see ditforge.regions).
     shapes: "any" where engines take all shapes of a graph, "ranges" where they are made for ranges of them.
     compiles_on: "any machine", or "the target" where the GPU that will execute is needed.
     weight_streaming: whether engines can leave weights in the machine's memory and stream them in each call.
@@ -114,6 +115,7 @@ class Compiler:
     load: Callable[[list[Path], str, str], LoadedEngine]
     settings: Callable[[], dict[str, str]] = dict
     check: Check = no_check
+    reads: Literal["graph", "programs"] = "graph"
     shapes: Literal["any", "ranges"] = "ranges"
     compiles_on: Literal["any machine", "the target"] = "any machine"
     weight_streaming: bool = False

@@ -18,11 +18,10 @@ from torch.nn.functional import silu
 from torch.onnx.ops import rotary_embedding
 
 from ditforge.export.dit_blocks import added_inputs, attention, attention_inputs, joined, modulated, modulation
+from ditforge.export.region import region
 
 PATCH = 2  # a token is a patch of 2 by 2 latents
 EMBEDDING_SCALE = 1000  # timestep and guidance are multiplied by this before they are embedded
-
-Rotary = tuple[Tensor, Tensor]  # cosine and sine for each token and pair of channels, [B, tokens, head_dim / 2] float32
 
 
 class FluxVelocity(nn.Module):
@@ -47,32 +46,60 @@ class FluxVelocity(nn.Module):
         guidance: Tensor | None = None,
     ) -> Tensor:
         module = self.module
-        dtype = module.dtype
-        batch, channels, height, width = latents.shape
-        rows, columns = height // PATCH, width // PATCH
-        patches = latents.reshape(batch, channels, rows, PATCH, columns, PATCH)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * PATCH * PATCH)
-        image, text = module.x_embedder(patches.to(dtype)), module.context_embedder(prompt_embeds.to(dtype))
-        tokens = text.shape[1]
-        conditions = [EMBEDDING_SCALE * number.to(dtype) for number in (timestep, guidance) if number is not None]
-        signal = silu(module.time_text_embed(*conditions, pooled_embeds.to(dtype)))
-        ids, embed = positions(tokens, rows, columns), module.pos_embed
-        cos, sin = rotary_tables(ids, embed.theta, embed.axes_dim)
-        rotary = cos.expand(batch, -1, -1), sin.expand(batch, -1, -1)
+        text, image, signal, cos, sin = begin(module, latents, timestep, prompt_embeds, pooled_embeds, guidance)
         for block in module.transformer_blocks:
-            text, image = double_block(block, text, image, signal, rotary)
-        stream = torch.cat((text, image), dim=1)
+            text, image = double_block(block, text, image, signal, cos, sin)
+        stream = join(None, text, image)
         for block in module.single_transformer_blocks:
-            stream = single_block(block, stream, signal, rotary)
-        scale, shift = modulation(module.norm_out.linear, signal, 2)
-        velocity = module.proj_out(modulated(stream[:, tokens:], shift, scale)).float()
-        patches = velocity.reshape(batch, rows, columns, channels, PATCH, PATCH)
-        result: Tensor = patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
-        return result
+            stream = single_block(block, stream, signal, cos, sin)
+        return finish(module, stream, signal, latents)
 
 
+@region
+def begin(
+    module: FluxTransformer2DModel,
+    latents: Tensor,
+    timestep: Tensor,
+    prompt_embeds: Tensor,
+    pooled_embeds: Tensor,
+    guidance: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return what all blocks read: text and image [B, tokens, D], the signal [B, D], and the rotary tables."""
+    dtype = module.dtype
+    batch, channels, height, width = latents.shape
+    rows, columns = height // PATCH, width // PATCH
+    patches = latents.reshape(batch, channels, rows, PATCH, columns, PATCH)
+    patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * PATCH * PATCH)
+    image, text = module.x_embedder(patches.to(dtype)), module.context_embedder(prompt_embeds.to(dtype))
+    conditions = [EMBEDDING_SCALE * number.to(dtype) for number in (timestep, guidance) if number is not None]
+    signal = silu(module.time_text_embed(*conditions, pooled_embeds.to(dtype)))
+    ids, embed = positions(text.shape[1], rows, columns), module.pos_embed
+    cos, sin = rotary_tables(ids, embed.theta, embed.axes_dim)
+    return text, image, signal, cos.expand(batch, -1, -1), sin.expand(batch, -1, -1)
+
+
+@region
+def join(module: None, text: Tensor, image: Tensor) -> Tensor:
+    """Return the stream [B, tokens, D] of the single blocks: the tokens of the text, and then those of the image."""
+    return torch.cat((text, image), dim=1)
+
+
+@region
+def finish(module: FluxTransformer2DModel, stream: Tensor, signal: Tensor, latents: Tensor) -> Tensor:
+    """Return the velocity, float32 and in the shape of the latents, from the image's tokens of the stream."""
+    batch, channels, height, width = latents.shape
+    rows, columns = height // PATCH, width // PATCH
+    image = stream[:, stream.shape[1] - rows * columns :]
+    scale, shift = modulation(module.norm_out.linear, signal, 2)
+    velocity = module.proj_out(modulated(image, shift, scale)).float()
+    patches = velocity.reshape(batch, rows, columns, channels, PATCH, PATCH)
+    result: Tensor = patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
+    return result
+
+
+@region
 def double_block(
-    block: FluxTransformerBlock, text: Tensor, image: Tensor, signal: Tensor, rotary: Rotary
+    block: FluxTransformerBlock, text: Tensor, image: Tensor, signal: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Apply a double block, and return text and image [B, tokens, D].
 
@@ -84,7 +111,7 @@ def double_block(
     text_normed, normed = modulated(text, text_shift, text_scale), modulated(image, shift, scale)
     of_text, of_image = added_inputs(text_normed, attn), attention_inputs(normed, attn)
     inputs = joined(of_text, of_image)
-    attended = attention(inputs, partial(rotated, rotary=rotary))
+    attended = attention(inputs, partial(rotated, cos=cos, sin=sin))
     tokens = text.shape[1]
     image = image + gate * attn.to_out[0](attended[:, tokens:])
     text = text + text_gate * attn.to_add_out(attended[:, :tokens])
@@ -95,21 +122,25 @@ def double_block(
     return clamped(text), image
 
 
-def single_block(block: FluxSingleTransformerBlock, stream: Tensor, signal: Tensor, rotary: Rotary) -> Tensor:
+@region
+def single_block(block: FluxSingleTransformerBlock, stream: Tensor, signal: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply a single block to the stream [B, tokens, D], which has the tokens of the text and then of the image.
 
     Attention and MLP are computed in parallel, from the same input.
     """
     shift, scale, gate = modulation(block.norm.linear, signal, 3)
     normed = modulated(stream, shift, scale)
-    attended = attention(attention_inputs(normed, block.attn), partial(rotated, rotary=rotary))
+    attended = attention(attention_inputs(normed, block.attn), partial(rotated, cos=cos, sin=sin))
     both = torch.cat((attended, block.act_mlp(block.proj_mlp(normed))), dim=2)
     return clamped(stream + gate * block.proj_out(both))
 
 
-def rotated(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate neighbouring channels of x [B, heads, tokens, head_dim], in float32 (Su et al. 2021, arXiv:2104.09864)."""
-    return rotary_embedding(x.float(), *rotary, interleaved=True).to(x.dtype)
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate neighbouring channels of x [B, heads, tokens, head_dim], in float32 (Su et al. 2021, arXiv:2104.09864).
+
+    Cosine and sine are float32 [B, tokens, head_dim / 2], one for each token and pair of channels.
+    """
+    return rotary_embedding(x.float(), cos, sin, interleaved=True).to(x.dtype)
 
 
 def rotary_tables(ids: Tensor, theta: float, axes_dim: tuple[int, ...]) -> tuple[Tensor, Tensor]:

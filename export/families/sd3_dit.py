@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from ditforge.export.dit_blocks import added_inputs, attention, attention_inputs, joined, modulated, modulation
+from ditforge.export.region import region
 
 TIMESTEPS = 1000  # the module takes timesteps from 0 to 1000, the contract's are from 0 to 1
 
@@ -62,22 +63,47 @@ class StableDiffusion3Velocity(nn.Module):
         pooled_embeds: Tensor,
         skip_layers: Tensor | None = None,
     ) -> Tensor:
-        module, dtype = self.module, self.module.dtype
-        image = module.pos_embed(latents.to(dtype))
-        text = module.context_embedder(prompt_embeds.to(dtype))
-        signal = silu(module.time_text_embed(timestep * TIMESTEPS, pooled_embeds.to(dtype)))
-        opened = None if skip_layers is None else (skip_layers < 0.5).to(dtype)[:, :, None, None].unbind(1)
+        module = self.module
+        text, image, signal, *opened = begin(module, latents, timestep, prompt_embeds, pooled_embeds, skip_layers)
         for index, block in enumerate(module.transformer_blocks):
             text, image = joint_block(block, text, image, signal, opened[index] if opened else None)
-        scale, shift = modulation(module.norm_out.linear, signal, 2)
-        patches = module.proj_out(modulated(image, shift, scale)).float()
-        patch, channels = module.config.patch_size, module.out_channels
-        batch, rows, columns = latents.shape[0], latents.shape[2] // patch, latents.shape[3] // patch
-        patches = patches.reshape(batch, rows, columns, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
-        result: Tensor = patches.reshape(batch, channels, rows * patch, columns * patch)
-        return result
+        return finish(module, image, signal, latents)
 
 
+@region
+def begin(
+    module: SD3Transformer2DModel,
+    latents: Tensor,
+    timestep: Tensor,
+    prompt_embeds: Tensor,
+    pooled_embeds: Tensor,
+    skip_layers: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Return what all blocks read: text and image [B, tokens, D], the signal [B, D], and the gate of each block.
+
+    A block's gate [B, 1, 1] is 0 where it is skipped for a sample, else 1. There are none without `skip_layers`.
+    """
+    dtype = module.dtype
+    image = module.pos_embed(latents.to(dtype))
+    text = module.context_embedder(prompt_embeds.to(dtype))
+    signal = silu(module.time_text_embed(timestep * TIMESTEPS, pooled_embeds.to(dtype)))
+    opened = () if skip_layers is None else (skip_layers < 0.5).to(dtype)[:, :, None, None].unbind(1)
+    return text, image, signal, *opened
+
+
+@region
+def finish(module: SD3Transformer2DModel, image: Tensor, signal: Tensor, latents: Tensor) -> Tensor:
+    """Return the velocity, float32 and in the shape of the latents, from the image's tokens."""
+    scale, shift = modulation(module.norm_out.linear, signal, 2)
+    patches = module.proj_out(modulated(image, shift, scale)).float()
+    patch, channels = module.config.patch_size, module.out_channels
+    batch, rows, columns = latents.shape[0], latents.shape[2] // patch, latents.shape[3] // patch
+    patches = patches.reshape(batch, rows, columns, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
+    result: Tensor = patches.reshape(batch, channels, rows * patch, columns * patch)
+    return result
+
+
+@region
 def joint_block(
     block: JointTransformerBlock, text: Tensor, image: Tensor, signal: Tensor, opened: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,12 @@
-"""The steps from a traced graph to a file: transpose the weights, attach their values, fold constants, and write it."""
+"""The steps from a traced graph to a file: transpose the weights, attach their values, and write it."""
 
 from __future__ import annotations
 
 import ctypes
-import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
@@ -78,32 +76,6 @@ def read_tensor(weights: Weights, key: str, factor: float, flip: bool) -> torch.
 def converted(source: Callable[[], torch.Tensor], dtype: ir.DataType, name: str) -> TorchTensor:
     """Read the tensor from `source` and convert it to `dtype`, as the value of the graph's initializer `name`."""
     return TorchTensor(source().to(to_torch_dtype(dtype)), name=name)
-
-
-def simplify(model: ir.Model, network: Network) -> None:
-    """Fold constants, remove operators without effect, and name dimensions as the contract does.
-
-    Weights are not read.
-    """
-    import onnxscript.optimizer
-
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)
-    with np.errstate(all="ignore"):  # the optimiser evaluates both sides of every Where, so it may divide by 0
-        onnxscript.optimizer.optimize(model)
-    graph = model.graph
-    model.metadata_props.clear()  # the tracer's metadata: parts of it are in another order each time
-    graph.metadata_props.clear()
-    for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
-        value.metadata_props.clear()
-    for node in model.graph:
-        for value in node.outputs:
-            if not value.is_graph_output():
-                value.shape = None  # the tracer's names for dimensions are not those of the inputs
-                value.metadata_props.clear()
-        node.metadata_props.clear()  # stack traces of the machine that exported
-    ports = {**network.inputs, **network.outputs}
-    for value in (*model.graph.inputs, *model.graph.outputs):
-        value.shape = ir.Shape(ports[value.name or ""].names())
 
 
 def save(model: ir.Model, path: Path, progress: Callable[[int], None] | None = None) -> list[Path]:

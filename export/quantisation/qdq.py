@@ -63,6 +63,11 @@ def quantise_weight(weight: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -
     return (scaled if scheme.dtype.is_floating_point else scaled.round()).to(scheme.dtype)
 
 
+def activation_scale(amax: float, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:
+    """Return the scale, a number in `dtype`, that maps activations of up to `amax` to the scheme's largest number."""
+    return torch.tensor(amax / scheme.largest).clamp(min=torch.finfo(dtype).tiny).to(dtype)
+
+
 def quantise_linears(model: ir.Model, layers: set[str], scheme: Scheme, amax: Mapping[str, float]) -> list[str]:
     """Quantise the MatMuls whose weights are named in `layers`. Returns these names, in the graph's order.
 
@@ -119,8 +124,8 @@ def dequantised_weight(model: ir.Model, weight: ir.Value, scheme: Scheme) -> ir.
         return TorchTensor(scale(), name=f"{name}_scale")
 
     eight_bit = ir.tensor(torch.zeros(1, dtype=scheme.dtype)).dtype
-    quantised = initializer(model, f"{name}_quantized", ir.LazyTensor(numbers, dtype=eight_bit, shape=shape))
-    scaling = initializer(model, f"{name}_scale", ir.LazyTensor(scales, dtype=dtype, shape=ir.Shape([shape[1]])))
+    quantised = initializer(model, quantised_name(name), ir.LazyTensor(numbers, dtype=eight_bit, shape=shape))
+    scaling = initializer(model, scale_name(name), ir.LazyTensor(scales, dtype=dtype, shape=ir.Shape([shape[1]])))
     node = ir.node("DequantizeLinear", [quantised, scaling], {"axis": 1}, name=f"{name}_dequantize")
     out = node.outputs[0]
     out.name, out.dtype = f"{name}_dequantized", dtype
@@ -130,6 +135,16 @@ def dequantised_weight(model: ir.Model, weight: ir.Value, scheme: Scheme) -> ir.
     return out
 
 
+def quantised_name(weight: str) -> str:
+    """Return the name of the initializer that has the weight's 8-bit numbers."""
+    return f"{weight}_quantized"
+
+
+def scale_name(weight: str) -> str:
+    """Return the name of the initializer that has the scales of the weight's output channels."""
+    return f"{weight}_scale"
+
+
 def quantised_and_back(
     model: ir.Model, activation: ir.Value, amax: float, dtype: ir.DataType | None, scheme: Scheme
 ) -> ir.Value:
@@ -137,7 +152,7 @@ def quantised_and_back(
     assert dtype is not None, f"{activation.name} has no dtype"
     name = activation.name or ""
     torch_dtype = to_torch_dtype(dtype)
-    number = torch.tensor(amax / scheme.largest).clamp(min=torch.finfo(torch_dtype).tiny).to(torch_dtype)
+    number = activation_scale(amax, scheme, torch_dtype)
     scale = initializer(model, f"{name}_scale", TorchTensor(number, name=f"{name}_scale"))
     zero = TorchTensor(torch.zeros((), dtype=scheme.dtype), name=f"{name}_zero")
     zero_point = initializer(model, f"{name}_zero", zero)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import pickle
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
@@ -23,9 +24,8 @@ from types import FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from ditforge.export.graph.measure_footprint import Measured
+    from ditforge.export.graph.tracing import Traced
     from ditforge.export.network import Network
     from ditforge.model import Model
 
@@ -92,10 +92,11 @@ def shared(folder: Path, key: str, make: Callable[[], bytes]) -> bytes:
     return file.read_bytes()
 
 
-def serialised(model: ir.Model, aliases: dict[str, list[str]]) -> bytes:
-    """A traced graph; its initializers have no values, for which ONNX has no word but data in another file."""
+def serialised(traced: Traced) -> bytes:
+    """A traced network; its initializers have no values, for which ONNX has no word but data in another file."""
     import onnx_ir as ir
 
+    model = traced.model
     valueless = [value for value in model.graph.initializers.values() if value.const_value is None]
     for value in valueless:
         assert value.dtype is not None and value.shape is not None and value.name is not None
@@ -103,29 +104,32 @@ def serialised(model: ir.Model, aliases: dict[str, list[str]]) -> bytes:
     proto = ir.to_proto(model)
     for value in valueless:
         value.const_value = None
-    text = json.dumps(aliases).encode()
-    return len(text).to_bytes(8, "little") + text + proto.SerializeToString()
+    calls = tuple(call.model_dump() for call in traced.calls)
+    return pickle.dumps((proto.SerializeToString(), traced.aliases, calls, traced.programs))
 
 
-def deserialised(data: bytes) -> tuple[ir.Model, dict[str, list[str]]]:
+def deserialised(data: bytes) -> Traced:
     """The reverse of `serialised`."""
     import onnx
     import onnx_ir as ir
 
-    end = 8 + int.from_bytes(data[:8], "little")
-    model = ir.from_proto(onnx.ModelProto.FromString(data[end:]))
+    from ditforge.export.graph.tracing import Traced
+    from ditforge.regions import Call
+
+    graph, aliases, calls, programs = pickle.loads(data)
+    model = ir.from_proto(onnx.ModelProto.FromString(graph))
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor) and value.const_value.location == NO_DATA:
             value.const_value = None
-    return model, json.loads(data[8:end])
+    return Traced(model, aliases, tuple(Call(**call) for call in calls), programs)
 
 
 def share(module: ModuleType) -> None:
     """Make the module `ditforge.export.onnx_export` trace and measure no network that has been traced in this run."""
-    traces: Callable[[Network], tuple[ir.Model, dict[str, list[str]]]] = module.trace  # type: ignore[attr-defined]
+    traces: Callable[[Network], Traced] = module.trace  # type: ignore[attr-defined]
     measures: Callable[..., Measured] = module.measure  # type: ignore[attr-defined]
 
-    def trace(network: Network) -> tuple[ir.Model, dict[str, list[str]]]:
+    def trace(network: Network) -> Traced:
         folder = os.environ.get(FOLDER)
         if not folder:
             return traces(network)
@@ -133,7 +137,7 @@ def share(module: ModuleType) -> None:
             key = digest(network)
         except Unknown:
             return traces(network)
-        return deserialised(shared(Path(folder), key, lambda: serialised(*traces(network))))
+        return deserialised(shared(Path(folder), key, lambda: serialised(traces(network))))
 
     def measure(network: Network, model: Model, *more: Any) -> Measured:
         folder = os.environ.get(FOLDER)

@@ -104,9 +104,10 @@ def test_the_graph_of_two_blocks_in_full_width(name: str, tmp_path: Path) -> Non
     opened = checkpoint(name, tmp_path / name, **depth)
     family = families.family_of(opened)
     dit = next(network for network in family.networks(opened, BF16) if network.name == "dit")
-    model, aliases = trace(dit)
+    traced = trace(dit)
+    model = traced.model
     assert [value.name for value in model.graph.inputs] == list(dit.inputs)
     assert [value.name for value in model.graph.outputs] == ["velocity"]
     (velocity,) = model.graph.outputs
     assert velocity.shape is not None and [velocity.shape[0], velocity.shape[1]] == [model.graph.inputs[0].shape[0], 16]
-    assert set(aliases) == {names[0] for names, _ in dry_run(dit)}
+    assert set(traced.aliases) == {names[0] for names, _ in dry_run(dit)}

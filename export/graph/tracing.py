@@ -157,6 +157,7 @@ def _saved(program: ExportedProgram) -> bytes:
     for node in program.graph.nodes:
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn"):
             node.meta.pop(key, None)
+    program.example_inputs = None  # they are fake tensors, which would be stored as code
     stream = io.BytesIO()
     torch.export.save(program, stream)
     return stream.getvalue()

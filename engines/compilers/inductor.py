@@ -1,0 +1,319 @@
+"""Inductor as a compiler: PyTorch's ahead-of-time compiler, one package for each kind of block of a network.
+
+It compiles on the GPU that executes, or for the CPU. The packages hold no weights: equal blocks share one, and weights
+can be streamed. Source: https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version as installed_version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ditforge import install_hint, regions
+from ditforge.engines import gpus
+from ditforge.engines.compilers import Compiler, Job, Ranges, Shape
+from ditforge.engines.compilers.inductor_engine import PACKAGE, SUFFIX, WEIGHTS, Description, Variant
+from ditforge.engines.gpus import CPU, Target
+from ditforge.errors import DitforgeError, UserError
+from ditforge.manifest import NEXT_COMMAND, Component
+from ditforge.regions import Call, Regions, Stored
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+    from torch.export import ExportedProgram
+
+    from ditforge.engines.compilers.region_lowering import Lowered, Operand
+    from ditforge.engines.runtime.inductor import Execution
+
+NAME = "inductor"
+DEVICES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
+SETTINGS: dict[str, Any] = {"coordinate_descent_tuning": True}
+CPU_SETTINGS: dict[str, Any] = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+DTYPES = {"FP32": "float32", "FP16": "float16", "INT32": "int32", "INT64": "int64", "UINT8": "uint8"}
+
+
+def version() -> str:
+    """The installed PyTorch's version. Raises UserError if there is none."""
+    try:
+        return installed_version("torch")
+    except PackageNotFoundError as error:
+        raise UserError("PyTorch is not installed", install_hint.install("inductor")) from error
+
+
+def settings() -> dict[str, str]:
+    """The compiler's settings."""
+    return {"build_flags": " ".join(f"{name}={value}" for name, value in SETTINGS.items())}
+
+
+def check(name: str, component: Component, target: Target) -> None:
+    """Raise UserError if the target is not the GPU of this machine, or if PyTorch cannot reach it."""
+    version()
+    if not any(file.endswith(regions.SUFFIX) for file in component.files):
+        problem = f"the export has no programs of {name}, which {NAME} compiles: an older ditforge made it"
+        raise UserError(problem, f"{NEXT_COMMAND['onnx']}   again")
+    if not target.capabilities:
+        return
+    here = gpus.local_target()
+    if here.capabilities != target.capabilities:
+        raise UserError(
+            f"{NAME} compiles on the GPU itself, and this machine's is {here} ({here.name}), not {target}",
+            f"ditforge build   on a machine with {target}",
+        )
+    import torch
+
+    if not torch.cuda.is_available():
+        problem = f"PyTorch {torch.__version__} is a build without CUDA, or too new for the driver"
+        raise UserError(problem, "install PyTorch for your CUDA version: https://pytorch.org/get-started")
+
+
+def compile(job: Job) -> list[Path]:
+    """Compile the network's programs, and write ENGINE.inductor, ENGINE.safetensors and the packages."""
+    import onnx_ir as ir
+
+    archive = job.graph.with_suffix(regions.SUFFIX)
+    found = regions.read(archive)
+    initializers = ir.load(job.graph).graph.initializers
+    return compile_programs(
+        job, found, lambda kind: read_program(archive, kind, found), lambda name: as_torch(initializers[name])
+    )
+
+
+def read_program(archive: Path, kind: str, found: Regions) -> ExportedProgram:
+    """Read the program of a kind of region. Raises UserError if this PyTorch cannot read it."""
+    from ditforge.engines.compilers.region_lowering import load_program
+
+    content = regions.read_program(archive, kind)
+    try:
+        return load_program(content)
+    except Exception as error:  # what torch.export raises has no common class
+        problem = f"PyTorch {version()} cannot read the programs in {archive}, which {found.torch} wrote: {error}"
+        raise UserError(" ".join(problem.split())[:500], f"{NEXT_COMMAND['onnx']}   again, with it") from error
+
+
+def compile_programs(
+    job: Job, found: Regions, program: Callable[[str], ExportedProgram], weight: Callable[[str], torch.Tensor]
+) -> list[Path]:
+    """Compile a network's regions, and return the files written.
+
+    `program` returns the program of a kind of region, and `weight` a stored weight by the name of its initializer.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    device = torch.device("cuda" if job.target.capabilities else "cpu")
+    kinds, lowered = lower_kinds(found, program, device)
+    first = {kind: call for call, kind in reversed(list(zip(found.calls, kinds, strict=True)))}
+    variants: list[Variant] = []
+    files = []
+    for smallest, largest in [pair for shapes in job.shapes or [{}] for pair in ranges_of(shapes, job.component)]:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            tensors = [
+                trace_sizes(job.component, found, kinds, lowered, sizes, device) for sizes in (smallest, largest)
+            ]
+        packages: dict[str, str] = {}
+        for kind, part in lowered.items():
+            sizes = " ".join("x".join(map(str, shape)) for shape in largest.values())
+            job.progress(f"{job.name}: {kind} for {sizes}", len(packages), len(lowered))
+            path = job.engine.with_name(f"{job.engine.name}-{len(variants)}-{kind}{PACKAGE}")
+            packages[kind] = path.name
+            compile_kind(part, first[kind], tensors, path, job)
+            files.append(path)
+        variants.append(Variant(smallest=smallest, largest=largest, packages=packages))
+    weights = job.engine.with_name(job.engine.name + WEIGHTS)
+    calls = write_weights(weights, job, found, kinds, lowered, weight)
+    description = Description(
+        inputs=job.component.inputs, outputs=job.component.outputs, calls=tuple(calls), variants=tuple(variants)
+    )
+    path = job.engine.with_name(job.engine.name + SUFFIX)
+    path.write_text(description.model_dump_json(indent=1))
+    return [path, weights, *files]
+
+
+def lower_kinds(
+    found: Regions, program: Callable[[str], ExportedProgram], device: torch.device
+) -> tuple[list[str], dict[str, Lowered]]:
+    """Return the kind of each call, and the lowered program of each kind.
+
+    Calls of the same program are of several kinds if different weights of them are in 8 bits.
+    """
+    from ditforge.engines.compilers.region_lowering import Lowered
+
+    kinds: list[str] = []
+    names: dict[tuple[str, object], str] = {}
+    lowered: dict[str, Lowered] = {}
+    for call in found.calls:
+        stored = [found.weights[name] for name in call.weights]
+        key = (call.kind, formats_of(stored))
+        if key not in names:
+            same = sum(kind == call.kind for kind, _ in names)
+            names[key] = name = f"{call.kind}-as-{same + 1}" if same else call.kind
+            lowered[name] = Lowered(program(call.kind), len(call.inputs), stored, device, exact=device.type == CPU)
+        kinds.append(names[key])
+    return kinds, lowered
+
+
+def formats_of(stored: Sequence[Stored]) -> tuple[object, ...]:
+    """Return what of the formats of a call's weights decides its program: which are 8-bit, and which share a scale."""
+    scales = [weight.activation_scale for weight in stored]
+    return tuple((weight.scheme, scales.index(weight.activation_scale)) for weight in stored)
+
+
+def ranges_of(shapes: Ranges, component: Component) -> Iterator[tuple[dict[str, Shape], dict[str, Shape]]]:
+    """Return the ranges of shapes that become packages of their own: the best shape alone, and then all of them."""
+    fixed = {
+        name: tuple(int(dim) for dim in tensor.shape)
+        for name, tensor in component.inputs.items()
+        if not any(isinstance(dim, str) for dim in tensor.shape)
+    }
+    smallest, best, largest = ({**fixed, **{name: of[i] for name, of in shapes.items()}} for i in range(3))
+    yield best, best
+    if smallest != largest:
+        yield smallest, largest
+
+
+def trace_sizes(
+    component: Component,
+    found: Regions,
+    kinds: Sequence[str],
+    lowered: Mapping[str, Lowered],
+    sizes: Mapping[str, Shape],
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
+    """Return all tensors that regions give to each other, as fake tensors, for inputs of these shapes."""
+    import torch
+
+    from ditforge.engines.compilers.region_lowering import run_fake
+
+    inputs = {
+        name: torch.empty(sizes[name], dtype=getattr(torch, DTYPES[tensor.dtype]), device=device)
+        for name, tensor in component.inputs.items()
+    }
+    return run_fake(lowered, found.calls, kinds, inputs)
+
+
+def compile_kind(
+    lowered: Lowered, call: Call, tensors: Sequence[Mapping[str, torch.Tensor]], path: Path, job: Job
+) -> None:
+    """Compile a lowered program into the package `path`, for sizes between those of the fake `tensors`."""
+    import torch
+
+    from ditforge.engines.compilers.region_lowering import lower
+
+    smallest, largest = tensors
+    varying = [
+        {
+            axis
+            for axis, (low, high) in enumerate(zip(smallest[name].shape, largest[name].shape, strict=True))
+            if low < high
+        }
+        for name in call.inputs
+    ]
+    examples = [
+        torch.empty(largest[name].shape, dtype=largest[name].dtype, device=lowered.device) for name in call.inputs
+    ]
+    chosen = SETTINGS if lowered.device.type == "cuda" else CPU_SETTINGS
+    try:
+        with attention_preferred(lowered.device):
+            program = lower(lowered, examples, varying)
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=chosen)
+    except Exception as error:  # the compiler's have no common class
+        reason = " ".join(str(error).split())[:1000]
+        problem = f"Inductor cannot compile {call.kind} of {job.name}: {reason}"
+        raise DitforgeError(problem, "report it with the export") from error
+
+
+@contextlib.contextmanager
+def attention_preferred(device: torch.device) -> Iterator[None]:
+    """Within this context, attention is compiled to cuDNN's kernel where it has one, and else to the next best."""
+    if device.type != "cuda":
+        yield
+        return
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(order, set_priority=True):
+        yield
+
+
+def write_weights(
+    path: Path,
+    job: Job,
+    found: Regions,
+    kinds: Sequence[str],
+    lowered: Mapping[str, Lowered],
+    weight: Callable[[str], torch.Tensor],
+) -> list[Call]:
+    """Write the operands of all calls, in their order, into the file `path`. Returns the calls with their names."""
+    from ditforge.engines.compilers import weights_file
+
+    calls, pending = [], {}
+    for number, (call, kind) in enumerate(zip(found.calls, kinds, strict=True)):
+        names = []
+        for place, operand in enumerate(lowered[kind].operands):
+            names.append(f"{number:03}.{kind}.{place:02}.{operand.content}")
+            stored = [found.weights[call.weights[place]] for place in operand.places]
+            pending[names[-1]] = weights_file.Pending(
+                operand.dtype, operand.shape, partial(read_operand, operand, stored, weight)
+            )
+        calls.append(Call(kind=kind, inputs=call.inputs, outputs=call.outputs, weights=tuple(names)))
+    weights_file.write(path, pending, lambda done, total: job.progress(f"{job.name}: weights", done, total))
+    return calls
+
+
+def read_operand(operand: Operand, stored: Sequence[Stored], weight: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """Read one operand of a call from the weights as they are stored for the graph."""
+    import torch
+
+    if operand.content == "activation":
+        return torch.tensor([stored[0].activation_scale], dtype=torch.float32)
+    parts = []
+    for part in stored:
+        tensor = weight(part.scale if operand.content == "scales" else part.name)
+        parts.append(tensor.t() if part.transposed and tensor.dim() == 2 else tensor)
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return joined.to(operand.dtype).contiguous()
+
+
+def as_torch(value: ir.Value) -> torch.Tensor:
+    """Return the values of an initializer, which stay in the file that they are mapped from."""
+    import torch
+    from onnx_ir.tensor_adapters import to_torch_dtype
+
+    assert value.const_value is not None, f"{value.name} has no value"
+    array = value.const_value.numpy()
+    dtype = to_torch_dtype(value.const_value.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the file is mapped for reading alone, and nobody writes to the tensor
+        if dtype in (torch.bfloat16, torch.float8_e4m3fn):  # which NumPy lacks
+            return torch.from_numpy(array.view(f"uint{8 * dtype.itemsize}")).view(dtype)
+        return torch.from_numpy(array)
+
+
+def load(files: list[Path], target: str, built_with: str) -> Execution:
+    """Load the engine. Raises UserError if it is for another GPU, or if another PyTorch compiled it."""
+    from ditforge.engines.runtime.inductor import load_engine
+
+    return load_engine(files, target, built_with, version())
+
+
+COMPILER = Compiler(
+    name=NAME,
+    executes={CPU: ("fp32", "fp16", "bf16", "fp8", "fp8-weights", "int8-weights")}
+    | {device: tuple(gpus.precisions(device)) for device in DEVICES},
+    version=version,
+    settings=settings,
+    check=check,
+    compile=compile,
+    load=load,
+    reads="programs",
+    compiles_on="the target",
+    weight_streaming=True,
+    own_process=True,
+    rank=30,
+)

@@ -29,6 +29,35 @@ def default_compiler(target: Target) -> str:
     raise UserError(f"no compiler makes one engine for {target}", "build for each of them, into folders of their own")
 
 
+def choose(target: Target) -> tuple[str, str]:
+    """The compiler to take here where the user names none, and why those before it are not taken: empty if it is first.
+
+    That is the first that is installed and can compile on this machine. If none is, it is the first of all, whose own
+    error says what to install. Raises UserError if none does for all of a target.
+    """
+    passed_over: list[str] = []
+    for compiler in compilers():
+        if all(device in compiler.executes for device in devices(target)):
+            why = why_not_here(compiler, target)
+            if not why:
+                return compiler.name, "; ".join(passed_over)
+            passed_over.append(why)
+    return default_compiler(target), ""
+
+
+def why_not_here(compiler: Compiler, target: Target) -> str:
+    """The reason why a compiler cannot compile for a target on this machine; empty if it can."""
+    try:
+        compiler.version()
+        if compiler.compiles_on == "the target":
+            here = gpus.local_target()
+            if here.capabilities != target.capabilities:
+                return f"{compiler.name} compiles on the GPU itself, and this machine's is {here}"
+    except UserError as error:
+        return f"{compiler.name}: {error.problem}"
+    return ""
+
+
 def made_by(placement: Placement, compiler: Compiler, target: Target) -> tuple[Compiler, Target]:
     """The compiler and the target of one engine: those of the build, or the CPU's for a network that is left to it."""
     if placement.device == CPU and target.capabilities:

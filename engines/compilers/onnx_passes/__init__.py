@@ -1,7 +1,7 @@
 """Passes that put a traced graph into the form for which ONNX Runtime's CUDA provider has its best kernels.
 
-One file is one idea. A pass takes a graph, changes it, and returns how often its pattern was there. It computes the same,
-but for rounding, and asks no graph which network it is. Weights stay on disk.
+One file is one idea. A pass takes a graph, changes it, and returns how often its pattern was there. It computes the
+same, but for rounding, and asks no graph which network it is. Weights stay on disk.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What the passes ask of a graph, and how they change it. Weights are never read: only numbers of a few elements are."""
+"""What the passes ask of a graph, and how they change it. Of constants they read small ones alone, never weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -68,7 +68,7 @@ def dimension(value: ir.Value | None, axis: int) -> int | None:
 def attribute(node: ir.Node, name: str, default: float | int | str) -> float | int | str:
     """An attribute's value, or its default where it is left out."""
     found = node.attributes.get(name)
-    return default if found is None else found.value  # type: ignore[no-any-return]
+    return default if found is None else found.value
 
 
 def axes(node: ir.Node, name: str = "perm") -> tuple[int, ...]:
@@ -96,7 +96,7 @@ def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir
 def node(
     operator: str,
     inputs: Sequence[ir.Value | None],
-    attributes: dict[str, int | float | str | Sequence[int]] | None = None,
+    attributes: Mapping[str, int | float | str | Sequence[int]] | None = None,
     like: ir.Value | None = None,
     domain: str = "",
     shape: ir.Shape | None = None,
@@ -105,7 +105,8 @@ def node(
     made = ir.node(operator, inputs, attributes or {}, domain=domain)
     out = made.outputs[0]
     if like is not None:
-        out.dtype = like.dtype
+        if like.dtype is not None:
+            out.dtype = like.dtype
         out.name = f"{like.name}_{operator}"
     out.shape = shape
     return made
@@ -119,9 +120,11 @@ def reshape(graph: ir.Graph, value: ir.Value, sizes: Sequence[int]) -> ir.Node:
 
 
 def replace(graph: ir.Graph, old: ir.Node, made: Sequence[ir.Node]) -> None:
-    """Put the nodes `made` in the place of `old`; the last one's output takes the place of its output, with its name."""
+    """Put the nodes `made` in the place of `old`, and the last one's output, under its name, in that of its output."""
     last, before = made[-1].outputs[0], old.outputs[0]
-    last.dtype, last.name = before.dtype, before.name
+    last.name = before.name
+    if before.dtype is not None:
+        last.dtype = before.dtype
     if last.shape is None:
         last.shape = before.shape
     before.name = None

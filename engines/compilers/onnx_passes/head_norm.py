@@ -1,7 +1,7 @@
 """RMS norms over heads that add the bias of the product before them, as SkipSimplifiedLayerNormalization.
 
-The operator normalises the sum of its input and a second one, which may have fewer rows: here the bias, one row for each
-head. That saves a pass over queries and over keys. Its CUDA kernel rounds the sum to the input's format, as Add does.
+The operator normalises the sum of its input and a second one, which may have fewer rows: here the bias, one row for
+each head. That saves a pass over queries and one over keys.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A layer norm with a scale and shift for each sample, as one LayerNormalization.
 
-ONNX Runtime's kernels take a Scale and a B of [B, 1, D] beside an X of [B, tokens, D], which ONNX's definition, of vectors
-alone, does not promise. They multiply and add in fp32. Source: onnxruntime/core/providers/cpu/nn/layer_norm_helper.h
+ONNX Runtime's kernels take a Scale and a B of [B, 1, D] beside an X of [B, tokens, D], which ONNX's definition does not
+promise. They multiply and add in fp32. Source: onnxruntime/core/providers/cpu/nn/layer_norm_helper.h
 """
 
 from __future__ import annotations

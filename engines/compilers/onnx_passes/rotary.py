@@ -1,8 +1,8 @@
 """Rotary embeddings in the number format of queries and keys, on [B, tokens, hidden].
 
-The traced graph rotates [B, heads, tokens, head_dim] in fp32, between two Casts. The CUDA kernel computes 16-bit numbers
-from 16-bit tables; docs/onnxruntime.md has what that costs in accuracy. A rotation acts on each head of each token by
-itself, so it can be done before heads and tokens change places.
+The traced graph rotates [B, heads, tokens, head_dim] in fp32, between two Casts. The CUDA kernel computes 16-bit
+numbers from 16-bit tables; docs/onnxruntime.md has what that costs in accuracy. A rotation acts on each head of each
+token by itself, so it can be done before heads and tokens change places.
 """
 
 from __future__ import annotations

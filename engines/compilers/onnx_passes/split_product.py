@@ -1,7 +1,7 @@
 """The product of a concatenation as a sum of products, which saves writing and reading what is concatenated.
 
-The weight's rows for each part lie one after the other in the file of weights, so that nothing is copied. In 16 bits the
-sum is rounded once more than in one product.
+The weight's rows for each part lie one after the other in the file of weights, so that nothing is copied. In 16 bits
+the sum is rounded once more than in one product.
 """
 
 from __future__ import annotations
@@ -51,9 +51,7 @@ def split(graph: ir.Graph) -> int:
     return count
 
 
-def rows(
-    graph: ir.Graph, weight: ir.Value | None, sizes: Sequence[int]
-) -> tuple[list[ir.Node], list[ir.Value]] | None:
+def rows(graph: ir.Graph, weight: ir.Value | None, sizes: Sequence[int]) -> tuple[list[ir.Node], list[ir.Value]] | None:
     """The rows of a weight [K, N] for each part, and the nodes that dequantise them where the weight is quantised."""
     dequantise = source(weight, "DequantizeLinear")
     stored = dequantise.inputs[0] if dequantise is not None else weight
@@ -70,7 +68,8 @@ def rows(
         value = graph.initializers[name]
         if dequantise is not None:
             attributes = {key: found.value for key, found in dequantise.attributes.items()}
-            again = node("DequantizeLinear", [value, *dequantise.inputs[1:]], attributes, like=weight, shape=value.shape)
+            inputs = [value, *dequantise.inputs[1:]]
+            again = node("DequantizeLinear", inputs, attributes, like=weight, shape=value.shape)
             made.append(again)
             value = again.outputs[0]
         values.append(value)

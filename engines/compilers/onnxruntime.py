@@ -54,8 +54,7 @@ def check(name: str, component: Component, target: Target) -> None:
     if target.capabilities and (component.precision, component.dtype) == ("fp8", "bf16"):
         raise UserError(
             f"{name} is in fp8 with bf16 around it, which {NAME} does not execute on a GPU",
-            command("ditforge export CHECKPOINT --precision {} --activations {}", "fp8", "fp16")
-            + "   (or fp8-weights)",
+            command("ditforge export CHECKPOINT --precision {} --activations {}   (or fp8-weights)", "fp8", "fp16"),
         )
 
 

@@ -118,7 +118,7 @@ def load(files: list[Path], target: str, built_with: str) -> LoadedEngine:
         return Session(ort.InferenceSession(path, session_options(), providers=PROVIDERS))
     from ditforge.engines.runtime.onnxruntime_cuda import check_here, load_session
 
-    check_here(path, NAME, target, built_with, version())
+    check_here(path, NAME, target)
     return load_session(path, session_options())
 
 

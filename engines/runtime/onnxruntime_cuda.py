@@ -91,11 +91,12 @@ class Settings:
         return options
 
 
-def check_here(graph: Path, compiler: str, target: str, built_with: str, version: str) -> None:
-    """Raise UserError, with the command that helps, if the engine is another version's or GPU's, or CUDA is missing."""
+def check_here(graph: Path, compiler: str, target: str) -> None:
+    """Raise UserError, with the command that helps, if the engine is for another GPU, or the CUDA provider is missing.
+
+    The version that compiled it does not matter: what it wrote is a graph, which other versions read.
+    """
     rebuild = command("ditforge build ONNX_DIR --gpu local --compiler {} --out DIR   and then ditforge repo", compiler)
-    if built_with and built_with != version:
-        raise UserError(f"{graph} was compiled by {compiler} {built_with}, and {version} is installed", rebuild)
     if why := why_not_here([target]):
         raise UserError(f"engines like {graph} do not run here: {why}", f"a machine with {target}; or {rebuild}")
     if why := why_no_provider():
@@ -114,7 +115,7 @@ def why_no_provider() -> str:
 def replacing() -> str:
     """The command that puts ONNX Runtime for GPUs in the place of the one for CPUs, which has the same module."""
     pip = install_hint.pip()
-    return f"{pip} uninstall onnxruntime, then {pip} install 'onnxruntime-gpu[cuda,cudnn]'"
+    return f"{pip} uninstall onnxruntime onnxruntime-gpu, then {install_hint.install('onnxruntime-gpu')}"
 
 
 def load_session(graph: Path, options: onnxruntime.SessionOptions, settings: Settings | None = None) -> CudaSession:
@@ -160,7 +161,7 @@ def check_provider(options: onnxruntime.SessionOptions, said: str) -> None:
         why = f": {' '.join(said.split())[:300]}" if said else ""
         raise UserError(
             f"ONNX Runtime {ort.__version__} cannot load its CUDA provider{why}",
-            f"{install_hint.pip()} install 'onnxruntime-gpu[cuda,cudnn]'   (CUDA's libraries of its version)",
+            f"{install_hint.install('onnxruntime-gpu')}   (it brings CUDA's libraries of its version)",
         )
 
 

@@ -30,7 +30,7 @@ class BiasAdd(OpRun):
 
 
 class MatMulBlockQuantizedFp8Weight(OpRun):
-    """A [..., K] times the transpose of B [N, K], whose row is multiplied by b_scale [N, 1] and rounded to A's format."""
+    """A [..., K] times the transpose of B [N, K], whose rows are multiplied by b_scale [N, 1] and rounded as A is."""
 
     op_domain = "com.microsoft"
 

@@ -18,10 +18,12 @@ from ditforge.engines.compilers.onnx_passes import (
     gelu,
     head_norm,
     modulation,
+    reshapes,
     resize,
     rotary,
     shapes,
     split_product,
+    value_bias,
 )
 from ditforge.engines.compilers.onnx_passes.graph import MICROSOFT, Pass, name_values, remove_unused
 
@@ -36,8 +38,10 @@ PASSES: dict[str, Pass] = {
     "gelu with sigmoid": gelu.with_sigmoid,
     "split product": split_product.split,
     "three terms": bias_add.three,
+    "bias of values": value_bias.moved,
     "8-bit beside bf16": eight_bit.beside_bf16,
     "resize in fp32": resize.in_fp32,
+    "merged heads": reshapes.merged,
 }
 NEEDED = ("8-bit beside bf16", "resize in fp32")  # without these the CUDA provider lacks a kernel
 

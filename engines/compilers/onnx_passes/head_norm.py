@@ -6,10 +6,12 @@ each head. That saves a pass over queries and one over keys.
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from ditforge.engines.compilers.onnx_passes.graph import (
     MICROSOFT,
+    add_initializer,
     attribute,
     dimension,
     node,
@@ -38,12 +40,26 @@ def biased(graph: ir.Graph) -> int:
             continue
         assert product is not None, "a MatMul without an output"
         rows = reshape(graph, product, (-1, heads, head_dim))
-        skip = reshape(graph, bias, (heads, head_dim))
+        skip = in_rows(graph, bias, heads, head_dim)
         attributes = {"epsilon": float(attribute(found, "epsilon", 1e-5))}
-        inputs = [rows.outputs[0], skip.outputs[0], found.inputs[1]]
+        inputs = [rows.outputs[0], skip, found.inputs[1]]
         normed = node("SkipSimplifiedLayerNormalization", inputs, attributes, like=product, domain=MICROSOFT)
         back = node("Reshape", [normed.outputs[0], split.inputs[1]], shape=found.outputs[0].shape)
         back.attributes["allowzero"] = ir.AttrInt64("allowzero", int(attribute(split, "allowzero", 0)))
-        replace(graph, found, [rows, skip, normed, back])
+        replace(graph, found, [rows, normed, back])
         count += 1
     return count
+
+
+def in_rows(graph: ir.Graph, bias: ir.Value, heads: int, head_dim: int) -> ir.Value:
+    """The bias [hidden] as [heads, head_dim]: the same numbers of the same file where it is in one."""
+    name, tensor = f"{bias.name}_of_heads", bias.const_value
+    assert tensor is not None, f"{bias.name} has no value"
+    if name in graph.initializers:
+        return graph.initializers[name]
+    shape = ir.Shape([heads, head_dim])
+    if isinstance(tensor, ir.ExternalTensor):
+        place = tensor.location, tensor.offset, tensor.length, tensor.dtype
+        return add_initializer(graph, name, ir.ExternalTensor(*place, shape=shape, name=name, base_dir=tensor.base_dir))
+    numbers = np.asarray(tensor.numpy()).reshape(heads, head_dim)
+    return add_initializer(graph, name, ir.Tensor(numbers, dtype=tensor.dtype, name=name))

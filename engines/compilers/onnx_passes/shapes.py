@@ -10,10 +10,12 @@ from ditforge.engines.compilers.onnx_passes.graph import dimension, number, sour
 
 def infer(model: ir.Model) -> ir.Model:
     """The model with shapes, as far as they follow from the inputs' and the weights'."""
+    infer_all = ShapeInferencePass(data_prop=True)
+    model = infer_all(model).model
     for node in model.graph:
         if node.op_type == "Reshape" and (sizes := reshaped(node.inputs[1])) is not None:
             node.outputs[0].shape = sizes
-    return ShapeInferencePass(data_prop=True)(model).model
+    return infer_all(model).model
 
 
 def reshaped(target: ir.Value | None) -> ir.Shape | None:

@@ -72,3 +72,48 @@ def test_what_is_left_alone(tmp_path: Path, attributes: str, words: dict[str, st
     graph = made(tmp_path, attributes, **words | {"{0, -1, 32}": "{-1, 5, 32}"})
     _, counts, before, after = passed(graph, "multi-head attention")
     assert counts == {"multi-head attention": 0} and after == before
+
+
+BLOCK = """
+g (float[B, S, 6] x, float[B, S, 10] z) => (float[B, S, 8] y)
+<int64[4] split = {-1, 5, 4, 8}, int64[3] flat = {-1, 5, 32}> {
+    q = MatMul(x, w)
+    v = MatMul(x, u)
+    v1 = Add(v, inner)
+    q1 = Reshape(q, split)
+    v2 = Reshape(v1, split)
+    q2 = Transpose <perm = [0, 2, 1, 3]> (q1)
+    v3 = Transpose <perm = [0, 2, 1, 3]> (v2)
+    a = Attention(q2, q2, v3)
+    b = Transpose <perm = [0, 2, 1, 3]> (a)
+    c = Reshape(b, flat)
+    j = Concat <axis = 2> (c, z)
+    p = MatMul(j, o)
+    y = Add(p, outer)
+}
+"""
+
+
+def block(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    sizes = {"w": (6, 32), "u": (6, 32), "inner": (32,), "o": (42, 8), "outer": (8,)}
+    weights = {name: rng.standard_normal(size).astype("f4") for name, size in sizes.items()}
+    inputs = {"x": rng.standard_normal((2, 5, 6)).astype("f4"), "z": rng.standard_normal((2, 5, 10)).astype("f4")}
+    return parsed(BLOCK, folder, **weights), inputs
+
+
+@pytest.mark.parametrize("three", [(), ("three terms",)])
+def test_the_bias_of_values_comes_later(tmp_path: Path, three: tuple[str, ...]) -> None:
+    graph, inputs = block(tmp_path)
+    path, counts, before, after = passed(graph, "multi-head attention", "split product", *three, "bias of values")
+    assert counts["bias of values"] == 1
+    assert (before["Add"], after["Add"], after["BiasAdd"]) == ((2, 0, 1) if three else (2, 2, 0))
+    if not three:  # ONNX Runtime has no BiasAdd for the CPU
+        assert relative(computed(path, inputs)[0], computed(graph, inputs)[0]) < 1e-5
+
+
+def test_heads_are_not_made_where_they_are_merged_again(tmp_path: Path) -> None:
+    graph, inputs = block(tmp_path)
+    path, counts, _, after = passed(graph, "multi-head attention", "merged heads")
+    assert counts["merged heads"] == 3 and after["Reshape"] == 4  # query, which is the key too, value, and the result
+    assert relative(computed(path, inputs)[0], computed(graph, inputs)[0]) < 1e-5

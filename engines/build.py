@@ -186,7 +186,7 @@ def make_order(source: Manifest, options: BuildOptions) -> tuple[Order, Plan | N
     model, profiles = tiled(source.model, options.vae_tile), []
     if compiler.shapes == "ranges" or options.sized_by_hand or target.capabilities:
         profiles = make_profiles(model, options.resolutions, options.static, options.batch)
-    plan, memory = None, memory_to_compile()
+    plan, memory = None, memory_to_compile() if compiler.holds_weights else None
     if profiles:
         limits = replace(target, memory_gb=None) if options.placed_by_hand else target
         plan = decide(networks, model, limits, profiles, options.batch, memory)

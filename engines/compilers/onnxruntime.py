@@ -174,5 +174,6 @@ COMPILER = Compiler(
     compile=compile,
     load=load,
     shapes="any",
+    holds_weights=False,
     rank=50,
 )

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+DEVICE = "cuda"  # in the words of bindings
 NO_GRAPH = "-1"  # the gpu_graph_id of a run that is neither captured nor replayed
 WARM_RUNS = 3  # after which ONNX Runtime has allocated what a graph needs, and captured it
 # ONNX Runtime's name of a dtype, its number in ONNX, and NumPy's dtype that stores it: NumPy has no bf16.
@@ -208,7 +209,7 @@ class CudaSession:
         """Run once; ONNX Runtime allocates the outputs."""
         binding = self.bind(inputs)
         for name in self.outputs:
-            binding.bind_output(name, "cuda", 0)
+            binding.bind_output(name, DEVICE, 0)
         assert self.session is not None, "it is closed"
         self.session.run_with_iobinding(binding, self.run_options(NO_GRAPH))
         return {name: self.view(name, value) for name, value in zip(self.outputs, binding.get_outputs(), strict=True)}
@@ -219,7 +220,7 @@ class CudaSession:
         held = {name: self.copy(array) for name, array in inputs.items()}
         binding = self.bind(held)
         for name, array in outputs.items():
-            binding.bind_output(name, "cuda", 0, self.types[name][0], array.shape, array.data.ptr)
+            binding.bind_output(name, DEVICE, 0, self.types[name][0], array.shape, array.data.ptr)
         self.stream.synchronize()
         captured = Captured(held, outputs, binding, self.run_options(str(len(self.graphs))))
         assert self.session is not None, "it is closed"
@@ -232,7 +233,7 @@ class CudaSession:
         assert self.session is not None, "it is closed"
         binding = self.session.io_binding()
         for name, array in inputs.items():
-            binding.bind_input(name, "cuda", 0, self.types[name][0], array.shape, array.data.ptr)
+            binding.bind_input(name, DEVICE, 0, self.types[name][0], array.shape, array.data.ptr)
         return binding
 
     def run_options(self, graph: str) -> onnxruntime.RunOptions:

@@ -8,8 +8,8 @@ The folder is an export, of random weights too. A variant is the graph with some
     all             all passes
     no-PASS         all passes but one, such as no-multi-head-attention
     only-PASS       one pass, and those that the provider cannot do without
-    SETTING         all passes, and a setting: graph (CUDA graphs), fast-norm (sums of norms in 16 bits), flash, cudnn,
-                    efficient (the kernels of attention), shrink (activations freed after each step)
+    SETTING         all passes, and a setting: graph (CUDA graphs); flash, cudnn or efficient (attention's kernels);
+                    shrink (activations freed after each step)
 
 Each variant is a small file beside the export's weights, is loaded, timed and dropped; the results are written as they
 come. `--kernels` prints what CUPTI counts on the GPU for a variant, by PyTorch's profiler where there is a PyTorch.
@@ -43,7 +43,6 @@ WARM, RUNS = 3, 10
 INLINE = 1 << 30  # bytes of new weights that a graph may hold by itself
 SETTINGS = {
     "graph": Settings(graphs=4),
-    "fast-norm": Settings(strict_norm=False),
     "flash": Settings(attention=1),
     "efficient": Settings(attention=2),
     "cudnn": Settings(attention=8),

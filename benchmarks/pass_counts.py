@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,10 @@ def rotation(dtype: Any) -> tuple[float, float]:
     angle = np.concatenate([ids[:, i, None] * THETA**-power for i, power in enumerate(powers)], axis=1)
 
     def rounded(x: Array) -> Array:
-        return x.astype(dtype).astype(np.float64)
+        narrow: Array = x.astype(dtype).astype(np.float64)
+        return narrow
 
-    def rotate(x: Array, step: Any) -> Array:
+    def rotate(x: Array, step: Callable[[Array], Array]) -> Array:
         cos, sin, even, odd = step(np.cos(angle)), step(np.sin(angle)), x[:, ::2], x[:, 1::2]
         first, second = step(even * cos) - step(odd * sin), step(odd * cos) + step(even * sin)
         return np.stack((step(first), step(second)), axis=2).reshape(x.shape)

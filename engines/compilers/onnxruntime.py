@@ -116,7 +116,8 @@ def load(files: list[Path], target: str, built_with: str) -> LoadedEngine:
         raise UserError(f"an engine of onnxruntime is a file .onnx, and {there} is none", again)
     if target == CPU:
         return Session(ort.InferenceSession(path, session_options(), providers=PROVIDERS))
-    from ditforge.engines.runtime.onnxruntime_cuda import check_here, load_session
+    from ditforge.engines.runtime.cuda_provider import check_here
+    from ditforge.engines.runtime.onnxruntime_cuda import load_session
 
     check_here(path, NAME, target)
     return load_session(path, session_options())

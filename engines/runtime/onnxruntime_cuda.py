@@ -19,15 +19,16 @@ import numpy as np
 
 from ditforge import install_hint
 from ditforge.engines.compilers import Arrays, Shape
+from ditforge.engines.runtime.cuda_provider import CPU, CUDA, check_provider
 from ditforge.errors import DitforgeError, UserError
-from ditforge.local_gpu import why_not_here
-from ditforge.option import command
 
 if TYPE_CHECKING:
     import onnxruntime
 
-CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 DEVICE = "cuda"  # in the words of bindings
+# Of ONNX Runtime's optimisers, one would store 8-bit weights in 16 bits, and the other takes the scales and shifts of
+# norms for vectors, which passes have made [B, 1, D].
+LEFT_OUT = ["ConstantFolding", "SkipLayerNormFusion"]
 NO_GRAPH = "-1"  # the gpu_graph_id of a run that is neither captured nor replayed
 WARM_RUNS = 3  # after which ONNX Runtime has allocated what a graph needs, and captured it
 # ONNX Runtime's name of a dtype, its number in ONNX, and NumPy's dtype that stores it: NumPy has no bf16.
@@ -41,10 +42,6 @@ DTYPES = {
     "tensor(float16)": (10, np.float16),
     "tensor(bfloat16)": (16, np.uint16),
 }
-PROBE = (  # an ONNX model of one operator: y is x
-    b'\x08\x08:9\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01pZ\x10\n\x01x\x12\x0b\n\t\x08\x01\x12\x05\n\x03\x12\x01nb\x10'
-    b"\n\x01y\x12\x0b\n\t\x08\x01\x12\x05\n\x03\x12\x01nB\x04\n\x00\x10\r"
-)
 
 log = logging.getLogger(__name__)
 _lock = threading.Lock()  # the engines of a process take turns
@@ -56,7 +53,6 @@ class Settings:
 
     graphs: of how many sets of input shapes a CUDA graph is kept. ONNX Runtime cannot free one, so the sets that come
         after these are executed without. 0: no graphs.
-    strict_norm: whether sums in norms are in fp32.
     memory_limit: the largest number of bytes of the session's arena; None for what the GPU has.
     conv_search: how cuDNN's algorithms are chosen: DEFAULT, HEURISTIC or EXHAUSTIVE.
     conv_workspace: whether convolutions may take all of the memory that they would like.
@@ -66,7 +62,6 @@ class Settings:
     """
 
     graphs: int = 0
-    strict_norm: bool = True
     memory_limit: int | None = None
     conv_search: str = "HEURISTIC"
     conv_workspace: bool = False
@@ -82,7 +77,6 @@ class Settings:
             "arena_extend_strategy": "kSameAsRequested",
             "cudnn_conv_algo_search": self.conv_search,
             "cudnn_conv_use_max_workspace": str(int(self.conv_workspace)),
-            "enable_skip_layer_norm_strict_mode": str(int(self.strict_norm)),
             "enable_cuda_graph": str(int(self.graphs > 0)),
         }
         if self.memory_limit is not None:
@@ -90,33 +84,6 @@ class Settings:
         if self.attention is not None:
             options["sdpa_kernel"] = str(self.attention)
         return options
-
-
-def check_here(graph: Path, compiler: str, target: str) -> None:
-    """Raise UserError, with the command that helps, if the engine is for another GPU, or the CUDA provider is missing.
-
-    The version that compiled it does not matter: what it wrote is a graph, which other versions read.
-    """
-    rebuild = command("ditforge build ONNX_DIR --gpu local --compiler {} --out DIR   and then ditforge repo", compiler)
-    if why := why_not_here([target]):
-        raise UserError(f"engines like {graph} do not run here: {why}", f"a machine with {target}; or {rebuild}")
-    if why := why_no_provider():
-        raise UserError(why, replacing())
-
-
-def why_no_provider() -> str:
-    """The reason why this ONNX Runtime cannot use a GPU; empty if its package has the CUDA provider."""
-    import onnxruntime as ort
-
-    if CUDA in ort.get_available_providers():
-        return ""
-    return f"the ONNX Runtime that is installed ({ort.__version__}) is the one for CPUs: it has no CUDA provider"
-
-
-def replacing() -> str:
-    """The command that puts ONNX Runtime for GPUs in the place of the one for CPUs, which has the same module."""
-    pip = install_hint.pip()
-    return f"{pip} uninstall onnxruntime onnxruntime-gpu, then {install_hint.install('onnxruntime-gpu')}"
 
 
 def load_session(graph: Path, options: onnxruntime.SessionOptions, settings: Settings | None = None) -> CudaSession:
@@ -133,15 +100,18 @@ def load_session(graph: Path, options: onnxruntime.SessionOptions, settings: Set
     settings = settings or Settings()
     with redirect_stdout(StringIO()) as said:  # it prints what it cannot find
         ort.preload_dlls()
-    check_provider(options, said.getvalue())
-    # Weights are not allocated by the arena, which would keep more. Folding constants would store 8-bit weights in 16.
+    check_provider(said.getvalue())
+    # Weights are not allocated by the arena, which would keep more.
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     if settings.profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(settings.profile)
 
     def make(chosen: Settings) -> CudaSession:
         providers = [(CUDA, chosen.provider()), CPU]
-        session = ort.InferenceSession(graph, options, providers=providers, disabled_optimizers=["ConstantFolding"])
+        # Without a fallback: it would be the CPU, for a GPU whose memory does not suffice too.
+        session = ort.InferenceSession(
+            graph, options, providers=providers, disabled_optimizers=LEFT_OUT, enable_fallback=0
+        )
         return CudaSession(session, cupy, chosen)
 
     try:
@@ -151,19 +121,6 @@ def load_session(graph: Path, options: onnxruntime.SessionOptions, settings: Set
             raise
         log.warning("%s: no CUDA graphs: %s", graph.name, " ".join(str(error).split())[:300])
         return make(replace(settings, graphs=0))
-
-
-def check_provider(options: onnxruntime.SessionOptions, said: str) -> None:
-    """Raise UserError if ONNX Runtime cannot load its CUDA provider: it would execute on the CPU, after one warning."""
-    import onnxruntime as ort
-
-    probe = ort.InferenceSession(PROBE, options, providers=[CUDA, CPU])
-    if probe.get_providers()[0] != CUDA:
-        why = f": {' '.join(said.split())[:300]}" if said else ""
-        raise UserError(
-            f"ONNX Runtime {ort.__version__} cannot load its CUDA provider{why}",
-            f"{install_hint.install('onnxruntime-gpu')}   (it brings CUDA's libraries of its version)",
-        )
 
 
 class CudaSession:

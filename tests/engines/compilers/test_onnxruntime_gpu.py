@@ -18,7 +18,7 @@ from ditforge.engines.build import BuildOptions, build
 from ditforge.engines.compilers import Job, onnxruntime
 from ditforge.engines.compilers.choice import check_component
 from ditforge.engines.gpus import find_target
-from ditforge.engines.runtime import onnxruntime_cuda
+from ditforge.engines.runtime import cuda_provider, onnxruntime_cuda
 from ditforge.engines.verify import as_declared, compared_sizes, example
 from ditforge.errors import DitforgeWarning, UserError
 from ditforge.manifest import Component
@@ -116,7 +116,7 @@ def test_there_is_no_gpu_here(tmp_path: Path) -> None:
 
 
 def test_the_provider_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxruntime_cuda, "why_not_here", lambda targets: "")
+    monkeypatch.setattr(cuda_provider, "why_not_here", lambda targets: "")
     with pytest.raises(UserError, match="is the one for CPUs: it has no CUDA provider") as error:
         onnxruntime.load([tmp_path / "dit.onnx"], "sm_90", "")
     assert "uninstall onnxruntime" in error.value.fix and "onnxruntime-gpu" in error.value.fix
@@ -125,7 +125,7 @@ def test_the_provider_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_provider_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime would go on with the CPU."""
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace())
-    with pytest.raises(UserError, match="cannot load its CUDA provider"):
+    with pytest.raises(UserError, match="cannot use its CUDA provider"):
         onnxruntime_cuda.load_session(tmp_path / "dit.onnx", onnxruntime.session_options())
 
 

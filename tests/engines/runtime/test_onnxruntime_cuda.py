@@ -160,6 +160,5 @@ def test_out_of_memory_is_said(session: Any, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_options_of_the_provider() -> None:
     assert Settings().provider()["use_tf32"] == "0" and "gpu_mem_limit" not in Settings().provider()
-    chosen = Settings(graphs=1, memory_limit=5, attention=1, strict_norm=False).provider()
+    chosen = Settings(graphs=1, memory_limit=5, attention=1).provider()
     assert {"enable_cuda_graph": "1", "gpu_mem_limit": "5", "sdpa_kernel": "1"}.items() <= chosen.items()
-    assert chosen["enable_skip_layer_norm_strict_mode"] == "0"

@@ -2,7 +2,7 @@
 
     python benchmarks/pass_counts.py flux.1-dev sd3.5-large --out benchmarks/pass_counts.md
 
-The graphs are traced without weights, so that this takes a minute and a half a model and no GPU. What the passes are
+The graphs are traced without weights, so that this takes half a minute a model and no GPU. What the passes are
 worth in time is shown by onnxruntime_passes.py, on a GPU.
 """
 
@@ -25,7 +25,7 @@ from ditforge.engines.compilers import onnx_passes
 from ditforge.export.checkpoint.source import CheckpointSource, opened
 from ditforge.export.families import family_of
 from ditforge.export.graph.tracing import trace
-from ditforge.export.graph.writing import simplify, store_transposed
+from ditforge.export.graph.writing import store_transposed
 from ditforge.export.quantisation.precision import parse_precision
 
 Array = NDArray[np.float64]
@@ -53,12 +53,11 @@ def counts(name: str, precision: str) -> tuple[Counter[str], Counter[str], dict[
     with opened(CheckpointSource(Path(name), random_weights=True)) as checkpoint:
         networks = family_of(checkpoint).networks(checkpoint, parse_precision(precision))
         network = next(network for network in networks if network.name == DIT)
-        model, _ = trace(network)
+        model = trace(network).model
         store_transposed(model)
         for value in model.graph.initializers.values():
             if value.const_value is None:
                 value.const_value = small_numbers(value)
-        simplify(model, network)
     before = Counter(node.op_type for node in model.graph)
     model = onnx_passes.shapes.infer(model)
     found = onnx_passes.apply(model)

@@ -19,6 +19,7 @@ come. `--kernels` prints what CUPTI counts on the GPU for a variant, by PyTorch'
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -183,6 +184,7 @@ def measure(
         finally:
             engine.close()
             del engine
+            gc.collect()
     except Exception as error:  # one variant's failure is a row of its own
         result.failed = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
     finally:

@@ -107,6 +107,7 @@ class Compiler:
     triton_backend: the name of Triton's own backend that executes its engines, if there is one.
     keeps: names of files beside the engines that it reads and writes anew in each build, such as a timing cache.
     rank: if several compilers can make an engine, the one with the lowest rank is the default.
+    first_on: devices for which it comes before all others nevertheless.
     """
 
     name: str
@@ -125,6 +126,7 @@ class Compiler:
     triton_backend: str = ""
     keeps: tuple[str, ...] = ()
     rank: int = 100
+    first_on: tuple[str, ...] = ()
 
 
 def find_compiler(name: str) -> Compiler:

@@ -177,4 +177,5 @@ COMPILER = Compiler(
     shapes="any",
     holds_weights=False,
     rank=50,
+    first_on=(CPU,),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from ditforge import manifest, regions, stage_folder
 from ditforge.contract import DIT, TOKENIZER
 from ditforge.engines.compilers import Compiler, Job, Progress, Ranges, compilers, find_compiler
 from ditforge.engines.compilers.child_process import compile_apart
-from ditforge.engines.compilers.choice import check_component, default_compiler, made_by
+from ditforge.engines.compilers.choice import check_component, choose, made_by
 from ditforge.engines.gpus import Target, default_precision, find_target, limited
 from ditforge.engines.memory.fitting import (
     cut_before,
@@ -26,7 +27,7 @@ from ditforge.engines.memory.fitting import (
 )
 from ditforge.engines.memory.memory_plan import Plan
 from ditforge.engines.profile import Profile, announced, make_profiles, tiled
-from ditforge.errors import UserError
+from ditforge.errors import DitforgeWarning, UserError
 from ditforge.manifest import Component, Engine, Manifest
 from ditforge.model import Model
 from ditforge.option import command, option
@@ -177,12 +178,15 @@ def make_order(source: Manifest, options: BuildOptions) -> tuple[Order, Plan | N
             f"{option('gpu_memory')} is for a plan, which {option('segments')} and {option('residency')} replace",
             "leave one of them out",
         )
-    compiler = find_compiler(default_compiler(target) if options.compiler is None else options.compiler)
+    name, why = choose(target) if options.compiler is None else (options.compiler, "")
+    if why:
+        warnings.warn(f"{name} compiles for {options.gpu}: {why}", DitforgeWarning, stacklevel=2)
+    compiler = find_compiler(name)
     networks = {name: component for name, component in source.components.items() if name != TOKENIZER}
     model, profiles = tiled(source.model, options.vae_tile), []
-    if compiler.shapes == "ranges" or options.sized_by_hand:
+    if compiler.shapes == "ranges" or options.sized_by_hand or target.capabilities:
         profiles = make_profiles(model, options.resolutions, options.static, options.batch)
-    plan, memory = None, memory_to_compile()
+    plan, memory = None, memory_to_compile() if compiler.holds_weights else None
     if profiles:
         limits = replace(target, memory_gb=None) if options.placed_by_hand else target
         plan = decide(networks, model, limits, profiles, options.batch, memory)

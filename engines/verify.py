@@ -19,6 +19,7 @@ from ditforge import manifest
 from ditforge.contract import DIT, TOKENIZER
 from ditforge.engines.compilers import Arrays
 from ditforge.engines.fp32_graph import write_fp32_graph
+from ditforge.engines.gpus import CPU
 from ditforge.engines.runtime.loading import load_engine
 from ditforge.errors import DitforgeError, UserError
 from ditforge.manifest import Component, Manifest, Tensor
@@ -170,7 +171,7 @@ def is_same_graph(found: Manifest, reference: Manifest, name: str) -> bool:
     if engine is None:
         return found.components[name].files == files
     digests = {f"sha256 of {file}": described.sha256 for file, described in files.items()}
-    return engine.compiler == "onnxruntime" and digests.items() <= engine.cache_key.items()
+    return (engine.compiler, engine.target) == ("onnxruntime", CPU) and digests.items() <= engine.cache_key.items()
 
 
 def run_component(folder: Path, found: Manifest, name: str, inputs: Arrays) -> Arrays:

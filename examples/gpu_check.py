@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from ditforge.engines.compilers.choice import default_compiler
+from ditforge.engines.compilers.choice import choose
 from ditforge.engines.gpus import default_activations, default_precision, find_target
 from ditforge.errors import UserError
 
@@ -68,7 +68,7 @@ def main() -> None:
         sys.exit(
             f"error: {error.problem}\nfix:   run this on a machine with an NVIDIA GPU, with nvidia-ml-py installed"
         )
-    compiler, (precision, reason) = default_compiler(target), default_precision(target)
+    (compiler, _), (precision, reason) = choose(target), default_precision(target)
     print(f"{target.name}: {target}, {target.memory_gb} GiB; {compiler}, {precision}: {reason}\n", flush=True)
 
     run("export", options.checkpoint, "--out", out / "reference")

@@ -21,6 +21,7 @@ EXTRAS = {
     "tensorrt-rtx": ("tensorrt_rtx",),
     "tensorrt": ("tensorrt",),
     "gpu": ("cupy",),
+    "onnxruntime-gpu": (),  # its module is that of engines
     "serve-in-container": ("tokenizers", "google", "psutil", "prometheus_client"),
     "serve": ("pytriton",),
 }

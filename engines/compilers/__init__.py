@@ -102,10 +102,12 @@ class Compiler:
     shapes: "any" where engines take all shapes of a graph, "ranges" where they are made for ranges of them.
     compiles_on: "any machine", or "the target" where the GPU that will execute is needed.
     weight_streaming: whether engines can leave weights in the machine's memory and stream them in each call.
+    holds_weights: whether compiling takes memory for the weights, so that a network may have to be cut for that alone.
     own_process: whether it is run in a process of its own, since it does not give all its memory back.
     triton_backend: the name of Triton's own backend that executes its engines, if there is one.
     keeps: names of files beside the engines that it reads and writes anew in each build, such as a timing cache.
     rank: if several compilers can make an engine, the one with the lowest rank is the default.
+    first_on: devices for which it comes before all others nevertheless.
     """
 
     name: str
@@ -119,10 +121,12 @@ class Compiler:
     shapes: Literal["any", "ranges"] = "ranges"
     compiles_on: Literal["any machine", "the target"] = "any machine"
     weight_streaming: bool = False
+    holds_weights: bool = True
     own_process: bool = False
     triton_backend: str = ""
     keeps: tuple[str, ...] = ()
     rank: int = 100
+    first_on: tuple[str, ...] = ()
 
 
 def find_compiler(name: str) -> Compiler:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ditforge.engines import gpus
 from ditforge.engines.compilers import Compiler, compilers, find_compiler
 from ditforge.engines.gpus import CPU, Target
@@ -18,15 +20,48 @@ def devices(target: Target) -> tuple[str, ...]:
 
 def able(device: str) -> list[str]:
     """The names of the compilers whose engines run on a device; the first is the default."""
-    return [compiler.name for compiler in compilers() if device in compiler.executes]
+    return [compiler.name for compiler in able_for((device,))]
+
+
+def able_for(wanted: Sequence[str]) -> list[Compiler]:
+    """The compilers whose engines run on all of these devices; the first is the default."""
+    found = [compiler for compiler in compilers() if all(device in compiler.executes for device in wanted)]
+    return sorted(found, key=lambda compiler: not all(device in compiler.first_on for device in wanted))
 
 
 def default_compiler(target: Target) -> str:
     """The compiler to take where the user names none. Raises UserError if one does not do for all of a target."""
-    for compiler in compilers():
-        if all(device in compiler.executes for device in devices(target)):
-            return compiler.name
+    for compiler in able_for(devices(target)):
+        return compiler.name
     raise UserError(f"no compiler makes one engine for {target}", "build for each of them, into folders of their own")
+
+
+def choose(target: Target) -> tuple[str, str]:
+    """The compiler to take here where the user names none, and why those before it are not taken: empty if it is first.
+
+    That is the first that is installed and can compile on this machine. If none is, it is the first of all, whose own
+    error says what to install. Raises UserError if none does for all of a target.
+    """
+    passed_over: list[str] = []
+    for compiler in able_for(devices(target)):
+        why = why_not_here(compiler, target)
+        if not why:
+            return compiler.name, "; ".join(passed_over)
+        passed_over.append(why)
+    return default_compiler(target), ""
+
+
+def why_not_here(compiler: Compiler, target: Target) -> str:
+    """The reason why a compiler cannot compile for a target on this machine; empty if it can."""
+    try:
+        compiler.version()
+        if compiler.compiles_on == "the target":
+            here = gpus.local_target()
+            if here.capabilities != target.capabilities:
+                return f"{compiler.name} compiles on the GPU itself, and this machine's is {here}"
+    except UserError as error:
+        return f"{compiler.name}: {error.problem}"
+    return ""
 
 
 def made_by(placement: Placement, compiler: Compiler, target: Target) -> tuple[Compiler, Target]:

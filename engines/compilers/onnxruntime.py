@@ -1,7 +1,12 @@
-"""ONNX Runtime as a compiler: it optimises the graph once, offline, and executes it on the CPU."""
+"""ONNX Runtime as a compiler, for the CPU and for any CUDA GPU. It optimises the graph once, which needs no GPU.
+
+For the CPU its own optimiser does so. For a GPU the passes of engines/compilers/onnx_passes do, since its optimiser
+would prepare the graph for the CPU; what it can do for a GPU, it does when the graph is loaded there.
+"""
 
 from __future__ import annotations
 
+import logging
 from importlib.metadata import PackageNotFoundError, version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,21 +14,29 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ditforge import install_hint
-from ditforge.engines.compilers import Arrays, Compiler, Job
+from ditforge.engines import gpus
+from ditforge.engines.compilers import Arrays, Compiler, Job, LoadedEngine
+from ditforge.engines.gpus import CPU, Target
 from ditforge.errors import DitforgeError, UserError
-from ditforge.manifest import NEXT_COMMAND
+from ditforge.manifest import NEXT_COMMAND, Component
+from ditforge.option import command
 from ditforge.write_errors import check_room
 
 if TYPE_CHECKING:
     import onnxruntime
 
+NAME = "onnxruntime"
+PACKAGES = ("onnxruntime", "onnxruntime-gpu")  # both install the module of the same name
 PROVIDERS = ["CPUExecutionProvider"]
 EXTERNAL_MIN_BYTES = 1024
+PASSES = 1  # another number where the passes give other graphs
+
+log = logging.getLogger(__name__)
 
 
 def version() -> str:
     """The installed ONNX Runtime's version. Raises UserError if there is none."""
-    for package in ("onnxruntime", "onnxruntime-gpu"):
+    for package in PACKAGES:
         try:
             return installed_version(package)
         except PackageNotFoundError:
@@ -33,15 +46,49 @@ def version() -> str:
 
 def settings() -> dict[str, str]:
     """The optimisation level. Fusions are done offline. Layouts that suit only one CPU are chosen at loading."""
-    return {"optimization": "extended", "quantisation": "computed as floats"}
+    return {"optimization": "extended", "quantisation": "computed as floats", "passes for GPUs": str(PASSES)}
+
+
+def check(name: str, component: Component, target: Target) -> None:
+    """Raise UserError for bf16 around FP8 activations, which the CUDA provider does not quantise."""
+    if target.capabilities and (component.precision, component.dtype) == ("fp8", "bf16"):
+        raise UserError(
+            f"{name} is in fp8 with bf16 around it, which {NAME} does not execute on a GPU",
+            command("ditforge export CHECKPOINT --precision {} --activations {}   (or fp8-weights)", "fp8", "fp16"),
+        )
 
 
 def compile(job: Job) -> list[Path]:
     """Optimise the graph and write it to ENGINE.onnx, with the weights in ENGINE.onnx.data."""
-    import onnxruntime as ort
-
     path = job.engine.with_name(job.engine.name + ".onnx")
     data = path.with_name(path.name + ".data")
+    if job.target.capabilities:
+        write_for_gpu(job, path, data)
+    else:
+        write_for_cpu(job, path, data)
+    return [file for file in (path, data) if file.is_file()]
+
+
+def write_for_gpu(job: Job, path: Path, data: Path) -> None:
+    """Apply the passes, and write the weights one after the other."""
+    import onnx_ir as ir
+
+    from ditforge.engines.compilers import onnx_passes
+
+    model = onnx_passes.load(job.graph, job.origin.parent)
+    counts = onnx_passes.apply(model)
+    log.debug("%s: %s", job.name, ", ".join(f"{name} {count}" for name, count in counts.items() if count))
+
+    def report(tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
+        job.progress(f"{job.name}: weights", info.index + 1, info.total)
+
+    ir.save(model, path, external_data=data.name, size_threshold_bytes=EXTERNAL_MIN_BYTES, callback=report)
+
+
+def write_for_cpu(job: Job, path: Path, data: Path) -> None:
+    """Let ONNX Runtime optimise the graph for the CPU, and write it."""
+    import onnxruntime as ort
+
     chosen = session_options()
     chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     chosen.optimized_model_filepath = str(path)
@@ -56,11 +103,10 @@ def compile(job: Job) -> list[Path]:
         check_room(path.parent, sum(file.size for file in job.component.files.values()))
         reason = " ".join(str(error).split())[:1000]
         raise DitforgeError(f"ONNX Runtime cannot compile {job.name}: {reason}", "report it with the export") from error
-    return [file for file in (path, data) if file.is_file()]
 
 
-def load(files: list[Path], target: str, version: str) -> Session:
-    """Load the optimised graph among `files`. Raises UserError if there is none."""
+def load(files: list[Path], target: str, built_with: str) -> LoadedEngine:
+    """Load the optimised graph among `files`. Raises UserError if there is none, or no GPU of the target."""
     import onnxruntime as ort
 
     path = next((file for file in files if file.suffix == ".onnx"), None)
@@ -68,7 +114,13 @@ def load(files: list[Path], target: str, version: str) -> Session:
         there = ", ".join(file.name for file in files)
         again = f"{NEXT_COMMAND['engines']}   again"
         raise UserError(f"an engine of onnxruntime is a file .onnx, and {there} is none", again)
-    return Session(ort.InferenceSession(path, session_options(), providers=PROVIDERS))
+    if target == CPU:
+        return Session(ort.InferenceSession(path, session_options(), providers=PROVIDERS))
+    from ditforge.engines.runtime.cuda_provider import check_here
+    from ditforge.engines.runtime.onnxruntime_cuda import load_session
+
+    check_here(path, NAME, target)
+    return load_session(path, session_options())
 
 
 def session_options() -> onnxruntime.SessionOptions:
@@ -111,13 +163,19 @@ class Session:
 
 
 COMPILER = Compiler(
-    name="onnxruntime",
+    name=NAME,
     # On a CPU it has no kernels for bf16.
-    executes={"cpu": ("fp32", "fp16", "fp8", "fp8-weights", "int8-weights")},
+    executes={
+        CPU: ("fp32", "fp16", "fp8", "fp8-weights", "int8-weights"),
+        **{capability: tuple(gpus.precisions(capability)) for capability in gpus.PRODUCTS},
+    },
     version=version,
     settings=settings,
+    check=check,
     compile=compile,
     load=load,
     shapes="any",
-    rank=0,
+    holds_weights=False,
+    rank=50,
+    first_on=(CPU,),
 )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
 from command_line import assert_error, ditforge
 
 from ditforge.engines import gpus
-from ditforge.engines.compilers.choice import check_compiler, default_compiler
+from ditforge.engines.compilers import Compiler, choice, compilers
+from ditforge.engines.compilers.choice import check_compiler, choose, default_compiler
 from ditforge.engines.gpus import GPUS, Target, find_target
 from ditforge.errors import UserError
 from ditforge.local_gpu import LocalGpu, local_gpus
@@ -164,9 +166,30 @@ def test_a_compiler_whose_engines_do_not_run_there(compiler: str, name: str, pro
     assert fix in error.value.fix
 
 
-def test_one_engine_cannot_be_for_all() -> None:
-    with pytest.raises(UserError, match="no compiler makes one engine for sm_75,sm_90"):
-        default_compiler(find_target("t4,h100"))
+def test_one_engine_for_all_is_a_graph() -> None:
+    assert default_compiler(find_target("t4,h100")) == "onnxruntime"
+
+
+def test_a_compiler_that_is_not_installed_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> str:
+        raise UserError("TensorRT is not installed", "pip install tensorrt")
+
+    def installed(**changes: object) -> list[Compiler]:
+        names = "tensorrt-rtx", "tensorrt", "onnxruntime"
+        found = {compiler.name: compiler for compiler in compilers() if compiler.name in names}
+        found["tensorrt"] = replace(found["tensorrt"], **changes)
+        return sorted(found.values(), key=lambda compiler: compiler.rank)
+
+    h100 = find_target("h100")
+    monkeypatch.setattr(choice, "compilers", lambda: installed(version=missing))
+    assert choose(h100) == ("onnxruntime", "tensorrt: TensorRT is not installed")
+    monkeypatch.setattr(choice, "compilers", lambda: installed(version=lambda: "11.0"))
+    compiler, why = choose(h100)  # it compiles on the GPU itself, and there is none here
+    assert compiler == "onnxruntime" and why.startswith("tensorrt: this machine has no NVIDIA GPU")
+    monkeypatch.setattr(choice.gpus, "local_target", lambda: h100)
+    assert choose(h100) == ("tensorrt", "")
+    assert choose(find_target("rtx4090")) == ("tensorrt-rtx", "")
+    assert choose(find_target("cpu")) == ("onnxruntime", "")
 
 
 def test_the_command_prints_the_table(tmp_path) -> None:
@@ -175,7 +198,8 @@ def test_the_command_prints_the_table(tmp_path) -> None:
     lines = result.out.splitlines()
     assert max(map(len, lines)) < 80
     block = next(i for i, line in enumerate(lines) if line.startswith("sm_89 "))
-    assert "fp8" in lines[block] and "tensorrt-rtx (the default) or tensorrt" in lines[block + 1]
+    assert "fp8" in lines[block] and "compiled by tensorrt-rtx (the default), tensorrt, " in lines[block + 1]
+    assert lines[block + 1].endswith(", onnxruntime")
     row = next(line for line in lines[block:] if line.startswith("  rtx4090 "))
     assert row.split() == ["rtx4090", "GeForce", "RTX", "4090", "24", "GiB", "fp8-weights"]
     assert {line.split()[0] for line in lines if line.startswith("  ")} >= {gpu.name for gpu in GPUS}
@@ -184,14 +208,16 @@ def test_the_command_prints_the_table(tmp_path) -> None:
 def test_the_table_as_json(tmp_path) -> None:
     found = json.loads(ditforge("gpus", "--json", cwd=tmp_path).out)["gpus"]
     assert [gpu["name"] for gpu in found] == [gpu.name for gpu in GPUS]
-    assert next(gpu for gpu in found if gpu["name"] == "h100") == {
+    h100 = next(gpu for gpu in found if gpu["name"] == "h100")
+    compilers = h100.pop("compilers")
+    assert (compilers[0], compilers[-1]) == ("tensorrt", "onnxruntime")
+    assert h100 == {
         "name": "h100",
         "product": "H100",
         "capability": "sm_90",
         "memory_gb": 80,
         "precisions": ["fp32", "fp16", "int8-weights", "bf16", "fp8", "fp8-weights"],
         "default_precision": "fp8-weights",
-        "compilers": ["tensorrt"],
         "default_compiler": "tensorrt",
     }
 

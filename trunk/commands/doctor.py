@@ -24,8 +24,10 @@ ON_GPU = {
     "tensorrt-rtx": "needed only to compile for GPUs",
     "tensorrt": "needed only where engines are compiled on a data-centre GPU",
     "gpu": "needed only where engines run on a GPU",
+    "onnxruntime-gpu": "needed only where engines of onnxruntime run on a GPU",
 }
 
+ON_CPU, ON_CUDA = "onnxruntime", "onnxruntime-gpu"  # packages of one module: the latter also runs on GPUs
 SAFE_TRITON = "26.07"  # deployments should run this release of NVIDIA's container, or a later one
 SHM = Path("/dev/shm")
 SHM_START = 72 << 20  # bytes: 8 MiB for each of the nine models as which Triton serves a Stable Diffusion 3.5
@@ -97,6 +99,7 @@ def examine() -> Machine:
         shm_finding(),
         *gpu_findings,
         *(extra_finding(extra) for extra in install_hint.EXTRAS),
+        *both_runtimes(),
         triton_finding(),
     ]
     return Machine(tuple(findings), memory, disk, shm, tuple(gpus))
@@ -167,11 +170,33 @@ def extra_finding(extra: str) -> Finding:
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
+            if name == ON_CPU and has_package(ON_CUDA):
+                continue  # it is the same module, and would be overwritten
             missing.append(name)
     shown = ", ".join(found + [f"no {name}" for name in missing])
     if extra in ON_GPU and missing:
         shown += f" ({ON_GPU[extra]})"
-    return Finding(f"[{extra}]", shown, install_hint.install(extra) if missing else "")
+    fix = install_hint.install(extra) if missing else ""
+    if ON_CUDA in missing and has_package(ON_CPU):
+        fix = f"{install_hint.pip()} uninstall {ON_CPU}, then {fix}"
+    return Finding(f"[{extra}]", shown, fix)
+
+
+def has_package(name: str) -> bool:
+    """Whether a package is installed."""
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
+
+
+def both_runtimes() -> list[Finding]:
+    """A finding if ONNX Runtime is installed for CPUs and for GPUs: the files of one have overwritten the other's."""
+    if not (has_package(ON_CPU) and has_package(ON_CUDA)):
+        return []
+    pip = install_hint.pip()
+    fix = f"{pip} uninstall {ON_CPU} {ON_CUDA}, then {install_hint.install(ON_CUDA)}   or {pip} install {ON_CPU}"
+    return [Finding(ON_CPU, f"{ON_CPU} and {ON_CUDA} are both installed, and are one module", fix)]
 
 
 def triton_finding() -> Finding:

@@ -28,9 +28,10 @@ def say(report: GpuTable) -> None:
     for capability, group in groupby(report.gpus, lambda gpu: gpu.capability):
         first, *others = group
         default = f"{first.default_compiler} (the default)" if len(first.compilers) > 1 else first.default_compiler
-        compilers = " or ".join([default, *(name for name in first.compilers if name != first.default_compiler)])
+        compilers = ", ".join([default, *(name for name in first.compilers if name != first.default_compiler)])
         terminal.say(f"{capability} computes in {', '.join(first.precisions)}")
-        terminal.say(f"  {'compiled by ' + compilers:{names + products + 13}}default precision")
+        terminal.say(f"  compiled by {compilers}")
+        terminal.say(f"  {'':{names + products + 13}}default precision")
         for gpu in (first, *others):
             row = f"  {gpu.name:{names}}  {gpu.product:{products}}  {gpu.memory_gb:3} GiB  {gpu.default_precision}"
             terminal.say(row)

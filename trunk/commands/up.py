@@ -143,13 +143,13 @@ def prepare(wanted: Wanted, cache: Path | None) -> Path:
 
 def choose_options(wanted: Wanted, target: Target) -> ExportOptions:
     """The options of an export for the target. Raises UserError if the precision or the compiler does not suit it."""
-    from ditforge.engines.compilers.choice import check_compiler, default_compiler
+    from ditforge.engines.compilers.choice import check_compiler, choose
     from ditforge.export.onnx_export import ExportOptions
     from ditforge.suited import suited
 
     if target.capabilities:
         compiler = wanted.sizes.compiler
-        check_compiler(default_compiler(target) if compiler is None else compiler, target)
+        check_compiler(choose(target)[0] if compiler is None else compiler, target)
     options, reason = suited(ExportOptions(wanted.precision, calibration=wanted.calibration), target)
     if wanted.precision is None and (target.capabilities or wanted.calibration):
         terminal.note(f"precision {options.precision}: {reason}")

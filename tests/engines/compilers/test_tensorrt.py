@@ -27,13 +27,17 @@ def installed() -> bool:
 @pytest.mark.skipif(installed(), reason="TensorRT is installed")
 def test_not_installed(schnell, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="TensorRT is not installed") as error:
-        build(schnell.onnx, tmp_path / "engines", BuildOptions("h100"))
+        build(schnell.onnx, tmp_path / "engines", BuildOptions("h100", "tensorrt"))
     assert error.value.fix == f"{install_hint.install('tensorrt')}   (or tensorrt-cu12)"
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("gpu", "fix"), [("rtx4090", 'a machine with sm_89; or compiler="tensorrt-rtx"'), ("b200", "a machine with sm_100")]
+    ("gpu", "fix"),
+    [
+        ("rtx4090", 'a machine with sm_89; or compiler="tensorrt-rtx"'),
+        ("b200", 'a machine with sm_100; or compiler="onnxruntime"'),
+    ],
 )
 def test_another_machines_gpu(schnell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: str, fix: str) -> None:
     monkeypatch.setattr(tensorrt, "version", lambda: "11.4")

@@ -25,7 +25,7 @@ from ditforge.errors import DitforgeError, UserError
 from ditforge.manifest import Engine, File
 
 ATTEMPTS = 2  # a process that is just ending accepts no more
-SMALL = 1 << 14  # bytes that are copied sooner than looked up
+SMALL = 1 << 16  # bytes that are copied sooner than looked up
 
 
 class ProcessLost(DitforgeError):
@@ -195,7 +195,7 @@ class Mapped:
         """Return where an array is, as messages name it; None if it is in no such file, or small."""
         if array.nbytes < SMALL or not array.flags.c_contiguous:
             return None
-        begin = array.ctypes.data
+        begin: int = array.__array_interface__["data"][0]
         found = self.range_of(begin) or self.range_of(begin, look=True)
         if found is None or begin + array.nbytes > found[1]:
             return None

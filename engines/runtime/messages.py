@@ -43,11 +43,9 @@ class Memory:
         finally:
             os.close(descriptor)
 
-    def array(self, dtype: str, shape: Sequence[int], offset: int) -> NDArray[Any]:
-        """The array that is there. Raises ValueError if it is not inside."""
-        kind = np.dtype(dtype)
-        count = int(np.prod(shape, dtype=np.int64))
-        return np.frombuffer(self.bytes.data, kind, count, offset).reshape(shape) if count else np.empty(shape, kind)
+    def array(self, dtype: np.dtype[Any] | str, shape: Sequence[int], offset: int) -> NDArray[Any]:
+        """The array that is there. Raises TypeError if it is not inside."""
+        return np.ndarray(shape, dtype, self.bytes.data, offset)
 
 
 class Line:
@@ -116,12 +114,12 @@ class Line:
     def place(self, dtype: np.dtype[Any], shape: Sequence[int]) -> tuple[list[Any], NDArray[Any]]:
         """The next array of a message: as the message names it, and to be written to."""
         assert self.written is not None, "begin() comes first"
-        array, offset = self.written.array(dtype.str, shape, self.end), self.end
+        array, offset = self.written.array(dtype, shape, self.end), self.end
         self.end += room(array.nbytes)
         return [dtype.str, list(shape), self.number, offset], array
 
     def array(self, place: Sequence[Any]) -> NDArray[Any]:
-        """The array of a message of the other end's. Raises KeyError or ValueError if there is none."""
+        """The array of a message of the other end's. Raises KeyError or TypeError if there is none."""
         dtype, shape, number, offset = place
         return self.memory[number].array(dtype, shape, offset)
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ditforge.engines.compilers import LoadedEngine
 from ditforge.engines.runtime import rendezvous
@@ -145,13 +146,18 @@ class Client:
         assert self.engine is not None, "it is loaded first"
         if self.device != CPU:
             self.pin()
-        parts = [{name: self.line.array(place) for name, place in part.items()} for part in message["parts"]]
+        parts = [{name: self.take(place) for name, place in part.items()} for part in message["parts"]]
         with self.turns[self.device]:
             outputs = self.engine.run_batch(parts)
             self.line.begin(sum(room(array.nbytes) for array in outputs.values()))
             if self.device != CPU:
                 self.pin()
             return {"outputs": {name: self.put(array) for name, array in outputs.items()}}
+
+    def take(self, place: list[Any]) -> NDArray[Any]:
+        """An input. What computes on the CPU takes numbers to be aligned, which in Triton's memory they are not."""
+        array = self.line.array(place)
+        return array if self.device != CPU or array.flags.aligned else array.copy()
 
     def put(self, array: Any) -> list[Any]:
         """Copy an output of NumPy's or CuPy's to where the client sees it, and say where that is."""

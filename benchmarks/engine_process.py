@@ -3,9 +3,9 @@
     python benchmarks/engine_process.py out/demo/engines --out benchmarks/engine_process.md
 
 Both sides run in turn in one call of a Python model of a real Triton, on the tensors that Triton handed to it. One
-engine is the DiT of the build in ENGINES; another one takes and gives the tensors of FLUX.1 at 1024 x 1024, and does next
-to nothing with them. For engines of the CPU, the engine process copies tensors that are not aligned, as Triton has them;
-for those of a GPU it does not. The last engine gets aligned tensors, so that none are copied.
+engine is the DiT of the build in ENGINES; another one takes and gives the tensors of FLUX.1 at 1024 x 1024, and does
+next to nothing with them. For engines of the CPU, the engine process copies tensors that are not aligned, as Triton has
+them; for those of a GPU it does not. The last engine gets aligned tensors, so that none are copied.
 """
 
 from __future__ import annotations

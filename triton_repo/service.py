@@ -39,6 +39,7 @@ from ditforge.triton_repo.tritonserver import Triton
 T = TypeVar("T")
 M_MMAP_THRESHOLD, LARGE = -3, 1 << 20
 BACKOFF = (0.0, 0.5, 1.0, 2.0, 4.0)  # seconds before each restart in a row
+ENGINES = "engines"  # the name of the engine process in metrics
 DOUBT = 2.0  # seconds after which a process that Triton complains about counts as hanging, if it has not died
 STABLE = 30.0  # seconds of service after which the count of deaths in a row starts again
 log = logging.getLogger(__name__)
@@ -101,7 +102,8 @@ async def keep_running(
             front.metrics.ready.set(1)
             since, been_ready = loop.time(), True
             report("ready")
-            process, end = await unless(stopped, first_of(triton.died(), triton.fell_silent(), hangs(front)))
+            ends = triton.died(), triton.fell_silent(), hangs(front), keep_engines(triton, front, report)
+            process, end = await unless(stopped, first_of(*ends))
             deaths = 0 if loop.time() - since >= STABLE else deaths
             problem = DitforgeError(in_words(process, end, front), f"look at the log, {options.log}")
         except Stop as stop:
@@ -139,6 +141,14 @@ async def keep_running(
         )
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(asyncio.shield(stopped), wait)
+
+
+async def keep_engines(triton: Triton, front: Front, report: Report) -> tuple[str, str]:
+    """Report and count each death of the engine process, which the models start again. Never returns."""
+    while True:
+        how = await triton.engines_died()
+        front.metrics.restarts.labels(ENGINES).inc()
+        report("engines died", message=f"the engine process {how}; it was started again")
 
 
 def in_words(process: str, end: str, front: Front) -> str:

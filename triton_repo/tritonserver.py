@@ -125,6 +125,23 @@ class Triton:
                 return model, f"has died: {how}"
         return "tritonserver", f"has died: {how_it_ended(self.process.pid) or 'it ended'}"
 
+    async def engines_died(self) -> str:
+        """Wait until the engine process ends. Returns how. The models start another one, so Triton need not be."""
+        pid = await self.engine_process(0)
+        await any_ended([pid])
+        how = how_it_ended(pid) or "it ended"
+        await self.engine_process(pid)
+        return f"has died: {how}"
+
+    async def engine_process(self, other: int) -> int:
+        """Wait until there is an engine process with another process id than `other`, and return that."""
+        while True:
+            with contextlib.suppress(OSError, ValueError):
+                pid = int((self.folder / ENGINES / "pid").read_text())
+                if pid != other:
+                    return pid
+            await asyncio.sleep(0.2)
+
     async def fell_silent(self) -> tuple[str, str]:
         """Wait until Triton has not answered for SILENCE seconds although it lives. Returns as died() does."""
         assert self.channel is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import os
 import select
+import socket
 import subprocess
 import threading
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from ditforge.errors import DitforgeError, UserError
 from ditforge.manifest import Engine, File
 
 ATTEMPTS = 2  # a process that is just ending accepts no more
+REAPED = 1.0  # seconds until a process that has closed its connections has ended
 SMALL = 1 << 16  # bytes that are copied sooner than looked up
 
 
@@ -87,12 +89,17 @@ class RemoteEngine:
                 raise ProcessLost(f"the engine process cannot be started: {error.strerror or error}") from error
             self.started = process or self.started
             line = Line(connection)
+            line.begin(1)  # now, when there are file descriptors for it
+            mapped = Mapped(line)
             try:
                 answer = ask(line, self.what)
             except (EOFError, OSError):
                 continue
+            except BaseException:
+                connection.close()
+                raise
             self.inputs, self.outputs = answer["inputs"], answer["outputs"]
-            self.line, self.mapped = line, Mapped(line)
+            self.line, self.mapped = line, mapped
             self.turn.notify_all()
             return line
         raise ProcessLost("the engine process ended while an engine was loaded")
@@ -114,12 +121,12 @@ class RemoteEngine:
                     return
                 if self.line not in (line, None):
                     continue
-                self.line = None
+                self.drop()
+                self.tell(f"the engine process has ended{self.how()}; the engine is loaded again")
                 try:
                     self.connect()
-                    self.tell("the engine process had ended, and was started again")
-                except Exception as error:
-                    self.tell(f"the engine process had ended: {' '.join(str(error).split())}")
+                except Exception as error:  # the next call tries again
+                    self.tell(f"the engine cannot be loaded: {' '.join(str(error).split())}")
 
     def run(self, inputs: Arrays) -> Arrays:
         """Compute the outputs, by name, for inputs by name."""
@@ -132,12 +139,28 @@ class RemoteEngine:
         """
         with self.turn:
             line = self.line or self.connect()
+            message = {"call": "run", "parts": self.placed(line, parts)}
             try:
-                answer = ask(line, {"call": "run", "parts": self.placed(line, parts)})
+                answer = ask(line, message)
             except (EOFError, OSError) as error:
-                self.line = None
+                self.drop()
                 raise ProcessLost("the engine process ended during a call") from error
             return {name: line.array(place) for name, place in answer["outputs"].items()}
+
+    def drop(self) -> None:
+        """Have the process free the engine, if the process lives."""
+        if self.line is not None:
+            with suppress(OSError):
+                self.line.connection.shutdown(socket.SHUT_RDWR)
+        self.line = None
+
+    def how(self) -> str:
+        """How the process ended, in words, if that is known here: it was this process that started it."""
+        try:
+            code = self.started.wait(REAPED) if self.started else None
+        except subprocess.TimeoutExpired:
+            return ""
+        return "" if code is None else f" with exit code {code}" if code >= 0 else f" by signal {-code}"
 
     def placed(self, line: Line, parts: list[Arrays]) -> list[dict[str, Any]]:
         """Where the arrays are in memory that the engine process has mapped; those that are in none are copied."""
@@ -159,10 +182,7 @@ class RemoteEngine:
         """Have the engine freed."""
         with self.turn:
             self.closed = True
-            if self.line is not None:
-                with suppress(OSError):
-                    self.line.connection.shutdown(2)
-            self.line = None
+            self.drop()
             self.turn.notify_all()
 
 
@@ -188,8 +208,11 @@ class Mapped:
 
     def __init__(self, line: Line) -> None:
         self.line = line
-        self.ranges: list[tuple[int, int, str, int]] = []  # begin, end, file, where it begins in the file; sorted
+        self.ranges = sorted(shared_ranges())
         self.files: dict[str, tuple[int, int]] = {}  # the number by which the other end knows it, and its size
+        for _, _, file, _ in self.ranges:
+            if file not in self.files:
+                self.offer(file, 0)
 
     def find(self, array: NDArray[Any]) -> list[Any] | None:
         """Return where an array is, as messages name it; None if it is in no such file, or small."""
@@ -226,7 +249,10 @@ class Mapped:
 
 
 def shared_ranges() -> list[tuple[int, int, str, int]]:
-    """The ranges of this process's addresses at which files of /dev/shm are mapped; see /proc/PID/maps in proc(5)."""
+    """The ranges of this process's addresses at which files of /dev/shm are mapped; see /proc/PID/maps in proc(5).
+
+    Each is its begin and its end, the file, and where it begins in the file.
+    """
     ranges = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         place, mode, offset, _, _, *name = line.split(maxsplit=5)

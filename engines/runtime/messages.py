@@ -17,6 +17,7 @@ descriptors that come with a message, and `"dropped": [NUMBER, …]` is memory t
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -84,7 +85,10 @@ class Line:
                 raise EOFError
             data += more
         message: dict[str, Any] = json.loads(data[LENGTH.size :])
-        for (number, size), descriptor in zip(message.get("memory", ()), descriptors, strict=True):
+        sent = message.get("memory", ())
+        if len(sent) != len(descriptors):  # some were lost
+            raise OSError(errno.EMFILE, "this process may not have more open files")
+        for (number, size), descriptor in zip(sent, descriptors, strict=True):
             self.memory[number] = Memory(descriptor, size)
         for number in message.get("dropped", ()):
             self.memory.pop(number, None)

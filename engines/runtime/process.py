@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 import warnings
 import weakref
@@ -73,7 +74,11 @@ class EngineProcess:
 
     def accept(self) -> None:
         """Begin to serve a client that has connected."""
-        connection, _ = self.listener.accept()
+        try:
+            connection, _ = self.listener.accept()
+        except OSError:  # such as for want of file descriptors; the client waits
+            time.sleep(SOON)
+            return
         self.clients += 1
         threading.Thread(target=self.attend, args=[connection], daemon=True).start()
 
@@ -139,6 +144,7 @@ class Client:
         self.device = CPU if made.target == CPU else "gpu"
         with self.turns[self.device]:
             self.engine = load_engine(Path(message["folder"]), files, made)
+        self.line.begin(1)  # now, when there are file descriptors for it
         return {"inputs": self.engine.inputs, "outputs": self.engine.outputs}
 
     def run(self, message: dict[str, Any]) -> dict[str, Any]:

@@ -113,9 +113,7 @@ class RemoteEngine:
                 line = self.line
             if line is None:
                 return
-            poll = select.poll()
-            poll.register(line.connection, select.POLLRDHUP)
-            poll.poll()
+            hung_up(line)
             with self.turn:
                 if self.closed:
                     return
@@ -138,6 +136,8 @@ class RemoteEngine:
         Raises ProcessLost if the process ended, and EngineFailed or what `load_engine` raises if the engine failed.
         """
         with self.turn:
+            if self.line is not None and hung_up(self.line, 0):
+                self.drop()
             line = self.line or self.connect()
             message = {"call": "run", "parts": self.placed(line, parts)}
             try:
@@ -184,6 +184,13 @@ class RemoteEngine:
             self.closed = True
             self.drop()
             self.turn.notify_all()
+
+
+def hung_up(line: Line, timeout: float | None = None) -> bool:
+    """Wait until the other end is gone, at most `timeout` ms. Returns whether it is."""
+    poll = select.poll()
+    poll.register(line.connection, select.POLLRDHUP)
+    return bool(poll.poll(timeout))
 
 
 def ask(line: Line, message: dict[str, Any]) -> dict[str, Any]:

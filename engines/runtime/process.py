@@ -231,7 +231,7 @@ def recover() -> None:
 
 def main() -> None:
     """Serve on the file descriptors that the command line names."""
-    faulthandler.enable()
+    faulthandler.enable(all_threads=False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which may still need the engines
     folder, listener, server = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     process = EngineProcess(folder, socket.socket(fileno=listener), server)

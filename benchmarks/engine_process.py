@@ -17,10 +17,12 @@ import statistics
 import tempfile
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from google.protobuf import text_format
+from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from tritonclient.grpc import InferenceServerClient, InferInput, model_config_pb2 as pb
 from tritonclient.utils import np_to_triton_dtype
@@ -114,7 +116,7 @@ def write_model(repository: Path, name: str, folder: Path, source: EngineSource,
     (repository / name / "config.pbtxt").write_text(text_format.MessageToString(config))
 
 
-def measure(url: str, name: str, inputs: Arrays) -> np.ndarray:
+def measure(url: str, name: str, inputs: Arrays) -> NDArray[Any]:
     """The milliseconds of each call, in the model's process and in the engine process: [CALLS, 2]."""
     tensors = []
     for tensor, array in inputs.items():
@@ -122,11 +124,11 @@ def measure(url: str, name: str, inputs: Arrays) -> np.ndarray:
         made = InferInput(tensor, column.shape, np_to_triton_dtype(array.dtype))
         tensors.append(made.set_data_from_numpy(column))
     with InferenceServerClient(url) as client:
-        found: np.ndarray = client.infer(name, tensors, client_timeout=600).as_numpy("ms")[0]
+        found: NDArray[Any] = client.infer(name, tensors, client_timeout=600).as_numpy("ms")[0]
     return found
 
 
-def report(found: dict[str, np.ndarray]) -> str:
+def report(found: dict[str, NDArray[Any]]) -> str:
     """The figures as Markdown."""
     lines = [
         f"{date.today()}, {os.cpu_count()} cores, {platform.processor() or platform.machine()}, "

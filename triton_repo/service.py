@@ -31,7 +31,7 @@ from ditforge.triton_repo import tritonserver
 from ditforge.triton_repo.front import Front
 from ditforge.triton_repo.listener import LEAST_CONNECTIONS, RESERVED, Listener, Report, token_of
 from ditforge.triton_repo.log import set_up
-from ditforge.triton_repo.metrics import Metrics
+from ditforge.triton_repo.metrics import ENGINES, Metrics
 from ditforge.triton_repo.serve_options import ServeOptions
 from ditforge.triton_repo.served import read_models
 from ditforge.triton_repo.tritonserver import Triton
@@ -39,7 +39,6 @@ from ditforge.triton_repo.tritonserver import Triton
 T = TypeVar("T")
 M_MMAP_THRESHOLD, LARGE = -3, 1 << 20
 BACKOFF = (0.0, 0.5, 1.0, 2.0, 4.0)  # seconds before each restart in a row
-ENGINES = "engines"  # the name of the engine process in metrics
 DOUBT = 2.0  # seconds after which a process that Triton complains about counts as hanging, if it has not died
 STABLE = 30.0  # seconds of service after which the count of deaths in a row starts again
 log = logging.getLogger(__name__)

@@ -192,22 +192,25 @@ class Client:
 
 def pin(memory: Memory) -> None:
     """Register memory with CUDA for as long as it is mapped. Where that is impossible, copies are slower."""
+    address = memory.bytes.ctypes.data
     try:
-        import cupy
+        if "cupy" in sys.modules:
+            import cupy
 
-        address = memory.bytes.ctypes.data
-        cupy.cuda.runtime.hostRegister(address, memory.bytes.nbytes, 0)
-        weakref.finalize(memory.bytes, unpin, address)  # before it is unmapped, because the mapping is its base
-    except Exception as error:
+            cupy.cuda.runtime.hostRegister(address, memory.bytes.nbytes, 0)
+            unregister = cupy.cuda.runtime.hostUnregister
+        elif "torch" in sys.modules:
+            import torch
+
+            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            runtime.cudaHostRegister(address, memory.bytes.nbytes, 0)
+            unregister = runtime.cudaHostUnregister
+        else:
+            return
+    except Exception as error:  # a driver's or a library's
         warnings.warn(f"memory cannot be pinned ({error}): copies to the GPU are slower", stacklevel=2)
-
-
-def unpin(address: int) -> None:
-    """Undo what pin() did."""
-    import cupy
-
-    with suppress(Exception):
-        cupy.cuda.runtime.hostUnregister(address)
+    else:
+        weakref.finalize(memory.bytes, unregister, address)  # before it is unmapped, because the mapping is its base
 
 
 def recover() -> None:
@@ -216,13 +219,18 @@ def recover() -> None:
     After some errors, such as an illegal address, every call of CUDA in the process fails for ever. Clients then start
     another process.
     """
-    if "cupy" not in sys.modules:
-        return
-    import cupy
-
     try:
-        cupy.cuda.runtime.deviceSynchronize()
-        cupy.get_default_memory_pool().free_all_blocks()
+        if "cupy" in sys.modules:
+            import cupy
+
+            cupy.cuda.runtime.deviceSynchronize()
+            cupy.get_default_memory_pool().free_all_blocks()
+        if "torch" in sys.modules:
+            import torch
+
+            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
     except Exception:
         traceback.print_exc()
         sys.stderr.flush()

@@ -133,8 +133,8 @@ def report(found: dict[str, NDArray[Any]]) -> str:
     lines = [
         "# What the engine process adds to a call",
         "",
-        "Measured by `python benchmarks/engine_process.py ENGINES --out benchmarks/engine_process.md`. On a GPU, inputs",
-        "are not copied, as in the last row: they are uploaded from where Triton has them.",
+        "Measured by `python benchmarks/engine_process.py ENGINES --out benchmarks/engine_process.md`. Inputs that a",
+        "GPU takes are not copied, as in the last row: they are uploaded from where Triton has them.",
         "",
         f"{date.today()}, {os.cpu_count()} cores, {platform.processor() or platform.machine()}, "
         f"Python {platform.python_version()}; {CALLS} calls of each, in turn",

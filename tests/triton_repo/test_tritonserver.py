@@ -9,11 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import grpc
@@ -27,9 +28,13 @@ from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from ditforge.client import Client
+from ditforge.engines.runtime import rendezvous
 from ditforge.errors import DitforgeError
 from ditforge.triton_repo import server as starting
+from ditforge.triton_repo.config import ENGINES_VARIABLE
+from ditforge.triton_repo.serve_options import make_options
 from ditforge.triton_repo.server import Server, start
+from ditforge.triton_repo.tritonserver import prepare, remove
 
 GOOD = request("dit", dit_inputs())
 NOTICED = 2.0  # seconds within which a death shows in the readiness
@@ -140,6 +145,42 @@ def test_text_that_is_encoded_while_the_engine_process_dies(server: Server) -> N
         time.sleep(0.2)
         engine_process(server).kill()
         assert busy.result(120) == {expected}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_tritonserver_without_ditforge_serve(tiny, tmp_path: Path, number: signal.Signals) -> None:
+    """Its models start an engine process by themselves, which ends with it."""
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="ditforge-test-"))
+    command, env = prepare(make_options(tiny.repository, {}), folder)
+    del env[ENGINES_VARIABLE]
+    with (tmp_path / "log").open("wb") as log:
+        running = subprocess.Popen(command, env=env, cwd="/", stdout=log, stderr=log)
+    try:
+        url = f"unix://{folder}/grpc:1"
+        eventually(lambda: running.poll() is not None or answered(url), 120)
+        assert answered(url), (tmp_path / "log").read_text()
+        place = rendezvous.folder_of(running.pid)
+        process = psutil.Process(int((place / "pid").read_text()))
+        models = psutil.Process(running.pid).children()
+        running.send_signal(number)
+        running.wait(60)
+        process.wait(60)
+        for model in models:  # a busy one can wait for its Triton for ever
+            with suppress(psutil.NoSuchProcess):
+                model.kill()
+    finally:
+        running.kill()
+        running.wait()
+        remove(folder)  # and the memory of its models
+    rendezvous.sweep()
+    assert not place.exists()
+
+
+def answered(url: str) -> bool:
+    """Whether a server answers a good request."""
+    with suppress(grpc.RpcError):
+        return bool(stub(url).ModelInfer(GOOD, timeout=60))
+    return False
 
 
 def test_a_model_that_is_stopped_is_started_again(server: Server, events: list[str]) -> None:

@@ -108,9 +108,10 @@ def test_an_engine_process_that_dies_comes_back(server: Server, events: list[str
     expected = output(stub(server.url).ModelInfer(GOOD, timeout=60))
     text = output(stub(server.url).ModelInfer(request("text_encoders", prompt(b"a red circle")), timeout=60))
     before, told, triton, first = metrics(server), len(events), tritonserver(server).pid, engine_process(server)
+    slow = request("dit", {name: np.repeat(array, 8, 0) for name, array in dit_inputs(64, 64).items()})
     with ThreadPoolExecutor(1) as pool:
-        busy = pool.submit(lambda: [stub(server.url).ModelInfer(GOOD, timeout=60) for _ in range(1000)])
-        time.sleep(0.3)
+        busy = pool.submit(lambda: [stub(server.url).ModelInfer(slow, timeout=60) for _ in range(100)])
+        time.sleep(0.5)
         first.send_signal(number)
         error = busy.exception(30)
         assert isinstance(error, grpc.RpcError)

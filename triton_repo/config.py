@@ -18,6 +18,7 @@ from ditforge.triton_repo.limits import Limits
 
 ENGINE_PARAMETER = "ditforge_engine"  # of a network: the JSON of EngineSource
 LIMITS_PARAMETER = "ditforge_limits"  # of a model: the JSON of ditforge.triton_repo.limits.Limits
+ENGINES_VARIABLE = "DITFORGE_ENGINES"  # of the environment: the folder where models find the engine process
 FORGONE_VARIABLE = "DITFORGE_FORGONE"  # of the environment: a folder of the names of requests nobody waits for
 CPU_INSTANCE = pb.ModelInstanceGroup(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
 GPU_INSTANCE = pb.ModelInstanceGroup(count=1, kind=pb.ModelInstanceGroup.KIND_GPU, gpus=[0])
@@ -35,13 +36,11 @@ class EngineSource(BaseModel):
     made: Engine
 
 
-def python_model(
-    name: str, component: Component, max_batch: int, parameters: dict[str, str], gpu: bool = False
-) -> pb.ModelConfig:
+def python_model(name: str, component: Component, max_batch: int, parameters: dict[str, str]) -> pb.ModelConfig:
     """Make the configuration of a model of the Python backend, which has one instance.
 
-    Triton puts up to `max_batch` samples of waiting requests into one call of the model. With `gpu`, tensors that are
-    in the GPU's memory are handed to the model there, and are not copied to the CPU's memory.
+    Triton puts up to `max_batch` samples of waiting requests into one call of the model. The instance is one of the
+    CPU, whatever its engine's device is: the engine process computes, and this one needs no CUDA context.
     """
     config = pb.ModelConfig(
         name=name,
@@ -49,10 +48,10 @@ def python_model(
         max_batch_size=max_batch,
         input=[_input(tensor, component.inputs[tensor]) for tensor in component.inputs],
         output=[_output(tensor, component.outputs[tensor]) for tensor in component.outputs],
-        instance_group=[GPU_INSTANCE if gpu else CPU_INSTANCE],
+        instance_group=[CPU_INSTANCE],
         dynamic_batching=pb.ModelDynamicBatching() if MEMBER_PARAMETER in parameters else batching(),
     )
-    for key, value in (parameters | ({"FORCE_CPU_ONLY_INPUT_TENSORS": "no"} if gpu else {})).items():
+    for key, value in parameters.items():
         config.parameters[key].string_value = value
     return config
 

@@ -141,17 +141,15 @@ class Limits(_Record):
     def check_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Raise BadRequest unless the model accepts the arrays as a request. Triton has already checked their dtypes.
 
-        An input that the network takes as [B] and clients send as [B, 1] arrives here as [B]. Only values in the CPU's
-        memory are checked; tensors on a GPU come from another model of this server. Whether large tensors are finite is
-        not checked again, because a NaN spoils only the pictures of its own request.
+        An input that the network takes as [B] and clients send as [B, 1] arrives here as [B]. Whether large tensors are
+        finite is not checked again, because a NaN spoils only the pictures of its own request.
         """
         sizes = set()
         for name, array in arrays.items():
             shape = array.shape if array.ndim > 1 else (*array.shape, 1)
             self.check_shape(name, self.inputs[name].dtype, shape)
             sizes.add(shape[0])
-            if isinstance(array, np.ndarray):
-                self.check_values(name, array)
+            self.check_values(name, array)
         check_batches(sizes)
 
 

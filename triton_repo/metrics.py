@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # The time of each series' beginning is left out: nobody asks for it.
 disable_created_metrics()  # type: ignore[no-untyped-call]
-LISTENER = "gRPC port"  # in the counter of restarts
+LISTENER, ENGINES = "gRPC port", "engines"  # in the counter of restarts
 MOST_CONNECTIONS = 32
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -42,7 +42,7 @@ class Metrics:
         )
         self.restarts = Counter(
             "ditforge_restarts",
-            "Starts of Triton, or of the gRPC port, after a death.",
+            "Starts of Triton, of the engine process, or of the gRPC port, after a death.",
             ["process"],
             registry=self.registry,
         )
@@ -51,7 +51,7 @@ class Metrics:
         for model in models:
             self.requests.labels(model, "OK")
             self.restarts.labels(model)
-        for process in ("tritonserver", LISTENER):
+        for process in ("tritonserver", ENGINES, LISTENER):
             self.restarts.labels(process)
 
     def answered(self, model: str, status: str, seconds: float) -> None:

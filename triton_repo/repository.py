@@ -168,9 +168,8 @@ def make_model(source: Manifest, name: str, limits: Limits) -> Triton:
         made = engine.model_copy(update={"cache_key": {}})  # it is long, and nobody reads it there
         parameters[config.ENGINE_PARAMETER] = config.EngineSource(files=described, made=made).model_dump_json()
     module = config.TOKENIZER_MODULE if name == TOKENIZER else config.ENGINE_MODULE
-    gpu = engine is not None and engine.target != "cpu"
     code = {"1/model.py": config.MODEL_CODE.format(module=module)}
-    return Triton(config.python_model(name, component, max_batch, parameters, gpu), code, files)
+    return Triton(config.python_model(name, component, max_batch, parameters), code, files)
 
 
 def texts(model: Triton) -> dict[str, str]:

@@ -31,7 +31,7 @@ from ditforge.triton_repo import tritonserver
 from ditforge.triton_repo.front import Front
 from ditforge.triton_repo.listener import LEAST_CONNECTIONS, RESERVED, Listener, Report, token_of
 from ditforge.triton_repo.log import set_up
-from ditforge.triton_repo.metrics import Metrics
+from ditforge.triton_repo.metrics import ENGINES, Metrics
 from ditforge.triton_repo.serve_options import ServeOptions
 from ditforge.triton_repo.served import read_models
 from ditforge.triton_repo.tritonserver import Triton
@@ -101,7 +101,8 @@ async def keep_running(
             front.metrics.ready.set(1)
             since, been_ready = loop.time(), True
             report("ready")
-            process, end = await unless(stopped, first_of(triton.died(), triton.fell_silent(), hangs(front)))
+            ends = triton.died(), triton.fell_silent(), hangs(front), keep_engines(triton, front, report)
+            process, end = await unless(stopped, first_of(*ends))
             deaths = 0 if loop.time() - since >= STABLE else deaths
             problem = DitforgeError(in_words(process, end, front), f"look at the log, {options.log}")
         except Stop as stop:
@@ -139,6 +140,14 @@ async def keep_running(
         )
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(asyncio.shield(stopped), wait)
+
+
+async def keep_engines(triton: Triton, front: Front, report: Report) -> tuple[str, str]:
+    """Report and count each death of the engine process, which the models start again. Never returns."""
+    while True:
+        how = await triton.engines_died()
+        front.metrics.restarts.labels(ENGINES).inc()
+        report("engines died", message=f"the engine process {how}; it was started again")
 
 
 def in_words(process: str, end: str, front: Front) -> str:

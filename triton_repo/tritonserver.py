@@ -1,4 +1,4 @@
-"""One run of tritonserver, from its start to its end, and the processes of its models.
+"""One run of tritonserver, from its start to its end, and the processes of its models and of their engines.
 
 Except for the log, everything that a run needs is in /dev/shm under one prefix: a folder of links and sockets, and the
 shared memory of the Python models. Both are removed when the server ends. If its owner was killed too, the next server
@@ -24,10 +24,11 @@ import psutil
 from tritonclient.grpc import service_pb2 as pb
 
 from ditforge.errors import DitforgeError
-from ditforge.triton_repo.config import FORGONE_VARIABLE
+from ditforge.triton_repo.config import ENGINES_VARIABLE, FORGONE_VARIABLE
 from ditforge.triton_repo.installation import STUB, python_environment, tritonserver_command
 from ditforge.triton_repo.serve_options import ServeOptions
 
+ENGINES = "engines"  # a folder beside the sockets, where the models meet the engine process
 FORGONE = "forgone"  # a folder of words about requests that nobody waits for, beside the sockets
 SHM = Path("/dev/shm")  # where glibc's shm_open(3) keeps its regions
 PREFIX = "ditforge-triton-"
@@ -124,6 +125,23 @@ class Triton:
                 return model, f"has died: {how}"
         return "tritonserver", f"has died: {how_it_ended(self.process.pid) or 'it ended'}"
 
+    async def engines_died(self) -> str:
+        """Wait until the engine process ends. Returns how. The models start another one, so Triton need not be."""
+        pid = await self.engine_process(0)
+        await any_ended([pid])
+        how = how_it_ended(pid) or "it ended"
+        await self.engine_process(pid)
+        return f"has died: {how}"
+
+    async def engine_process(self, other: int) -> int:
+        """Wait until there is an engine process with another process id than `other`, and return that."""
+        while True:
+            with contextlib.suppress(OSError, ValueError):
+                pid = int((self.folder / ENGINES / "pid").read_text())
+                if pid != other:
+                    return pid
+            await asyncio.sleep(0.2)
+
     async def fell_silent(self) -> tuple[str, str]:
         """Wait until Triton has not answered for SILENCE seconds although it lives. Returns as died() does."""
         assert self.channel is not None
@@ -185,7 +203,7 @@ def prepare(options: ServeOptions, folder: Path) -> tuple[list[str], dict[str, s
         models = folder / "models"
         models.symlink_to(options.repo)
     path = f"{python_environment(folder)}:{os.environ.get('PATH', os.defpath)}"
-    env = os.environ | {"PATH": path, FORGONE_VARIABLE: str(folder / FORGONE)}
+    env = os.environ | {"PATH": path, FORGONE_VARIABLE: str(folder / FORGONE), ENGINES_VARIABLE: str(folder / ENGINES)}
     args = [*tritonserver_command(folder, env), f"--model-repository={models}", "--exit-on-error=true"]
     args += [f"--grpc-address=unix://{folder / 'grpc'}", "--grpc-port=1"]
     # Nobody has this key: the front does not use these methods, and others do not reach the socket. A second lock.
@@ -283,7 +301,7 @@ def sweep() -> None:
     """
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if any(is_left(word.rpartition("/")[2]) for word in process.cmdline() if namespace() in word):
+            if any(is_left(part) for word in process.cmdline() if namespace() in word for part in word.split("/")):
                 process.kill()
     for path in SHM.glob(f"{namespace()}*"):
         if is_left(path.name):

@@ -17,6 +17,8 @@ class Placement(BaseModel):
         or "cpu" beside a GPU.
     segments: the number of engines into which the network is cut. They run one after the other.
     on_demand: how many of these, counted from the end, are loaded for each call and then freed. Others are resident.
+    slots: how many of the segments that are loaded on demand have room at a time. With 2, the next one is loaded while
+        one computes.
     weight_budget: the bytes of weights that an engine keeps in the GPU's memory, if its compiler can stream the others
         from the machine's memory in each call. None stands for all of them.
     """
@@ -26,6 +28,7 @@ class Placement(BaseModel):
     device: Literal["gpu", "cpu"] = "gpu"
     segments: int = Field(default=1, ge=1)
     on_demand: int = Field(default=0, ge=0)
+    slots: int = Field(default=1, ge=1, le=2)
     weight_budget: int | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")

@@ -1,9 +1,10 @@
 """Decides which network is where and when, on a GPU of a given memory: the first of a list of ways that fits.
 
-This is arithmetic only; docs/memory.md explains the numbers. Each network's engine lives in a process of its own
-(Triton's Python backend), and keeps its weights and the memory for its activations as long as it is loaded. Resident
-engines therefore count in every phase of a picture, and engines that are loaded on demand count only in their own
-phase. A picture from text does not need the phase "image encoding", but the server tries every engine when it starts.
+This is arithmetic only; docs/memory.md explains the numbers. All engines of a GPU are in one process (see
+engines/runtime/process.py), and each keeps its weights and the memory for its activations as long as it is loaded.
+Resident engines therefore count in every phase of a picture, and engines that are loaded on demand count only in their
+own phase. A picture from text does not need the phase "image encoding", but the server tries every engine when it
+starts.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from ditforge.contract import DIT, TOKENIZER, VAE_DECODER, VAE_ENCODER
 from ditforge.engines.gpus import Target
@@ -21,7 +23,7 @@ from ditforge.placement import CPU, ON_DEMAND, RESIDENT, Placement
 
 GIB = 2**30
 USABLE = 15 / 16  # of a card's memory: error correction takes 1/16 of GDDR6, and elsewhere driver and screen do
-CONTEXT = 400 * 2**20  # bytes that CUDA and TensorRT take for themselves in each process
+CONTEXT = 716 * 2**20  # bytes that CUDA and TensorRT take for themselves in the process that has the engines
 SPARE = 1.1  # activations are reckoned that much larger: the compiler was seen to want 3 % more than that
 BUILD_RATIO = 2.06  # bytes of memory that TensorRT-RTX takes at its peak to compile a byte of weights
 BUILD_SPARE = 10**9  # bytes beside: the libraries, the graph, and what else runs
@@ -30,6 +32,7 @@ TEXT, DENOISING, DECODING, ENCODING = "text encoding", "denoising", "decoding", 
 PHASES = (TEXT, DENOISING, DECODING, ENCODING)
 TEXT_SEGMENTS = (2, 4, 8)  # of the largest text encoder, where it is loaded on demand
 DIT_SEGMENTS = (4, 8, 16)  # of the DiT, where some of them are loaded on demand, and the others stay
+SLOTS = 2  # of the DiT's segments that are loaded on demand: one computes, and the next one is loaded meanwhile
 MOST_SEGMENTS = 1000  # more than any network has blocks
 TILES = (1, 3 / 4, 1 / 2)  # sides of tiles, as parts of the model's default size
 
@@ -92,7 +95,8 @@ class Plan:
 class Way:
     """One way to save memory: which networks are not resident, which have their second precision, and what is cut.
 
-    `kept` is how many segments of an on-demand network stay resident nevertheless; by default, none.
+    `kept` is how many segments of an on-demand network stay resident nevertheless; by default, none. `slots` is how
+    many of the DiT's others have room at a time.
     """
 
     strategy: str
@@ -101,6 +105,7 @@ class Way:
     segments: Mapping[str, int] = field(default_factory=dict)
     kept: Mapping[str, int] = field(default_factory=dict)
     tile: int | None = None
+    slots: int = 1
 
 
 def make_plan(
@@ -180,7 +185,8 @@ def ways(parts: Sequence[Part], tiles: Sequence[int | None], memory: int | None)
     """All ways, each slower or less exact than those before it. The DiT's segments can be compiled in `memory`.
 
     An engine that is freed after use has to be loaded again for each picture, and a segment of the DiT for each step.
-    Such ways come last, and those that load the least come first among them.
+    Such ways come last, and those that load the least come first among them: with room for the next segment while one
+    computes, and then without.
     """
     texts = [part for part in parts if part.phase == TEXT and part.weights]
     largest = max(texts, key=lambda part: part.weights, default=None)
@@ -216,8 +222,10 @@ def ways(parts: Sequence[Part], tiles: Sequence[int | None], memory: int | None)
     if texts:
         yield from texts_moved({}, least, "")
     if dit:
-        for on_demand, count in offloads(least, most_segments(dit)):
-            yield from texts_moved({DIT: ON_DEMAND}, count, f"offload {on_demand} of {count}", count - on_demand)
+        for slots, (on_demand, count) in product((SLOTS, 1), offloads(least, most_segments(dit))):
+            strategy = f"offload {on_demand} of {count}"
+            for way in texts_moved({DIT: ON_DEMAND}, count, strategy, count - on_demand):
+                yield replace(way, slots=slots)
 
 
 def offloads(least: int, most: int) -> list[tuple[int, int]]:
@@ -251,7 +259,7 @@ def reckon(parts: Sequence[Part], way: Way, side: int, batch: int, memory: int |
 
     A network is cut as the way says, or into more segments if these need more than `memory` to be compiled.
     """
-    always, loaded, found = 0, dict.fromkeys(PHASES, 0), Reckoned()
+    always, loaded, found = CONTEXT, dict.fromkeys(PHASES, 0), Reckoned()
     for part in parts:
         precision = list(part.footprints)[1 if part.name in way.eight_bit else 0]
         footprint, place = part.footprints[precision], way.places.get(part.name, RESIDENT)
@@ -265,10 +273,11 @@ def reckon(parts: Sequence[Part], way: Way, side: int, batch: int, memory: int |
         kept = way.kept.get(part.name, 0) if place == ON_DEMAND else count
         on_demand = count - kept
         stays = (footprint.first(kept, count) + activations) if kept else 0
-        comes = (footprint.segment(count) + (0 if kept else activations)) if on_demand else 0
-        found.placements[part.name] = Placement(segments=count, on_demand=on_demand)
+        slots = way.slots if part.name == DIT and on_demand > 1 else 1  # in each step; a text is encoded once
+        comes = (slots * footprint.segment(count) + (0 if kept else activations)) if on_demand else 0
+        found.placements[part.name] = Placement(segments=count, on_demand=on_demand, slots=slots)
         found.sizes[part.name] = stays + comes
-        always += CONTEXT + stays
+        always += stays
         loaded[part.phase] += comes
     found.peaks = {phase: always + size for phase, size in loaded.items()}
     return found

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def load_engine(folder: Path, files: dict[str, File], made: Engine) -> LoadedEng
         parts = [load() if number < resident else OnDemand(load) for number, load in enumerate(loaders)]
         for part in parts:
             part.warm_up()
-        return parts[0] if len(parts) == 1 else Chain(parts)
+        return parts[0] if len(parts) == 1 else Chain(parts, made.placement.slots)
     except UserError:
         raise
     except Exception as error:  # TensorRT's, CuPy's, ONNX Runtime's and the driver's have no common class
@@ -97,11 +98,12 @@ class OnDemand:
 class Chain:
     """Segments that run one after the other. Values stay on their device, and are kept only as long as needed.
 
-    Raises UserError if a segment comes before one whose outputs it takes.
+    `slots` is how many of those that are loaded on demand may be loaded at a time. Raises UserError if a segment comes
+    before one whose outputs it takes.
     """
 
-    def __init__(self, segments: list[LoadedEngine]) -> None:
-        self.segments = segments
+    def __init__(self, segments: list[LoadedEngine], slots: int = 1) -> None:
+        self.segments, self.slots = segments, slots
         for number, segment in enumerate(segments, 1):
             if early := {name for later in segments[number:] for name in later.outputs} & {*segment.inputs}:
                 problem = f"segment {number} of {len(segments)} takes {min(early)}, which a later one gives"
@@ -124,11 +126,38 @@ class Chain:
     def run_batch(self, parts: list[Arrays]) -> Arrays:
         """The outputs of several requests as one batch, which is put together once."""
         values = {name: concatenated([part[name] for part in parts]) for name in self.inputs}
-        for done, segment in enumerate(self.segments, 1):
-            values |= segment.run_batch([{name: values[name] for name in segment.inputs}])
-            needed = {*self.outputs, *(name for later in self.segments[done:] for name in later.inputs)}
-            values = {name: value for name, value in values.items() if name in needed}
+        with closing(self.in_turn() if self.slots == 1 else self.ahead()) as segments:
+            for done, segment in enumerate(segments, 1):
+                values |= segment.run_batch([{name: values[name] for name in segment.inputs}])
+                needed = {*self.outputs, *(name for later in self.segments[done:] for name in later.inputs)}
+                values = {name: value for name, value in values.items() if name in needed}
         return values
+
+    def in_turn(self) -> Generator[LoadedEngine, None, None]:
+        """The segments in their order; one that is loaded on demand is loaded when it runs."""
+        yield from self.segments
+
+    def ahead(self) -> Generator[LoadedEngine, None, None]:
+        """The segments in their order; of those that are loaded on demand, the next one is loaded while one runs."""
+        waiting = [segment for segment in self.segments if isinstance(segment, OnDemand)]
+        resident = self.segments[: len(self.segments) - len(waiting)]  # on demand are the last ones
+        engine: LoadedEngine | None = None
+        with gpu_lock(), ThreadPoolExecutor(1) as thread:
+            coming = [thread.submit(segment.load) for segment in waiting[:1]]
+            try:
+                yield from resident
+                for number in range(1, len(waiting) + 1):
+                    engine = coming.pop().result()  # raises what went wrong in the thread
+                    coming = [thread.submit(segment.load) for segment in waiting[number : number + 1]]
+                    yield engine
+                    engine.close()
+                    engine = None
+            finally:
+                if engine is not None:
+                    engine.close()
+                for one in coming:
+                    with suppress(Exception):  # of a segment that is not needed any more
+                        one.result().close()
 
     def close(self) -> None:
         """Close all segments."""

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from hostile import dit_inputs, prompt, request, said, stub
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
-from python_models import model_processes, tritonserver
+from python_models import engine_process, model_processes, tritonserver
 from tritonclient.grpc import service_pb2 as pb
 
 from ditforge.client import Client
@@ -210,7 +210,8 @@ class Watch:
 
     def processes(self) -> tuple[set[int], int]:
         models = {process.pid: process for process in model_processes(self.server).values()}
-        all_of_them = [psutil.Process(self.server.pid), tritonserver(self.server), *models.values()]
+        behind = [tritonserver(self.server), engine_process(self.server)]
+        all_of_them = [psutil.Process(self.server.pid), *behind, *models.values()]
         return {process.pid for process in all_of_them}, sum(process.memory_info().rss for process in all_of_them)
 
     def check(self) -> None:

@@ -93,6 +93,12 @@ def model_processes(server: Server) -> dict[str, psutil.Process]:
     return found
 
 
+def engine_process(server: Server) -> psutil.Process:
+    """The process that has a server's engines."""
+    (file,) = Path("/dev/shm").glob(f"*-{server.pid}-*/engines/pid")
+    return psutil.Process(int(file.read_text()))
+
+
 def socket_of(server: Server) -> str:
     """The address of Triton itself, behind the front."""
     (socket,) = Path("/dev/shm").glob(f"*-{server.pid}-*/grpc:1")

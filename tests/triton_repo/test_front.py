@@ -16,7 +16,17 @@ import psutil
 import pytest
 from command_line import PATIENCE, eventually
 from hostile import dit_inputs, output, prompt, refused, request, said, stub
-from python_models import ADD_ONE, CAREFUL, infer, model_processes, socket_of, tensor, tritonserver, write_models
+from python_models import (
+    ADD_ONE,
+    CAREFUL,
+    engine_process,
+    infer,
+    model_processes,
+    socket_of,
+    tensor,
+    tritonserver,
+    write_models,
+)
 from tritonclient.grpc import InferenceServerClient, service_pb2 as pb
 
 from ditforge.client import Client
@@ -47,7 +57,8 @@ def nothing_died(server: Server) -> Iterator[None]:
 
 
 def pids(server: Server) -> set[int]:
-    return {tritonserver(server).pid, *(process.pid for process in model_processes(server).values())}
+    models = {process.pid for process in model_processes(server).values()}
+    return {tritonserver(server).pid, engine_process(server).pid, *models}
 
 
 IMAGE = {"image": np.zeros((1, 64, 64, 3), np.uint8)}

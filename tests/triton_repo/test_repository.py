@@ -181,8 +181,7 @@ def test_python_runs_what_triton_has_no_backend_for(schnell, tmp_path: Path, tri
     engines = compiled(schnell.engines, tmp_path / "engines", compiler, {})
     write_repository(engines, tmp_path / "repo")
     config = read_config(tmp_path / "repo", "dit")
-    assert (config.backend, config.instance_group[0].kind) == ("python", pb.ModelInstanceGroup.KIND_GPU)
-    assert config.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value == "no"
+    assert (config.backend, config.instance_group[0].kind) == ("python", pb.ModelInstanceGroup.KIND_CPU)
     source = EngineSource.model_validate_json(config.parameters["ditforge_engine"].string_value)
     assert (source.made.compiler, source.made.compiler_version, source.made.target) == (compiler, "9", "sm_89")
     assert {path.name for path in (tmp_path / "repo" / "dit" / "1").iterdir()} == {"model.py", "dit.plan"}

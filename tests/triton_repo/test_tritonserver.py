@@ -9,11 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import grpc
@@ -21,15 +22,19 @@ import numpy as np
 import psutil
 import pytest
 from command_line import eventually, popen, tree
-from hostile import dit_inputs, output, request, said, stub
-from python_models import ADD_ONE, SLEEP, infer, model_processes, tritonserver, write_models
+from hostile import dit_inputs, output, prompt, request, said, stub
+from python_models import ADD_ONE, SLEEP, engine_process, infer, model_processes, tritonserver, write_models
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from ditforge.client import Client
+from ditforge.engines.runtime import rendezvous
 from ditforge.errors import DitforgeError
 from ditforge.triton_repo import server as starting
+from ditforge.triton_repo.config import ENGINES_VARIABLE
+from ditforge.triton_repo.serve_options import make_options
 from ditforge.triton_repo.server import Server, start
+from ditforge.triton_repo.tritonserver import prepare, remove
 
 GOOD = request("dit", dit_inputs())
 NOTICED = 2.0  # seconds within which a death shows in the readiness
@@ -95,6 +100,88 @@ def test_a_process_that_dies_comes_back(server: Server, events: list[str], victi
     counter = f'ditforge_restarts_total{{process="{victim or "tritonserver"}"}}'
     assert metrics(server)[counter] == before[counter] + 1
     assert metrics(server)["ditforge_ready"] == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_an_engine_process_that_dies_comes_back(server: Server, events: list[str], number: signal.Signals) -> None:
+    """In the middle of a picture; all of its models notice, and one of them starts another one, without Triton."""
+    expected = output(stub(server.url).ModelInfer(GOOD, timeout=60))
+    text = output(stub(server.url).ModelInfer(request("text_encoders", prompt(b"a red circle")), timeout=60))
+    before, told, triton, first = metrics(server), len(events), tritonserver(server).pid, engine_process(server)
+    slow = request("dit", {name: np.repeat(array, 8, 0) for name, array in dit_inputs(64, 64).items()})
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(lambda: [stub(server.url).ModelInfer(slow, timeout=60) for _ in range(100)])
+        time.sleep(0.5)
+        first.send_signal(number)
+        error = busy.exception(30)
+        assert isinstance(error, grpc.RpcError)
+        said(error, "UNAVAILABLE")  # which tells clients to try again
+    assert output(stub(server.url).ModelInfer(GOOD, timeout=60)) == expected
+    assert output(stub(server.url).ModelInfer(request("text_encoders", prompt(b"a red circle")), timeout=60)) == text
+    assert (tritonserver(server).pid, is_ready(server)) == (triton, True)
+    second = engine_process(server)
+    assert second != first
+    eventually(lambda: not first.is_running() or first.status() == psutil.STATUS_ZOMBIE)
+    eventually(lambda: len(events) > told)
+    assert re.match("the engine process has died: it (was )?ended.*; it was started again", events[told])
+    counter = 'ditforge_restarts_total{process="engines"}'
+    assert metrics(server)[counter] == before.get(counter, 0) + 1
+    assert len([p for p in psutil.process_iter() if is_engine_process(p, server)]) == 1
+
+
+def is_engine_process(process: psutil.Process, server: Server) -> bool:
+    """Whether it is a server's engine process, of which there is one."""
+    try:
+        return f"-{server.pid}-" in (line := " ".join(process.cmdline())) and "ditforge.engines.runtime" in line
+    except psutil.Error:
+        return False
+
+
+def test_text_that_is_encoded_while_the_engine_process_dies(server: Server) -> None:
+    """A text encoder cannot answer with an error, so it asks again by itself."""
+    asked = request("text_encoders", prompt(b"a red circle"))
+    expected = output(stub(server.url).ModelInfer(asked, timeout=60))
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(lambda: {output(stub(server.url).ModelInfer(asked, timeout=60)) for _ in range(100)})
+        time.sleep(0.2)
+        engine_process(server).kill()
+        assert busy.result(120) == {expected}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_tritonserver_without_ditforge_serve(tiny, tmp_path: Path, number: signal.Signals) -> None:
+    """Its models start an engine process by themselves, which ends with it."""
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="ditforge-test-"))
+    command, env = prepare(make_options(tiny.repository, {}), folder)
+    del env[ENGINES_VARIABLE]
+    with (tmp_path / "log").open("wb") as log:
+        running = subprocess.Popen(command, env=env, cwd="/", stdout=log, stderr=log)
+    try:
+        url = f"unix://{folder}/grpc:1"
+        eventually(lambda: running.poll() is not None or answered(url), 120)
+        assert answered(url), (tmp_path / "log").read_text()
+        place = rendezvous.folder_of(running.pid)
+        process = psutil.Process(int((place / "pid").read_text()))
+        models = psutil.Process(running.pid).children()
+        running.send_signal(number)
+        running.wait(60)
+        process.wait(60)
+        for model in models:  # a busy one can wait for its Triton for ever
+            with suppress(psutil.NoSuchProcess):
+                model.kill()
+    finally:
+        running.kill()
+        running.wait()
+        remove(folder)  # and the memory of its models
+    rendezvous.sweep()
+    assert not place.exists()
+
+
+def answered(url: str) -> bool:
+    """Whether a server answers a good request."""
+    with suppress(grpc.RpcError):
+        return bool(stub(url).ModelInfer(GOOD, timeout=60))
+    return False
 
 
 def test_a_model_that_is_stopped_is_started_again(server: Server, events: list[str]) -> None:
@@ -248,7 +335,7 @@ def test_no_more_file_descriptors(server: Server) -> None:
     used, before = front.num_fds(), front.rlimit(psutil.RLIMIT_NOFILE)[0]
     limit(front, "nofile", used + 20)
     try:
-        for process in (tritonserver(server), *model_processes(server).values()):
+        for process in (tritonserver(server), engine_process(server), *model_processes(server).values()):
             limit(process, "nofile", process.num_fds() + 2)
         with opened(server, 60):
             time.sleep(0.5)
@@ -281,7 +368,7 @@ def test_no_file_descriptors_to_start_triton_again(tmp_path: Path) -> None:
 def test_no_more_memory(server: Server) -> None:
     """The engine cannot have what a large picture takes: that request fails, the next good one is served."""
     expected = output(stub(server.url).ModelInfer(GOOD, timeout=60))
-    process = model_processes(server)["dit"]
+    process = engine_process(server)
     limit(process, "as", process.memory_info().vms + (16 << 20))
     large = {name: np.repeat(array, 8, 0) for name, array in dit_inputs(64, 64).items()}
     with pytest.raises(grpc.RpcError) as caught:

@@ -1,20 +1,25 @@
-"""The code that Triton's Python backend executes for a network: one engine, run on all requests that Triton batched."""
+"""The code that Triton's Python backend executes for a network: one engine, run on all requests that Triton batched.
+
+The engine itself is in the engine process (`ditforge.engines.runtime.process`), which all networks of a server share.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils  # exists inside Triton's Python backend only
 
-from ditforge.engines.runtime.loading import load_engine
+from ditforge.engines.runtime.connection import EngineFailed, ProcessLost, RemoteEngine
 from ditforge.errors import DitforgeError
 from ditforge.triton_repo.config import (
     ENGINE_PARAMETER,
+    ENGINES_VARIABLE,
     FORGONE_VARIABLE,
     LIMITS_PARAMETER,
     MEMBER_PARAMETER,
@@ -32,18 +37,38 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         source = EngineSource.model_validate_json(config["parameters"][ENGINE_PARAMETER]["string_value"])
         folder = Path(args["model_repository"]) / args["model_version"]
-        try:
-            self.engine = load_engine(folder, source.files, source.made)
-        except DitforgeError as error:
-            raise pb_utils.TritonModelException(str(error)) from error
+        place = os.environ.get(ENGINES_VARIABLE)
         self.name = config["name"]
         self.limits = read_limits(config)
         self.outputs = config["output"]
-        self.fail = self.spoil if MEMBER_PARAMETER in config["parameters"] else failure
+        self.member = MEMBER_PARAMETER in config["parameters"]
+        self.fail = self.spoil if self.member else failure
+        try:
+            self.engine = RemoteEngine(folder, source.files, source.made, self.tell, Path(place) if place else None)
+        except DitforgeError as error:
+            raise pb_utils.TritonModelException(str(error)) from error
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Run the engine once for all valid requests. Triton batches only requests with equal shapes."""
-        return answer_each(self.name, requests, self.read, self.engine.run_batch, self.fail)
+        return answer_each(self.name, requests, self.read, self.run_batch, self.fail)
+
+    def run_batch(self, parts: list[Arrays]) -> Arrays:
+        """Run the engine. A member of an ensemble cannot tell a client to ask again, and so does it itself, once."""
+        try:
+            return self.engine.run_batch(parts)
+        except ProcessLost as error:
+            if not self.member:
+                raise
+            log(self.name, error)
+            return self.engine.run_batch(parts)
+
+    def tell(self, message: str) -> None:
+        """Write what happened to the engine process into Triton's log."""
+        pb_utils.Logger.log_warn(f"{self.name}: {message}")
+
+    def finalize(self) -> None:
+        """Free the engine."""
+        self.engine.close()
 
     def spoil(self, request: Any, message: str, code: Any) -> Any:
         """Outputs that are not numbers, in place of an error.
@@ -51,17 +76,17 @@ class TritonPythonModel:
         Where two members of an ensemble answer one request with an error each, Triton (2.51) loses the answer, or ends
         with SIGSEGV. The front makes the error of it.
         """
-        batch = len(read(pb_utils.get_input_tensor_by_name(request, next(iter(self.limits.inputs)))))
+        batch = len(pb_utils.get_input_tensor_by_name(request, next(iter(self.limits.inputs))).as_numpy())
         arrays = {}
         for tensor in self.outputs:
             dtype = DTYPES[tensor["data_type"].removeprefix("TYPE_")]
             value = np.nan if np.issubdtype(dtype, np.floating) else 0
             arrays[tensor["name"]] = np.full((batch, *map(int, tensor["dims"])), value, dtype)
-        return pb_utils.InferenceResponse([write(name, array) for name, array in arrays.items()])
+        return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in arrays.items()])
 
     def read(self, request: Any) -> Arrays:
         """The inputs of one request. Raises BadRequest if the engine must not see them."""
-        inputs = {name: read(pb_utils.get_input_tensor_by_name(request, name)) for name in self.limits.inputs}
+        inputs = {name: in_place(pb_utils.get_input_tensor_by_name(request, name)) for name in self.limits.inputs}
         self.limits.check_arrays(inputs)
         return inputs
 
@@ -94,15 +119,31 @@ def answer_each(
         answers |= run_together(sound, run_batch)
     except Exception as error:  # an engine's errors are of many kinds; the server must answer all the same
         log(model, error)
+        again = len(sound) > 1 and not isinstance(error, ProcessLost)  # whoever ends the process could end the next one
         for index, inputs in sound.items():
-            try:
-                answers |= run_together({index: inputs}, run_batch)
-            except Exception as own:
-                log(model, own)
-                # What the engine said can name files and machines; it is in the log.
-                problem = f"the engine of {model} failed ({type(own).__name__}); the server's log says why"
-                answers[index] = fail(requests[index], problem, pb_utils.TritonError.INTERNAL)
+            why = error
+            if again:
+                try:
+                    answers |= run_together({index: inputs}, partial(run_copied, run_batch))
+                    continue
+                except Exception as own:
+                    log(model, own)
+                    why = own
+            answers[index] = fail(requests[index], *in_words(model, why))
     return [answers[index] for index in range(len(requests))]
+
+
+def run_copied(run_batch: Callable[[list[Arrays]], Arrays], parts: list[Arrays]) -> Arrays:
+    """Outputs that stay when the engine is run again."""
+    return {name: array.copy() for name, array in run_batch(parts).items()}
+
+
+def in_words(model: str, error: Exception) -> tuple[str, Any]:
+    """Say to a client that an engine failed, with Triton's code. What the engine said is in the log: it names files."""
+    if isinstance(error, ProcessLost):
+        return "the engines are starting again; repeat the request", pb_utils.TritonError.UNAVAILABLE
+    kind = error.kind if isinstance(error, EngineFailed) else type(error).__name__
+    return f"the engine of {model} failed ({kind}); the server's log says why", pb_utils.TritonError.INTERNAL
 
 
 def is_forgone(name: str) -> bool:
@@ -118,7 +159,7 @@ def run_together(parts: dict[int, Arrays], run_batch: Callable[[list[Arrays]], A
     outputs = run_batch(list(parts.values()))
     sizes = [len(next(iter(inputs.values()))) for inputs in parts.values()]
     return {
-        index: pb_utils.InferenceResponse([write(name, value[start:end]) for name, value in outputs.items()])
+        index: pb_utils.InferenceResponse([pb_utils.Tensor(name, value[start:end]) for name, value in outputs.items()])
         for index, (start, end) in zip(parts, spans(sizes), strict=True)
     }
 
@@ -138,18 +179,9 @@ def read_limits(config: dict[str, Any]) -> Limits:
     return Limits.model_validate_json(config["parameters"][LIMITS_PARAMETER]["string_value"])
 
 
-def read(tensor: Any) -> Any:
-    """A tensor of Triton's as NumPy's array, or as CuPy's where it lies: on the GPU, and not copied."""
-    if tensor.is_cpu():
-        return tensor.as_numpy()
-    import cupy
-
-    return cupy.from_dlpack(tensor)
-
-
-def write(name: str, array: Any) -> Any:
-    """An array of NumPy's or CuPy's as Triton's tensor; the latter stays on the GPU."""
-    return pb_utils.Tensor(name, array) if isinstance(array, np.ndarray) else pb_utils.Tensor.from_dlpack(name, array)
+def in_place(tensor: Any) -> Any:
+    """A numeric tensor as an array of the shared memory in which Triton has it; as_numpy() copies it to the heap."""
+    return np.from_dlpack(tensor)
 
 
 def spans(sizes: list[int]) -> list[tuple[int, int]]:

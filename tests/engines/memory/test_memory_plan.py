@@ -64,18 +64,18 @@ def plan(gpu: str, side: int = 1024, **options: int) -> Plan:
 @pytest.mark.parametrize(
     ("gpu", "side", "strategy", "tile"),
     [
-        ("rtx2060", 2048, "offload 13 of 13", 1024),
+        ("rtx2060", 2048, "offload 15 of 15", 1024),
         ("rtx4060", 1024, "offload 13 of 16", None),
         ("rtx3060", 1024, "offload 9 of 16", None),
         ("rtx3060", 2048, "offload 11 of 16", 1024),
         ("rtx4070tisuper", 1024, "offload 5 of 16", None),
-        ("rtx4000ada", 2048, "offload 2 of 16", 1024),
-        ("rtx4000ada", 512, "t5 offload 8", None),
-        ("rtx4000ada", 1536, "t5 on CPU", 512),
+        ("rtx4000ada", 2048, "t5 on CPU", 512),
+        ("rtx4000ada", 512, "t5 offload 4", None),
+        ("rtx4000ada", 1536, "t5 offload 8", 1024),
         ("rtx4090", 512, "t5 8-bit", None),
-        ("rtx4090", 1024, "t5 offload 2", None),
+        ("rtx4090", 1024, "t5 8-bit", 768),
         ("rtx5090", 1024, RESIDENT, None),
-        ("rtx5090", 2048, RESIDENT, 768),
+        ("rtx5090", 2048, RESIDENT, 1024),
         ("h100", 2048, RESIDENT, None),
     ],
 )
@@ -86,7 +86,7 @@ def test_what_a_card_gets(gpu: str, side: int, strategy: str, tile: int | None) 
 
 
 def test_a_text_encoder_that_is_too_large_is_loaded_in_segments() -> None:
-    for gpu, segments in (("rtx4090", 2), ("rtx3060", 8)):
+    for gpu, segments in (("rtx4000ada", 4), ("rtx3060", 4)):
         made = plan(gpu)
         assert made.precisions["t5"] == "bf16"
         assert made.placements["t5"] == Placement(segments=segments, on_demand=segments)
@@ -95,12 +95,12 @@ def test_a_text_encoder_that_is_too_large_is_loaded_in_segments() -> None:
 
 def test_the_peak_is_the_sum_of_what_is_there() -> None:
     made = plan("h100")
-    total = sum(weights + SPARE * activations[1] for weights, _, activations in LARGE.values()) * GB + 5 * CONTEXT
+    total = sum(weights + SPARE * activations[1] for weights, _, activations in LARGE.values()) * GB + CONTEXT
     assert list(made.peaks.values()) == pytest.approx([total] * len(PHASES))
     made = plan("rtx3060")
-    weights, block, activations = LARGE["dit"]  # 7 segments of 16 stay, and there is room for one of the others
-    taken = weights * 8 / 16 + 2 * block + SPARE * activations[1]
-    assert made.peaks["denoising"] == pytest.approx(taken * GB + 5 * CONTEXT)
+    weights, block, activations = LARGE["dit"]  # 7 segments of 16 stay, and there is room for two of the others
+    taken = weights * 9 / 16 + 3 * block + SPARE * activations[1]
+    assert made.peaks["denoising"] == pytest.approx(taken * GB + CONTEXT)
     assert any("9 of dit's 16 segments are loaded and freed in each step: 8.0 GiB" in line for line in made.reasons)
 
 
@@ -247,7 +247,7 @@ def test_by_hand_only_the_dit_is_cut_otherwise() -> None:
 
 def test_engines_are_placed_as_planned() -> None:
     target = find_target("rtx4000ada")
-    made = fitting.decide(components(t5="fp32"), MODEL, target, make_profiles(MODEL, "512-1536", None, None), 1)
+    made = fitting.decide(components(t5="fp32"), MODEL, target, make_profiles(MODEL, "512-2048", None, None), 1)
     placed = fitting.place_engines(list(LARGE), made)
     compiler = find_compiler("tensorrt-rtx")
     makers = {name: made_by(placed[name], compiler, target) for name in ("t5", "dit")}

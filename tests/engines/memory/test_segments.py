@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import signal
+import threading
 import weakref
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -26,7 +28,7 @@ from ditforge.engines.build import BuildOptions, build, cut_graph, ranges
 from ditforge.engines.compilers import Arrays, LoadedEngine, onnxruntime as ort_compiler
 from ditforge.engines.memory.segments import Segment, cut
 from ditforge.engines.profile import Profile, make_profiles
-from ditforge.engines.runtime.loading import load_engine
+from ditforge.engines.runtime.loading import Chain, OnDemand, load_engine
 from ditforge.engines.verify import NUMPY_DTYPES, compare, verify_files
 from ditforge.errors import DitforgeError, UserError
 from ditforge.export.checkpoint.source import CheckpointSource
@@ -47,12 +49,12 @@ def example(component: Component, sizes: dict[str, int], seed: int = 0) -> Array
     }
 
 
-def load(engines: Path, on_demand: int | None = None) -> LoadedEngine:
+def load(engines: Path, on_demand: int | None = None, slots: int = 1) -> LoadedEngine:
     """The DiT of a build; with so many of its segments on demand, or as many as are meant to be."""
     built = manifest.read(engines, "engines")
     dit, engine = built.components["dit"], built.engines["dit"]
     some = engine.placement.on_demand if on_demand is None else on_demand
-    placement = engine.placement.model_copy(update={"on_demand": some})
+    placement = engine.placement.model_copy(update={"on_demand": some, "slots": slots})
     return load_engine(engines, dit.files, engine.model_copy(update={"placement": placement}))
 
 
@@ -340,11 +342,12 @@ def test_a_compiler_that_is_killed(dit: Path, tmp_path: Path) -> None:
 # Running
 
 
+@pytest.mark.parametrize("slots", [1, 2])
 @pytest.mark.parametrize("resident", [0, 1, 2])
-def test_at_most_one_segment_is_loaded_on_demand(
-    dit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resident: int
+def test_no_more_segments_are_loaded_than_have_room(
+    dit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resident: int, slots: int
 ) -> None:
-    """And the others stay."""
+    """And the others stay. With two slots, each is loaded while the one before it is there."""
     sessions: list[weakref.ref[ort.InferenceSession]] = []
     loaded: list[int] = []
     real = ort_compiler.load
@@ -357,12 +360,14 @@ def test_at_most_one_segment_is_loaded_on_demand(
 
     monkeypatch.setattr(ort_compiler, "COMPILER", replace(ort_compiler.COMPILER, load=noted))
     built = build(dit, tmp_path / "engines", BuildOptions("cpu", segments=3, residency="on-demand")).manifest
-    chain = load(tmp_path / "engines", 3 - resident)
+    chain = load(tmp_path / "engines", 3 - resident, slots)
     at_start = [0, 1, 2][:resident] + [resident] * (3 - resident)
     assert loaded == at_start  # each was tried once
     inputs = example(built.components["dit"], SIZES[0])
     (velocity,) = chain.run(inputs).values()
-    assert loaded == at_start + [resident] * (3 - resident)
+    most = [resident, *[resident + slots - 1] * 2][: 3 - resident]
+    assert len(loaded) == 6 - resident and loaded[:3] == at_start
+    assert all(resident <= seen <= there for seen, there in zip(loaded[3:], most, strict=True))
     assert alive(sessions) == resident
     chain.close()
     assert alive(sessions) == 0
@@ -373,6 +378,58 @@ def test_at_most_one_segment_is_loaded_on_demand(
     assert alive(sessions) == 3
     chain.close()
     assert alive(sessions) == 0
+
+
+def test_the_next_segment_is_loaded_while_one_computes() -> None:
+    """Each waits, as it computes, until the next one is being loaded."""
+    loading = [threading.Event() for _ in range(4)]
+    loading[3].set()
+
+    class Part:
+        def __init__(self, number: int) -> None:
+            self.number, self.inputs, self.outputs = number, [f"x{number}"], [f"x{number + 1}"]
+
+        def run_batch(self, parts: list[Arrays]) -> Arrays:
+            assert loading[self.number + 1].wait(60)
+            return {self.outputs[0]: parts[0][self.inputs[0]] + 1}
+
+        def close(self) -> None: ...
+
+    def waiting(number: int) -> OnDemand:
+        def load() -> Any:
+            loading[number].set()
+            return Part(number)
+
+        segment = OnDemand(load)
+        segment.inputs, segment.outputs = [f"x{number}"], [f"x{number + 1}"]
+        return segment
+
+    chain = Chain([Part(0), waiting(1), waiting(2)], slots=2)  # type: ignore[list-item]
+    assert chain.run({"x0": np.zeros(1)}) == {"x3": [3]}
+
+
+def test_an_error_while_a_segment_is_loaded_ahead(dit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the error of that call, after which nothing stays loaded, and the next call is right."""
+    sessions: list[weakref.ref[ort.InferenceSession]] = []
+    calls: list[int] = []
+    real = ort_compiler.load
+
+    def failing(*args):
+        calls.append(len(calls))
+        if calls[-1] == 5:  # three at the start, and then two of the first call
+            raise RuntimeError("out of everything")
+        engine = real(*args)
+        sessions.append(weakref.ref(engine.session))
+        return engine
+
+    monkeypatch.setattr(ort_compiler, "COMPILER", replace(ort_compiler.COMPILER, load=failing))
+    built = build(dit, tmp_path / "engines", BuildOptions("cpu", segments=3, residency="on-demand")).manifest
+    chain = load(tmp_path / "engines", 3, 2)
+    inputs = example(built.components["dit"], SIZES[0])
+    with pytest.raises(RuntimeError, match="out of everything"):
+        chain.run(inputs)
+    assert alive(sessions) == 0
+    assert_close(chain.run(inputs)["velocity"], load(tmp_path / "engines", 3, 1).run(inputs)["velocity"])
 
 
 def alive(sessions: list[weakref.ref[ort.InferenceSession]]) -> int:

@@ -14,11 +14,11 @@ import gc
 import json
 import platform
 import statistics
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import date
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -122,7 +122,7 @@ def random_state(network: Network) -> dict[str, torch.Tensor]:
     return state
 
 
-def with_weights(network: Network, state: dict[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
+def with_weights(network: Network, state: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
     """The traced module itself with these weights, in `dtype`."""
     with torch.device("meta"), default_dtype(dtype):
         module = network.build().eval()
@@ -161,6 +161,10 @@ def ranges_of(module: nn.Module, network: Network, step: Callable[[], Any]) -> d
 class Fp8Linear(nn.Module):
     """A linear with static FP8 scales, one for each tensor: what PyTorch users compile today."""
 
+    numbers: torch.Tensor
+    scale: torch.Tensor
+    activation: torch.Tensor
+
     def __init__(self, linear: nn.Linear, amax: float) -> None:
         super().__init__()
         largest = torch.finfo(torch.float8_e4m3fn).max
@@ -190,9 +194,7 @@ def as_fp8(module: nn.Module, network: Network, amax: dict[str, float]) -> None:
             setattr(module.get_submodule(parent), own, Fp8Linear(child, amax[weight]))
 
 
-def diffusers_step(
-    module: nn.Module, inputs: dict[str, torch.Tensor], model: str, dtype: torch.dtype
-) -> Callable[[], Any]:
+def diffusers_step(module: Any, inputs: dict[str, torch.Tensor], model: str, dtype: torch.dtype) -> Callable[[], Any]:
     """A call of diffusers' own transformer in `dtype`, as its pipeline calls it. It returns a velocity like latents."""
     transformer, latents = module.module, inputs["latents"]
     if "flux" in model:
@@ -205,7 +207,7 @@ def diffusers_step(
         given = {
             "hidden_states": packed,
             "timestep": inputs["timestep"].to(dtype),
-            "guidance": inputs["guidance"] if "guidance" in inputs else None,
+            "guidance": inputs.get("guidance"),
             "pooled_projections": inputs["pooled_embeds"].to(dtype),
             "encoder_hidden_states": inputs["prompt_embeds"].to(dtype),
             "txt_ids": torch.zeros(inputs["prompt_embeds"].shape[1], 3, device=DEVICE, dtype=dtype),
@@ -283,7 +285,7 @@ def engine_rows(
         inputs={name: describe(port) for name, port in network.inputs.items()},
         outputs={name: describe(port) for name, port in network.outputs.items()},
     )  # fmt: skip
-    gpu = "sm_%d%d" % torch.cuda.get_device_capability()
+    gpu = "sm_{}{}".format(*torch.cuda.get_device_capability())
     shapes = []
     for side in args.sizes:
         given = {name: tuple(tensor.shape) for name, tensor in example(network, side, args.batch).items()}
@@ -328,14 +330,13 @@ def engine_rows(
             made = plain()
             note(args.out, row, error=error(made, expected[side]) if side in expected else -1.0, **measured(plain))
             arrays = {key: value.cpu().numpy() for key, value in inputs.items()}
+
+            def served(arrays: Any = arrays) -> Any:
+                return torch.from_numpy(engine.run(arrays)["velocity"])
+
             for _ in range(3):
-                engine.run(arrays)
-            note(
-                args.out,
-                f"{row} as served",
-                same=error(torch.from_numpy(engine.run(arrays)["velocity"]), made),
-                **measured(lambda: engine.run(arrays)),
-            )
+                served()
+            note(args.out, f"{row} as served", same=error(served(), made), **measured(served))
             if args.profile and side == args.sizes[0]:
                 profile(args, row, plain)
         engine.close()
@@ -428,12 +429,9 @@ def main() -> None:
                 attempted(args.out, f"diffusers {way} {side}", step_of)
                 torch._dynamo.reset()
     for precision in args.precisions:
-        attempted(
-            args.out,
-            f"inductor {precision}",
-            lambda precision=precision: engine_rows(args, network, traced, state, precision, amax, expected),
-        )
+        rows = partial(engine_rows, args, network, traced, state, precision, amax, expected)
+        attempted(args.out, f"inductor {precision}", rows)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -101,7 +101,8 @@ class Compiler:
     reads: "graph" for the ONNX graph, "programs" for the torch.export programs beside it (see ditforge.regions).
     shapes: "any" where engines take all shapes of a graph, "ranges" where they are made for ranges of them.
     compiles_on: "any machine", or "the target" where the GPU that will execute is needed.
-    weight_streaming: whether engines can leave weights in the machine's memory and stream them in each call.
+    stream: as `load`, and takes how many bytes of weights stay in the GPU's memory. The engine has the others in the
+        machine's memory, and streams them in each call. None where engines cannot.
     holds_weights: whether compiling takes memory for the weights, so that a network may have to be cut for that alone.
     own_process: whether it is run in a process of its own, since it does not give all its memory back.
     triton_backend: the name of Triton's own backend that executes its engines, if there is one.
@@ -120,7 +121,7 @@ class Compiler:
     reads: Literal["graph", "programs"] = "graph"
     shapes: Literal["any", "ranges"] = "ranges"
     compiles_on: Literal["any machine", "the target"] = "any machine"
-    weight_streaming: bool = False
+    stream: Callable[[list[Path], str, str, int], LoadedEngine] | None = None
     holds_weights: bool = True
     own_process: bool = False
     triton_backend: str = ""

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 NAME = "inductor"
 DEVICES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
-SETTINGS: dict[str, Any] = {"coordinate_descent_tuning": True}
+SETTINGS: dict[str, Any] = {}
 CPU_SETTINGS: dict[str, Any] = {"aot_inductor.compile_wrapper_opt_level": "O0"}
 DTYPES = {"FP32": "float32", "FP16": "float16", "INT32": "int32", "INT64": "int64", "UINT8": "uint8"}
 
@@ -302,6 +302,13 @@ def load(files: list[Path], target: str, built_with: str) -> Execution:
     return load_engine(files, target, built_with, version())
 
 
+def stream(files: list[Path], target: str, built_with: str, budget: int) -> Execution:
+    """Load the engine with `budget` bytes of weights in the GPU's memory, and all others in the machine's."""
+    from ditforge.engines.runtime.inductor import load_engine
+
+    return load_engine(files, target, built_with, version(), budget)
+
+
 COMPILER = Compiler(
     name=NAME,
     executes={CPU: ("fp32", "fp16", "bf16", "fp8", "fp8-weights", "int8-weights")}
@@ -313,7 +320,8 @@ COMPILER = Compiler(
     load=load,
     reads="programs",
     compiles_on="the target",
-    weight_streaming=True,
+    stream=stream,
+    holds_weights=False,
     own_process=True,
     rank=30,
 )

@@ -184,6 +184,8 @@ class Lowered(nn.Module):
             return args[0]
         if str(node.target) == "onnx.RotaryEmbedding.opset23":
             return rotated(*args, **kwargs)
+        if node.target is torch.ops.aten.gelu.default and kwargs.get("approximate") == "tanh" and not self.exact:
+            return tanh_gelu(args[0])
         return node.target(*args, **kwargs)
 
 
@@ -200,11 +202,10 @@ def multiplied(x: Tensor, scheme: str, operands: Sequence[Tensor], exact: bool) 
         weight = numbers.to(x.dtype) * scales.to(x.dtype)[:, None]
         return nn.functional.linear(x, weight, *more)
     activation, *bias = more
-    eight_bit = (x.float() / activation).clamp(-LARGEST, LARGEST).to(E4M3)
     if exact:
         weight = numbers.to(x.dtype) * scales.to(x.dtype)[:, None]
-        return nn.functional.linear(eight_bit.to(x.dtype) * activation.to(x.dtype), weight, *bias)
-    rows = eight_bit.reshape(-1, x.shape[-1])
+        return nn.functional.linear(rounded(x, activation).to(x.dtype) * activation.to(x.dtype), weight, *bias)
+    rows = rounded(x, activation).reshape(-1, x.shape[-1])
     if x.dtype == torch.bfloat16:
         y = torch._scaled_mm(
             rows,
@@ -216,21 +217,41 @@ def multiplied(x: Tensor, scheme: str, operands: Sequence[Tensor], exact: bool) 
             use_fast_accum=True,
         )
     else:  # scales of rows need bf16 results, so the scales of channels are multiplied afterwards
-        one = torch.ones((), dtype=torch.float32, device=x.device)
+        one = torch.ones((), dtype=torch.float32, device=rows.device)
         y = torch._scaled_mm(rows, numbers.t(), scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=True)
         y = y * (activation * scales)
         y = (y + bias[0].float() if bias else y).to(x.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
+def rounded(x: Tensor, scale: Tensor) -> Tensor:
+    """Divide x by a scale [1], and round it to E4M3."""
+    return (x.float() / scale).clamp(-LARGEST, LARGEST).to(E4M3)
+
+
+def tanh_gelu(x: Tensor) -> Tensor:
+    """GELU by its tanh formula (Hendrycks and Gimpel 2016, arXiv:1606.08415), as a sigmoid, which takes one exp.
+
+    0.5 x (1 + tanh(u)) = x sigmoid(2 u)
+    """
+    wide = x.float()
+    return (wide * torch.sigmoid(1.5957691216057308 * (wide + 0.044715 * wide * wide * wide))).to(x.dtype)
+
+
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
-    """RotaryEmbedding of ONNX (opset 23) for x [B, heads, tokens, D] and cos, sin [B, tokens, D / 2]."""
-    cos, sin = cos[:, None], sin[:, None]
-    if interleaved:
-        first, second = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
-        return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+    """RotaryEmbedding of ONNX (opset 23) for x [B, heads, tokens, D] and cos, sin [B, tokens, D / 2].
+
+    It is x cos + y sin, where y has the two channels of each pair exchanged, and the sign of one of them changed.
+    Written so, Inductor computes it together with what comes before; halves that are put together again would go
+    through memory. So would heads before tokens: x is a transposed [B, tokens, heads, D], and is computed as that.
+    """
+    tokens = x.transpose(1, 2)
+    pairs, axis = ((-1, 2), -1) if interleaved else ((2, -1), -2)
+    split = tokens.reshape(*tokens.shape[:-1], *pairs)
+    cos, sin = cos[:, :, None].unsqueeze(axis), sin[:, :, None].unsqueeze(axis)
+    sign = 2.0 * torch.arange(2, device=x.device, dtype=x.dtype) - 1  # the first channel of a pair loses
+    sign = sign if interleaved else sign[:, None]
+    return (split * cos + split.flip(axis) * (sin * sign)).reshape(tokens.shape).transpose(1, 2)
 
 
 def lower(lowered: Lowered, examples: Sequence[Tensor], varying: Sequence[Iterable[int]]) -> ExportedProgram:

@@ -29,12 +29,16 @@ def load_engine(folder: Path, files: dict[str, File], made: Engine) -> LoadedEng
     """
     manifest.check_files(folder, files, fix=AGAIN)
     compiler = find_compiler(made.compiler)
-    if made.placement.weight_budget is not None and not compiler.weight_streaming:
+    stream, budget = compiler.stream, made.placement.weight_budget
+    if budget is not None and stream is None:
         problem = f"the engine in {folder} is to stream its weights, which engines of {made.compiler} cannot"
         raise UserError(problem, AGAIN)
 
     def loader(names: Sequence[str]) -> Callable[[], LoadedEngine]:
-        return lambda: compiler.load([folder / name for name in names], made.target, made.compiler_version)
+        paths = [folder / name for name in names]
+        if budget is not None and stream is not None:
+            return lambda: stream(paths, made.target, made.compiler_version, budget)
+        return lambda: compiler.load(paths, made.target, made.compiler_version)
 
     loaders = [loader(names) for names in made.segment_files or [list(files)]]
     try:

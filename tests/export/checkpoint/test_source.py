@@ -99,7 +99,7 @@ def test_however_its_weights_are_stored_a_dit_gives_the_same_files(flux_tiny: Pa
         (tmp_path / str(number)).mkdir()
         component = export_network(network, source, tmp_path / str(number), precision.scheme)
         found.append([component, *(path.read_bytes() for path in sorted((tmp_path / str(number)).iterdir()))])
-    assert len(found[0]) == 3
+    assert len(found[0]) == 4
     assert found[1] == found[0]
     assert found[2] == found[0]
 

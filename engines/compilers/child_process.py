@@ -46,8 +46,11 @@ def compile_apart(compiler_name: str, job: Job) -> list[Path]:
             code = child.wait()
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"gone with exit code {code}"
             problem = f"the compiler was {how} while it compiled {job.name}"
-            smaller = f"{option('segments')} with a larger number, or free some memory"
-            raise DitforgeError(problem, smaller if code == -signal.SIGKILL else "report it") from None
+            fixes = {
+                -signal.SIGKILL: f"{option('segments')} with a larger number, or free some memory",
+                -signal.SIGSEGV: "if CXX names a C++ compiler, leave it out or CXX=/usr/bin/g++; or report it",
+            }
+            raise DitforgeError(problem, fixes.get(code, "report it")) from None
         finally:
             child.kill()
 

@@ -204,6 +204,7 @@ def compile_kind(
     import torch
 
     from ditforge.engines.compilers.region_lowering import lower
+    from ditforge.engines.runtime.inductor import load_package
 
     smallest, largest = tensors
     varying = [
@@ -222,6 +223,7 @@ def compile_kind(
         with attention_preferred(lowered.device):
             program = lower(lowered, examples, varying)
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=chosen)
+        load_package(path, lowered.device)  # with a C++ compiler that does not suit PyTorch, this would crash
     except Exception as error:  # the compiler's have no common class
         reason = " ".join(str(error).split())[:1000]
         problem = f"Inductor cannot compile {call.kind} of {job.name}: {reason}"

@@ -53,6 +53,12 @@ def load_engine(files: list[Path], target: str, built_with: str, version: str, b
     return Execution(read(path), path.parent, by_suffix[WEIGHTS], device, budget)
 
 
+def load_package(path: Path, device: torch.device) -> Any:
+    """Load a package. PyTorch's own function would compile a C++ program the first time in a process, for 40 s."""
+    number = torch.cuda.current_device() if device.type == "cuda" else -1
+    return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, number)
+
+
 @dataclass
 class Block:
     """The weights of one call: where each lies in the call's memory, and the tensors, if they are resident."""
@@ -141,10 +147,9 @@ class Execution:
         )
 
     def package(self, file: str) -> Any:
-        """Return a loaded package. torch's own Python loader would compile a program at the first load (40 s)."""
+        """Return a package, loaded when it is first needed."""
         if file not in self.loaded:
-            number = torch.cuda.current_device() if self.cuda else -1
-            self.loaded[file] = torch._C._aoti.AOTIModelPackageLoader(str(self.folder / file), "model", True, 1, number)
+            self.loaded[file] = load_package(self.folder / file, self.device)
         return self.loaded[file]
 
     def run(self, inputs: Arrays) -> Arrays:

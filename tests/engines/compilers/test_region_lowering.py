@@ -1,0 +1,107 @@
+"""Programs by region, lowered for a device, beside the ONNX graphs that were joined of the same traces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+import torch.onnx.ops
+
+from ditforge import manifest, regions
+from ditforge.engines.compilers import Arrays, inductor, onnxruntime
+from ditforge.engines.compilers.region_lowering import Lowered, rotated, tanh_gelu
+from ditforge.engines.verify import example
+
+SIZES = {"batch": 2, "latent_height": 6, "latent_width": 10, "height": 32, "width": 48}
+CPU = torch.device("cpu")
+
+
+def inputs_of(folder: Path, name: str) -> Arrays:
+    """Inputs of a network whose sizes are unlike those that it was traced with."""
+    found = manifest.read(folder, "onnx")
+    made = {}
+    for key, tensor in found.components[name].inputs.items():
+        shape = tuple(SIZES.get(str(dim), dim) for dim in tensor.shape)
+        if tensor.dtype in ("INT32", "UINT8"):
+            made[key] = np.random.default_rng(3).integers(0, 50, shape).astype(tensor.dtype.lower())
+        else:
+            made[key] = example(key, tensor, SIZES, found.model)
+    return made
+
+
+def by_graph(folder: Path, name: str, inputs: Arrays) -> Arrays:
+    """What ONNX Runtime computes."""
+    options = onnxruntime.session_options()
+    session = ort.InferenceSession(folder / f"{name}.onnx", options, providers=["CPUExecutionProvider"])
+    outputs = [tensor.name for tensor in session.get_outputs()]
+    return dict(zip(outputs, session.run(outputs, inputs), strict=True))
+
+
+def by_programs(folder: Path, name: str, inputs: Arrays) -> tuple[Arrays, dict[str, Lowered]]:
+    """What PyTorch computes of the lowered programs, with the graph's weights."""
+    archive, initializers = folder / f"{name}.programs", ir.load(folder / f"{name}.onnx").graph.initializers
+    found = regions.read(archive)
+    kinds, lowered = inductor.lower_kinds(found, lambda kind: inductor.read_program(archive, kind, found), CPU)
+    known = {key: torch.from_numpy(array) for key, array in inputs.items()}
+    for call, kind in zip(found.calls, kinds, strict=True):
+        weights = []
+        for operand in lowered[kind].operands:
+            stored = [found.weights[call.weights[place]] for place in operand.places]
+            weights.append(inductor.read_operand(operand, stored, lambda key: inductor.as_torch(initializers[key])))
+        with torch.no_grad():
+            results = lowered[kind](*(known[key] for key in call.inputs), *weights)
+        known |= dict(zip(call.outputs, results, strict=True))
+    return {key: known[key].numpy() for key in found.outputs}, lowered
+
+
+def check_equal(folder: Path, name: str, within: float = 2e-5) -> dict[str, Lowered]:
+    """Assert that both compute the same: float32 is summed in another order, and pixels may be rounded so."""
+    inputs = inputs_of(folder, name)
+    actual, lowered = by_programs(folder, name, inputs)
+    for key, expected in by_graph(folder, name, inputs).items():
+        tolerance = 1.0 if expected.dtype == np.uint8 else within * float(np.abs(expected).max())
+        np.testing.assert_allclose(actual[key].astype(float), expected.astype(float), rtol=0, atol=tolerance)
+        assert actual[key].dtype == expected.dtype
+    return lowered
+
+
+@pytest.mark.parametrize("stages", ["schnell", "sd3"])
+def test_programs_compute_what_graphs_compute(stages: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(stages).onnx
+    names = [name for name in manifest.read(folder, "onnx").components if name != "tokenizer"]
+    assert {"dit", "vae_decoder", "vae_encoder"} <= {*names}
+    for name in names:
+        check_equal(folder, name)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp8-weights", "int8-weights"])
+def test_quantised_linears_have_one_definition(scheme: str, dits) -> None:
+    # With other sums, an activation may be rounded to the next number of E4M3, which is up to an eighth away.
+    lowered = check_equal(dits(scheme, "fp32"), "dit", within=2e-3 if scheme == "fp8" else 2e-5)
+    contents = [operand.content for operand in lowered["single_block"].operands]
+    assert contents.count("numbers") == contents.count("scales") == 2
+    assert contents.count("activation") == (2 if scheme == "fp8" else 0)
+
+
+def test_linears_that_read_the_same_are_one_product(schnell) -> None:
+    _, lowered = by_programs(schnell.onnx, "dit", inputs_of(schnell.onnx, "dit"))
+    names = {kind: [len(product.nodes) for product in part.products] for kind, part in lowered.items()}
+    assert names["single_block"] == [1, 4, 1]  # the modulation; query, key, value and the MLP; both results
+    assert sorted(names["double_block"]) == [1, 1, 1, 1, 1, 1, 2, 3, 3]  # modulations are of text and image
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_rotation_is_that_of_onnx(interleaved: bool) -> None:
+    generator = torch.Generator().manual_seed(5)
+    x, cos, sin = (torch.randn(shape, generator=generator) for shape in ((2, 3, 5, 8), (2, 5, 4), (2, 5, 4)))
+    expected = torch.onnx.ops.rotary_embedding(x, cos, sin, interleaved=interleaved)
+    torch.testing.assert_close(rotated(x, cos, sin, interleaved=interleaved), expected)
+
+
+def test_gelu_is_the_tanh_formula() -> None:
+    x = torch.linspace(-9, 9, 2000)
+    torch.testing.assert_close(tanh_gelu(x), torch.nn.functional.gelu(x, approximate="tanh"), atol=2e-6, rtol=0)

@@ -1,0 +1,151 @@
+"""Engines of Inductor, compiled for the CPU: their numbers, what is streamed, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from exports import alone
+
+from ditforge import manifest
+from ditforge.engines.build import BuildOptions, build
+from ditforge.engines.compilers import Arrays, inductor_engine
+from ditforge.engines.runtime.inductor import Execution, load_engine
+from ditforge.engines.runtime.loading import load_engine as load_placed
+from ditforge.engines.verify import example
+from ditforge.errors import UserError
+from ditforge.placement import Placement
+
+OPTIONS = BuildOptions(gpu="cpu", compiler="inductor", static="64x48", batch=1)
+SIZES = {"batch": 1, "latent_height": 6, "latent_width": 8}
+
+
+@pytest.fixture(scope="session")
+def built(schnell, shared: Callable[..., Path]) -> Path:
+    """The random checkpoint's DiT as an engine for one size."""
+
+    def make(out: Path) -> None:
+        build(alone(schnell.onnx, out / "onnx"), out / "engines", OPTIONS)
+
+    return shared("inductor", make)
+
+
+@pytest.fixture
+def engines(built: Path) -> Path:
+    return built / "engines"
+
+
+@pytest.fixture
+def inputs(built: Path) -> Arrays:
+    found = manifest.read(built / "onnx", "onnx")
+    return {name: example(name, tensor, SIZES, found.model) for name, tensor in found.components["dit"].inputs.items()}
+
+
+@pytest.fixture
+def expected(built: Path, inputs: Arrays) -> Arrays:
+    session = ort.InferenceSession(built / "onnx" / "dit.onnx", providers=["CPUExecutionProvider"])
+    return {"velocity": session.run(["velocity"], inputs)[0]}
+
+
+def load(folder: Path, budget: int | None = None) -> Execution:
+    found = manifest.read(folder, "engines")
+    files = [folder / name for name in found.components["dit"].files]
+    version = found.engines["dit"].compiler_version
+    return load_engine(files, "cpu", version, version, budget)
+
+
+def test_equal_blocks_share_a_package(engines: Path, built: Path) -> None:
+    files = manifest.read(engines, "engines").components["dit"].files
+    packages = [name for name in files if name.endswith(inductor_engine.PACKAGE)]
+    description = inductor_engine.read(engines / "dit.inductor")
+    kinds = [call.kind for call in description.calls]
+    assert len(packages) == len({*kinds}) < len(kinds)
+    weights = (engines / "dit.safetensors").stat().st_size
+    stored = (built / "onnx" / "dit.onnx.data").stat().st_size
+    assert weights == pytest.approx(stored, rel=0.05)
+
+
+def test_it_computes_what_the_graph_computes(engines: Path, inputs: Arrays, expected: Arrays) -> None:
+    """Float32 is summed in another order."""
+    engine = load(engines)
+    assert (engine.inputs, engine.outputs) == ([*inputs], ["velocity"])
+    for _ in range(2):
+        np.testing.assert_allclose(engine.run(inputs)["velocity"], expected["velocity"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("share", [0, 0.5], ids=["all", "some"])
+def test_weights_that_do_not_stay_are_streamed(engines: Path, inputs: Arrays, expected: Arrays, share: float) -> None:
+    weights = (engines / "dit.safetensors").stat().st_size
+    engine = load(engines, int(share * weights))
+    streamed = [block for block in engine.blocks if block.host is not None]
+    assert streamed and (len(streamed) == sum(block.size > 0 for block in engine.blocks)) == (share == 0)
+    kept = sum(block.size for block in engine.blocks if block.host is None)
+    assert kept <= share * weights
+    for _ in range(2):
+        np.testing.assert_allclose(engine.run(inputs)["velocity"], expected["velocity"], rtol=0, atol=1e-4)
+
+
+def test_the_plans_budget_reaches_the_engine(engines: Path, inputs: Arrays, expected: Arrays) -> None:
+    found = manifest.read(engines, "engines")
+    made = found.engines["dit"].model_copy(update={"placement": Placement(weight_budget=0)})
+    engine = load_placed(engines, found.components["dit"].files, made)
+    assert isinstance(engine, Execution) and all(block.host is not None for block in engine.blocks if block.size)
+    np.testing.assert_allclose(engine.run(inputs)["velocity"], expected["velocity"], rtol=0, atol=1e-4)
+    engine.close()
+
+
+def test_another_size_is_refused(engines: Path, inputs: Arrays) -> None:
+    wide = {**inputs, "latents": np.zeros((1, 16, 8, 8), np.float32)}
+    with pytest.raises(UserError, match=r"the engine was built for .*'latents': '\(1, 16, 6, 8\) to") as error:
+        load(engines).run(wide)
+    assert "--resolutions MIN-MAX" in error.value.fix
+
+
+def test_an_engine_of_another_pytorch_is_refused(engines: Path) -> None:
+    files = [engines / name for name in manifest.read(engines, "engines").components["dit"].files]
+    with pytest.raises(UserError, match=r"was compiled by PyTorch 2\.0\.0, and 2\.1\.0 is installed") as error:
+        load_engine(files, "cpu", "2.0.0", "2.1.0")
+    assert "ditforge build ONNX_DIR --gpu cpu --compiler inductor --out DIR" in error.value.fix
+
+
+def test_an_engine_for_a_gpu_is_refused_without_one(engines: Path) -> None:
+    files = [engines / name for name in manifest.read(engines, "engines").components["dit"].files]
+    with pytest.raises(UserError, match="they are for sm_90, and this machine has no NVIDIA GPU"):
+        load_engine(files, "sm_90", "2.1.0", "2.1.0")
+
+
+def test_files_that_are_missing_or_damaged(engines: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"an engine of inductor has files .inductor and .safetensors, and not only"):
+        load_engine([engines / "dit.safetensors"], "cpu", "2", "2")
+    copy = shutil.copytree(engines, tmp_path / "engines")
+    (copy / "dit.inductor").write_text('{"calls": 3}')
+    with pytest.raises(UserError, match=r"dit.inductor is damaged: .*") as error:
+        load(copy)
+    assert "ditforge build" in error.value.fix
+
+
+def test_the_same_build_again_compiles_nothing(built: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(built, tmp_path / "copy")
+    assert build(copy / "onnx", copy / "engines", OPTIONS).rebuilt == {}
+
+
+def test_blocks_need_no_segments(built: Path, tmp_path: Path) -> None:
+    options = BuildOptions(gpu="cpu", compiler="inductor", static="64x48", segments=3)
+    with pytest.raises(UserError, match="inductor compiles blocks, whose weights it streams, and so needs no segments"):
+        build(built / "onnx", tmp_path / "engines", options)
+
+
+def test_an_export_without_programs(built: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(built / "onnx", tmp_path / "onnx")
+    found = manifest.read(copy, "onnx")
+    dit = found.components["dit"]
+    without = {name: file for name, file in dit.files.items() if not name.endswith(".programs")}
+    components = {**found.components, "dit": dit.model_copy(update={"files": without})}
+    manifest.write(found.model_copy(update={"components": components}), copy)
+    with pytest.raises(UserError, match="the export has no programs of dit, which inductor compiles") as error:
+        build(copy, tmp_path / "engines", OPTIONS)
+    assert error.value.fix == "ditforge export CHECKPOINT --out DIR   again"

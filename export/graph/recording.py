@@ -81,9 +81,14 @@ def storage(tensor: Tensor) -> int:
 def settings_of(module: nn.Module) -> Signature:
     """Return all plain attributes of a module and of those in it, which may decide what they compute."""
     return tuple(
-        (name, type(part).__qualname__, *sorted((k, repr(v)) for k, v in vars(part).items() if is_plain(v)))
+        (name, type(part).__qualname__, *sorted((k, repr(v)) for k, v in vars(part).items() if is_setting(k, v)))
         for name, part in module.named_modules()
     )
+
+
+def is_setting(name: str, value: object) -> bool:
+    """Whether an attribute may decide what a module computes: a layer's own number, which is for caches, does not."""
+    return name not in ("layer_idx", "training") and is_plain(value)
 
 
 def is_plain(value: object) -> bool:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
-from transformers.models.t5.modeling_t5 import T5LayerNorm
+from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm, T5Stack
 
 from ditforge.export.network import BATCH, OF_THE_EXPORT, Network, Port
 from ditforge.export.quantisation.precision import Precision, network_dtype, text_dtype
+from ditforge.export.region import region
 
 # The fraction at which the residual stream is held in fp16. Values up to 65504 * 2^8 = 1.7e7 then fit. In t5-base,
 # 66246 has been seen (huggingface/transformers issue 5651), and larger models are said to reach 1e6. The rounding error
@@ -45,8 +46,31 @@ class HiddenStates(nn.Module):
         self.dtype = dtype
 
     def forward(self, t5_ids: Tensor) -> Tensor:
-        result: Tensor = self.module(input_ids=t5_ids).last_hidden_state.to(self.dtype)
-        return result
+        states, bias = begin(self.module.encoder, t5_ids)
+        for block in self.module.encoder.block:
+            states = encoder_block(block, states, bias)
+        return finish(self, states)
+
+
+@region
+def begin(encoder: T5Stack, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the embeddings [B, T, D], and the bias [1, heads, T, T] of relative positions, which all blocks share."""
+    tokens = ids.shape[1]
+    return encoder.embed_tokens(ids), encoder.block[0].layer[0].SelfAttention.compute_bias(tokens, tokens)
+
+
+@region
+def encoder_block(block: T5Block, states: Tensor, bias: Tensor) -> Tensor:
+    """Apply a block to the states [B, T, D]."""
+    result: Tensor = block(states, position_bias=bias)[0]
+    return result
+
+
+@region
+def finish(network: HiddenStates, states: Tensor) -> Tensor:
+    """Return the normed states in the dtype of `prompt_embeds`."""
+    result: Tensor = network.module.encoder.final_layer_norm(states).to(network.dtype)
+    return result
 
 
 def t5_hidden_states(config: dict[str, Any], weights: str, tokens: int, precision: Precision) -> Network:

@@ -147,7 +147,7 @@ def test_errors_of_the_library_name_no_bare_flags(room: str) -> None:
     assert not found
 
 
-COMMANDS = "build|calibrate|export|generate|inspect|plan|repo|serve|up|verify"
+COMMANDS = "bench|build|calibrate|export|generate|inspect|plan|repo|serve|up|verify"
 # A value in a command, up to the spaces that end it, or behind a flag.
 UNQUOTED = re.compile(rf"ditforge (?:{COMMANDS})\b(?:(?!   |, |; )[^{{])*{{}}|--[a-z][a-z-]* {{}}")
 

@@ -17,6 +17,7 @@ ARGUMENTS = {
     "build": ["onnx", "--out", "x"],
     "plan": ["flux.1-dev"],
     "verify": ["x"],
+    "bench": ["x"],
     "repo": ["engines", "--out", "x"],
     "serve": ["repo"],
     "generate": ["a red circle"],

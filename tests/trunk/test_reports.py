@@ -15,6 +15,7 @@ import pytest
 from ditforge.commands.build import BuildReport
 from ditforge.commands.doctor import Machine
 from ditforge.contents import CheckpointFolder, Picture, StageFolder
+from ditforge.engines.bench import Bench
 from ditforge.engines.gpu_table import GpuTable
 from ditforge.engines.verdict import Verification
 from ditforge.export.checkpoint.description import TensorFile
@@ -27,6 +28,7 @@ REPORTS = {
     "plan": PlanReport,
     "build": BuildReport,
     "verify": Verification,
+    "bench": Bench,
     "inspect FOLDER": StageFolder,
     "inspect CHECKPOINT": CheckpointFolder,
     "inspect FILE.safetensors": TensorFile,

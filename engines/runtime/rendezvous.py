@@ -50,7 +50,10 @@ def locked(folder: Path) -> Iterator[None]:
     while True:
         with suppress(FileExistsError):
             folder.mkdir(mode=0o700)
-        found = folder.lstat()
+        try:
+            found = folder.lstat()
+        except FileNotFoundError:  # it was removed just now
+            continue
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
             raise DitforgeError(f"{folder} is not a folder that only this user can open", f"rm -r {folder}")
         try:
@@ -59,12 +62,19 @@ def locked(folder: Path) -> Iterator[None]:
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), os.stat(folder / LOCK)):  # and not one that was removed
-                    yield
-                    return
+            if is_still(descriptor, folder / LOCK):
+                yield
+                return
         finally:
             os.close(descriptor)
+
+
+def is_still(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one at `path`, and has not been removed."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def connect(folder: Path, server: int) -> tuple[socket.socket, subprocess.Popen[bytes] | None]:

@@ -318,3 +318,23 @@ def test_turns_are_taken_in_the_order_of_coming() -> None:
             pool.submit(take, number)
             eventually(lambda number=number: len(turns.waiting) == number + 1)
     assert order == list(range(8))
+
+
+def test_a_folder_that_is_removed_while_it_is_locked_is_made_again(place: Path) -> None:
+    """A process that leaves removes the folder at any moment of somebody else's coming."""
+    stop = threading.Event()
+
+    def remove() -> None:
+        while not stop.is_set():
+            rendezvous.leave(place)
+
+    thread = threading.Thread(target=remove)
+    thread.start()
+    try:
+        for _ in range(300):
+            with rendezvous.locked(place):
+                pass
+    finally:
+        stop.set()
+        thread.join()
+        rendezvous.leave(place)

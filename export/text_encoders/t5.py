@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
-from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm, T5Stack
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from ditforge.export.network import BATCH, OF_THE_EXPORT, Network, Port
 from ditforge.export.quantisation.precision import Precision, network_dtype, text_dtype
@@ -53,15 +53,18 @@ class HiddenStates(nn.Module):
 
 
 @region
-def begin(encoder: T5Stack, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the embeddings [B, T, D], and the bias [1, heads, T, T] of relative positions, which all blocks share."""
+def begin(encoder: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the embeddings [B, T, D] by a T5Stack, and the bias [1, heads, T, T] of relative positions.
+
+    All blocks share the bias.
+    """
     tokens = ids.shape[1]
     return encoder.embed_tokens(ids), encoder.block[0].layer[0].SelfAttention.compute_bias(tokens, tokens)
 
 
 @region
-def encoder_block(block: T5Block, states: Tensor, bias: Tensor) -> Tensor:
-    """Apply a block to the states [B, T, D]."""
+def encoder_block(block: Any, states: Tensor, bias: Tensor) -> Tensor:
+    """Apply a T5Block to the states [B, T, D]."""
     result: Tensor = block(states, position_bias=bias)[0]
     return result
 

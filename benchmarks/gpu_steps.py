@@ -320,7 +320,7 @@ def engine_rows(
         for side in args.sizes:
             inputs = {key: value.to(DEVICE) for key, value in example(network, side, args.batch).items()}
             key = {key: tuple(value.shape) for key, value in inputs.items()}
-            variant = engine.variant(key)[1]
+            variant = engine.variant(key)
 
             def plain(variant: Any = variant, inputs: Any = inputs) -> Any:
                 with torch.no_grad():

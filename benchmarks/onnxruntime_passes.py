@@ -34,10 +34,10 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from ditforge import manifest
-from ditforge.engines.compilers import Arrays, LoadedEngine, onnx_passes
+from ditforge.engines.compilers import NUMPY_DTYPES, Arrays, LoadedEngine, onnx_passes
 from ditforge.engines.compilers.onnxruntime import Session, session_options
 from ditforge.engines.runtime.onnxruntime_cuda import Settings, load_session
-from ditforge.engines.verify import NUMPY_DTYPES, example
+from ditforge.engines.verify import example
 from ditforge.manifest import Component, Manifest
 
 WARM, RUNS = 3, 10

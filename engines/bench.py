@@ -13,10 +13,10 @@ import numpy as np
 
 from ditforge import local_gpu, manifest
 from ditforge.contract import DIT, TOKENIZER, VAE_DECODER, VAE_ENCODER
-from ditforge.engines.compilers import Arrays, LoadedEngine
+from ditforge.engines.compilers import NUMPY_DTYPES, Arrays, LoadedEngine
 from ditforge.engines.memory.fitting import least_batch
 from ditforge.engines.runtime.loading import load_engine
-from ditforge.engines.verify import example
+from ditforge.engines.verify import example, varying_sizes
 from ditforge.errors import UserError
 from ditforge.manifest import Component, Manifest
 from ditforge.model import MAX_BATCH, Model
@@ -142,16 +142,13 @@ def check_numbers(found: Manifest, batch: int, runs: int) -> None:
 
 def inputs_of(name: str, component: Component, model: Model, size: tuple[int, int], batch: int) -> Arrays:
     """Random inputs of a network for pictures of that (height, width)."""
-    height, width = model.piece(name, *size)
-    latents = {"latent_height": height // model.vae_factor, "latent_width": width // model.vae_factor}
-    sizes = {"batch": batch, "height": height, "width": width, **latents}
-    dtypes = {"FP32": np.float32, "FP16": np.float16, "INT32": np.int32, "UINT8": np.uint8}
+    sizes = varying_sizes(model, name, size, batch)
     made: Arrays = {}
     for key, tensor in component.inputs.items():
         if tensor.dtype == "INT32":  # token ids, of which every vocabulary has the first
             made[key] = np.zeros([sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape], np.int32)
         else:
-            made[key] = example(key, tensor, sizes, model).astype(dtypes[tensor.dtype])
+            made[key] = example(key, tensor, sizes, model).astype(NUMPY_DTYPES[tensor.dtype])
     return made
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ditforge import manifest, regions
 from ditforge.contract import DIT, TOKENIZER
-from ditforge.engines.compilers import Arrays
+from ditforge.engines.compilers import NUMPY_DTYPES, Arrays
 from ditforge.engines.fp32_graph import write_fp32_graph
 from ditforge.engines.gpus import CPU
 from ditforge.engines.runtime.loading import load_engine
@@ -29,7 +29,6 @@ from ditforge.option import command
 PROMPTS = ("a photograph of a lighthouse at night", "")
 SIZE = (128, 192)  # height and width in pixels of what is compared, where the engines take it: not square
 AnyArray = NDArray[Any]
-NUMPY_DTYPES = {"FP32": np.float32, "FP16": np.float16, "INT32": np.int32, "UINT8": np.uint8}
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,12 @@ def compared_sizes(model: Model, network: str, batch: int) -> dict[str, int]:
 
     See ditforge.engines.profile.announced.
     """
-    height, width = model.piece(network, *compared_size(model))
+    return varying_sizes(model, network, compared_size(model), batch)
+
+
+def varying_sizes(model: Model, network: str, size: tuple[int, int], batch: int) -> dict[str, int]:
+    """What the varying dimensions are for a network, for pictures of that (height, width) in pixels."""
+    height, width = model.piece(network, *size)
     latents = {"latent_height": height // model.vae_factor, "latent_width": width // model.vae_factor}
     return {"batch": batch, "height": height, "width": width, **latents}
 

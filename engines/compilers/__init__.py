@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ditforge import entry_points
@@ -22,6 +23,7 @@ from ditforge.option import option
 
 Arrays = dict[str, NDArray[Any]]
 Shape = tuple[int, ...]
+NUMPY_DTYPES = {"FP32": np.float32, "FP16": np.float16, "INT32": np.int32, "UINT8": np.uint8}  # of the contract's
 Ranges = dict[str, tuple[Shape, Shape, Shape]]
 Progress = Callable[[str, int, int], None]
 

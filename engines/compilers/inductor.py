@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ditforge import install_hint, regions
 from ditforge.engines import gpus
-from ditforge.engines.compilers import Compiler, Job, Ranges, Shape
+from ditforge.engines.compilers import NUMPY_DTYPES, Compiler, Job, Ranges, Shape
 from ditforge.engines.compilers.inductor_engine import PACKAGE, SUFFIX, WEIGHTS, Description, Variant
 from ditforge.engines.gpus import CPU, Target
 from ditforge.errors import DitforgeError, UserError
@@ -35,7 +35,6 @@ NAME = "inductor"
 DEVICES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
 SETTINGS: dict[str, Any] = {}
 CPU_SETTINGS: dict[str, Any] = {"aot_inductor.compile_wrapper_opt_level": "O0"}
-DTYPES = {"FP32": "float32", "FP16": "float16", "INT32": "int32", "INT64": "int64", "UINT8": "uint8"}
 
 
 def version() -> str:
@@ -191,7 +190,7 @@ def trace_sizes(
     from ditforge.engines.compilers.region_lowering import run_fake
 
     inputs = {
-        name: torch.empty(sizes[name], dtype=getattr(torch, DTYPES[tensor.dtype]), device=device)
+        name: torch.empty(sizes[name], dtype=getattr(torch, NUMPY_DTYPES[tensor.dtype].__name__), device=device)
         for name, tensor in component.inputs.items()
     }
     return run_fake(lowered, found.calls, kinds, inputs)

@@ -17,8 +17,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ditforge.engines.compilers import Arrays, Shape
+from ditforge.engines.compilers import NUMPY_DTYPES, Arrays, Shape
 from ditforge.engines.compilers.inductor_engine import SUFFIX, WEIGHTS, Description, Variant, read
+from ditforge.engines.runtime.ranges import find_range
 from ditforge.errors import UserError
 from ditforge.local_gpu import why_not_here
 from ditforge.manifest import NEXT_COMMAND
@@ -132,19 +133,11 @@ class Execution:
                 blocks.append(block)
         return blocks
 
-    def variant(self, shapes: dict[str, Shape]) -> tuple[int, Variant]:
-        """Return the first variant that takes the shapes, with its number. Raises UserError if none does."""
-        for number, variant in enumerate(self.description.variants):
-            if all(within(shapes[name], variant.smallest[name], variant.largest[name]) for name in self.inputs):
-                return number, variant
-        taken = " or ".join(
-            str({name: f"{low} to {variant.largest[name]}" for name, low in variant.smallest.items()})
-            for variant in self.description.variants
-        )
-        raise UserError(
-            f"the engine was built for {taken}, got {shapes}",
-            "ditforge build ONNX_DIR --gpu GPU --resolutions MIN-MAX --batch N --out DIR   for these too",
-        )
+    def variant(self, shapes: dict[str, Shape]) -> Variant:
+        """Return the first variant that takes the shapes. Raises UserError if none does."""
+        variants = self.description.variants
+        ranges = [{name: (v.smallest[name], v.largest[name]) for name in self.inputs} for v in variants]
+        return variants[find_range(ranges, shapes)]
 
     def package(self, file: str) -> Any:
         """Return a package, loaded when it is first needed."""
@@ -161,7 +154,7 @@ class Execution:
         with _lock, torch.no_grad():
             given = {name: self.upload(name, [part[name] for part in parts]) for name in self.inputs}
             shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
-            _, variant = self.variant(shapes)
+            variant = self.variant(shapes)
             if not self.cuda:
                 outputs = self.run_calls(variant, given)
                 return {name: outputs[name].numpy() for name in self.outputs}
@@ -221,7 +214,7 @@ class Execution:
         """Run the best shape of each variant on zeros, which loads its packages and records the CUDA graphs."""
         for variant in self.description.variants:
             zeros = {
-                name: np.zeros(shape, NUMPY[self.description.inputs[name].dtype])
+                name: np.zeros(shape, NUMPY_DTYPES[self.description.inputs[name].dtype])
                 for name, shape in variant.smallest.items()
             }
             for _ in range(2 if self.cuda else 1):
@@ -287,13 +280,3 @@ class Slots:
             self.free[place % 2] = self.execution.stream.record_event()
         if place + 2 < len(self.order):
             self.copy(self.order[place + 2])
-
-
-NUMPY = {"FP32": np.float32, "FP16": np.float16, "INT32": np.int32, "INT64": np.int64, "UINT8": np.uint8}
-
-
-def within(shape: Shape, smallest: Shape, largest: Shape) -> bool:
-    """Whether a shape is in a range, in every dimension."""
-    return len(shape) == len(smallest) and all(
-        low <= size <= high for size, low, high in zip(shape, smallest, largest, strict=True)
-    )

@@ -22,6 +22,7 @@ from ditforge import install_hint
 from ditforge.cache import default_cache
 from ditforge.engines.compilers import Arrays, Shape
 from ditforge.engines.compilers.tensorrt_common import NO_DRIVER, make_log
+from ditforge.engines.runtime.ranges import find_range
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 from ditforge.local_gpu import why_not_here
 from ditforge.option import command
@@ -168,20 +169,11 @@ class Execution:
 
     def choose_profile(self, shapes: dict[str, Shape]) -> None:
         """Switch to the first profile that takes the shapes. Raises UserError if none does."""
-        for i, profile in enumerate(self.profiles):
-            if all(within(shape, *profile[name][::2]) for name, shape in shapes.items()):
-                if self.context.active_optimization_profile != i:
-                    self.check(
-                        self.context.set_optimization_profile_async(i, self.stream.ptr), "set_optimization_profile"
-                    )
-                return
-        taken = " or ".join(
-            str({name: f"{low} to {high}" for name, (low, _, high) in p.items()}) for p in self.profiles
-        )
-        raise UserError(
-            f"the engine was built for {taken}, got {shapes}",
-            "ditforge build ONNX_DIR --gpu GPU --resolutions MIN-MAX --batch N --out DIR   for these too",
-        )
+        bounds = [{name: (low, high) for name, (low, _, high) in profile.items()} for profile in self.profiles]
+        number = find_range(bounds, shapes)
+        if self.context.active_optimization_profile != number:
+            done = self.context.set_optimization_profile_async(number, self.stream.ptr)
+            self.check(done, "set_optimization_profile")
 
     def share_scratch(self) -> None:
         """Give the context the memory for activations that this process's engines share, and enlarge it if needed."""
@@ -231,10 +223,3 @@ class Execution:
 def stored_as(trt: Any, dtype: Any) -> np.dtype[Any]:
     """The NumPy dtype that stores TensorRT's dtype. NumPy lacks bf16, which is stored as two bytes."""
     return np.dtype(np.uint16 if dtype == trt.bfloat16 else trt.nptype(dtype))
-
-
-def within(shape: Shape, smallest: Shape, largest: Shape) -> bool:
-    """Whether a shape is in a range, in every dimension."""
-    return len(shape) == len(smallest) and all(
-        low <= size <= high for size, low, high in zip(shape, smallest, largest, strict=True)
-    )

@@ -6,8 +6,12 @@ product instead of the weight: both formats' numbers are exact in bf16.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from ditforge.engines.compilers.onnx_passes.graph import (
     MICROSOFT,
@@ -52,27 +56,29 @@ def beside_bf16(graph: ir.Graph) -> int:
 
 def flipped(graph: ir.Graph, weight: ir.Value) -> ir.Value:
     """The weight [K, N] as [N, K], transposed when it is written."""
-    name, tensor = f"{weight.name}_transposed", weight.const_value
-    assert tensor is not None, f"{weight.name} has no value"
-    if name in graph.initializers:
-        return graph.initializers[name]
-
-    def read() -> ir.TensorProtocol:
-        return ir.Tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype, name=name)
-
-    shape = ir.Shape(tensor.shape.numpy()[::-1])
-    return add_initializer(graph, name, ir.LazyTensor(read, dtype=tensor.dtype, shape=shape, name=name))
+    return derived(graph, weight, "transposed", weight.dtype, np.transpose)
 
 
 def widened(graph: ir.Graph, scale: ir.Value) -> ir.Value:
     """The scales [N] as fp32 [N, 1]."""
-    name, tensor = f"{scale.name}_fp32", scale.const_value
-    assert tensor is not None, f"{scale.name} has no value"
+    return derived(graph, scale, "fp32", ir.DataType.FLOAT, lambda numbers: numbers.astype(np.float32)[:, None])
+
+
+def derived(
+    graph: ir.Graph,
+    value: ir.Value,
+    suffix: str,
+    dtype: ir.DataType | None,
+    change: Callable[[NDArray[Any]], NDArray[Any]],
+) -> ir.Value:
+    """An initializer of other numbers than those of `value`, made once, which are computed when it is written."""
+    name, tensor = f"{value.name}_{suffix}", value.const_value
+    assert tensor is not None and dtype is not None, f"{value.name} has no value"
     if name in graph.initializers:
         return graph.initializers[name]
 
     def read() -> ir.TensorProtocol:
-        return ir.tensor(tensor.numpy().astype(np.float32)[:, None], name=name)
+        return ir.Tensor(np.ascontiguousarray(change(tensor.numpy())), dtype=dtype, name=name)
 
-    shape = ir.Shape([tensor.shape.numpy()[0], 1])
-    return add_initializer(graph, name, ir.LazyTensor(read, dtype=ir.DataType.FLOAT, shape=shape, name=name))
+    shape = ir.Shape(change(np.broadcast_to(np.int8(0), tensor.shape.numpy())).shape)
+    return add_initializer(graph, name, ir.LazyTensor(read, dtype=dtype, shape=shape, name=name))

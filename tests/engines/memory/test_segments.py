@@ -25,11 +25,11 @@ from ditforge import manifest
 from ditforge.client import Client
 from ditforge.contents import look_into
 from ditforge.engines.build import BuildOptions, build, cut_graph, ranges
-from ditforge.engines.compilers import Arrays, LoadedEngine, onnxruntime as ort_compiler
+from ditforge.engines.compilers import NUMPY_DTYPES, Arrays, LoadedEngine, onnxruntime as ort_compiler
 from ditforge.engines.memory.segments import Segment, cut
 from ditforge.engines.profile import Profile, make_profiles
 from ditforge.engines.runtime.loading import Chain, OnDemand, load_engine
-from ditforge.engines.verify import NUMPY_DTYPES, compare, verify_files
+from ditforge.engines.verify import compare, verify_files
 from ditforge.errors import DitforgeError, UserError
 from ditforge.export.checkpoint.source import CheckpointSource
 from ditforge.export.quantisation.calibration import calibrate

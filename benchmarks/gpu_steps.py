@@ -29,7 +29,6 @@ from torch import nn
 from ditforge import regions
 from ditforge.contract import DIT
 from ditforge.engines.compilers import Job, inductor
-from ditforge.engines.compilers.region_lowering import load_program
 from ditforge.engines.gpus import Target
 from ditforge.engines.runtime.inductor import load_engine
 from ditforge.export.checkpoint.source import CheckpointSource, opened
@@ -194,6 +193,60 @@ def as_fp8(module: nn.Module, network: Network, amax: dict[str, float]) -> None:
             setattr(module.get_submodule(parent), own, Fp8Linear(child, amax[weight]))
 
 
+def rates() -> dict[str, float]:
+    """The floating point operations a second of large products in bf16 and FP8, and of attention in bf16."""
+    from torch.nn.functional import scaled_dot_product_attention as attention
+
+    rows, inner, columns, heads, tokens, width = 8192, 4096, 8192, 24, 4608, 128
+    a, b = (torch.randn(size, inner, device=DEVICE, dtype=torch.bfloat16) for size in (rows, columns))
+    one = torch.ones((), device=DEVICE)
+    narrow = [tensor.to(torch.float8_e4m3fn) for tensor in (a, b)]
+    query = torch.randn(1, heads, tokens, width, device=DEVICE, dtype=torch.bfloat16)
+
+    def eight_bit() -> torch.Tensor:
+        return torch._scaled_mm(
+            narrow[0], narrow[1].t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+
+    def attend() -> torch.Tensor:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+            return attention(query, query, query)
+
+    def rate(operations: int, run: Callable[[], Any]) -> float:
+        """Repeated within one measurement, so that starting it does not count."""
+        repeats = 20
+
+        def many() -> None:
+            for _ in range(repeats):
+                run()
+
+        return operations * repeats / (measured(many)["least"] / 1e3)
+
+    product = 2 * rows * inner * columns
+    return {
+        "bf16": rate(product, lambda: a @ b.t()),
+        "fp8": rate(product, eight_bit),
+        "attention": rate(4 * heads * tokens**2 * width, attend),
+    }
+
+
+def limits(step: Callable[[], Any], speeds: dict[str, float]) -> dict[str, float]:
+    """The operations of a step, and the milliseconds that its products, in bf16 or FP8, and its attention would take."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    counts = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
+    attention = sum(count for name, count in counts.items() if "attention" in name)
+    products = sum(counts.values()) - attention
+    return {
+        "products TFLOP": products / 1e12,
+        "attention TFLOP": attention / 1e12,
+        "bf16_ms": 1e3 * (products / speeds["bf16"] + attention / speeds["attention"]),
+        "fp8_ms": 1e3 * (products / speeds["fp8"] + attention / speeds["attention"]),
+    }
+
+
 def diffusers_step(module: Any, inputs: dict[str, torch.Tensor], model: str, dtype: torch.dtype) -> Callable[[], Any]:
     """A call of diffusers' own transformer in `dtype`, as its pipeline calls it. It returns a velocity like latents."""
     transformer, latents = module.module, inputs["latents"]
@@ -270,7 +323,6 @@ def engine_rows(
         outputs=tuple(network.outputs),
         weights=stored_of(network, traced, scheme, amax),
     )
-    quantised: dict[str, torch.Tensor] = {}
 
     def weight(name: str) -> torch.Tensor:
         if name.endswith(("_quantized", "_scale")):
@@ -308,10 +360,9 @@ def engine_rows(
             lambda *_: None,
         )
         start = time.perf_counter()
-        files = inductor.compile_programs(job, found, lambda kind: load_program(traced.programs[kind]), weight)
+        files = inductor.compile_programs(job, found, lambda kind: traced.programs[kind], weight)
         compiled = time.perf_counter() - start
         sizes = sum(file.stat().st_size for file in files if file.suffix == ".pt2") / 1e6
-        quantised.clear()
         start = time.perf_counter()
         engine = load_engine(files, gpu, inductor.version(), inductor.version())
         loaded = time.perf_counter() - start
@@ -403,12 +454,16 @@ def main() -> None:
         steps = {side: diffusers_step(own, inputs[side], args.model, network.dtype) for side in args.sizes}
         amax.update(ranges_of(own, network, steps[args.sizes[0]]))
         rounded = {side: step().float().cpu() for side, step in steps.items()}
+        for side, step in steps.items():
+            note(args.out, f"limit {side}", **limits(step, speeds))
         del own, steps
         wide = with_weights(network, state, torch.float32)
         for side in args.sizes:
             expected[side] = diffusers_step(wide, inputs[side], args.model, torch.float32)().cpu()
             note(args.out, f"diffusers bf16 {side}", error=error(rounded[side], expected[side]))
 
+    speeds = rates()
+    note(args.out, "rates", **{f"{name} TFLOP/s": speed / 1e12 for name, speed in speeds.items()})
     attempted(args.out, "fp32 reference", exact)
     with torch.nn.attention.sdpa_kernel(backends, set_priority=True):
         for way in args.diffusers:
@@ -420,11 +475,9 @@ def main() -> None:
                         as_fp8(own, network, amax)
                     if way != "eager":
                         own.module.compile_repeated_blocks(fullgraph=True)
-                    note(
-                        args.out,
-                        f"diffusers {way} {side}",
-                        **measured(diffusers_step(own, inputs[side], args.model, network.dtype)),
-                    )
+                    step = diffusers_step(own, inputs[side], args.model, network.dtype)
+                    far = error(step(), expected[side]) if side in expected else -1.0
+                    note(args.out, f"diffusers {way} {side}", error=far, **measured(step))
 
                 attempted(args.out, f"diffusers {way} {side}", step_of)
                 torch._dynamo.reset()

@@ -189,7 +189,7 @@ def make_order(source: Manifest, options: BuildOptions) -> tuple[Order, Plan | N
     plan, memory = None, memory_to_compile() if compiler.holds_weights else None
     if profiles:
         limits = replace(target, memory_gb=None) if options.placed_by_hand else target
-        plan = decide(networks, model, limits, profiles, options.batch, memory)
+        plan = decide(networks, model, limits, profiles, options.batch, memory, compiler.stream is not None)
     if plan:
         model = tiled(model, plan.vae_tile)
         profiles = [replace(profile, max_batch=plan.batch) for profile in profiles]
@@ -197,22 +197,11 @@ def make_order(source: Manifest, options: BuildOptions) -> tuple[Order, Plan | N
     placements = place_engines(networks, plan, options.segments, options.residency)
     if plan:
         warn_of_compiling(networks, placements, memory)
-    if compiler.reads == "programs":
-        if options.segments not in (None, 1):
-            problem = f"{compiler.name} compiles blocks, whose weights it streams, and so needs no {option('segments')}"
-            raise UserError(problem, f"leave out {option('segments')}, or {option('compiler')} with another one")
-        placements = {name: streamed(placements[name], component) for name, component in networks.items()}
+    if compiler.reads == "programs" and options.segments not in (None, 1):
+        problem = f"{compiler.name} compiles blocks, whose weights it streams, and so needs no {option('segments')}"
+        raise UserError(problem, f"leave out {option('segments')}, or {option('compiler')} with another one")
     makers = {name: made_by(placements[name], compiler, target) for name in networks}
     return Order(networks, source.model, model, profiles, makers, placements), plan
-
-
-def streamed(placement: Placement, component: Component) -> Placement:
-    """Return a placement for a compiler of blocks: what would be loaded by segments in each call is streamed."""
-    if placement.segments == 1 or component.footprint is None:
-        return placement
-    kept = placement.segments - placement.on_demand
-    budget = component.footprint.first(kept, placement.segments) if kept else 0
-    return Placement(device=placement.device, weight_budget=budget if placement.on_demand else None)
 
 
 def check_wished(source: Manifest, target: Target, gpu: str) -> None:

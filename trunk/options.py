@@ -32,7 +32,7 @@ Precision = Annotated[
 GPU_HELP = "What to compile for: a name that ditforge gpus lists, sm_89, several (sm_86,sm_89), local, or cpu."
 Gpu = Annotated[str, typer.Option("--gpu", help=GPU_HELP, autocompletion=completion.GPU)]
 GpuOrNone = Annotated[str | None, typer.Option("--gpu", help=GPU_HELP, autocompletion=completion.GPU)]
-COMPILER_HELP = "onnxruntime, tensorrt-rtx, tensorrt, or another that is installed; by default the GPU's."
+COMPILER_HELP = "onnxruntime, inductor, tensorrt-rtx, tensorrt, or another that is installed; by default the GPU's."
 Compiler = Annotated[str | None, typer.Option(help=COMPILER_HELP, autocompletion=completion.COMPILER)]
 Resolutions = Annotated[
     str | None, typer.Option(metavar="MIN-MAX", help="Heights and widths in pixels, or MIN-BEST-MAX.")

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
-RESIDENT, ON_DEMAND, CPU = "resident", "on-demand", "cpu"
+RESIDENT, ON_DEMAND, STREAMED, CPU = "resident", "on-demand", "streamed", "cpu"
 
 
 class Placement(BaseModel):
@@ -39,5 +39,7 @@ class Placement(BaseModel):
 
     @property
     def residency(self) -> str:
-        """The placement in one word: resident, on-demand (if any segment is), or cpu."""
-        return CPU if self.device == "cpu" else ON_DEMAND if self.on_demand else RESIDENT
+        """The placement in one word: resident, on-demand (if any segment is), streamed, or cpu."""
+        if self.device == "cpu":
+            return CPU
+        return ON_DEMAND if self.on_demand else RESIDENT if self.weight_budget is None else STREAMED

@@ -9,6 +9,8 @@ from shlex import quote
 from ditforge import terminal, verbosity
 from ditforge.contract import DIT
 from ditforge.engines import gpus
+from ditforge.engines.compilers import find_compiler
+from ditforge.engines.compilers.choice import check_compiler, choose
 from ditforge.engines.gpus import Target
 from ditforge.engines.memory import memory_plan
 from ditforge.engines.memory.fitting import least_batch
@@ -26,7 +28,7 @@ SIZES = (512, 768, 1024, 1536, 2048)
 class Place:
     """Where a network is in memory.
 
-    place: resident, on-demand or cpu. size: the bytes that it takes there.
+    place: resident, on-demand, streamed or cpu. size: the bytes that it takes there; if streamed, of the GPU's memory.
     segments, on_demand: the number of segments, and how many of these are loaded for each call and then freed.
     """
 
@@ -86,8 +88,13 @@ class PlanReport:
     gpus: tuple[GpuPlan, ...]
 
 
-def make_report(wanted: Wanted, gpu: str | None = None, gpu_memory: float | None = None) -> PlanReport:
-    """Plan for one GPU, or for every GPU of the table. Raises UserError if the GPU or the model allows no plan."""
+def make_report(
+    wanted: Wanted, gpu: str | None = None, gpu_memory: float | None = None, compiler: str | None = None
+) -> PlanReport:
+    """Plan for one GPU, or for every GPU of the table, and engines of a compiler: by default, the one `build` takes.
+
+    Raises UserError if the GPU or the model allows no plan.
+    """
     if gpu_memory is not None and gpu is None:
         raise UserError("--gpu-memory is that of one GPU", "name it as well: --gpu rtx3060, or --gpu sm_86")
     target = None if gpu is None else find_card(gpu, gpu_memory)
@@ -96,26 +103,31 @@ def make_report(wanted: Wanted, gpu: str | None = None, gpu_memory: float | None
     subject = read_subject(wanted)
     sizes = [wanted.size] if wanted.size else sizes_of(subject.model)
     shown = min(sizes, key=lambda side: abs(side - subject.model.default_size))
+    if target and compiler:
+        check_compiler(compiler, target)
     targets = [target] if target else [Target(one.name, (one.capability,), one.memory_gb) for one in gpus.GPUS]
-    plans = tuple(plan_for(one, subject, wanted.precision, sizes) for one in targets)
+    plans = tuple(plan_for(one, subject, wanted.precision, sizes, compiler) for one in targets)
     fits = next(fit.fits for fit in plans[0].sizes if fit.size == shown) if target else None
     return PlanReport(subject.model.name, subject.model.default_steps, shown, fits, plans)
 
 
-def plan_for(target: Target, subject: Subject, precision: str | None, sizes: Sequence[int]) -> GpuPlan:
+def plan_for(
+    target: Target, subject: Subject, precision: str | None, sizes: Sequence[int], compiler: str | None
+) -> GpuPlan:
     """Plan a model on one GPU. The result has no sizes if the GPU lacks the precision."""
     memory = float(target.memory_gb or 0)
     if precision is not None and any(precision not in gpus.precisions(one) for one in target.capabilities):
         return GpuPlan(target.name, memory, "", ())
     chosen, parts = subject.parts(target, precision)
-    fits = tuple(fit_of(target, subject.model, parts, chosen, side) for side in sizes)
+    streams = find_compiler(compiler or choose(target)[0]).stream is not None
+    fits = tuple(fit_of(target, subject.model, parts, chosen, side, streams) for side in sizes)
     return GpuPlan(target.name, memory, chosen, fits)
 
 
-def fit_of(target: Target, model: Model, parts: Sequence[Part], precision: str, side: int) -> Fit:
-    """Plan pictures of one size on a GPU."""
+def fit_of(target: Target, model: Model, parts: Sequence[Part], precision: str, side: int, streams: bool) -> Fit:
+    """Plan pictures of one size on a GPU, for engines that can stream their weights, or cannot."""
     batch = least_batch(model)
-    plan = memory_plan.make_plan(parts, model, target, side, batch)
+    plan = memory_plan.make_plan(parts, model, target, side, batch, streams=streams)
     places = (
         Place(name, plan.precisions[name], p.residency, p.segments, p.on_demand, plan.sizes[name])
         for name, p in plan.placements.items()

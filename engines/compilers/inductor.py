@@ -6,9 +6,9 @@ can be streamed. Source: https://docs.pytorch.org/docs/stable/torch.compiler_aot
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version as installed_version
 from pathlib import Path
@@ -19,14 +19,13 @@ from ditforge.engines import gpus
 from ditforge.engines.compilers import NUMPY_DTYPES, Compiler, Job, Ranges, Shape
 from ditforge.engines.compilers.inductor_engine import PACKAGE, SUFFIX, WEIGHTS, Description, Variant
 from ditforge.engines.gpus import CPU, Target
-from ditforge.errors import DitforgeError, UserError
+from ditforge.errors import UserError
 from ditforge.manifest import NEXT_COMMAND, Component
 from ditforge.regions import Call, Regions, Stored
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
-    from torch.export import ExportedProgram
 
     from ditforge.engines.compilers.region_lowering import Lowered, Operand
     from ditforge.engines.runtime.inductor import Execution
@@ -76,54 +75,49 @@ def compile(job: Job) -> list[Path]:
     import onnx_ir as ir
 
     archive = job.graph.with_suffix(regions.SUFFIX)
-    found = regions.read(archive)
     initializers = ir.load(job.graph).graph.initializers
     return compile_programs(
-        job, found, lambda kind: read_program(archive, kind, found), lambda name: as_torch(initializers[name])
+        job,
+        regions.read(archive),
+        lambda kind: regions.read_program(archive, kind),
+        lambda name: as_torch(initializers[name]),
     )
 
 
-def read_program(archive: Path, kind: str, found: Regions) -> ExportedProgram:
-    """Read the program of a kind of region. Raises UserError if this PyTorch cannot read it."""
-    from ditforge.engines.compilers.region_lowering import load_program
-
-    content = regions.read_program(archive, kind)
-    try:
-        return load_program(content)
-    except Exception as error:  # what torch.export raises has no common class
-        problem = f"PyTorch {version()} cannot read the programs in {archive}, which {found.torch} wrote: {error}"
-        raise UserError(" ".join(problem.split())[:500], f"{NEXT_COMMAND['onnx']}   again, with it") from error
-
-
 def compile_programs(
-    job: Job, found: Regions, program: Callable[[str], ExportedProgram], weight: Callable[[str], torch.Tensor]
+    job: Job, found: Regions, program: Callable[[str], bytes], weight: Callable[[str], torch.Tensor]
 ) -> list[Path]:
     """Compile a network's regions, and return the files written.
 
-    `program` returns the program of a kind of region, and `weight` a stored weight by the name of its initializer.
+    `program` returns the program of a kind of region as torch.export saved it, and `weight` a stored weight by the name
+    of its initializer. Raises UserError if this PyTorch cannot read a program.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from ditforge.engines.compilers.region_packages import Example, Package, compile_packages
+
     device = torch.device("cuda" if job.target.capabilities else "cpu")
-    kinds, lowered = lower_kinds(found, program, device)
-    first = {kind: call for call, kind in reversed(list(zip(found.calls, kinds, strict=True)))}
+    kinds, lowered, parts = lower_kinds(found, program, device)
     variants: list[Variant] = []
-    files = []
+    packages: list[Package] = []
     for smallest, largest in [pair for shapes in job.shapes or [{}] for pair in ranges_of(shapes, job.component)]:
         with FakeTensorMode(allow_non_fake_inputs=True):
             tensors = [
                 trace_sizes(job.component, found, kinds, lowered, sizes, device) for sizes in (smallest, largest)
             ]
-        packages: dict[str, str] = {}
-        for kind, part in lowered.items():
-            sizes = " ".join("x".join(map(str, shape)) for shape in largest.values())
-            job.progress(f"{job.name}: {kind} for {sizes}", len(packages), len(lowered))
-            path = job.engine.with_name(f"{job.engine.name}-{len(variants)}-{kind}{PACKAGE}")
-            packages[kind] = path.name
-            compile_kind(part, first[kind], tensors, path, job)
-            files.append(path)
-        variants.append(Variant(smallest=smallest, largest=largest, packages=packages))
+        sizes = " ".join("x".join(map(str, shape)) for shape in largest.values())
+        paths = {kind: job.engine.with_name(f"{job.engine.name}-{len(variants)}-{kind}{PACKAGE}") for kind in parts}
+        for kind, path in paths.items():
+            part = parts[kind]
+            examples = tuple(Example.between(*(known[name] for known in tensors)) for name in part.call.inputs)
+            more = SETTINGS if device.type == "cuda" else CPU_SETTINGS
+            packages.append(
+                Package(path, f"{kind} for {sizes}", part.content, examples, part.stored, device.type, more)
+            )
+        names = {kind: path.name for kind, path in paths.items()}
+        variants.append(Variant(smallest=smallest, largest=largest, packages=names))
+    compile_packages(job.name, packages, job.progress)
     weights = job.engine.with_name(job.engine.name + WEIGHTS)
     calls = write_weights(weights, job, found, kinds, lowered, weight)
     description = Description(
@@ -131,30 +125,51 @@ def compile_programs(
     )
     path = job.engine.with_name(job.engine.name + SUFFIX)
     path.write_text(description.model_dump_json(indent=1))
-    return [path, weights, *files]
+    return [path, weights, *(one.path for one in packages)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A kind of region: its program as torch.export saved it, a call of it, and how the weights of that are stored."""
+
+    content: bytes
+    call: Call
+    stored: tuple[Stored, ...]
 
 
 def lower_kinds(
-    found: Regions, program: Callable[[str], ExportedProgram], device: torch.device
-) -> tuple[list[str], dict[str, Lowered]]:
-    """Return the kind of each call, and the lowered program of each kind.
+    found: Regions, program: Callable[[str], bytes], device: torch.device
+) -> tuple[list[str], dict[str, Lowered], dict[str, Part]]:
+    """Return the kind of each call, and by kind the lowered program and what it was made of.
 
     Calls of the same program are of several kinds if different weights of them are in 8 bits.
     """
-    from ditforge.engines.compilers.region_lowering import Lowered
-
     kinds: list[str] = []
     names: dict[tuple[str, object], str] = {}
     lowered: dict[str, Lowered] = {}
+    parts: dict[str, Part] = {}
     for call in found.calls:
         stored = [found.weights[name] for name in call.weights]
         key = (call.kind, formats_of(stored))
         if key not in names:
             same = sum(kind == call.kind for kind, _ in names)
             names[key] = name = f"{call.kind}-as-{same + 1}" if same else call.kind
-            lowered[name] = Lowered(program(call.kind), len(call.inputs), stored, device, exact=device.type == CPU)
+            parts[name] = part = Part(program(call.kind), call, tuple(stored))
+            lowered[name] = lower_kind(part, found, device)
         kinds.append(names[key])
-    return kinds, lowered
+    return kinds, lowered, parts
+
+
+def lower_kind(part: Part, found: Regions, device: torch.device) -> Lowered:
+    """Lower the program of a kind of region. Raises UserError if this PyTorch cannot read it."""
+    from ditforge.engines.compilers.region_lowering import Lowered, load_program
+
+    try:
+        program = load_program(part.content)
+    except Exception as error:  # what torch.export raises has no common class
+        problem = f"PyTorch {version()} cannot read the programs that {found.torch} wrote into the export: {error}"
+        raise UserError(" ".join(problem.split())[:500], f"{NEXT_COMMAND['onnx']}   again, with it") from error
+    return Lowered(program, len(part.call.inputs), part.stored, device, exact=device.type == CPU)
 
 
 def formats_of(stored: Sequence[Stored]) -> tuple[object, ...]:
@@ -194,52 +209,6 @@ def trace_sizes(
         for name, tensor in component.inputs.items()
     }
     return run_fake(lowered, found.calls, kinds, inputs)
-
-
-def compile_kind(
-    lowered: Lowered, call: Call, tensors: Sequence[Mapping[str, torch.Tensor]], path: Path, job: Job
-) -> None:
-    """Compile a lowered program into the package `path`, for sizes between those of the fake `tensors`."""
-    import torch
-
-    from ditforge.engines.compilers.region_lowering import lower
-    from ditforge.engines.runtime.inductor import load_package
-
-    smallest, largest = tensors
-    varying = [
-        {
-            axis
-            for axis, (low, high) in enumerate(zip(smallest[name].shape, largest[name].shape, strict=True))
-            if low < high
-        }
-        for name in call.inputs
-    ]
-    examples = [
-        torch.empty(largest[name].shape, dtype=largest[name].dtype, device=lowered.device) for name in call.inputs
-    ]
-    chosen = SETTINGS if lowered.device.type == "cuda" else CPU_SETTINGS
-    try:
-        with attention_preferred(lowered.device):
-            program = lower(lowered, examples, varying)
-            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=chosen)
-        load_package(path, lowered.device)  # with a C++ compiler that does not suit PyTorch, this would crash
-    except Exception as error:  # the compiler's have no common class
-        reason = " ".join(str(error).split())[:1000]
-        problem = f"Inductor cannot compile {call.kind} of {job.name}: {reason}"
-        raise DitforgeError(problem, "report it with the export") from error
-
-
-@contextlib.contextmanager
-def attention_preferred(device: torch.device) -> Iterator[None]:
-    """Within this context, attention is compiled to cuDNN's kernel where it has one, and else to the next best."""
-    if device.type != "cuda":
-        yield
-        return
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with sdpa_kernel(order, set_priority=True):
-        yield
 
 
 def write_weights(

@@ -46,11 +46,13 @@ def decide(
     profiles: Sequence[Profile],
     batch: int | None,
     memory: int | None = None,
+    streams: bool = False,
 ) -> Plan | None:
     """Plan the memory for an export's networks, for pictures of these profiles.
 
     Without a `batch`, the plan is for the default one, or for the largest batch below that needs no worse plan than a
-    single picture does. `memory` is the number of bytes that compiling may take. Returns None if the export does not
+    single picture does. `memory` is the number of bytes that compiling may take, and `streams` whether engines can
+    stream their weights. Returns None if the export does not
     say what its networks take, or if the target is not a GPU. Raises UserError if no plan fits.
     """
     parts = parts_of(components)
@@ -58,7 +60,7 @@ def decide(
         return None
     side = math.ceil(max(math.sqrt(math.prod(profile.largest)) for profile in profiles))
     plans = {
-        count: make_plan(parts, model, target, side, count, memory, model.vae_tile)
+        count: make_plan(parts, model, target, side, count, memory, model.vae_tile, streams)
         for count in ([batch] if batch else range(DEFAULT_BATCH, least_batch(model) - 1, -1))
     }
     fewest = plans[min(plans)]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 
 from ditforge.contract import DIT, TOKENIZER, VAE_DECODER, VAE_ENCODER
@@ -32,7 +33,7 @@ TEXT, DENOISING, DECODING, ENCODING = "text encoding", "denoising", "decoding", 
 PHASES = (TEXT, DENOISING, DECODING, ENCODING)
 TEXT_SEGMENTS = (2, 4, 8)  # of the largest text encoder, where it is loaded on demand
 DIT_SEGMENTS = (4, 8, 16)  # of the DiT, where some of them are loaded on demand, and the others stay
-SLOTS = 2  # of the DiT's segments that are loaded on demand: one computes, and the next one is loaded meanwhile
+SLOTS = 2  # of segments or blocks that are loaded in each step: one computes, and the next one is loaded meanwhile
 MOST_SEGMENTS = 1000  # more than any network has blocks
 TILES = (1, 3 / 4, 1 / 2)  # sides of tiles, as parts of the model's default size
 
@@ -96,7 +97,8 @@ class Way:
     """One way to save memory: which networks are not resident, which have their second precision, and what is cut.
 
     `kept` is how many segments of an on-demand network stay resident nevertheless; by default, none. `slots` is how
-    many of the DiT's others have room at a time.
+    many of the DiT's others have room at a time. `streamed` are the networks whose blocks come from the machine's
+    memory in each call, except those for which the GPU has room.
     """
 
     strategy: str
@@ -106,6 +108,7 @@ class Way:
     kept: Mapping[str, int] = field(default_factory=dict)
     tile: int | None = None
     slots: int = 1
+    streamed: frozenset[str] = frozenset()
 
 
 def make_plan(
@@ -116,18 +119,21 @@ def make_plan(
     batch: int = 1,
     build_memory: int | None = None,
     vae_tile: int | None = None,
+    streams: bool = False,
 ) -> Plan:
     """Plan the memory of `target` for the model's pictures of up to side x side pixels, `batch` at a time.
 
     `build_memory` is the number of bytes that compiling may take (None: any). It may require more segments than the GPU
-    does. `vae_tile` fixes the side of the autoencoder's tiles in pixels.
+    does. `vae_tile` fixes the side of the autoencoder's tiles in pixels. `streams` is whether engines can stream their
+    weights, block by block; then nothing is cut.
     """
     usable = usable_memory(target)
     tried: dict[str, int] = {}
     plan = None
     sizes = [vae_tile] if vae_tile else [None, *tiles(model, side)]
-    for rank, way in enumerate(ways(parts, sizes, build_memory)):
-        placed = reckon(parts, way, side, batch, build_memory)
+    possible = streaming_ways(parts, sizes) if streams else ways(parts, sizes, build_memory)
+    for rank, way in enumerate(possible):
+        placed = reckon(parts, way, side, batch, build_memory, usable)
         plan = Plan(way.strategy, rank, *placed.of_networks, way.tile, placed.peaks, usable, batch)
         if plan.fits:
             break
@@ -189,7 +195,7 @@ def ways(parts: Sequence[Part], tiles: Sequence[int | None], memory: int | None)
     computes, and then without.
     """
     texts = [part for part in parts if part.phase == TEXT and part.weights]
-    largest = max(texts, key=lambda part: part.weights, default=None)
+    largest = largest_text_encoder(parts)
     heavy = largest.name if largest else ""
     dit = next((next(iter(part.footprints.values())) for part in parts if part.name == DIT), None)
     least = build_segments(dit, memory) if dit else 1
@@ -199,11 +205,7 @@ def ways(parts: Sequence[Part], tiles: Sequence[int | None], memory: int | None)
     most = most_segments(next(iter(largest.footprints.values()))) if largest else 1
     text_segments = [count for count in TEXT_SEGMENTS if count <= most]
 
-    def decoded(way: Way) -> Iterator[Way]:
-        """The way with less and less memory for the autoencoder: its encoder on demand, and then smaller tiles."""
-        yield replace(way, tile=tiles[0])
-        waiting = replace(way, places={**way.places, VAE_ENCODER: ON_DEMAND})
-        yield from (replace(waiting, tile=tile) for tile in tiles)
+    decoded = partial(decoding_ways, tiles)
 
     def texts_moved(moved: Mapping[str, str], segments: int, strategy: str, kept: int = 0) -> Iterator[Way]:
         once, cut, stay = {**freed, VAE_DECODER: ON_DEMAND, **moved}, {DIT: segments}, {DIT: kept}
@@ -226,6 +228,38 @@ def ways(parts: Sequence[Part], tiles: Sequence[int | None], memory: int | None)
             strategy = f"offload {on_demand} of {count}"
             for way in texts_moved({DIT: ON_DEMAND}, count, strategy, count - on_demand):
                 yield replace(way, slots=slots)
+
+
+def streaming_ways(parts: Sequence[Part], tiles: Sequence[int | None]) -> Iterator[Way]:
+    """All ways for engines that stream their blocks, each slower or less exact than those before it.
+
+    The largest text encoder is streamed first, once a prompt, and then the DiT too, in each step. What then stays of
+    the DiT is what finds room, so the others are as frugal as they can be.
+    """
+    largest, dit = largest_text_encoder(parts), {part.name for part in parts if part.name == DIT}
+    heavy = {largest.name} if largest else set[str]()
+    yield from decoding_ways(tiles, Way(RESIDENT))
+    if largest and len(largest.footprints) > 1:
+        yield from decoding_ways(tiles, Way(f"{largest.name} 8-bit", eight_bit=frozenset(heavy)))
+    decoding = {VAE_DECODER: ON_DEMAND}
+    if heavy:
+        yield from decoding_ways(tiles, Way(f"{min(heavy)} streamed", decoding, streamed=frozenset(heavy)))
+    freed = {part.name: ON_DEMAND for part in parts if part.phase == TEXT} | decoding
+    both = Way(" and ".join([*sorted(heavy), DIT]) + " streamed", freed, streamed=frozenset(heavy | dit))
+    yield from reversed(list(decoding_ways(tiles, both)))
+
+
+def decoding_ways(tiles: Sequence[int | None], way: Way) -> Iterator[Way]:
+    """The way with less and less memory for the autoencoder: its encoder on demand, and then smaller tiles."""
+    yield replace(way, tile=tiles[0])
+    waiting = replace(way, places={**way.places, VAE_ENCODER: ON_DEMAND})
+    yield from (replace(waiting, tile=tile) for tile in tiles)
+
+
+def largest_text_encoder(parts: Sequence[Part]) -> Part | None:
+    """The text encoder with the most weights, or None if there is none with weights."""
+    texts = [part for part in parts if part.phase == TEXT and part.weights]
+    return max(texts, key=lambda part: part.weights, default=None)
 
 
 def offloads(least: int, most: int) -> list[tuple[int, int]]:
@@ -254,10 +288,11 @@ class Reckoned:
         return self.placements, self.precisions, self.sizes
 
 
-def reckon(parts: Sequence[Part], way: Way, side: int, batch: int, memory: int | None) -> Reckoned:
+def reckon(parts: Sequence[Part], way: Way, side: int, batch: int, memory: int | None, usable: int | None) -> Reckoned:
     """Compute where each network is, and how many bytes of the GPU's memory are taken in each phase.
 
-    A network is cut as the way says, or into more segments if these need more than `memory` to be compiled.
+    A network is cut as the way says, or into more segments if these need more than `memory` to be compiled. Of a DiT
+    that is streamed, as many blocks stay as find room in the `usable` bytes.
     """
     always, loaded, found = CONTEXT, dict.fromkeys(PHASES, 0), Reckoned()
     for part in parts:
@@ -270,6 +305,11 @@ def reckon(parts: Sequence[Part], way: Way, side: int, batch: int, memory: int |
         count = max(way.segments.get(part.name, 1), build_segments(footprint, memory))
         pixels = min(side, way.tile or side) if part.name in TILED else side
         activations = round(SPARE * batch * footprint.activations_at(pixels))
+        if part.name in way.streamed:
+            found.placements[part.name] = Placement(weight_budget=0)
+            found.sizes[part.name] = SLOTS * footprint.largest_block + activations
+            always += found.sizes[part.name]
+            continue
         kept = way.kept.get(part.name, 0) if place == ON_DEMAND else count
         on_demand = count - kept
         stays = (footprint.first(kept, count) + activations) if kept else 0
@@ -279,6 +319,12 @@ def reckon(parts: Sequence[Part], way: Way, side: int, batch: int, memory: int |
         found.sizes[part.name] = stays + comes
         always += stays
         loaded[part.phase] += comes
+    for part in parts:
+        if part.name == DIT and part.name in way.streamed and usable is not None:
+            room = max(0, min(part.weights, usable - always - max(loaded.values())))
+            found.placements[part.name] = Placement(weight_budget=room)
+            found.sizes[part.name] += room
+            always += room
     found.peaks = {phase: always + size for phase, size in loaded.items()}
     return found
 
@@ -306,6 +352,13 @@ def explain(plan: Plan, parts: Sequence[Part], tried: Mapping[str, int], side: i
             yield f"{part.name}, {size}, is loaded when it is asked: pictures from text need none"
         if part.phase == TEXT and placement.residency == ON_DEMAND and placement.segments > 1:
             yield f"{part.name}'s segments are loaded on demand: {gibibytes(footprint.weights)} a prompt"
+        if placement.weight_budget is not None:
+            stay = placement.weight_budget
+            each = "a step" if part.name == DIT else "a prompt"
+            yield (
+                f"{part.name}'s blocks come from the machine's memory: {gibibytes(footprint.weights - stay)} {each}"
+                + (f"; {gibibytes(stay)} of them stay" if stay else "")
+            )
         if placement.residency == CPU:
             yield f"{part.name} takes {size} of the machine's memory"
         if part.name == DIT and placement.residency == ON_DEMAND:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ditforge import terminal
-from ditforge.options import PRECISION_HELP, SOURCE_HELP, GpuMemory, RandomWeights, SourceFlags, path_or_repository
+from ditforge.options import (
+    PRECISION_HELP,
+    SOURCE_HELP,
+    Compiler,
+    GpuMemory,
+    RandomWeights,
+    SourceFlags,
+    path_or_repository,
+)
 from ditforge.reports import Json, show
 
 if TYPE_CHECKING:
@@ -34,6 +42,7 @@ def plan(
     size: Annotated[int | None, typer.Option(help="Pictures of up to that many pixels; by default several.")] = None,
     random_weights: RandomWeights = False,
     gpu_memory: GpuMemory = None,
+    compiler: Compiler = None,
     as_json: Json = False,
 ) -> None:
     """What will be in a GPU's memory, and how long a step takes. Nothing is made.
@@ -46,7 +55,7 @@ def plan(
     from ditforge.plan_subject import Wanted
 
     wanted = Wanted(source.of(checkpoint, random_weights=random_weights), precision, size)
-    report = make_report(wanted, gpu, gpu_memory)
+    report = make_report(wanted, gpu, gpu_memory, compiler)
     show(report, say, as_json)
     if report.fits is False:
         raise typer.Exit(1)

@@ -45,7 +45,7 @@ def by_programs(folder: Path, name: str, inputs: Arrays) -> tuple[Arrays, dict[s
     """What PyTorch computes of the lowered programs, with the graph's weights."""
     archive, initializers = folder / f"{name}.programs", ir.load(folder / f"{name}.onnx").graph.initializers
     found = regions.read(archive)
-    kinds, lowered = inductor.lower_kinds(found, lambda kind: inductor.read_program(archive, kind, found), CPU)
+    kinds, lowered, _ = inductor.lower_kinds(found, lambda kind: regions.read_program(archive, kind), CPU)
     known = {key: torch.from_numpy(array) for key, array in inputs.items()}
     for call, kind in zip(found.calls, kinds, strict=True):
         weights = []

@@ -104,6 +104,46 @@ def test_the_peak_is_the_sum_of_what_is_there() -> None:
     assert any("9 of dit's 16 segments are loaded and freed in each step: 8.0 GiB" in line for line in made.reasons)
 
 
+@pytest.mark.parametrize(
+    ("gpu", "strategy", "tile"),
+    [
+        ("h100", RESIDENT, None),
+        ("rtx4090", "t5 8-bit", 768),
+        ("rtx4000ada", "t5 streamed", None),
+        ("rtx3060", "t5 and dit streamed", 512),
+    ],
+)
+def test_what_a_card_gets_of_engines_that_stream(gpu: str, strategy: str, tile: int | None) -> None:
+    made = plan(gpu, streams=True)
+    assert made.fits
+    assert (made.strategy, made.vae_tile) == (strategy, tile)
+    assert all(placement.segments == 1 for placement in made.placements.values())
+
+
+def test_what_is_streamed_stays_as_far_as_there_is_room() -> None:
+    made = plan("rtx3060", streams=True)
+    assert made.usable is not None
+    assert made.peak == made.usable
+    weights, block, activations = LARGE["dit"]
+    stay = made.placements["dit"].weight_budget
+    assert stay is not None
+    assert made.sizes["dit"] == pytest.approx(stay + 2 * block * GB + SPARE * activations[1] * GB, rel=1e-6)
+    assert made.placements["t5"] == Placement(weight_budget=0)
+    assert made.placements["clip"].on_demand == 1
+    assert made.placements["dit"].residency == "streamed"
+    streamed = (weights * GB - stay) / 2**30
+    assert any(f"machine's memory: {streamed:.1f} GiB a step" in reason for reason in made.reasons)
+    larger = make_plan(parts(), MODEL, Target("card", ("sm_86",), 13), 1024, streams=True).placements["dit"]
+    assert larger.weight_budget == pytest.approx(stay + 15 / 16 * 2**30, abs=2)
+
+
+def test_a_streamed_dit_fits_the_smallest_cards() -> None:
+    for gpu in GPUS:
+        made = plan(gpu.name, streams=True)
+        assert made.fits, gpu
+        assert made.peak <= gpu.memory_gb * 2**30
+
+
 def test_every_gpu_of_the_table_has_a_plan() -> None:
     for gpu in GPUS:
         made = plan(gpu.name)

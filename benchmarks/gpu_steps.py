@@ -231,7 +231,7 @@ def rates() -> dict[str, float]:
 
 
 def limits(step: Callable[[], Any], speeds: dict[str, float]) -> dict[str, float]:
-    """The operations of a step, and the milliseconds that its products, in bf16 or FP8, and its attention would take."""
+    """The operations of a step, and the milliseconds of its products, in bf16 or in FP8, and its attention."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:

@@ -37,6 +37,7 @@ ENSEMBLES = (TEXT_ENCODERS, TEXT_ENCODERS_CLIP)
 TEXTS = ("*/config.pbtxt", "*/1/model.py", "*/1")  # what is written anew, beside the files of the engines
 NOT_TEXT = (DIT, VAE_DECODER, VAE_ENCODER)
 DEFAULT_MAX_BATCH = 8
+STORED_ONCE = (".plan", ".safetensors", ".pt2")  # TensorRT's engines, and the weights and packages of Inductor's
 TENSORRT_BACKEND = "tensorrt"  # Triton's own backend for TensorRT, which NVIDIA's container has
 NEW = "there was none before"
 log = logging.getLogger(__name__)
@@ -212,11 +213,11 @@ def rewrite_reason(before: Manifest | None, out: Path, wanted: Manifest, models:
 
 
 def place(file: Path, target: Path) -> None:
-    """Give a plan a second name where the file system can, so that it is stored once; copy everything else.
+    """Give a large file a second name where the file system can, so that it is stored once; copy everything else.
 
     Not so the weights beside an ONNX graph: ONNX refuses to read them if they have several names.
     """
-    if file.suffix == ".plan":
+    if file.suffix in STORED_ONCE:
         with suppress(OSError):
             target.hardlink_to(file)
             return

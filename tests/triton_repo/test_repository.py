@@ -322,6 +322,20 @@ def test_a_plan_is_stored_once(schnell, tmp_path: Path) -> None:
             verify_files(folder)
 
 
+def test_the_weights_of_inductor_are_stored_once(schnell, tmp_path: Path) -> None:
+    engines = compiled(schnell.engines, tmp_path / "engines", "tensorrt-rtx", {})
+    source, names = manifest.read(engines, "engines"), ("dit.inductor", "dit.safetensors", "dit-0-begin.pt2")
+    (engines / "dit.plan").unlink()
+    for name in names:
+        (engines / name).write_bytes(name.encode())
+    files = {name: manifest.describe(engines / name) for name in names}
+    source.components["dit"] = source.components["dit"].model_copy(update={"files": files})
+    manifest.write(source, engines)
+    write_repository(engines, tmp_path / "repo")
+    served = tmp_path / "repo" / "dit" / "1"
+    assert [(served / name).samefile(engines / name) for name in names] == [False, True, True]
+
+
 def test_a_plan_is_copied_where_there_are_no_links(schnell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(target: Path, link: Path) -> None:
         raise OSError(errno.EXDEV, "Invalid cross-device link")

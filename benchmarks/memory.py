@@ -83,7 +83,9 @@ def plans() -> Iterator[list[str]]:
     for card in CARDS:
         target = find_target(card)
         precision, parts = subject.parts(target, None)
-        made = [fit_of(target, subject.model, parts, precision, side) for side in (512, 1024, 1536, 2048)]
+        made = [
+            fit_of(target, subject.model, parts, precision, side, streams=False) for side in (512, 1024, 1536, 2048)
+        ]
         yield [card, f"{target.memory_gb} GiB", precision, *map(cell, made)]
 
 

@@ -242,8 +242,8 @@ class Pipeline:
     def plan(self, card: float) -> Row:
         """What `ditforge plan` says of the export on a card of so many GiB."""
         name = LIKE if self.gpu is None else "local"
-        size = ["--size", str(self.given.side), "--json"]
-        ran = self.run(f"plan-{card:g}", ["plan", str(self.onnx), "--gpu", name, "--gpu-memory", f"{card:g}", *size])
+        given = ["--compiler", self.given.compiler, "--size", str(self.given.side), "--json"]
+        ran = self.run(f"plan-{card:g}", ["plan", str(self.onnx), "--gpu", name, "--gpu-memory", f"{card:g}", *given])
         fit = json.loads(ran.output)["gpus"][0]["sizes"][0]
         return {"strategy": fit["strategy"], "vae_tile": fit["vae_tile"], "plan_gib": fit["peak"] / GIB} | {
             "usable_gib": fit["usable"] / GIB,

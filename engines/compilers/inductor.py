@@ -95,7 +95,8 @@ def compile_programs(
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from ditforge.engines.compilers.region_packages import Example, Package, compile_packages
+    from ditforge.engines.compilers.package_cache import Example, Package
+    from ditforge.engines.compilers.region_packages import compile_packages
 
     device = torch.device("cuda" if job.target.capabilities else "cpu")
     kinds, lowered, parts = lower_kinds(found, program, device)
@@ -144,6 +145,8 @@ def lower_kinds(
 
     Calls of the same program are of several kinds if different weights of them are in 8 bits.
     """
+    from ditforge.engines.compilers.region_lowering import formats_of
+
     kinds: list[str] = []
     names: dict[tuple[str, object], str] = {}
     lowered: dict[str, Lowered] = {}
@@ -170,12 +173,6 @@ def lower_kind(part: Part, found: Regions, device: torch.device) -> Lowered:
         problem = f"PyTorch {version()} cannot read the programs that {found.torch} wrote into the export: {error}"
         raise UserError(" ".join(problem.split())[:500], f"{NEXT_COMMAND['onnx']}   again, with it") from error
     return Lowered(program, len(part.call.inputs), part.stored, device, exact=device.type == CPU)
-
-
-def formats_of(stored: Sequence[Stored]) -> tuple[object, ...]:
-    """Return what of the formats of a call's weights decides its program: which are 8-bit, and which share a scale."""
-    scales = [weight.activation_scale for weight in stored]
-    return tuple((weight.scheme, scales.index(weight.activation_scale)) for weight in stored)
 
 
 def ranges_of(shapes: Ranges, component: Component) -> Iterator[tuple[dict[str, Shape], dict[str, Shape]]]:

@@ -74,6 +74,12 @@ def placeholders_of(program: ExportedProgram) -> tuple[list[Node], dict[Node, Te
     return [node for node in nodes if node not in constants], constants
 
 
+def formats_of(stored: Sequence[Stored]) -> tuple[object, ...]:
+    """Return what of the formats of a call's weights decides its program: which are 8-bit, and which share a scale."""
+    scales = [weight.activation_scale for weight in stored]
+    return tuple((weight.scheme, scales.index(weight.activation_scale)) for weight in stored)
+
+
 def products_of(program: ExportedProgram, inputs: int, stored: Sequence[Stored]) -> list[Product]:
     """Return the products of a program that takes `inputs` tensors and then weights, which are `stored` so.
 

@@ -1,17 +1,19 @@
 """Compile lowered programs of regions into packages, several at a time where the machine has the processors.
 
-Compiling a package keeps one processor busy, mostly with C++. Where there are several, each package is compiled by a
-process of its own.
+Compiling a package keeps a processor busy for a minute. Where there are several, each package is compiled by a process
+of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,12 +21,12 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ditforge.engines.compilers import Progress, Shape
+from ditforge.engines.compilers import Progress, package_cache
 from ditforge.engines.compilers.child_process import call_apart
+from ditforge.engines.compilers.package_cache import Package
 from ditforge.engines.compilers.region_lowering import Lowered, load_program, lower
 from ditforge.engines.runtime.inductor import load_package
 from ditforge.errors import DitforgeError
-from ditforge.regions import Stored
 
 MOST = 8  # packages that are compiled at a time
 PROCESSORS = 2  # that each of them gets
@@ -34,68 +36,44 @@ APART = {"aot_inductor.precompile_headers": False}
 # Kernels are compiled by the process itself, and not by processes that it would start.
 ENVIRONMENT = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-@dataclass(frozen=True)
-class Example:
-    """A tensor that a program takes: its largest shape, its dtype, and which of its dimensions vary."""
-
-    shape: Shape
-    dtype: torch.dtype
-    varying: frozenset[int] = frozenset()
-
-    @classmethod
-    def between(cls, small: torch.Tensor, large: torch.Tensor) -> Example:
-        """An example of all sizes between those of two tensors."""
-        pairs = enumerate(zip(small.shape, large.shape, strict=True))
-        return cls(tuple(large.shape), large.dtype, frozenset(axis for axis, (low, high) in pairs if low < high))
-
-
-@dataclass(frozen=True)
-class Package:
-    """A package to compile.
-
-    path: the file to write. kind: what it is, for people.
-    content: the program as torch.export saved it. examples: what it takes before the weights, which are `stored` so.
-    device: "cuda" or "cpu". settings: Inductor's.
-    """
-
-    path: Path
-    kind: str
-    content: bytes
-    examples: tuple[Example, ...]
-    stored: tuple[Stored, ...]
-    device: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
+log = logging.getLogger(__name__)
 
 
 def compile_packages(name: str, packages: Sequence[Package], progress: Progress) -> None:
-    """Compile the packages of the network `name`. Raises DitforgeError if one cannot be compiled."""
-    at_once = how_many(packages)
-    if at_once == 1:
-        for done, package in enumerate(packages):
-            progress(f"{name}: {package.kind}", done, len(packages))
-            compile_package(package, name)
-        return
-    done = 0
+    """Write the packages of the network `name`: from the cache, or compiled. Raises DitforgeError if one cannot be."""
+    kept = package_cache.Packages()
+    missing = [package for package in packages if not kept.take(package)]
+    at_once, done, lock = how_many(missing), len(packages) - len(missing), threading.Lock()
+    log.info("%s: %d of %d packages are in the cache; %d are compiled at a time", name, done, len(packages), at_once)
 
     def compile_one(package: Package) -> None:
         nonlocal done
-        apart = (package, name, lock, APART)
-        call_apart(compile_in_child, *apart, name=name, progress=progress, environment=ENVIRONMENT)
-        done += 1
-        progress(f"{name}: {package.kind}", done, len(packages))
+        if at_once == 1:
+            progress(f"{name}: {package.kind}", done, len(packages))
+            spent = compile_package(package, name)
+        else:
+            apart = package, name, folder, APART
+            spent = call_apart(compile_in_child, *apart, name=name, progress=progress, environment=ENVIRONMENT)
+        kept.keep(package)
+        log.info("%s: %s: traced in %.1f s, compiled in %.1f s", name, package.kind, *spent)
+        with lock:
+            done += 1
+            progress(f"{name}: {package.kind}", done, len(packages))
 
-    with TemporaryDirectory() as folder, ThreadPoolExecutor(at_once) as pool:
-        lock = Path(folder) / "lock"
-        lock.touch()
-        coming = [pool.submit(compile_one, package) for package in packages]
-        try:
-            for one in coming:
-                one.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if at_once == 1:  # in this thread, which a test or a debugger sees
+            for package in missing:
+                compile_one(package)
+            return
+        with ThreadPoolExecutor(at_once) as pool:
+            coming = [pool.submit(compile_one, package) for package in missing]
+            try:
+                for one in coming:
+                    one.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
 def how_many(packages: Sequence[Package]) -> int:
@@ -106,11 +84,13 @@ def how_many(packages: Sequence[Package]) -> int:
     return max(1, min(limits))
 
 
-def compile_in_child(package: Package, name: str, lock: Path, more: Mapping[str, Any], *, progress: Progress) -> None:
-    """Compile a package beside others, which time their kernels on the GPU one at a time."""
+def compile_in_child(
+    package: Package, name: str, folder: Path, more: Mapping[str, Any], *, progress: Progress
+) -> tuple[float, float]:
+    """Compile a package beside others, which time their kernels on the GPU one at a time: `folder` is theirs alone."""
     del progress  # of one package there is none
-    with timing_alone(lock):
-        compile_package(package, name, more)
+    with timing_alone(folder / "lock"):
+        return compile_package(package, name, more)
 
 
 @contextlib.contextmanager
@@ -121,19 +101,23 @@ def timing_alone(lock: Path) -> Iterator[None]:
     timed: Callable[..., Any] = CachingAutotuner.autotune_to_one_config
 
     def alone(*args: Any, **kwargs: Any) -> Any:
-        with lock.open() as file:
+        with lock.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             return timed(*args, **kwargs)
 
-    CachingAutotuner.autotune_to_one_config = alone
+    CachingAutotuner.autotune_to_one_config = alone  # type: ignore[method-assign]
     try:
         yield
     finally:
-        CachingAutotuner.autotune_to_one_config = timed
+        CachingAutotuner.autotune_to_one_config = timed  # type: ignore[method-assign]
 
 
-def compile_package(package: Package, name: str, more: Mapping[str, Any] | None = None) -> None:
-    """Compile a package, and load it. `more` are settings beside its own. Raises DitforgeError if it fails."""
+def compile_package(package: Package, name: str, more: Mapping[str, Any] | None = None) -> tuple[float, float]:
+    """Compile a package, and load it. Returns the seconds of tracing and of compiling.
+
+    `more` are settings beside its own. Raises DitforgeError if it fails.
+    """
+    begun = time.perf_counter()
     device = torch.device(package.device)
     program = Lowered(
         load_program(package.content), len(package.examples), package.stored, device, exact=device.type == "cpu"
@@ -142,6 +126,7 @@ def compile_package(package: Package, name: str, more: Mapping[str, Any] | None 
     try:
         with attention_preferred(device):
             lowered = lower(program, examples, [one.varying for one in package.examples])
+            traced = time.perf_counter()
             torch._inductor.aoti_compile_and_package(
                 lowered, package_path=str(package.path), inductor_configs={**package.settings, **(more or {})}
             )
@@ -150,6 +135,7 @@ def compile_package(package: Package, name: str, more: Mapping[str, Any] | None 
         reason = " ".join(str(error).split())[:1000]
         problem = f"Inductor cannot compile {package.kind} of {name}: {reason}"
         raise DitforgeError(problem, "report it with the export") from error
+    return traced - begun, time.perf_counter() - traced
 
 
 @contextlib.contextmanager

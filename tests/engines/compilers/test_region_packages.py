@@ -10,12 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from ditforge.engines.compilers import region_packages
-from ditforge.engines.compilers.region_packages import Example, Package, compile_packages, how_many
+from ditforge.engines.compilers.package_cache import Example, Package
+from ditforge.engines.compilers.region_packages import compile_packages, how_many
 from ditforge.engines.runtime.inductor import load_package
 from ditforge.errors import DitforgeError
 from ditforge.regions import Stored
 
 FAST = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "ditforge" / "packages"
 
 
 class Doubled(nn.Module):
@@ -66,8 +73,3 @@ def test_one_is_compiled_at_a_time_on_few_processors(tmp_path: Path, monkeypatch
     monkeypatch.setattr(region_packages.os, "sched_getaffinity", lambda _: set(range(64)))
     assert how_many(packages) == region_packages.MOST
     assert how_many(packages[:3]) == 3
-
-
-def test_an_example_knows_what_varies() -> None:
-    example = Example.between(torch.zeros(1, 3, 8), torch.zeros(4, 3, 16))
-    assert example == Example((4, 3, 16), torch.float32, frozenset({0, 2}))

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ditforge.commands.plan import step, strategy
 from ditforge.engines.gpus import find_target
+from ditforge.engines.memory.memory_plan import Traits
 from ditforge.export.checkpoint.diffusers_folder import CONFIGS, Checkpoint
 from ditforge.export.checkpoint.random_weights import random_checkpoint
 from ditforge.export.checkpoint.source import CheckpointSource
@@ -83,9 +84,7 @@ def plans() -> Iterator[list[str]]:
     for card in CARDS:
         target = find_target(card)
         precision, parts = subject.parts(target, None)
-        made = [
-            fit_of(target, subject.model, parts, precision, side, streams=False) for side in (512, 1024, 1536, 2048)
-        ]
+        made = [fit_of(target, subject.model, parts, precision, side, Traits()) for side in (512, 1024, 1536, 2048)]
         yield [card, f"{target.memory_gb} GiB", precision, *map(cell, made)]
 
 

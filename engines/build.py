@@ -189,7 +189,7 @@ def make_order(source: Manifest, options: BuildOptions) -> tuple[Order, Plan | N
     plan, memory = None, memory_to_compile() if compiler.holds_weights else None
     if profiles:
         limits = replace(target, memory_gb=None) if options.placed_by_hand else target
-        plan = decide(networks, model, limits, profiles, options.batch, memory, compiler.stream is not None)
+        plan = decide(networks, model, limits, profiles, options.batch, memory, compiler.traits)
     if plan:
         model = tiled(model, plan.vae_tile)
         profiles = [replace(profile, max_batch=plan.batch) for profile in profiles]

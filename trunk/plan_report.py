@@ -14,7 +14,7 @@ from ditforge.engines.compilers.choice import check_compiler, choose
 from ditforge.engines.gpus import Target
 from ditforge.engines.memory import memory_plan
 from ditforge.engines.memory.fitting import least_batch
-from ditforge.engines.memory.memory_plan import Part, Plan
+from ditforge.engines.memory.memory_plan import Part, Plan, Traits
 from ditforge.engines.speed import Estimate, estimate
 from ditforge.errors import UserError
 from ditforge.model import Model
@@ -119,15 +119,15 @@ def plan_for(
     if precision is not None and any(precision not in gpus.precisions(one) for one in target.capabilities):
         return GpuPlan(target.name, memory, "", ())
     chosen, parts = subject.parts(target, precision)
-    streams = find_compiler(compiler or choose(target)[0]).stream is not None
-    fits = tuple(fit_of(target, subject.model, parts, chosen, side, streams) for side in sizes)
+    traits = find_compiler(compiler or choose(target)[0]).traits
+    fits = tuple(fit_of(target, subject.model, parts, chosen, side, traits) for side in sizes)
     return GpuPlan(target.name, memory, chosen, fits)
 
 
-def fit_of(target: Target, model: Model, parts: Sequence[Part], precision: str, side: int, streams: bool) -> Fit:
-    """Plan pictures of one size on a GPU, for engines that can stream their weights, or cannot."""
+def fit_of(target: Target, model: Model, parts: Sequence[Part], precision: str, side: int, traits: Traits) -> Fit:
+    """Plan pictures of one size on a GPU, for engines with these traits."""
     batch = least_batch(model)
-    plan = memory_plan.make_plan(parts, model, target, side, batch, streams=streams)
+    plan = memory_plan.make_plan(parts, model, target, side, batch, traits=traits)
     places = (
         Place(name, plan.precisions[name], p.residency, p.segments, p.on_demand, plan.sizes[name])
         for name, p in plan.placements.items()

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ditforge import entry_points
 from ditforge.engines.gpus import Target
+from ditforge.engines.memory.memory_plan import Traits
 from ditforge.errors import UserError
 from ditforge.manifest import Component
 from ditforge.option import option
@@ -105,6 +106,7 @@ class Compiler:
     compiles_on: "any machine", or "the target" where the GPU that will execute is needed.
     stream: as `load`, and takes how many bytes of weights stay in the GPU's memory. The engine has the others in the
         machine's memory, and streams them in each call. None where engines cannot.
+    libraries: the bytes of the GPU's memory that what runs its engines takes in the process, beside a CUDA context.
     holds_weights: whether compiling takes memory for the weights, so that a network may have to be cut for that alone.
     own_process: whether it is run in a process of its own, since it does not give all its memory back.
     triton_backend: the name of Triton's own backend that executes its engines, if there is one.
@@ -124,12 +126,18 @@ class Compiler:
     shapes: Literal["any", "ranges"] = "ranges"
     compiles_on: Literal["any machine", "the target"] = "any machine"
     stream: Callable[[list[Path], str, str, int], LoadedEngine] | None = None
+    libraries: int = 0
     holds_weights: bool = True
     own_process: bool = False
     triton_backend: str = ""
     keeps: tuple[str, ...] = ()
     rank: int = 100
     first_on: tuple[str, ...] = ()
+
+    @property
+    def traits(self) -> Traits:
+        """What a plan for a GPU's memory has to know of its engines."""
+        return Traits(self.stream is not None, self.libraries)
 
 
 def find_compiler(name: str) -> Compiler:

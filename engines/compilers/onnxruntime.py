@@ -175,6 +175,7 @@ COMPILER = Compiler(
     compile=compile,
     load=load,
     shapes="any",
+    libraries=2**30,  # an H100: 1.5 and 1.7 GiB in all with five and six small engines, of 0.1 GiB themselves
     holds_weights=False,
     rank=50,
     first_on=(CPU,),

@@ -10,6 +10,7 @@ from ditforge.contract import DIT
 from ditforge.engines.gpus import Target
 from ditforge.engines.memory.memory_plan import (
     Plan,
+    Traits,
     build_peak,
     gibibytes,
     make_plan,
@@ -46,13 +47,13 @@ def decide(
     profiles: Sequence[Profile],
     batch: int | None,
     memory: int | None = None,
-    streams: bool = False,
+    traits: Traits | None = None,
 ) -> Plan | None:
     """Plan the memory for an export's networks, for pictures of these profiles.
 
     Without a `batch`, the plan is for the default one, or for the largest batch below that needs no worse plan than a
-    single picture does. `memory` is the number of bytes that compiling may take, and `streams` whether engines can
-    stream their weights. Returns None if the export does not
+    single picture does. `memory` is the number of bytes that compiling may take, and `traits` are those of the
+    compiler's engines. Returns None if the export does not
     say what its networks take, or if the target is not a GPU. Raises UserError if no plan fits.
     """
     parts = parts_of(components)
@@ -60,7 +61,7 @@ def decide(
         return None
     side = math.ceil(max(math.sqrt(math.prod(profile.largest)) for profile in profiles))
     plans = {
-        count: make_plan(parts, model, target, side, count, memory, model.vae_tile, streams)
+        count: make_plan(parts, model, target, side, count, memory, model.vae_tile, traits)
         for count in ([batch] if batch else range(DEFAULT_BATCH, least_batch(model) - 1, -1))
     }
     fewest = plans[min(plans)]

@@ -61,6 +61,18 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Traits:
+    """What a plan has to know of the compiler's engines.
+
+    streams: whether they can stream their weights, block by block; then nothing is cut.
+    libraries: the bytes of the GPU's memory that their libraries take in the process, beside the CUDA context.
+    """
+
+    streams: bool = False
+    libraries: int = 0
+
+
+@dataclass(frozen=True)
 class Plan:
     """Where each network is, and how many bytes of the GPU's memory are taken in each phase of a picture.
 
@@ -119,21 +131,21 @@ def make_plan(
     batch: int = 1,
     build_memory: int | None = None,
     vae_tile: int | None = None,
-    streams: bool = False,
+    traits: Traits | None = None,
 ) -> Plan:
     """Plan the memory of `target` for the model's pictures of up to side x side pixels, `batch` at a time.
 
     `build_memory` is the number of bytes that compiling may take (None: any). It may require more segments than the GPU
-    does. `vae_tile` fixes the side of the autoencoder's tiles in pixels. `streams` is whether engines can stream their
-    weights, block by block; then nothing is cut.
+    does. `vae_tile` fixes the side of the autoencoder's tiles in pixels. `traits` are those of the compiler's engines.
     """
     usable = usable_memory(target)
     tried: dict[str, int] = {}
     plan = None
     sizes = [vae_tile] if vae_tile else [None, *tiles(model, side)]
-    possible = streaming_ways(parts, sizes) if streams else ways(parts, sizes, build_memory)
+    traits = traits or Traits()
+    possible = streaming_ways(parts, sizes) if traits.streams else ways(parts, sizes, build_memory)
     for rank, way in enumerate(possible):
-        placed = reckon(parts, way, side, batch, build_memory, usable)
+        placed = reckon(parts, way, side, batch, build_memory, usable, CONTEXT + traits.libraries)
         plan = Plan(way.strategy, rank, *placed.of_networks, way.tile, placed.peaks, usable, batch)
         if plan.fits:
             break
@@ -288,13 +300,15 @@ class Reckoned:
         return self.placements, self.precisions, self.sizes
 
 
-def reckon(parts: Sequence[Part], way: Way, side: int, batch: int, memory: int | None, usable: int | None) -> Reckoned:
+def reckon(
+    parts: Sequence[Part], way: Way, side: int, batch: int, memory: int | None, usable: int | None, context: int
+) -> Reckoned:
     """Compute where each network is, and how many bytes of the GPU's memory are taken in each phase.
 
     A network is cut as the way says, or into more segments if these need more than `memory` to be compiled. Of a DiT
-    that is streamed, as many blocks stay as find room in the `usable` bytes.
+    that is streamed, as many blocks stay as find room in the `usable` bytes. The process itself takes `context` bytes.
     """
-    always, loaded, found = CONTEXT, dict.fromkeys(PHASES, 0), Reckoned()
+    always, loaded, found = context, dict.fromkeys(PHASES, 0), Reckoned()
     for part in parts:
         precision = list(part.footprints)[1 if part.name in way.eight_bit else 0]
         footprint, place = part.footprints[precision], way.places.get(part.name, RESIDENT)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
 from pathlib import Path
 
 from ditforge import install_hint, local_gpu, terminal
@@ -18,7 +20,6 @@ from ditforge.local_gpu import LocalGpu
 from ditforge.machine_memory import Memory, read_memory
 from ditforge.reports import Json, show
 
-# An extra of ditforge → the top-level modules that it installs and that commands import.
 # The extras that only some machines need → what they are needed for.
 ON_GPU = {
     "tensorrt-rtx": "needed only to compile for GPUs",
@@ -100,6 +101,7 @@ def examine() -> Machine:
         *gpu_findings,
         *(extra_finding(extra) for extra in install_hint.EXTRAS),
         *both_runtimes(),
+        inductor_finding(bool(gpus)),
         triton_finding(),
     ]
     return Machine(tuple(findings), memory, disk, shm, tuple(gpus))
@@ -197,6 +199,34 @@ def both_runtimes() -> list[Finding]:
     pip = install_hint.pip()
     fix = f"{pip} uninstall {ON_CPU} {ON_CUDA}, then {install_hint.install(ON_CUDA)}   or {pip} install {ON_CPU}"
     return [Finding(ON_CPU, f"{ON_CPU} and {ON_CUDA} are both installed, and are one module", fix)]
+
+
+def inductor_finding(with_gpu: bool) -> Finding:
+    """Whether PyTorch's Inductor can compile engines here: for which CUDA PyTorch was built, and the C++ compiler.
+
+    PyTorch is not imported, which would take seconds.
+    """
+    name = "inductor"
+    try:
+        torch = f"torch {version('torch')}"
+    except PackageNotFoundError:
+        what = "needed only where its engines are compiled or run"
+        return Finding(name, f"no torch ({what})", install_hint.install(name) if with_gpu else "")
+    found = find_spec("torch")
+    try:
+        text = (Path(found.origin or "").parent / "version.py").read_text() if found else ""
+    except OSError:
+        text = ""
+    cuda = re.search(r"^cuda\b.*= *['\"]([\d.]+)", text, re.MULTILINE)
+    compiler = os.environ.get("CXX") or "g++"
+    fixes = []
+    if with_gpu and not cuda:
+        fixes.append("install PyTorch for your CUDA version: https://pytorch.org/get-started")
+    missing = shutil.which(compiler) is None
+    if missing and (with_gpu or compiler != "g++"):
+        fixes.append("apt install g++" if compiler == "g++" else "leave CXX out of the environment, or CXX=g++")
+    shown = f"{torch}, {f'for CUDA {cuda[1]}' if cuda else 'for the CPU alone'}; C++ compiler {compiler}"
+    return Finding(name, shown + (" is missing" if missing else ""), "; ".join(fixes))
 
 
 def triton_finding() -> Finding:

@@ -18,6 +18,7 @@ from ditforge.engines.memory.memory_plan import (
     SPARE,
     Part,
     Plan,
+    Traits,
     make_plan,
     offloads,
     parts_of,
@@ -56,9 +57,12 @@ def parts() -> list[Part]:
     ]
 
 
-def plan(gpu: str, side: int = 1024, **options: int) -> Plan:
+STREAMS = Traits(streams=True)
+
+
+def plan(gpu: str, side: int = 1024, traits: Traits | None = None) -> Plan:
     """That of FLUX.1-dev on a product."""
-    return make_plan(parts(), MODEL, find_target(gpu), side, **options)
+    return make_plan(parts(), MODEL, find_target(gpu), side, traits=traits)
 
 
 @pytest.mark.parametrize(
@@ -114,14 +118,14 @@ def test_the_peak_is_the_sum_of_what_is_there() -> None:
     ],
 )
 def test_what_a_card_gets_of_engines_that_stream(gpu: str, strategy: str, tile: int | None) -> None:
-    made = plan(gpu, streams=True)
+    made = plan(gpu, traits=STREAMS)
     assert made.fits
     assert (made.strategy, made.vae_tile) == (strategy, tile)
     assert all(placement.segments == 1 for placement in made.placements.values())
 
 
 def test_what_is_streamed_stays_as_far_as_there_is_room() -> None:
-    made = plan("rtx3060", streams=True)
+    made = plan("rtx3060", traits=STREAMS)
     assert made.usable is not None
     assert made.peak == made.usable
     weights, block, activations = LARGE["dit"]
@@ -133,13 +137,18 @@ def test_what_is_streamed_stays_as_far_as_there_is_room() -> None:
     assert made.placements["dit"].residency == "streamed"
     streamed = (weights * GB - stay) / 2**30
     assert any(f"machine's memory: {streamed:.1f} GiB a step" in reason for reason in made.reasons)
-    larger = make_plan(parts(), MODEL, Target("card", ("sm_86",), 13), 1024, streams=True).placements["dit"]
+    larger = make_plan(parts(), MODEL, Target("card", ("sm_86",), 13), 1024, traits=STREAMS).placements["dit"]
     assert larger.weight_budget == pytest.approx(stay + 15 / 16 * 2**30, abs=2)
+
+
+def test_libraries_take_memory_in_every_phase() -> None:
+    more = plan("h100", traits=Traits(libraries=GB))
+    assert {phase: more.peaks[phase] - peak for phase, peak in plan("h100").peaks.items()} == dict.fromkeys(PHASES, GB)
 
 
 def test_a_streamed_dit_fits_the_smallest_cards() -> None:
     for gpu in GPUS:
-        made = plan(gpu.name, streams=True)
+        made = plan(gpu.name, traits=STREAMS)
         assert made.fits, gpu
         assert made.peak <= gpu.memory_gb * 2**30
 

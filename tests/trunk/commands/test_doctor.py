@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 import sys
+from importlib.machinery import ModuleSpec
 from importlib.metadata import metadata, version
 from pathlib import Path
 
@@ -86,6 +87,23 @@ def test_a_gpu_its_memory_and_its_driver(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(local_gpu, "local_gpus", lambda: [card, card])
     assert found("GPU 0").found == found("GPU 1").found == said
     assert doctor.examine().gpus == (card, card)
+
+
+def test_what_inductor_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    card = LocalGpu("NVIDIA H100 80GB HBM3", "sm_90", 80 * 2**30, 78 * 2**30, "580.95.05")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(local_gpu, "local_gpus", lambda: [card])
+    monkeypatch.setattr(doctor, "find_spec", lambda name: ModuleSpec(name, None, origin=str(tmp_path / "__init__.py")))
+    build = tmp_path / "version.py"
+    build.write_text("cuda: Optional[str] = None\n")
+    assert "for the CPU alone" in found("inductor").found
+    assert "pytorch.org/get-started" in found("inductor").fix
+    build.write_text("cuda: Optional[str] = '13.0'\n")
+    assert found("inductor").found.endswith("for CUDA 13.0; C++ compiler g++")
+    assert not found("inductor").fix
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "no-such-compiler is missing" in found("inductor").found
+    assert "CXX" in found("inductor").fix
 
 
 def test_memory_is_what_the_control_group_leaves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-quick test-matrix test-models test-cpu-kinds lint fuzz soak bench accuracy memory full-size image-check gpu-check clean
+.PHONY: demo test test-quick test-matrix test-models test-cpu-kinds lint fuzz soak bench bench-gpu accuracy memory full-size image-check gpu-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/first_picture.py models/flux-tiny --out out/demo
@@ -65,6 +65,16 @@ soak: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/first_picture.py models/flux-tiny models/sd35-tiny --out benchmarks/first_picture.md
+
+# On a machine with a GPU, about an hour: steps of FLUX.1-dev at full size beside diffusers', pictures and faults of the small
+# models, and whole pictures on cards of 24 to 8 GB. Random weights; 90 GB of disk and 64 GB of memory.
+bench-gpu: $(INSTALLED)
+	mkdir -p docs/benchmarks out
+	$(BIN)/python benchmarks/gpu_steps.py flux.1-dev --sizes 1024,512 --profile --out docs/benchmarks/steps.json
+	$(BIN)/python benchmarks/gpu_chain.py reference models/flux-tiny models/sd35-tiny --out out/gpu-reference
+	$(BIN)/python benchmarks/gpu_chain.py run models/flux-tiny models/sd35-tiny --reference out/gpu-reference \
+		--out docs/benchmarks/pictures.json
+	$(BIN)/python benchmarks/gpu_pipeline.py flux.1-dev --out docs/benchmarks/pipeline.json
 
 accuracy: $(INSTALLED)
 	$(BIN)/python benchmarks/accuracy.py models/flux-tiny models/sd35-tiny --out docs/accuracy.md

@@ -25,14 +25,14 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from made_up import write_calibration
+
 from ditforge import manifest
 from ditforge.export.checkpoint.diffusers_folder import CONFIGS, open_checkpoint
-from ditforge.export.quantisation.calibration import Calibration, config_digest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from command_line import HEED_INTERRUPTS
 
-AMAX = 16.0  # of the made-up calibration, for every linear
 LIMITS = {"export": (15 * 60, 3e9), "build": (20 * 60, 14e9)}  # seconds, bytes of resident memory
 FIELDS = ("Elapsed (wall clock) time", "Maximum resident set size (kbytes)", "User time", "System time", "Exit status")
 ABOUT = """# Full-size models in little memory
@@ -127,22 +127,9 @@ def interrupt(name: str, arguments: list[str], folder: Path, component: str) -> 
 
 def made_up_calibration(model: str, onnx: Path, file: Path) -> Path:
     """A calibration with the same range for every linear that the export in `onnx` quantised."""
-    checkpoint = open_checkpoint(CONFIGS / model)
-    layers = manifest.read(onnx, "onnx").components["dit"].layers
-    precision = manifest.read(onnx, "onnx").components["dit"].precision
-    ranges = Calibration(
-        model=model,
-        config_sha256=config_digest(checkpoint),
-        prompts_sha256="",
-        prompts=0,
-        steps=0,
-        seed=0,
-        guidance=0.0,
-        height=0,
-        width=0,
-        amax={name: AMAX for name, kind in layers.items() if kind == precision},
-    )
-    file.write_text(ranges.model_dump_json())
+    dit = manifest.read(onnx, "onnx").components["dit"]
+    linears = [name for name, kind in dit.layers.items() if kind == dit.precision]
+    write_calibration(model, open_checkpoint(CONFIGS / model), linears, file)
     return file
 
 

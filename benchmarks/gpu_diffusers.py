@@ -39,24 +39,18 @@ WARMING, MEASURING = 300.0, 240.0  # seconds of a first call, which may compile,
 def make_pipeline(model: str) -> tuple[Any, Row]:
     """A published model's pipeline, or that of a folder, with random bf16 weights; and the options of a call."""
     import torch
-    from accelerate import init_empty_weights
     from diffusers import DiffusionPipeline
 
     from ditforge.export.checkpoint.random_weights import random_checkpoint, random_tensor
     from ditforge.export.families import read_networks
     from ditforge.export.quantisation.precision import FP32
-    from ditforge.export.quantisation.reference_pipeline import class_of
+    from ditforge.export.quantisation.reference_pipeline import unfilled
 
     with random_checkpoint(Path(model)) as checkpoint:
         known, _, networks = read_networks(checkpoint, FP32)
         made = {}
         for component in dict.fromkeys(network.weights for network in networks):
-            cls, config = class_of(checkpoint, component), checkpoint.config(component)
-            with init_empty_weights():
-                if hasattr(cls, "from_config"):
-                    module = cls.from_config(config)
-                else:  # transformers has only a private method for this
-                    module = cls._from_config(cls.config_class.from_dict(config))
+            module = unfilled(checkpoint, component)
             same: dict[int, torch.Tensor] = {}  # weights that have two names
             state = {}
             for name, parameter in module.state_dict(keep_vars=True).items():

@@ -40,6 +40,7 @@ from gpu_memory import Gpu, Neighbour, has_gpu, neighbour, usable, watching
 from gpu_run import GIB, Ran, Results, Row, ditforge, size_of
 from gpu_served import Server, connected, make, served, serving
 from gpu_table import report
+from made_up import write_calibration
 
 from ditforge import local_gpu, manifest
 from ditforge.contract import DIT, TOKENIZER
@@ -47,12 +48,10 @@ from ditforge.errors import DitforgeError
 from ditforge.export.checkpoint.source import CheckpointSource, opened
 from ditforge.export.families import read_networks
 from ditforge.export.graph.tracing import dry_run
-from ditforge.export.quantisation.calibration import Calibration, config_digest
 from ditforge.export.quantisation.precision import parse_precision
 
 STAGES = ("make", "serve", "clients", "bench", "caps", "diffusers")
 CARDS, CLIENTS = (24.0, 16.0, 12.0, 8.0), (1, 2, 4, 8)
-AMAX = 16.0  # of the made-up calibration, for every linear
 LARGE = 10**9  # bytes; of an export's files, `--lean` deletes those that are larger, once engines are built
 FEW = 3  # pictures after which a server that has made none is given up
 NOTED = 10  # pictures after which what is known is written
@@ -132,19 +131,7 @@ def make_up_calibration(model: str, file: Path) -> None:
         known, _, networks = read_networks(checkpoint, parse_precision("bf16"))
         dit = next(network for network in networks if network.name == DIT)
         linears = [names[0] for names, _ in dry_run(dit) if any(map(dit.may_be_8_bit, names))]
-        ranges = Calibration(
-            model=known.name,
-            config_sha256=config_digest(checkpoint),
-            prompts_sha256="",
-            prompts=0,
-            steps=0,
-            seed=0,
-            guidance=0.0,
-            height=0,
-            width=0,
-            amax=dict.fromkeys(linears, AMAX),
-        )
-    file.write_text(ranges.model_dump_json())
+        write_calibration(known.name, checkpoint, linears, file)
 
 
 def is_there(folder: Path) -> bool:

@@ -53,8 +53,8 @@ def decide(
 
     Without a `batch`, the plan is for the default one, or for the largest batch below that needs no worse plan than a
     single picture does. `memory` is the number of bytes that compiling may take, and `traits` are those of the
-    compiler's engines. Returns None if the export does not
-    say what its networks take, or if the target is not a GPU. Raises UserError if no plan fits.
+    compiler's engines. Returns None if the export does not say what its networks take, or if the target is not a GPU.
+    Raises UserError if no plan fits.
     """
     parts = parts_of(components)
     if parts is None or not target.capabilities:

@@ -52,12 +52,7 @@ def filled(
     checkpoint: Checkpoint, component: str, networks: Iterable[Network], device: torch.device, dtype: torch.dtype
 ) -> torch.nn.Module:
     """Make the component's module with the checkpoint's tensors, which must have been checked against `networks`."""
-    cls, config = class_of(checkpoint, component), checkpoint.config(component)
-    with init_empty_weights():
-        if hasattr(cls, "from_config"):
-            module = cls.from_config(config)
-        else:  # transformers has only a private method for this
-            module = cls._from_config(cls.config_class.from_dict(config))
+    module = unfilled(checkpoint, component)
     weights, state = checkpoint.weights(component), {}
     for network in networks:
         for names, _ in dry_run(network):
@@ -70,6 +65,17 @@ def filled(
     assert not left, f"{component} has weights that no network has: {left[:3]}"
     result: torch.nn.Module = module.eval()
     return result
+
+
+def unfilled(checkpoint: Checkpoint, component: str) -> torch.nn.Module:
+    """Make the component's module as its configuration says, with parameters that have no memory."""
+    cls, config = class_of(checkpoint, component), checkpoint.config(component)
+    with init_empty_weights():
+        if hasattr(cls, "from_config"):
+            module: torch.nn.Module = cls.from_config(config)
+        else:  # transformers has only a private method for this
+            module = cls._from_config(cls.config_class.from_dict(config))
+    return module
 
 
 def class_of(checkpoint: Checkpoint, component: str) -> Any:

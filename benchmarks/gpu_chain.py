@@ -14,17 +14,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gpu_memory import Gpu, neighbour
+from gpu_run import Failed, Results, ditforge
+from gpu_served import Server, serving
 from numpy.typing import NDArray
 
 from ditforge.client import Client
@@ -45,7 +45,6 @@ SEED, STEPS = 2026, 20
 CAPTIONS = 200
 CALIBRATION_PROMPTS = 64
 MIB = 2**20
-COMMAND = [sys.executable, "-m", "ditforge"]
 PROCESS = "ditforge.engines.runtime.process"
 # The activations that each compiler wants around FP8 (docs/onnxruntime.md).
 VARIANTS = {
@@ -54,16 +53,8 @@ VARIANTS = {
 }
 SIZES = ("--resolutions", "64-128-256", "--batch", "4")
 FIXED = ("--static", "128x128", "--batch", "4")
-NEIGHBOUR = """
-import sys, torch
-left = int(sys.argv[1])
-held = []
-free, total = torch.cuda.mem_get_info()
-if free > left:
-    held.append(torch.empty(free - left, dtype=torch.uint8, device="cuda"))
-print(*torch.cuda.mem_get_info(), flush=True)
-sys.stdin.read()
-"""
+STARTING = 240.0  # seconds within which a server is ready
+COMMAND_SECONDS = 500.0  # that a command may take
 
 
 @dataclass(frozen=True)
@@ -86,61 +77,16 @@ class Case:
         return f"{self.export} {self.compiler}"
 
 
-class Results:
-    """What was measured, written to a file after each measurement."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.found = path, dict[str, dict[str, Any]]()
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-    def note(self, name: str, **values: Any) -> None:
-        """Keep and print values under a name."""
-        self.found.setdefault(name, {}).update(values)
-        print("##", name, json.dumps(values, default=str), flush=True)
-        self.path.write_text(json.dumps(self.found, indent=1, default=str) + "\n")
-
-    def attempt(self, name: str, measure: Callable[[], dict[str, Any]]) -> None:
-        """Note what `measure` returns; if it fails, its error is the result."""
-        begun = time.perf_counter()
-        try:
-            self.note(name, **measure())
-        except Exception as error:
-            traceback.print_exc()
-            self.note(name, failed=" ".join(f"{type(error).__name__}: {error}".split())[:800])
-        print(f"   {name}: {time.perf_counter() - begun:.1f} s", flush=True)
-
-
-def run(*arguments: object, seconds: float = 500) -> str:
-    """Run a command of ditforge, and return what it printed. Raises RuntimeError if it fails."""
-    done = subprocess.run(
-        [*COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds
-    )
-    if done.returncode:
-        raise RuntimeError(
-            f"ditforge {' '.join(map(str, arguments))} ended with {done.returncode}: {done.stdout[-2000:]}"
-        )
-    return done.stdout
-
-
-@dataclass
-class Served:
-    """A server that runs: its address, its process, and its log."""
-
-    url: str
-    process: subprocess.Popen[str]
-    log: Path
-    seconds: float
-
-    def engine_processes(self) -> list[int]:
-        """The process ids of its engine processes."""
-        found = []
-        for folder in Path("/proc").iterdir():
-            if folder.name.isdigit():
-                with contextlib.suppress(OSError):
-                    words = (folder / "cmdline").read_bytes().split(b"\0")
-                    if PROCESS.encode() in words and descends(int(folder.name), self.process.pid):
-                        found.append(int(folder.name))
-        return found
+def engine_processes(server: Server) -> list[int]:
+    """The process ids of a server's engine processes."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+                if PROCESS.encode() in words and descends(int(folder.name), server.pid):
+                    found.append(int(folder.name))
+    return found
 
 
 def descends(process: int, ancestor: int) -> bool:
@@ -150,62 +96,9 @@ def descends(process: int, ancestor: int) -> bool:
     return process == ancestor
 
 
-@contextlib.contextmanager
-def served(repository: Path, log: Path, seconds: float = 240) -> Iterator[Served]:
-    """Serve a repository. Raises RuntimeError with what was said if it does not become ready."""
-    begun = time.perf_counter()
-    server = subprocess.Popen(
-        [*COMMAND, "serve", str(repository), "--port", "0", "--log", str(log)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-    timer = threading.Timer(seconds, server.kill)
-    timer.start()
-    said: list[str] = []
-    try:
-        assert server.stdout
-        address = None
-        for line in server.stdout:
-            said.append(line)
-            if address := re.search(r"at (\S+) \(gRPC\)", line):
-                break
-        timer.cancel()
-        if address is None:
-            raise RuntimeError(f"exit code {server.wait()}: {''.join(said)[-1500:]}")
-        threading.Thread(target=said.extend, args=[server.stdout], daemon=True).start()
-        yield Served(address[1], server, log, time.perf_counter() - begun)
-    finally:
-        timer.cancel()
-        server.send_signal(signal.SIGTERM)
-        try:
-            server.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def neighbour(left: int) -> Iterator[None]:
-    """Another program that leaves so many bytes of the GPU's memory free."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", NEIGHBOUR, str(left)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout and process.stdin
-        print("   a neighbour leaves", process.stdout.readline().strip(), flush=True)
-        yield
-    finally:
-        process.communicate()
-
-
-def used_memory() -> int:
-    """The MiB of the GPU's memory that are taken by anybody, or -1 where nothing tells."""
-    try:
-        told = subprocess.run(
-            ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"],
-            stdout=subprocess.PIPE, text=True, check=True,
-        )  # fmt: skip
-    except OSError:
-        return -1
-    return int(told.stdout.split()[0])
+def run(log: Path, *arguments: object) -> None:
+    """Run a command of ditforge. Raises Failed with the end of what it said if it fails."""
+    ditforge([str(argument) for argument in arguments], log, COMMAND_SECONDS)
 
 
 def pictures(url: str, captions: list[str]) -> NDArray[np.uint8]:
@@ -245,26 +138,26 @@ def write_reference(checkpoints: list[Path], out: Path) -> None:
         wording = random.Random(SEED)
         prompts = work / "prompts.txt"
         prompts.write_text("".join(f"{caption(s, wording)}\n" for s in training_scenes(CALIBRATION_PROMPTS, SEED)))
-        run("calibrate", checkpoint, "--prompts", prompts, "--steps", STEPS, "--out", ranges)
+        run(work / "calibrate.log", "calibrate", checkpoint, "--prompts", prompts, "--steps", STEPS, "--out", ranges)
         made = {}
         for precision, more in (("fp32", ()), ("fp8", ("--activations", "fp32", "--calibration", ranges))):
             folder = work / precision
-            run("export", checkpoint, "--precision", precision, *more, "--out", folder / "onnx")
-            run("build", folder / "onnx", "--gpu", "cpu", "--out", folder / "engines")
-            run("repo", folder / "engines", "--out", folder / "repo")
-            with served(folder / "repo", folder / "log") as server:
+            run(folder / "export.log", "export", checkpoint, "--precision", precision, *more, "--out", folder / "onnx")
+            run(folder / "build.log", "build", folder / "onnx", "--gpu", "cpu", "--out", folder / "engines")
+            run(folder / "repo.log", "repo", folder / "engines", "--out", folder / "repo")
+            with serving(folder / "repo", folder / "log", STARTING) as server:
                 made[precision] = pictures(server.url, captions)
             print(checkpoint.name, precision, score(made[precision], captions), flush=True)
         np.savez_compressed(out / f"{checkpoint.name}.npz", **made)
 
 
-def measure_case(case: Case, folder: Path, reference: Path) -> dict[str, Any]:
+def measure_case(case: Case, folder: Path, reference: Path, gpu: Gpu | None) -> dict[str, Any]:
     """Serve the repository of a case, and compare its pictures with the CPU's."""
     captions = held_out_captions(CAPTIONS, SEED)
     expected = np.load(reference / f"{case.checkpoint.name}.npz")
-    before = used_memory()
-    with served(folder / case.name / "repo", folder / case.name / "log") as server:
-        taken = used_memory() - before
+    before = gpu.used if gpu else 0
+    with serving(folder / case.name / "repo", folder / case.name / "log", STARTING) as server:
+        taken = gpu.used - before if gpu else 0
         with Client(server.url) as client:
             client.generate(captions[0], seed=SEED, steps=STEPS)
             times = []
@@ -279,16 +172,27 @@ def measure_case(case: Case, folder: Path, reference: Path) -> dict[str, Any]:
     exact = score(expected["fp32"], captions)
     same = score(expected["fp8"], captions) if case.precision == "fp8" else exact
     return {
-        "ready_s": round(server.seconds, 1),
+        "ready_s": round(server.ready, 1),
         "picture_ms": round(float(np.median(times)), 1),
         "all_s": round(seconds, 1),
-        "gpu_mib": taken,
+        "gpu_mib": taken // MIB,
         "score": own,
         "cpu_fp32_score": exact,
         "cpu_same_precision_score": same,
         "within_1_point": abs(own - same) <= 1.0,
         **distance(images, expected["fp32"]),
     }
+
+
+@contextlib.contextmanager
+def filled(gpu: Gpu | None, log: Path, left: int) -> Iterator[None]:
+    """Another program that leaves so many bytes of the GPU's memory free. Raises Failed where there is no GPU."""
+    if gpu is None:
+        raise Failed("there is no GPU to fill")
+    with neighbour(gpu, log.with_suffix(".neighbour")) as beside:
+        assert beside
+        beside.leave(left)
+        yield
 
 
 def one(client: Client, **options: Any) -> NDArray[np.int16]:
@@ -305,9 +209,9 @@ def failing(call: Callable[[], Any]) -> str:
     return ""
 
 
-def killed_process(repository: Path, log: Path) -> dict[str, Any]:
+def killed_process(repository: Path, log: Path, gpu: Gpu | None) -> dict[str, Any]:
     """Kill the engine process three times while four clients make pictures: all have to arrive, and be the same."""
-    with served(repository, log) as server, Client(server.url) as client:
+    with serving(repository, log, STARTING) as server, Client(server.url) as client:
         expected = one(client)
         wrong, errors, done = 0, list[str](), 0
         ended = threading.Event()
@@ -328,7 +232,7 @@ def killed_process(repository: Path, log: Path) -> dict[str, Any]:
             processes, recovered = [], list[float]()
             for _ in range(3):
                 time.sleep(2)
-                victims = server.engine_processes()
+                victims = engine_processes(server)
                 processes.append(len(victims))
                 for victim in victims:
                     os.kill(victim, signal.SIGKILL)
@@ -345,11 +249,11 @@ def killed_process(repository: Path, log: Path) -> dict[str, Any]:
         }  # fmt: skip
 
 
-def full_while_serving(repository: Path, log: Path) -> dict[str, Any]:
+def full_while_serving(repository: Path, log: Path, gpu: Gpu | None) -> dict[str, Any]:
     """Another program takes nearly all memory while the server runs: what needs more fails with an error."""
-    with served(repository, log) as server, Client(server.url) as client:
+    with serving(repository, log, STARTING) as server, Client(server.url) as client:
         expected = one(client, size="64x64")
-        with neighbour(16 * MIB):
+        with filled(gpu, log, 16 * MIB):
             prompts = ["a large red circle"] * 4
             said = failing(lambda: client.generate(prompts, seed=1, steps=2, size="256x256"))
             small = failing(lambda: one(client, size="64x64"))
@@ -357,25 +261,25 @@ def full_while_serving(repository: Path, log: Path) -> dict[str, Any]:
         large = failing(lambda: client.generate(prompts, seed=1, steps=2, size="256x256"))
         return {
             "error": said, "small_picture_meanwhile": small or "made", "difference_afterwards": after,
-            "large_afterwards": large or "made", "processes": len(server.engine_processes()),
+            "large_afterwards": large or "made", "processes": len(engine_processes(server)),
             "good": after <= 1 and not large,
         }  # fmt: skip
 
 
-def full_at_start(repository: Path, log: Path) -> dict[str, Any]:
+def full_at_start(repository: Path, log: Path, gpu: Gpu | None) -> dict[str, Any]:
     """Another program has nearly all memory when the server starts: it ends with an error, and starts afterwards."""
 
     def start() -> None:
-        with served(repository, log):
+        with serving(repository, log, STARTING):
             pass
 
-    with neighbour(300 * MIB):
+    with filled(gpu, log, 300 * MIB):
         said = failing(start)
     after = failing(start)
     return {"error": said, "afterwards": after or "ready", "good": bool(said) and not after}
 
 
-def cut_file(repository: Path, log: Path) -> dict[str, Any]:
+def cut_file(repository: Path, log: Path, gpu: Gpu | None) -> dict[str, Any]:
     """An engine's largest file is cut short, and a repository of it served: that ends with an error that names it."""
     copy = repository.with_name("cut")
     shutil.rmtree(copy, ignore_errors=True)
@@ -384,7 +288,7 @@ def cut_file(repository: Path, log: Path) -> dict[str, Any]:
     os.truncate(largest, largest.stat().st_size // 2)
 
     def start() -> None:
-        with served(copy, log):
+        with serving(copy, log, STARTING):
             pass
 
     said = failing(start)
@@ -396,7 +300,8 @@ FAULTS = (killed_process, full_while_serving, full_at_start, cut_file)
 
 def run_all(args: argparse.Namespace) -> None:
     """Everything on the GPU."""
-    results, folder = Results(args.out), args.folder
+    results, folder = Results((args.out,), time.monotonic() + args.budget), args.folder
+    gpu = None if args.gpu == "cpu" else Gpu()
     results.note("machine", **machine(args.gpu))
     cases = [
         Case(checkpoint, compiler, precision, activations)
@@ -410,7 +315,16 @@ def run_all(args: argparse.Namespace) -> None:
         more: list[object] = ["--activations", case.activations] if case.activations else []
         if case.precision == "fp8":
             more += ["--calibration", args.reference / f"{case.checkpoint.name}.json"]
-        run("export", case.checkpoint, "--precision", case.precision, *more, "--out", folder / case.export)
+        run(
+            folder / f"{case.export}.log",
+            "export",
+            case.checkpoint,
+            "--precision",
+            case.precision,
+            *more,
+            "--out",
+            folder / case.export,
+        )
         return {"export_s": round(time.perf_counter() - begun, 1)}
 
     def build(case: Case) -> dict[str, Any]:
@@ -418,31 +332,32 @@ def run_all(args: argparse.Namespace) -> None:
         dynamic = case.precision == "bf16" and case.checkpoint == args.checkpoints[0]
         sizes = SIZES if dynamic or case.compiler == "onnxruntime" else FIXED
         target = ("--gpu", args.gpu, "--compiler", case.compiler)
-        run("build", folder / case.export, *target, *sizes, "--out", folder / case.name / "engines")
-        run("repo", folder / case.name / "engines", "--out", folder / case.name / "repo")
+        run(
+            folder / f"{case.name}.log",
+            "build",
+            folder / case.export,
+            *target,
+            *sizes,
+            "--out",
+            folder / case.name / "engines",
+        )
+        run(folder / f"{case.name}.log", "repo", folder / case.name / "engines", "--out", folder / case.name / "repo")
         return {"sizes": " ".join(sizes), "build_s": round(time.perf_counter() - begun, 1)}
+
+    def attempt(name: str, measure: Callable[..., dict[str, Any]], *given: Any) -> None:
+        results.attempted(name, lambda: results.note(name, **measure(*given)))
 
     with ThreadPoolExecutor(args.at_once) as pool:
         exports = {case.export: case for case in cases}
-        list(
-            pool.map(lambda case: results.attempt(f"{case.export} export", partial_of(export, case)), exports.values())
-        )
-        list(pool.map(lambda case: results.attempt(case.name, partial_of(build, case)), cases))
+        list(pool.map(lambda case: attempt(f"{case.export} export", export, case), exports.values()))
+        list(pool.map(lambda case: attempt(f"{case.name} build", build, case), cases))
     for case in cases:
-        results.attempt(case.name, lambda case=case: measure_case(case, folder, args.reference))  # type: ignore[misc]
+        attempt(case.name, measure_case, case, folder, args.reference, gpu)
     for compiler in args.compilers:
-        case = next(case for case in cases if case.compiler == compiler)
+        work = folder / next(case.name for case in cases if case.compiler == compiler)
         for fault in FAULTS:
-            work = folder / case.name
-            results.attempt(
-                f"{compiler}: {fault.__name__.replace('_', ' ')}",
-                lambda fault=fault, work=work: fault(work / "repo", work / f"{fault.__name__}.log"),  # type: ignore[misc]
-            )
-
-
-def partial_of(function: Callable[[Case], dict[str, Any]], case: Case) -> Callable[[], dict[str, Any]]:
-    """The function with its case."""
-    return lambda: function(case)
+            name = f"{compiler}: {fault.__name__.replace('_', ' ')}"
+            attempt(name, fault, work / "repo", work / f"{fault.__name__}.log", gpu)
 
 
 def machine(gpu: str) -> dict[str, str]:
@@ -469,6 +384,7 @@ def main() -> None:
     everything.add_argument("--compilers", type=lambda text: text.split(","), default=list(VARIANTS))
     everything.add_argument("--gpu", default="local", help="cpu shows on any machine whether this script works")
     everything.add_argument("--folder", type=Path, default=Path("out/gpu-chain"))
+    everything.add_argument("--budget", type=float, default=3600, help="seconds after which nothing is begun")
     everything.add_argument("--at-once", type=int, default=4, help="how many exports and builds run at a time")
     args = parser.parse_args()
     args.checkpoints = [checkpoint.resolve() for checkpoint in args.checkpoints]

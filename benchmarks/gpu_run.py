@@ -12,6 +12,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -39,6 +40,7 @@ class Results:
     deadline: float
     rows: dict[str, Row] = field(default_factory=dict)
     changed: Callable[[dict[str, Row]], object] = lambda rows: None
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def left(self) -> float:
@@ -47,15 +49,16 @@ class Results:
 
     def note(self, name: str, **values: Any) -> None:
         """Add to a row, print what was added, and write all rows to the files."""
-        self.rows.setdefault(name, {}).update(values)
-        shown = {key: round(value, 4) if isinstance(value, float) else value for key, value in values.items()}
-        print("##", name, json.dumps(shown, default=str), flush=True)
-        for file in self.files:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(f".{file.name}")
-            partial.write_text(json.dumps(self.rows, indent=1, default=str) + "\n")
-            partial.replace(file)
-        self.changed(self.rows)
+        with self.lock:
+            self.rows.setdefault(name, {}).update(values)
+            shown = {key: round(value, 4) if isinstance(value, float) else value for key, value in values.items()}
+            print("##", name, json.dumps(shown, default=str), flush=True)
+            for file in self.files:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                partial = file.with_name(f".{file.name}")
+                partial.write_text(json.dumps(self.rows, indent=1, default=str) + "\n")
+                partial.replace(file)
+            self.changed(self.rows)
 
     def attempted(self, name: str, run: Callable[[], T]) -> T | None:
         """Make a measurement, whose error is its result. After the deadline nothing is begun, and earlier rows stay."""

@@ -34,9 +34,10 @@ PARTS = ("queue", "compute_input", "compute_infer", "success")
 
 @dataclass(frozen=True)
 class Server:
-    """A server that is ready: its address, when it was started, and after how many seconds it said so."""
+    """A server that is ready: its address, its process id, when it was started, and the seconds until it was ready."""
 
     url: str
+    pid: int
     began: float
     ready: float
 
@@ -57,7 +58,7 @@ class Picture:
 @contextlib.contextmanager
 def serving(repository: Path, log: Path, seconds: float) -> Iterator[Server]:
     """A server of `repository` on a free port. Raises Failed if it is not ready in time."""
-    said = log.with_suffix(".out")
+    said, errors = log.with_suffix(".out"), log.with_suffix(".err")  # Triton's own log is `log`
     said.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "ditforge", "serve", str(repository), "--port", "0", "--grace", "2"]
     limit = min(STARTING, seconds)
@@ -65,16 +66,16 @@ def serving(repository: Path, log: Path, seconds: float) -> Iterator[Server]:
     began = time.perf_counter()
     with said.open("wb") as output:
         process = started(
-            [*command, "--log", str(log), "--timeout", f"{limit:.0f}"], log, stdout=output, stdin=subprocess.DEVNULL
+            [*command, "--log", str(log), "--timeout", f"{limit:.0f}"], errors, stdout=output, stdin=subprocess.DEVNULL
         )
     try:
         while not (found := SERVING.search(said.read_text(errors="replace"))):
             if process.poll() is not None:
-                raise Failed(f"the server ended with {process.returncode}: {tail(log)}")
+                raise Failed(f"the server ended with {process.returncode}: {tail(errors)}")
             if time.perf_counter() - began > limit:
-                raise Failed(f"the server was not ready within {limit:.0f} s: {tail(log)}")
+                raise Failed(f"the server was not ready within {limit:.0f} s: {tail(errors)}")
             time.sleep(LOOK / 5)
-        yield Server(found[1], began, time.perf_counter() - began)
+        yield Server(found[1], process.pid, began, time.perf_counter() - began)
     finally:
         end(process)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor import codecache, cpu_vec_isa
 
 from ditforge.engines.compilers import region_packages
 from ditforge.engines.compilers.package_cache import Example, Package
@@ -73,3 +74,14 @@ def test_one_is_compiled_at_a_time_on_few_processors(tmp_path: Path, monkeypatch
     monkeypatch.setattr(region_packages.os, "sched_getaffinity", lambda _: set(range(64)))
     assert how_many(packages) == region_packages.MOST
     assert how_many(packages[:3]) == 3
+
+
+def test_a_package_for_a_gpu_does_not_wait_for_the_processors_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    before = cpu_vec_isa.pick_vec_isa()
+    with region_packages.processor_unasked(torch.device("cuda")):
+        assert cpu_vec_isa.pick_vec_isa() is cpu_vec_isa.invalid_vec_isa
+        assert codecache.pick_vec_isa is cpu_vec_isa.pick_vec_isa  # which is what compiles packages
+    with region_packages.processor_unasked(torch.device("cpu")):
+        assert cpu_vec_isa.pick_vec_isa() == before
+    assert cpu_vec_isa.pick_vec_isa() == before

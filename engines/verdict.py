@@ -115,7 +115,7 @@ def excess(difference: Difference) -> float:
 def damage(folder: Path, name: str, file: manifest.File, fix: str) -> str:
     """What is wrong with a file; empty if nothing is."""
     try:
-        manifest.check_files(folder, {name: file}, fix)
+        manifest.check_files(folder, {name: file}, fix, anew=True)
     except UserError as error:
         return error.problem
     return ""

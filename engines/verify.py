@@ -57,7 +57,8 @@ def verify_files(folder: Path) -> int:
     """Check every file that a stage wrote into `folder`, and return their number. Raises UserError for damage."""
     found = manifest.read_any(folder)
     for component in found.components.values():
-        manifest.check_files(folder, component.files, fix=f"{manifest.NEXT_COMMAND[found.kind]}   again")
+        again = f"{manifest.NEXT_COMMAND[found.kind]}   again"
+        manifest.check_files(folder, component.files, again, anew=True)
     return sum(len(component.files) for component in found.components.values())
 
 

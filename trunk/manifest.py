@@ -11,12 +11,12 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
-from ditforge import __version__
+from ditforge import __version__, digests
 from ditforge.contract import DTYPES, IDS, LATENTS, TOKENIZER, VARYING, VELOCITY
 from ditforge.errors import UserError
 from ditforge.footprint import Footprint
@@ -279,18 +279,10 @@ def as_text(manifest: Manifest) -> str:
     return manifest.model_dump_json(indent=2) + "\n"
 
 
-def describe(path: Path) -> File:
-    """Compute the size and the SHA-256 of the file at `path`."""
-    with path.open("rb") as stream:
-        digest = _sha256(stream)
+def describe(path: Path, anew: bool = False) -> File:
+    """The size and the SHA-256 of the file at `path`. `anew` reads a file that has not changed since it was read."""
+    digest = digests.sha256_of(path, anew)
     return File(size=path.stat().st_size, sha256=digest)
-
-
-def _sha256(stream: BinaryIO) -> str:  # hashlib.file_digest needs Python 3.11
-    digest = hashlib.sha256()
-    while chunk := stream.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def digest(components: dict[str, Component]) -> str:
@@ -337,8 +329,11 @@ def first_difference(before: dict[str, str], now: dict[str, str]) -> str:
     return ""
 
 
-def check_files(folder: Path, files: dict[str, File], fix: str) -> None:
-    """Check that every file is there and unchanged. Raises UserError, with `fix`, for the first that is not."""
+def check_files(folder: Path, files: dict[str, File], fix: str, anew: bool = False) -> None:
+    """Check that every file is there and unchanged. Raises UserError, with `fix`, for the first that is not.
+
+    `anew` reads large files that have not changed since they were read (see digests.py).
+    """
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
@@ -346,5 +341,5 @@ def check_files(folder: Path, files: dict[str, File], fix: str) -> None:
         size = path.stat().st_size
         if size != expected.size:
             raise UserError(f"{path} has {size} bytes, the manifest says {expected.size}", fix)
-        if describe(path).sha256 != expected.sha256:
+        if describe(path, anew).sha256 != expected.sha256:
             raise UserError(f"{path} is damaged: its SHA-256 is not the manifest's", fix)

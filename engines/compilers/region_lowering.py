@@ -182,10 +182,14 @@ class Lowered(nn.Module):
 
     def called(self, node: Any, values: Mapping[Node, Any]) -> Any:
         """Run one operator on this device."""
-        args: Any = torch.fx.map_arg(node.args, lambda value: values[value])
-        kwargs: dict[str, Any] = {**torch.fx.map_arg(node.kwargs, lambda value: values[value])}
-        if kwargs.get("device") is not None:
-            kwargs["device"] = self.device
+
+        def here(argument: Any) -> Any:
+            if isinstance(argument, Node):
+                return values[argument]
+            return self.device if isinstance(argument, torch.device) else argument
+
+        args: Any = torch.fx.node.map_aggregate(node.args, here)
+        kwargs: dict[str, Any] = {**torch.fx.node.map_aggregate(node.kwargs, here)}
         if node.target is torch.ops.aten.detach_.default:  # of a constant, which is no view where it was traced
             return args[0]
         if str(node.target) == "onnx.RotaryEmbedding.opset23":
@@ -254,7 +258,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -
     tokens = x.transpose(1, 2)
     pairs, axis = ((-1, 2), -1) if interleaved else ((2, -1), -2)
     split = tokens.reshape(*tokens.shape[:-1], *pairs)
-    cos, sin = cos[:, :, None].unsqueeze(axis), sin[:, :, None].unsqueeze(axis)
+    cos, sin = cos.unsqueeze(2).unsqueeze(axis), sin.unsqueeze(2).unsqueeze(axis)
     sign = 2.0 * torch.arange(2, device=x.device, dtype=x.dtype) - 1  # the first channel of a pair loses
     sign = sign if interleaved else sign[:, None]
     return (split * cos + split.flip(axis) * (sin * sign)).reshape(tokens.shape).transpose(1, 2)

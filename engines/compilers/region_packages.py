@@ -160,7 +160,7 @@ def processor_unasked(device: torch.device) -> Iterator[None]:
 
     asked = cpu_vec_isa.valid_vec_isa_list
     if device.type == "cuda":
-        cpu_vec_isa.valid_vec_isa_list = list
+        cpu_vec_isa.valid_vec_isa_list = list  # type: ignore[assignment]
     try:
         yield
     finally:

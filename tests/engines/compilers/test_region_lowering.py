@@ -10,10 +10,14 @@ import onnxruntime as ort
 import pytest
 import torch
 import torch.onnx.ops
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ditforge import manifest, regions
 from ditforge.engines.compilers import Arrays, inductor, onnxruntime
-from ditforge.engines.compilers.region_lowering import Lowered, rotated, tanh_gelu
+from ditforge.engines.compilers.region_lowering import Lowered, rotated, run_fake, tanh_gelu
 from ditforge.engines.verify import example
 
 SIZES = {"batch": 2, "latent_height": 6, "latent_width": 10, "height": 32, "width": 48}
@@ -105,3 +109,51 @@ def test_rotation_is_that_of_onnx(interleaved: bool) -> None:
 def test_gelu_is_the_tanh_formula() -> None:
     x = torch.linspace(-9, 9, 2000)
     torch.testing.assert_close(tanh_gelu(x), torch.nn.functional.gelu(x, approximate="tanh"), atol=2e-6, rtol=0)
+
+
+class Position(nn.Module):
+    """What CLIP does with its ids: a copy on the device where they are, which a trace writes down by name."""
+
+    def forward(self, ids: Tensor) -> tuple[Tensor]:
+        return (ids.to(dtype=torch.int64, device=ids.device).argmax(-1),)
+
+
+def test_what_was_traced_on_the_processor_stays_on_no_other_device() -> None:
+    program = torch.export.export(Position(), (torch.zeros(1, 7, dtype=torch.int32),))
+    assert any(torch.device("cpu") in node.args for node in program.graph.nodes)
+    device = torch.device(
+        "meta"
+    )  # a kernel for another device would fail, as one for the processor does in a CUDA graph
+    (made,) = Lowered(program, 1, (), device, exact=False)(torch.zeros(1, 7, dtype=torch.int32, device=device))
+    assert made.device == device
+
+
+class Devices(TorchDispatchMode):
+    """Notes on which devices the results of operators are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.seen |= {leaf.device.type for leaf in tree_leaves(made) if isinstance(leaf, Tensor)}
+        return made
+
+
+@pytest.mark.parametrize("stages", ["schnell", "sd3"])
+def test_programs_for_a_gpu_compute_nothing_on_the_processor(stages: str, request: pytest.FixtureRequest) -> None:
+    """PyTorch without CUDA traces for it too, as long as nothing is computed."""
+    folder, gpu = request.getfixturevalue(stages).onnx, torch.device("cuda", 0)
+    archives = sorted(folder.glob("*.programs"))
+    assert archives
+    for archive in archives:
+        found = regions.read(archive)
+        kinds, lowered, _ = inductor.lower_kinds(found, lambda kind, a=archive: regions.read_program(a, kind), CPU)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for part in lowered.values():
+                part.device, part.constants = gpu, {node: value.to(gpu) for node, value in part.constants.items()}
+            given = {k: torch.from_numpy(v).to(gpu) for k, v in inputs_of(folder, archive.stem).items()}
+            with Devices() as devices:
+                run_fake(lowered, found.calls, kinds, given)
+        assert devices.seen == {"cuda"}, archive.name

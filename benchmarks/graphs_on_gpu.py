@@ -139,7 +139,7 @@ class Local:
 
     def infer(self, name: str, inputs: Arrays, step: str = "") -> Arrays:
         """Run a network, on as many samples at a time as fit."""
-        return in_parts(lambda part: self._infer(name, part), inputs, BATCH)
+        return in_parts(lambda part, start: self._infer(name, part), inputs, BATCH)
 
     def _infer(self, name: str, inputs: Arrays) -> Arrays:
         if name in self.sessions:

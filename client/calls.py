@@ -18,6 +18,7 @@ from ditforge.client.failures import (
     too_late,
     wrong_answer,
 )
+from ditforge.client.kept import KeptInputs
 from ditforge.client.replica import Replica, Served, Unfit
 from ditforge.client.retry import ENDING_WAIT, WENT_AWAY, Failure, Retries
 from ditforge.client.settings import ConnectionSettings
@@ -51,6 +52,7 @@ class Calls:
         self._metadata = {PICTURE_KEY: uuid.uuid4().hex, **settings.metadata()}
         if served.engines:
             self._metadata[ENGINES_KEY] = served.engines
+        self._kept = KeptInputs()
         self._answered = False
         self._repeats: Counter[tuple[tuple[tuple[str, str], ...], str]] = Counter()
         self._asked: dict[str, Served] = {}  # for each server that was called for this picture: what it serves
@@ -152,7 +154,7 @@ class Calls:
             raise Unfit(other_engines(replica.url, wanted, short(served.engines)), served.engines)
         self._asked[replica.url] = served
         try:
-            return replica.infer(name, inputs, served, self._metadata, self._deadline)
+            return replica.infer(name, inputs, served, self._metadata, self._deadline, self._kept)
         except CallFailed as failed:
             if failed.failure.status == "FAILED_PRECONDITION":  # another server behind the address, with other engines
                 raise Unfit(other_engines(replica.url, wanted, failed.failure.shown)) from failed

@@ -17,11 +17,20 @@ from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
 from ditforge import install_hint
 from ditforge.client.answer import Arrays, Inputs, Output, WrongAnswer, embeddings_of, expected_outputs, read_answer
 from ditforge.client.failures import START_SERVER, connect_error
+from ditforge.client.kept import KeptInputs
 from ditforge.client.probe import speaks_tls
 from ditforge.client.retry import NOT_READY, Failure
 from ditforge.client.settings import ConnectionSettings
 from ditforge.client.transport import CallFailed, Channel, Metadata, Transport, shown
-from ditforge.contract import DIT, ENGINES_PARAMETER, MODEL_PARAMETER, TEXT_ENCODERS, VAE_DECODER
+from ditforge.contract import (
+    DIT,
+    ENGINES_PARAMETER,
+    KEEPS_PARAMETER,
+    KEPT_KEY,
+    MODEL_PARAMETER,
+    TEXT_ENCODERS,
+    VAE_DECODER,
+)
 from ditforge.errors import DitforgeError, UserError
 from ditforge.model import Model
 from ditforge.served_model import ClientTooOld, read_served_model
@@ -29,6 +38,7 @@ from ditforge.served_model import ClientTooOld, read_served_model
 M = TypeVar("M", bound=Message)
 NEEDED = (TEXT_ENCODERS, DIT, VAE_DECODER)
 HEARD_LATELY = 1.0  # seconds; no server can end, start again and have its models ready in this time
+LOST = ("ABORTED", "INVALID_ARGUMENT")  # it does not have what it kept; a proxy between does not tell it the label
 REST = 30.0  # seconds for which a server that failed is used only after all others
 
 
@@ -50,12 +60,14 @@ class Served:
     max_batch: the most samples that it takes in one call.
     engines: the SHA-256 of its engines in hexadecimal; empty if an older ditforge wrote its repository.
     embeddings: the dtypes and shapes of the embeddings of one prompt, by name.
+    keeps: the inputs of the DiT that it keeps for a picture's later steps. None if no front is before Triton.
     """
 
     model: Model
     max_batch: int
     engines: str
     embeddings: Mapping[str, Output]
+    keeps: tuple[str, ...] = ()
 
     def makes_the_same(self, other: Served) -> bool:
         """Whether both have the same engines and model, so that a picture can go on at the other and be the same."""
@@ -85,17 +97,39 @@ class Replica:
             self._served, self._heard = served, time.monotonic()
         return served
 
-    def infer(self, name: str, inputs: Arrays, served: Served, metadata: Metadata, until: float) -> Arrays:
+    def infer(
+        self, name: str, inputs: Arrays, served: Served, metadata: Metadata, until: float, kept: KeptInputs
+    ) -> Arrays:
         """Run the model `name` on `inputs`, arrays with the batch dimension first. Returns its outputs by name.
 
-        A batch larger than `served.max_batch` is sent in several calls. Each call ends after the settings' step_timeout
-        seconds, or at the time `until` of time.monotonic. Raises CallFailed if a call fails, and WrongAnswer if the
-        answer does not fit the inputs.
+        What the server keeps of the picture's inputs is sent once, as `kept` notes. A batch larger than
+        `served.max_batch` is sent in several calls. Each call ends after the settings' step_timeout seconds, or at the
+        time `until` of time.monotonic. Raises CallFailed if a call fails, and WrongAnswer if the answer does not fit
+        the inputs.
         """
+        keeps = served.keeps if name == DIT else ()
+        label = kept.label(inputs, keeps) if keeps else ""
 
-        def call(part: Arrays) -> Arrays:
+        def send(part: Arrays, metadata: Metadata) -> bytes:
             timeout = min(self._settings.step_timeout, until - time.monotonic())
-            data = self._call(name, part, metadata, max(timeout, 0.001))
+            return self._call(name, part, metadata, max(timeout, 0.001))
+
+        def send_new(part: Arrays, place: str) -> bytes:
+            """Send what the server does not have."""
+            metadata_kept = {**metadata, KEPT_KEY: place}
+            if kept.has(self.url, place):
+                try:
+                    return send({key: array for key, array in part.items() if key not in keeps}, metadata_kept)
+                except CallFailed as failed:
+                    if failed.failure.status not in LOST:
+                        raise
+                    kept.lost(self.url, place)
+            data = send(part, metadata_kept)
+            kept.sent(self.url, place)
+            return data
+
+        def call(part: Arrays, start: int) -> Arrays:
+            data = send_new(part, f"{label}-{start}") if label else send(part, metadata)
             arrays = read_answer(data, expected_outputs(name, part, served.model, served.embeddings))
             self._heard = time.monotonic()
             return arrays
@@ -177,8 +211,12 @@ class Replica:
             embeddings = embeddings_of(config)
         except (ValueError, RecursionError, WrongAnswer) as error:
             raise Unfit(unreadable_model(self.url, error)) from error
-        engines = config.parameters[ENGINES_PARAMETER].string_value if ENGINES_PARAMETER in config.parameters else ""
-        return Served(model, max(1, config.max_batch_size), shown(engines), embeddings)
+        engines, keeps = (
+            config.parameters[name].string_value if name in config.parameters else ""
+            for name in (ENGINES_PARAMETER, KEEPS_PARAMETER)
+        )
+        kept = tuple(name for name in keeps.split() if name in embeddings)
+        return Served(model, max(1, config.max_batch_size), shown(engines), embeddings, kept)
 
     def _tell(self, method: str, request: Message, answer: type[M], until: float) -> M:
         """Ask the server about itself with the gRPC method `method`. It must answer by `until` of time.monotonic."""
@@ -225,14 +263,14 @@ class Replica:
                 raise CallFailed(Failure("DEADLINE_EXCEEDED", f"no sign of life for {timeout:g} s")) from error
 
 
-def in_parts(call: Callable[[Arrays], Arrays], inputs: Inputs, max_batch: int) -> Arrays:
+def in_parts(call: Callable[[Arrays, int], Arrays], inputs: Inputs, max_batch: int) -> Arrays:
     """Call `call` on parts of `inputs` with at most `max_batch` samples each, and join the outputs.
 
-    All arrays have the batch dimension first.
+    It also gets the number of a part's first sample. All arrays have the batch dimension first.
     """
     total = len(next(iter(inputs.values())))
     parts = [
-        call({key: value[start : start + max_batch] for key, value in inputs.items()})
+        call({key: value[start : start + max_batch] for key, value in inputs.items()}, start)
         for start in range(0, total, max_batch)
     ]
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]} if len(parts) > 1 else parts[0]

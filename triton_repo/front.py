@@ -22,11 +22,12 @@ from typing import Any
 from uuid import uuid4
 
 import grpc
-from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc import model_config_pb2, service_pb2 as pb
 
-from ditforge.contract import ENGINES_KEY, PICTURE_KEY, VAE_DECODER
+from ditforge.contract import DIT, ENGINES_KEY, KEEPS_PARAMETER, KEPT_KEY, PICTURE_KEY, TEXT_OUTPUTS, VAE_DECODER
 from ditforge.triton_repo import wire
 from ditforge.triton_repo.capacity import Capacity, arrived, started
+from ditforge.triton_repo.kept import KeptInputs
 from ditforge.triton_repo.limits import BadRequest, shown
 from ditforge.triton_repo.metrics import Metrics
 from ditforge.triton_repo.pictures import Pictures
@@ -70,10 +71,17 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
     channel: grpc.aio.Channel | None = None
     stopping: bool = False
     pictures: Pictures = field(default_factory=Pictures)
+    kept: KeptInputs = field(default_factory=KeptInputs)
     doubted: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
 
     def __post_init__(self) -> None:
         self.capacity = Capacity(message_limit(self.models))
+        taken = self.models[DIT].limits.inputs if DIT in self.models else {}
+        self.keeps = tuple(name for name in TEXT_OUTPUTS if name in taken)
+        parameter = {KEEPS_PARAMETER: model_config_pb2.ModelParameter(string_value=" ".join(self.keeps))}
+        config = model_config_pb2.ModelConfig(parameters=parameter)
+        # Protobuf joins messages that follow each other, and so adds this parameter to Triton's answer.
+        self.keeping = wire.serialised(pb.ModelConfigResponse(config=config))
 
     def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
         """Return the handler of a method, which takes and returns bytes. It reads a message once there is room."""
@@ -143,6 +151,8 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
                     return wire.serialised(pb.ModelReadyResponse(ready=False))
                 raise Refused(Status.NOT_FOUND, f"there is no model {shown(asked)}; there are {', '.join(self.models)}")
             data = question.SerializeToString()
+            if name == "ModelConfig" and asked == DIT:
+                return await self.forward(method, data, timeout=10) + self.keeping
         if name == "ModelReady":
             return wire.serialised(pb.ModelReadyResponse(ready=await self.is_ready(method, data)))
         if name == "RepositoryIndex":
@@ -182,8 +192,14 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
             raise Refused(Status.NOT_FOUND, f"there is no model {shown(name)}; there are {', '.join(self.models)}")
         begun, outcome = time.monotonic(), Status.INTERNAL
         try:
-            wire.check(request, raw, self.models[name])
+            place = (picture or "", metadata.get(KEPT_KEY, "")) if name == DIT and KEPT_KEY in metadata else None
+            filled = bool(place and self.kept.fill(request, raw, place, self.keeps))
+            wire.check(request, raw, self.models[name], self.keeps if filled else ())
             self.admit(picture, metadata.get(ENGINES_KEY))
+            if place and not filled:
+                self.kept.keep(request, raw, place, self.keeps)
+            if name == VAE_DECODER:
+                self.kept.forget(picture)
             with contextlib.ExitStack() as held:
                 held.enter_context(self.capacity.holding(sum(map(len, raw))))
                 with self.pictures.request(picture, name == VAE_DECODER):
@@ -214,7 +230,11 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
             self.metrics.answered(name, outcome.name, time.monotonic() - begun)
 
     async def run_model(
-        self, request: pb.ModelInferRequest, raw: list[memoryview], left: float | None, held: contextlib.ExitStack
+        self,
+        request: pb.ModelInferRequest,
+        raw: list[bytes | memoryview],
+        left: float | None,
+        held: contextlib.ExitStack,
     ) -> bytes:
         """Return Triton's answer to the request with the raw contents `raw`, which are released early.
 

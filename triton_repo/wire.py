@@ -62,7 +62,7 @@ def parse(data: bytes, kind: type[M]) -> M:
         raise BadRequest(f"the message is not a {kind.DESCRIPTOR.name}") from None
 
 
-def parse_infer(data: bytes) -> tuple[pb.ModelInferRequest, list[memoryview]]:
+def parse_infer(data: bytes) -> tuple[pb.ModelInferRequest, list[bytes | memoryview]]:
     """Read a ModelInferRequest. Returns it without its raw contents, and the raw contents, which are not copied.
 
     Raises BadRequest if `data` is no such message.
@@ -74,14 +74,14 @@ def parse_infer(data: bytes) -> tuple[pb.ModelInferRequest, list[memoryview]]:
     return request, raw
 
 
-def split(data: bytes, raw_tag: int) -> tuple[bytes, list[memoryview]]:
+def split(data: bytes, raw_tag: int) -> tuple[bytes, list[bytes | memoryview]]:
     """Split a message into its bytes without the raw contents, and the raw contents, which are not copied.
 
     `raw_tag` is the tag of a raw content. Raises BadRequest if the message is damaged, or has far too many or too large
     parts: a parser would need gigabytes for millions of empty ones.
     Source: https://protobuf.dev/programming-guides/encoding
     """
-    view, head, raw = memoryview(data), bytearray(), list[memoryview]()
+    view, head, raw = memoryview(data), bytearray(), list[bytes | memoryview]()
     for number, (tag, start, content, end) in enumerate(parts(data)):
         if number == MOST_FIELDS:
             raise BadRequest(f"a message has at most {MOST_FIELDS} inputs, outputs and parameters")
@@ -97,7 +97,7 @@ def split(data: bytes, raw_tag: int) -> tuple[bytes, list[memoryview]]:
     return bytes(head), raw
 
 
-def message(request: pb.ModelInferRequest, raw: Sequence[memoryview]) -> bytes:
+def message(request: pb.ModelInferRequest, raw: Sequence[bytes | memoryview]) -> bytes:
     """Write a ModelInferRequest with its raw contents anew, so that nothing is forwarded as a stranger wrote it."""
     written = [request.SerializeToString()]
     for content in raw:
@@ -151,8 +151,13 @@ def varint(data: bytes, position: int) -> tuple[int, int]:
     return value, len(data) + 1
 
 
-def check(request: pb.ModelInferRequest, raw: Sequence[memoryview], served: ModelSignature) -> None:
-    """Raise BadRequest unless the model `served` takes the request with the raw contents `raw`."""
+def check(
+    request: pb.ModelInferRequest, raw: Sequence[bytes | memoryview], served: ModelSignature, known: Sequence[str] = ()
+) -> None:
+    """Raise BadRequest unless the model `served` takes the request with the raw contents `raw`.
+
+    The values of the inputs `known` were checked before.
+    """
     if refused := sorted(set(request.parameters) - PARAMETERS):
         raise BadRequest(f"parameters of a request are {', '.join(sorted(PARAMETERS))}, got {shown(refused[0])}")
     for name, value in request.parameters.items():
@@ -176,6 +181,8 @@ def check(request: pb.ModelInferRequest, raw: Sequence[memoryview], served: Mode
         batches.add(shape[0])
         if raw and tensor.HasField("contents"):
             raise BadRequest(f"{tensor.name} has contents of both kinds, raw and typed")
+        if tensor.name in known:
+            continue
         array = from_raw(tensor, raw[number]) if raw else from_typed(tensor)
         if array is not None:
             limits.check_finite(tensor.name, array)
@@ -196,7 +203,7 @@ def count(tensor: pb.ModelInferRequest.InferInputTensor) -> int:
     return elements
 
 
-def from_raw(tensor: pb.ModelInferRequest.InferInputTensor, raw: memoryview) -> NDArray[Any] | None:
+def from_raw(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | memoryview) -> NDArray[Any] | None:
     """Return the values of a tensor that was sent as raw bytes, which are not copied, or None for BF16.
 
     Raises BadRequest if the bytes do not fit the tensor's dtype and shape.
@@ -212,7 +219,7 @@ def from_raw(tensor: pb.ModelInferRequest.InferInputTensor, raw: memoryview) -> 
     return np.frombuffer(raw, DTYPES[tensor.datatype])
 
 
-def split_texts(name: str, raw: memoryview, elements: int) -> list[bytes]:
+def split_texts(name: str, raw: bytes | memoryview, elements: int) -> list[bytes]:
     """Split `raw` into its texts. Before each text stands its length, in four bytes, little-endian.
 
     Raises BadRequest unless there are as many texts as `elements`. `name` is what the error calls the tensor.

@@ -17,6 +17,11 @@ ENGINES_PARAMETER = "ditforge_engines"  # a digest of all engines; servers with 
 # Metadata of each request: an identifier of the picture, and the digest of the engines that it was begun with.
 PICTURE_KEY, ENGINES_KEY = "ditforge-picture", "ditforge-engines"
 
+# The front keeps some inputs of `dit` for the later steps of a picture. KEEPS_PARAMETER, which it adds to the model's
+# configuration, has their names. A request with KEPT_KEY in its metadata has them, to be kept under that label; or it
+# leaves them out, and gets those that are kept. If there are none any more, its status is ABORTED: send them again.
+KEEPS_PARAMETER, KEPT_KEY = "ditforge_keeps", "ditforge-kept"
+
 # The tensors of all models: their dtypes, and the names of the dimensions that vary; the batch is the first dimension.
 DTYPES = ("FP32", "FP16", "INT32", "UINT8", "BYTES")
 VARYING = ("batch", "height", "width", "latent_height", "latent_width")

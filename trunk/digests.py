@@ -19,7 +19,9 @@ from ditforge.cache import default_cache
 
 LARGE = 64 << 20  # bytes; smaller files are always read
 MOST = 1000  # files that are remembered
-TICK = 50_000_000  # ns; after it, whoever changes a file changes its time too. Kernels' clocks for files take 1 to 10 ms
+TICK = (
+    50_000_000  # ns; after it, whoever changes a file changes its time too. Kernels' clocks for files take 1 to 10 ms
+)
 log = logging.getLogger(__name__)
 
 
@@ -43,11 +45,8 @@ def sha256_of(path: Path, anew: bool = False) -> str:
 
 def read(path: Path) -> str:
     """Read a file, and return its SHA-256."""
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):  # hashlib.file_digest needs Python 3.11
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def state(found: os.stat_result) -> str:

@@ -50,7 +50,8 @@ class Front:
         self.calls.append(call)
         if refusal := self.refuse(call):
             context.abort(*refusal)
-        answer = self.stub.ModelInfer(request)
+        passed = [(key, value) for key, value in headers.items() if key.startswith("ditforge-")]
+        answer = self.stub.ModelInfer(request, metadata=passed)
         return self.change(call, answer) or answer
 
     def RepositoryIndex(self, request: Any, context: grpc.ServicerContext) -> Any:

@@ -385,7 +385,7 @@ def main() -> None:
     everything.add_argument("--gpu", default="local", help="cpu shows on any machine whether this script works")
     everything.add_argument("--folder", type=Path, default=Path("out/gpu-chain"))
     everything.add_argument("--budget", type=float, default=3600, help="seconds after which nothing is begun")
-    everything.add_argument("--at-once", type=int, default=4, help="how many exports and builds run at a time")
+    everything.add_argument("--at-once", type=int, default=2, help="how many exports and builds run at a time")
     args = parser.parse_args()
     args.checkpoints = [checkpoint.resolve() for checkpoint in args.checkpoints]
     if args.command == "reference":

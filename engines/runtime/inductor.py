@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ditforge.engines.compilers import NUMPY_DTYPES, Arrays, Shape
 from ditforge.engines.compilers.inductor_engine import SUFFIX, WEIGHTS, Description, Variant, read
 from ditforge.engines.runtime.ranges import find_range
-from ditforge.errors import UserError
+from ditforge.engines.runtime.weights_reader import WeightsReader
+from ditforge.errors import DitforgeError, UserError
 from ditforge.local_gpu import why_not_here
 from ditforge.manifest import NEXT_COMMAND
 from ditforge.option import command
@@ -69,13 +69,21 @@ class Block:
     host: Tensor | None = None
     tensors: list[Tensor] = field(default_factory=list)
 
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Where the bytes of each weight begin and end."""
+        counts = [int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for _, dtype, shape in self.places]
+        return [(start, start + count) for (start, _, _), count in zip(self.places, counts, strict=True)]
+
     def views(self, memory: Tensor) -> list[Tensor]:
         """Return the weights in `memory` [size], which has a copy of them."""
-        views = []
-        for start, dtype, shape in self.places:
-            count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-            views.append(memory[start : start + count].view(dtype).view(shape))
-        return views
+        pairs = zip(self.places, self.spans, strict=True)
+        return [memory[start:end].view(dtype).view(shape) for (_, dtype, shape), (start, end) in pairs]
+
+    def read(self, file: WeightsReader, names: Sequence[str], memory: Tensor) -> None:
+        """Read the weights, which are called so in the file, into `memory` [size] of the machine."""
+        array = memory.numpy()
+        file.read(names, [array[start:end] for start, end in self.spans])
 
 
 @dataclass
@@ -113,24 +121,25 @@ class Execution:
     def read_weights(self, path: Path, budget: int | None) -> list[Block]:
         """Read the weights of all calls: as many as the budget allows to the device, and others to pinned memory."""
         blocks, resident = [], 0
-        with safe_open(path, framework="pt") as file:
+        with WeightsReader(path) as file:
             for call in self.description.calls:
                 places, size = [], 0
-                tensors = [file.get_tensor(name) for name in call.weights]
-                for tensor in tensors:
-                    places.append((size, tensor.dtype, tuple(tensor.shape)))
-                    size += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
-                block = Block(places, size)
-                stays = budget is None or resident + size <= budget
-                memory = torch.empty(size, dtype=torch.uint8, pin_memory=self.cuda and not stays)
-                for view, tensor in zip(block.views(memory), tensors, strict=True):
-                    view.copy_(tensor)
-                if stays:
-                    resident += size
-                    block.tensors = block.views(memory.to(self.device))
+                for name in call.weights:
+                    dtype, shape = file.dtypes[name], file.shapes[name]
+                    places.append((size, dtype, shape))
+                    size += -(-int(np.prod(shape, dtype=np.int64)) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+                blocks.append(Block(places, size))
+            staged = Staging(self.device, max((block.size for block in blocks), default=0))
+            for block, call in zip(blocks, self.description.calls, strict=True):
+                if budget is None or resident + block.size <= budget:
+                    resident += block.size
+                    block.tensors = block.views(staged.read(block, file, call.weights))
                 else:
-                    block.host = memory
-                blocks.append(block)
+                    block.host = torch.empty(block.size, dtype=torch.uint8)
+                    block.read(file, call.weights, block.host)
+                    if self.cuda:
+                        pin(block.host)
+            staged.finish()
         return blocks
 
     def variant(self, shapes: dict[str, Shape]) -> Variant:
@@ -224,11 +233,68 @@ class Execution:
         """Free the weights, the packages and the recorded graphs."""
         with _lock:
             self.replays.clear()
+            for block in self.blocks:
+                if self.cuda and block.host is not None:
+                    unpin(block.host)
             self.blocks.clear()
             self.loaded.clear()
             self.slots.clear()
             if self.cuda:
                 torch.cuda.empty_cache()
+
+
+def pin(memory: Tensor) -> None:
+    """Have CUDA copy from memory directly. PyTorch's own pinned memory would be rounded up to a power of two.
+
+    Raises DitforgeError if the system does not allow so much.
+    """
+    status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)  # type: ignore[no-untyped-call]
+    if int(status):
+        problem = f"{memory.numel() / 2**20:.0f} MiB of weights cannot be kept in memory for the GPU: {status}"
+        raise DitforgeError(problem, "ulimit -l unlimited   and more free memory")
+
+
+def unpin(memory: Tensor) -> None:
+    """Undo pin(), before the memory is freed."""
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
+
+
+class Staging:
+    """Brings weights to a device: while one block is copied from one of two buffers, the next is read into the other.
+
+    `size` is the bytes of the largest block. Without a GPU, blocks are read to where they stay.
+    """
+
+    def __init__(self, device: torch.device, size: int) -> None:
+        self.device, self.cuda = device, device.type == "cuda"
+        self.buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(2)] if self.cuda else []
+        for buffer in self.buffers:
+            pin(buffer)
+        self.copied: list[Any] = [None, None]
+        self.turn = 0
+
+    def read(self, block: Block, file: WeightsReader, names: Sequence[str]) -> Tensor:
+        """Return the memory [size] of a block on the device. After finish(), its weights are there."""
+        memory = torch.empty(block.size, dtype=torch.uint8, device=self.device)
+        if not self.cuda:
+            block.read(file, names, memory)
+            return memory
+        buffer, before = self.buffers[self.turn][: block.size], self.copied[self.turn]
+        if before is not None:
+            before.synchronize()
+        block.read(file, names, buffer)
+        memory.copy_(buffer, non_blocking=True)
+        self.copied[self.turn] = torch.cuda.current_stream().record_event()
+        self.turn = 1 - self.turn
+        return memory
+
+    def finish(self) -> None:
+        """Wait until everything has been copied, and give the buffers back."""
+        for copied in self.copied:
+            if copied is not None:
+                copied.synchronize()
+        for buffer in self.buffers:
+            unpin(buffer)
 
 
 class Slots:

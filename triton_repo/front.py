@@ -60,6 +60,7 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
     engines: the digest of the engines; empty if it is not known.
     token: the token that clients have to send; None if they need none.
     forgone: the folder with the names of requests for which nobody waits any more.
+    kept: what is kept of pictures' inputs for their later steps.
     doubted: gets the name of a model when Triton complains about the model's process.
     """
 
@@ -68,10 +69,10 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
     token: bytes | None
     metrics: Metrics
     forgone: Path
+    kept: KeptInputs = field(default_factory=KeptInputs)
     channel: grpc.aio.Channel | None = None
     stopping: bool = False
     pictures: Pictures = field(default_factory=Pictures)
-    kept: KeptInputs = field(default_factory=KeptInputs)
     doubted: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
 
     def __post_init__(self) -> None:
@@ -193,14 +194,19 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
         begun, outcome = time.monotonic(), Status.INTERNAL
         try:
             place = (picture or "", metadata.get(KEPT_KEY, "")) if name == DIT and KEPT_KEY in metadata else None
-            filled = bool(place and self.kept.fill(request, raw, place, self.keeps))
-            wire.check(request, raw, self.models[name], self.keeps if filled else ())
-            self.admit(picture, metadata.get(ENGINES_KEY))
-            if place and not filled:
-                self.kept.keep(request, raw, place, self.keeps)
-            if name == VAE_DECODER:
-                self.kept.forget(picture)
             with contextlib.ExitStack() as held:
+                filled = self.kept.find(request, place, self.keeps) if place else None
+                if filled:
+                    held.callback(self.kept.release, filled)
+                    self.kept.fill(request, raw, filled)
+                wire.check(request, raw, self.models[name], self.keeps if filled else ())
+                self.admit(picture, metadata.get(ENGINES_KEY))
+                if filled:
+                    self.kept.refer(request, raw, filled)
+                elif place:
+                    self.kept.keep(request, raw, place, self.keeps)
+                if name == VAE_DECODER:
+                    self.kept.forget(picture)
                 held.enter_context(self.capacity.holding(sum(map(len, raw))))
                 with self.pictures.request(picture, name == VAE_DECODER):
                     answer = await self.run_model(request, raw, context.time_remaining(), held)

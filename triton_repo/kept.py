@@ -1,76 +1,143 @@
 """The inputs of a picture that the front keeps for its later steps: the prompt's embeddings, which stay the same.
 
 They are by far the most of what travels in a step (4 MiB for FLUX.1, where latents of 1024 x 1024 pixels are 1 MiB).
+They are kept where Triton can read them, and so need not travel from the front to Triton either.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+import grpc
 from tritonclient.grpc import service_pb2 as pb
 
+from ditforge.triton_repo.arena import Arena
 from ditforge.triton_repo.limits import BadRequest
 from ditforge.triton_repo.refusal import Refused, Status
 
 MOST_BYTES = 256 << 20  # of everything that is kept; who was used longest ago is forgotten first
 MOST_LABELS = 64  # of one picture, whose batch may be sent in several parts
 LONGEST_NAME = 64  # of a picture or a label
+REGISTER = "/inference.GRPCInferenceService/SystemSharedMemoryRegister"
+REGION = "kept"  # Triton's name of the memory
+log = logging.getLogger(__name__)
 
 Raw = bytes | memoryview
-Tensor = tuple[pb.ModelInferRequest.InferInputTensor, bytes]
+
+
+@dataclass
+class Entry:
+    """Inputs that are kept: each tensor, with where its content begins in the arena, and its bytes.
+
+    `users` counts the requests that refer to them, and who finds them by their label.
+    """
+
+    start: int
+    tensors: list[tuple[pb.ModelInferRequest.InferInputTensor, int, int]]
+    users: int = 1
 
 
 class KeptInputs:
-    """What is kept, by picture and label."""
+    """What is kept, by picture and label, in the new file `file` of /dev/shm."""
 
-    def __init__(self) -> None:
-        self.pictures: OrderedDict[str, dict[str, list[Tensor]]] = OrderedDict()
-        self.bytes = 0
+    def __init__(self, file: Path | None = None) -> None:
+        self.arena = Arena(MOST_BYTES, file)
+        self.pictures: OrderedDict[str, dict[str, Entry]] = OrderedDict()
+        self.shared = False  # whether the Triton that runs has been told of the file
 
-    def fill(self, request: pb.ModelInferRequest, raw: list[Raw], place: tuple[str, str], names: Sequence[str]) -> bool:
-        """Add what is kept in `place` to a request that has none of the inputs `names`. Returns whether it did.
+    async def share(self, channel: grpc.aio.Channel, metadata: Sequence[tuple[str, str]]) -> None:
+        """Tell Triton of the file. Where it cannot read it, contents are sent."""
+        self.shared = False
+        if self.arena.file is None:
+            return
+        key = f"/{self.arena.file.name}"
+        request = pb.SystemSharedMemoryRegisterRequest(name=REGION, key=key, byte_size=self.arena.size)
+        try:
+            await channel.unary_unary(REGISTER)(request.SerializeToString(), timeout=10, metadata=metadata)
+            self.shared = True
+        except grpc.aio.AioRpcError as error:
+            log.warning("embeddings are sent to Triton in each step: %s", error.details())
+
+    def find(self, request: pb.ModelInferRequest, place: tuple[str, str], names: Sequence[str]) -> Entry | None:
+        """What is kept in `place`, if the request has none of the inputs `names`. It is to be released.
 
         Raises Refused if nothing is kept there, and BadRequest if the place has no valid name.
         """
         if any(not name or len(name) > LONGEST_NAME for name in place):
             raise BadRequest(f"a picture and what is kept for it have names of 1 to {LONGEST_NAME} characters")
         if {tensor.name for tensor in request.inputs} & set(names):
-            return False
+            return None
         picture, label = place
-        tensors = self.pictures.get(picture, {}).get(label)
-        if tensors is None or len(raw) != len(request.inputs):
+        entry = self.pictures.get(picture, {}).get(label)
+        if entry is None:
             raise Refused(Status.ABORTED, "the server does not have what was kept for the picture; send it again")
         self.pictures.move_to_end(picture)
-        for tensor, content in tensors:
+        entry.users += 1
+        return entry
+
+    def fill(self, request: pb.ModelInferRequest, raw: list[Raw], entry: Entry) -> None:
+        """Add the tensors and their contents to a request. Raises Refused if it has no raw contents itself."""
+        if len(raw) != len(request.inputs):
+            raise Refused(Status.ABORTED, "kept inputs need others as raw contents; send them all")
+        view = memoryview(self.arena.memory)
+        for tensor, start, size in entry.tensors:
             request.inputs.append(tensor)
-            raw.append(content)
-        return True
+            raw.append(view[start : start + size])
+
+    def refer(self, request: pb.ModelInferRequest, raw: list[Raw], entry: Entry) -> None:
+        """Have Triton read the contents of a filled request, which are the last ones, from the file."""
+        if not self.shared:
+            return
+        count = len(entry.tensors)
+        del raw[-count:]
+        for tensor, (_, start, size) in zip(request.inputs[-count:], entry.tensors, strict=True):
+            tensor.parameters["shared_memory_region"].string_param = REGION
+            tensor.parameters["shared_memory_offset"].int64_param = start
+            tensor.parameters["shared_memory_byte_size"].int64_param = size
+
+    def release(self, entry: Entry) -> None:
+        """Note that a request does not refer to it any more."""
+        entry.users -= 1
+        if not entry.users:
+            self.arena.free(entry.start)
 
     def keep(
         self, request: pb.ModelInferRequest, raw: Sequence[Raw], place: tuple[str, str], names: Sequence[str]
     ) -> None:
-        """Keep the inputs `names` of a request that was checked."""
+        """Keep the inputs `names` of a request that was checked, if there is room."""
         if len(raw) != len(request.inputs):
             return  # they were sent as lists of numbers, which are not kept
+        pairs = [(t, content) for t, content in zip(request.inputs, raw, strict=True) if t.name in names]
+        if not pairs:
+            return
         picture, label = place
-        pairs = zip(request.inputs, raw, strict=True)
-        tensors = [(tensor, bytes(content)) for tensor, content in pairs if tensor.name in names]
+        self.drop(picture, label)
+        size = sum(len(content) for _, content in pairs)
+        while (start := self.arena.take(size)) is None:
+            if not self.pictures:
+                return
+            self.forget(next(iter(self.pictures)))
+        entry, end = Entry(start, []), start
+        for tensor, content in pairs:
+            self.arena.memory[end : end + len(content)] = content
+            entry.tensors.append((tensor, end, len(content)))
+            end += len(content)
         labels = self.pictures.setdefault(picture, {})
         self.pictures.move_to_end(picture)
-        self.bytes += size_of(tensors) - size_of(labels.pop(label, []))
-        labels[label] = tensors
-        while len(labels) > MOST_LABELS:
-            self.bytes -= size_of(labels.pop(next(iter(labels))))
-        while self.bytes > MOST_BYTES:
-            self.forget(next(iter(self.pictures)))
+        labels[label] = entry
+        if len(labels) > MOST_LABELS:
+            self.drop(picture, next(iter(labels)))
+
+    def drop(self, picture: str, label: str) -> None:
+        """Forget what is kept under one label."""
+        if entry := self.pictures.get(picture, {}).pop(label, None):
+            self.release(entry)
 
     def forget(self, picture: str | None) -> None:
         """Forget what is kept for a picture."""
-        for tensors in self.pictures.pop(picture or "", {}).values():
-            self.bytes -= size_of(tensors)
-
-
-def size_of(tensors: Sequence[Tensor]) -> int:
-    """The bytes of the contents."""
-    return sum(len(content) for _, content in tensors)
+        for entry in self.pictures.pop(picture or "", {}).values():
+            self.release(entry)

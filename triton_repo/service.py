@@ -29,6 +29,7 @@ from ditforge.errors import DitforgeError, UserError
 from ditforge.option import as_flags, option
 from ditforge.triton_repo import tritonserver
 from ditforge.triton_repo.front import Front
+from ditforge.triton_repo.kept import KeptInputs
 from ditforge.triton_repo.listener import LEAST_CONNECTIONS, RESERVED, Listener, Report, token_of
 from ditforge.triton_repo.log import set_up
 from ditforge.triton_repo.metrics import ENGINES, Metrics
@@ -64,7 +65,8 @@ async def serve(options: ServeOptions, report: Report, stopped: asyncio.Future[f
     tritonserver.sweep()
     prefix = f"{tritonserver.namespace()}{os.getpid()}-"
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=tritonserver.SHM))
-    front = Front(models, engines, token_of(options), metrics, folder / tritonserver.FORGONE)
+    kept = KeptInputs(folder.with_name(f"{folder.name}{tritonserver.KEPT}"))
+    front = Front(models, engines, token_of(options), metrics, folder / tritonserver.FORGONE, kept)
     listener = Listener(front, options)
     try:
         port = await listener.start()
@@ -97,6 +99,7 @@ async def keep_running(
         triton = Triton(options, folder)
         try:
             channel = await unless(stopped, triton.start())
+            await front.kept.share(channel, triton.own_key)
             front.channel = channel
             front.metrics.ready.set(1)
             since, been_ready = loop.time(), True

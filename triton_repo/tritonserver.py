@@ -37,6 +37,8 @@ SILENCE = 30.0  # seconds without an answer after which Triton is taken for stuc
 ASKED_EVERY = 5.0  # seconds
 UNLOADING = 5  # seconds that Triton gets to unload its models, once all requests are answered
 LAST_WORDS = 3  # seconds that Triton gets to say why a model's process ended while it was loaded
+KEPT = "+kept"  # the end of the name of a file that outlives a Triton which dies, beside the server's folder
+KEY = "ditforge-key"
 CLOSED = "model-repository,shared-memory,trace,logging"  # what clients have no business in, in Triton's names
 
 # PR_SET_PDEATHSIG (1) has the kernel kill Triton when its parent dies, of whatever; its models see that and end. The
@@ -57,6 +59,7 @@ class Triton:
         self.socket = folder / "grpc"
         self.began = os.fstat(sys.stderr.fileno()).st_size  # of the log, where this run's part begins
         self.channel: grpc.aio.Channel | None = None
+        self.key = secrets.token_hex(16)  # for what clients have no business in
         # Reaped last of all: until then, no other process can get its pid, nor so its group the wrong members.
         self.process: subprocess.Popen[bytes] | None = None
         self.models: dict[int, str] = {}  # their processes, by pid
@@ -66,7 +69,7 @@ class Triton:
 
         Raises DitforgeError, with the reason from Triton's log, if they cannot be loaded.
         """
-        command, env = prepare(self.options, self.folder)
+        command, env = prepare(self.options, self.folder, self.key)
         self.process = subprocess.Popen(
             [sys.executable, "-ISc", LAUNCH, str(os.getpid()), *command],
             stdin=subprocess.DEVNULL,
@@ -83,6 +86,11 @@ class Triton:
         for region in SHM.glob(f"{self.folder.name}-*"):  # which Boost makes readable for everyone
             region.chmod(0o600)
         return self.channel
+
+    @property
+    def own_key(self) -> list[tuple[str, str]]:
+        """The metadata of calls that are closed to others."""
+        return [(f"triton-grpc-protocol-{KEY}", self.key)]
 
     async def become_ready(self, pid: int, channel: grpc.aio.Channel) -> None:
         """Wait until all models are loaded. Raises DitforgeError if Triton ends, takes too long, or loses a process."""
@@ -193,8 +201,11 @@ async def any_ended(pids: Sequence[int]) -> None:
         await ended.wait()
 
 
-def prepare(options: ServeOptions, folder: Path) -> tuple[list[str], dict[str, str]]:
-    """The command that runs Triton, and its environment; what it needs is put into `folder`, anew each time."""
+def prepare(options: ServeOptions, folder: Path, key: str) -> tuple[list[str], dict[str, str]]:
+    """The command that runs Triton, and its environment; what it needs is put into `folder`, anew each time.
+
+    `key` opens what is closed to clients.
+    """
     for entry in folder.iterdir():
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     (folder / FORGONE).mkdir()
@@ -206,8 +217,8 @@ def prepare(options: ServeOptions, folder: Path) -> tuple[list[str], dict[str, s
     env = os.environ | {"PATH": path, FORGONE_VARIABLE: str(folder / FORGONE), ENGINES_VARIABLE: str(folder / ENGINES)}
     args = [*tritonserver_command(folder, env), f"--model-repository={models}", "--exit-on-error=true"]
     args += [f"--grpc-address=unix://{folder / 'grpc'}", "--grpc-port=1"]
-    # Nobody has this key: the front does not use these methods, and others do not reach the socket. A second lock.
-    args += [f"--grpc-restricted-protocol={CLOSED}:ditforge-key={secrets.token_hex(16)}"]
+    # Others do not even reach the socket. A second lock.
+    args += [f"--grpc-restricted-protocol={CLOSED}:{KEY}={key}"]
     args += [
         "--allow-sagemaker=false",
         "--allow-vertex-ai=false",
@@ -218,7 +229,7 @@ def prepare(options: ServeOptions, folder: Path) -> tuple[list[str], dict[str, s
         args += ["--allow-http=false"]
     else:
         args += [f"--http-address={options.host}", f"--http-port={options.http_port}"]
-        args += [f"--http-restricted-api={CLOSED}:ditforge-key={secrets.token_hex(16)}"]
+        args += [f"--http-restricted-api={CLOSED}:{KEY}={secrets.token_hex(16)}"]  # which nobody has
     if options.metrics_port is None:
         args += ["--allow-metrics=false"]
     else:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
+from command_line import eventually
 from hostile import dit_inputs, output, request, said, stub
+from python_models import tritonserver
 from tritonclient.grpc import service_pb2 as pb
 
 from ditforge.client import Client
@@ -29,59 +34,116 @@ def server(tiny) -> Iterator[Server]:
         yield server
 
 
-def message(size: int, *names: str) -> tuple[pb.ModelInferRequest, list[bytes]]:
+def message(size: int, *names: str) -> tuple[pb.ModelInferRequest, list[bytes | memoryview]]:
     made = pb.ModelInferRequest(model_name="dit")
     for name in names:
         made.inputs.add(name=name, datatype="UINT8", shape=(1, size))
-    return made, [bytes(size)] * len(names)
+    return made, [bytes([number]) * size for number, _ in enumerate(names)]
 
 
 def keep(store: KeptInputs, size: int, picture: str = "picture", label: str = "label") -> None:
     store.keep(*message(size, "latents", *NAMES), (picture, label), NAMES)
 
 
-def names_filled(store: KeptInputs, picture: str = "picture", label: str = "label") -> list[str]:
+def found(store: KeptInputs, picture: str = "picture", label: str = "label") -> list[bytes]:
+    """The contents that are filled into a request."""
     made, raw = message(5, "latents")
-    assert store.fill(made, raw, (picture, label), NAMES)
-    assert len(raw) == len(made.inputs)
-    return [tensor.name for tensor in made.inputs]
+    entry = store.find(made, (picture, label), NAMES)
+    assert entry
+    store.fill(made, raw, entry)
+    assert [tensor.name for tensor in made.inputs] == ["latents", *NAMES]
+    contents = [bytes(content) for content in raw[1:]]
+    store.release(entry)
+    return contents
+
+
+def taken(store: KeptInputs) -> int:
+    return sum(end - start for start, end in store.arena.used)
 
 
 def test_what_is_kept_is_filled_in() -> None:
     store = KeptInputs()
     keep(store, 10)
-    assert names_filled(store) == ["latents", *NAMES]
-    assert store.bytes == 20
+    assert found(store) == [b"\1" * 10, b"\2" * 10]
+    assert taken(store) == 64
     for place in (("picture", "other"), ("other", "label")):
         with pytest.raises(Refused, match="send it again"):
-            names_filled(store, *place)
-    assert not store.fill(*message(5, "latents", NAMES[0]), ("picture", "label"), NAMES)
+            found(store, *place)
+    assert store.find(message(5, "latents", NAMES[0])[0], ("picture", "label"), NAMES) is None
     store.forget("picture")
     store.forget(None)
-    assert (store.bytes, len(store.pictures)) == (0, 0)
+    assert (taken(store), len(store.pictures)) == (0, 0)
 
 
 def test_there_is_a_limit_to_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "MOST_BYTES", 100)
+    monkeypatch.setattr(kept, "MOST_BYTES", 640)
     store = KeptInputs()
     for number in range(4):
-        keep(store, 20, f"picture {number}")
-        assert names_filled(store, "picture 0")  # which is used, and so stays
+        keep(store, 100, f"picture {number}")
+        assert found(store, "picture 0")  # which is used, and so stays
     assert list(store.pictures) == ["picture 3", "picture 0"]
-    keep(store, 60, "too large for all the room")
-    assert (store.bytes, len(store.pictures)) == (0, 0)
-    for number in range(kept.MOST_LABELS + 5):
-        keep(store, 0, label=str(number))
-    assert len(store.pictures["picture"]) == kept.MOST_LABELS
-    keep(store, 10, label="7")
-    keep(store, 15, label="7")
-    assert store.bytes == 30
+    keep(store, 400, "too large for all the room")
+    assert (taken(store), len(store.pictures)) == (0, 0)
+    monkeypatch.setattr(kept, "MOST_LABELS", 3)
+    for label in "abcdc":
+        keep(store, 10, label=label)
+    assert [*store.pictures["picture"]] == ["b", "d", "c"]
+    assert taken(store) == 3 * 64
+
+
+def test_what_a_request_refers_to_stays_until_it_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "MOST_BYTES", 256)
+    store = KeptInputs()
+    keep(store, 60)
+    entry = store.find(message(5, "latents")[0], ("picture", "label"), NAMES)
+    assert entry
+    store.forget("picture")
+    keep(store, 70, "other")  # for which there would be room only where the other is
+    assert not store.pictures
+    keep(store, 60, "other")
+    start = entry.start
+    assert bytes(store.arena.memory[start : start + 60]) == b"\1" * 60
+    store.release(entry)
+    assert taken(store) == 128
+
+
+def test_triton_reads_what_is_kept_from_the_file(tmp_path: Path) -> None:
+    store = KeptInputs(tmp_path / "kept")
+    keep(store, 60)
+    made, raw = message(5, "latents")
+    entry = store.find(made, ("picture", "label"), NAMES)
+    assert entry
+    store.fill(made, raw, entry)
+    store.refer(made, raw, entry)
+    assert len(raw) == 3  # no Triton was told of the file
+    store.shared = True
+    store.refer(made, raw, entry)
+    assert len(raw) == 1
+    content = (tmp_path / "kept").read_bytes()
+    for number, tensor in enumerate(made.inputs[1:], 1):
+        start = tensor.parameters["shared_memory_offset"].int64_param
+        size = tensor.parameters["shared_memory_byte_size"].int64_param
+        assert content[start : start + size] == bytes([number]) * 60
+    keep(store, 60, label="other")
+    assert not store.find(message(5, *NAMES)[0], ("picture", "other"), NAMES)
+    assert not store.pictures["picture"]["other"].tensors[0][0].parameters  # what refers to a file is a request's own
+
+
+def test_where_the_file_has_no_room_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = KeptInputs(tmp_path / "kept")
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    keep(store, 10)
+    assert (taken(store), len(store.pictures)) == (0, 0)
 
 
 @pytest.mark.parametrize("place", [("", "label"), ("picture", ""), ("p" * 65, "label"), ("picture", "l" * 65)])
 def test_names_are_short(place: tuple[str, str]) -> None:
     with pytest.raises(BadRequest, match="names of 1 to 64 characters"):
-        KeptInputs().fill(*message(5, "latents"), place, NAMES)
+        KeptInputs().find(message(5, "latents")[0], place, NAMES)
 
 
 def infer(server: Server, arrays: dict[str, np.ndarray], picture: str, label: str) -> pb.ModelInferResponse:
@@ -101,6 +163,7 @@ def test_a_step_without_embeddings_is_that_with_them(server: Server) -> None:
     other = dit_inputs(seed=7)
     assert output(infer(server, other, "two", "a")) != expected
     assert output(infer(server, SHORT, "one", "a")) == expected
+    assert "embeddings are sent to Triton" not in server.log.read_text()  # it reads them from the file
     later = {**SHORT, "timestep": np.full((1, 1), 0.25, np.float32)}
     assert output(infer(server, later, "one", "a")) == output(infer(server, {**WHOLE, **later}, "three", "a"))
 
@@ -139,3 +202,23 @@ def test_the_client_sends_embeddings_once(server: Server, monkeypatch: pytest.Mo
         batch = client.generate(["a large red circle"] * 10, seed=0, steps=2)  # in two parts, of 8 and of 2
         assert [NAMES[0] in names for names in sent] == [True, True, False, False]
     assert first.size == batch[0].size
+
+
+def test_what_is_kept_outlives_triton(tiny) -> None:
+    """A Triton that is started again is told of the file anew."""
+    with start(tiny.repository, port=0) as server:
+        expected = output(infer(server, WHOLE, "one", "a"))
+        first = tritonserver(server)
+        first.kill()
+        first.wait()
+
+        def answered() -> bool:
+            try:
+                return output(infer(server, SHORT, "one", "a")) == expected
+            except grpc.RpcError as error:
+                if error.code().name != "UNAVAILABLE":
+                    raise
+                return False
+
+        eventually(answered)
+        assert tritonserver(server).pid != first.pid

@@ -152,7 +152,7 @@ def test_text_that_is_encoded_while_the_engine_process_dies(server: Server) -> N
 def test_a_tritonserver_without_ditforge_serve(tiny, tmp_path: Path, number: signal.Signals) -> None:
     """Its models start an engine process by themselves, which ends with it."""
     folder = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="ditforge-test-"))
-    command, env = prepare(make_options(tiny.repository, {}), folder)
+    command, env = prepare(make_options(tiny.repository, {}), folder, "key")
     del env[ENGINES_VARIABLE]
     with (tmp_path / "log").open("wb") as log:
         running = subprocess.Popen(command, env=env, cwd="/", stdout=log, stderr=log)

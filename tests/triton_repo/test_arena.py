@@ -1,0 +1,41 @@
+"""Memory that is given in parts: none overlaps another, and what was given back is given again."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+from hypothesis import given, settings, strategies as st
+
+from ditforge.triton_repo.arena import ALIGNMENT, Arena
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=40), st.randoms(use_true_random=False))
+def test_parts_never_overlap(sizes: list[int], random) -> None:
+    arena, there = Arena(1024), dict[int, int]()
+    for size in sizes:
+        start = arena.take(size)
+        if start is None:
+            gaps = sorted([(0, 0), *((begin, begin + length) for begin, length in there.items()), (1024, 1024)])
+            needed = -(-size // ALIGNMENT) * ALIGNMENT
+            assert all(after - before < needed for (_, before), (after, _) in pairwise(gaps))
+        else:
+            assert start + size <= 1024 and not start % ALIGNMENT
+            assert all(start + size <= begin or begin + length <= start for begin, length in there.items())
+            there[start] = -(-size // ALIGNMENT) * ALIGNMENT
+        if there and random.random() < 0.4:
+            gone = random.choice(sorted(there))
+            arena.free(gone)
+            del there[gone]
+    assert arena.used == sorted((begin, begin + length) for begin, length in there.items())
+
+
+def test_its_file_is_this_user_s_and_takes_no_room_before_it_is_used(tmp_path: Path) -> None:
+    file = tmp_path / "arena"
+    arena = Arena(1 << 20, file)
+    assert (file.stat().st_size, file.stat().st_blocks, file.stat().st_mode & 0o777) == (1 << 20, 0, 0o600)
+    start = arena.take(100)
+    assert start is not None
+    arena.memory[start : start + 3] = b"abc"
+    assert file.read_bytes()[start : start + 3] == b"abc"

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ditforge import open_files
+from ditforge.contract import DIT
 from ditforge.errors import DitforgeError, UserError
 from ditforge.option import as_flags, option
 from ditforge.triton_repo import tritonserver
@@ -65,7 +66,7 @@ async def serve(options: ServeOptions, report: Report, stopped: asyncio.Future[f
     tritonserver.sweep()
     prefix = f"{tritonserver.namespace()}{os.getpid()}-"
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=tritonserver.SHM))
-    kept = KeptInputs(folder.with_name(f"{folder.name}{tritonserver.KEPT}"))
+    kept = KeptInputs(folder.with_name(f"{folder.name}{tritonserver.KEPT}") if DIT in models else None)
     front = Front(models, engines, token_of(options), metrics, folder / tritonserver.FORGONE, kept)
     listener = Listener(front, options)
     try:

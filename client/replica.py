@@ -60,7 +60,7 @@ class Served:
     max_batch: the most samples that it takes in one call.
     engines: the SHA-256 of its engines in hexadecimal; empty if an older ditforge wrote its repository.
     embeddings: the dtypes and shapes of the embeddings of one prompt, by name.
-    keeps: the inputs of the DiT that it keeps for a picture's later steps. None if no front is before Triton.
+    keeps: the inputs of the DiT that it keeps for a picture's later steps. Empty if no front is before Triton.
     """
 
     model: Model

@@ -238,7 +238,7 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
     async def run_model(
         self,
         request: pb.ModelInferRequest,
-        raw: list[bytes | memoryview],
+        raw: list[wire.Raw],
         left: float | None,
         held: contextlib.ExitStack,
     ) -> bytes:

@@ -18,6 +18,7 @@ from tritonclient.grpc import service_pb2 as pb
 from ditforge.triton_repo.arena import Arena
 from ditforge.triton_repo.limits import BadRequest
 from ditforge.triton_repo.refusal import Refused, Status
+from ditforge.triton_repo.wire import Raw
 
 MOST_BYTES = 256 << 20  # of everything that is kept; who was used longest ago is forgotten first
 MOST_LABELS = 64  # of one picture, whose batch may be sent in several parts
@@ -25,8 +26,6 @@ LONGEST_NAME = 64  # of a picture or a label
 REGISTER = "/inference.GRPCInferenceService/SystemSharedMemoryRegister"
 REGION = "kept"  # Triton's name of the memory
 log = logging.getLogger(__name__)
-
-Raw = bytes | memoryview
 
 
 @dataclass

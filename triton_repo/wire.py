@@ -18,6 +18,7 @@ from ditforge.triton_repo.limits import DTYPES, ITEM_BYTES, BadRequest, Limits, 
 from ditforge.triton_repo.served import ModelSignature
 
 M = TypeVar("M", bound=Message)
+Raw = bytes | memoryview  # the content of a tensor
 MOST_FIELDS = 200  # parts of a message: inputs, outputs, parameters, raw contents
 LARGEST_HEAD = 1 << 20  # bytes of a message beside its raw contents
 RAW_INPUT, RAW_OUTPUT = 7 << 3 | 2, 6 << 3 | 2  # the tags of raw_input_contents and raw_output_contents
@@ -62,7 +63,7 @@ def parse(data: bytes, kind: type[M]) -> M:
         raise BadRequest(f"the message is not a {kind.DESCRIPTOR.name}") from None
 
 
-def parse_infer(data: bytes) -> tuple[pb.ModelInferRequest, list[bytes | memoryview]]:
+def parse_infer(data: bytes) -> tuple[pb.ModelInferRequest, list[Raw]]:
     """Read a ModelInferRequest. Returns it without its raw contents, and the raw contents, which are not copied.
 
     Raises BadRequest if `data` is no such message.
@@ -74,14 +75,14 @@ def parse_infer(data: bytes) -> tuple[pb.ModelInferRequest, list[bytes | memoryv
     return request, raw
 
 
-def split(data: bytes, raw_tag: int) -> tuple[bytes, list[bytes | memoryview]]:
+def split(data: bytes, raw_tag: int) -> tuple[bytes, list[Raw]]:
     """Split a message into its bytes without the raw contents, and the raw contents, which are not copied.
 
     `raw_tag` is the tag of a raw content. Raises BadRequest if the message is damaged, or has far too many or too large
     parts: a parser would need gigabytes for millions of empty ones.
     Source: https://protobuf.dev/programming-guides/encoding
     """
-    view, head, raw = memoryview(data), bytearray(), list[bytes | memoryview]()
+    view, head, raw = memoryview(data), bytearray(), list[Raw]()
     for number, (tag, start, content, end) in enumerate(parts(data)):
         if number == MOST_FIELDS:
             raise BadRequest(f"a message has at most {MOST_FIELDS} inputs, outputs and parameters")
@@ -97,7 +98,7 @@ def split(data: bytes, raw_tag: int) -> tuple[bytes, list[bytes | memoryview]]:
     return bytes(head), raw
 
 
-def message(request: pb.ModelInferRequest, raw: Sequence[bytes | memoryview]) -> bytes:
+def message(request: pb.ModelInferRequest, raw: Sequence[Raw]) -> bytes:
     """Write a ModelInferRequest with its raw contents anew, so that nothing is forwarded as a stranger wrote it."""
     written = [request.SerializeToString()]
     for content in raw:
@@ -151,9 +152,7 @@ def varint(data: bytes, position: int) -> tuple[int, int]:
     return value, len(data) + 1
 
 
-def check(
-    request: pb.ModelInferRequest, raw: Sequence[bytes | memoryview], served: ModelSignature, known: Sequence[str] = ()
-) -> None:
+def check(request: pb.ModelInferRequest, raw: Sequence[Raw], served: ModelSignature, known: Sequence[str] = ()) -> None:
     """Raise BadRequest unless the model `served` takes the request with the raw contents `raw`.
 
     The values of the inputs `known` were checked before.
@@ -203,7 +202,7 @@ def count(tensor: pb.ModelInferRequest.InferInputTensor) -> int:
     return elements
 
 
-def from_raw(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | memoryview) -> NDArray[Any] | None:
+def from_raw(tensor: pb.ModelInferRequest.InferInputTensor, raw: Raw) -> NDArray[Any] | None:
     """Return the values of a tensor that was sent as raw bytes, which are not copied, or None for BF16.
 
     Raises BadRequest if the bytes do not fit the tensor's dtype and shape.
@@ -219,7 +218,7 @@ def from_raw(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | memoryv
     return np.frombuffer(raw, DTYPES[tensor.datatype])
 
 
-def split_texts(name: str, raw: bytes | memoryview, elements: int) -> list[bytes]:
+def split_texts(name: str, raw: Raw, elements: int) -> list[bytes]:
     """Split `raw` into its texts. Before each text stands its length, in four bytes, little-endian.
 
     Raises BadRequest unless there are as many texts as `elements`. `name` is what the error calls the tensor.

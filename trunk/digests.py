@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
 import time
 from pathlib import Path
 
-from ditforge.cache import default_cache
+from ditforge import small_files
+from ditforge.cache import default_cache, forget_oldest
+from ditforge.errors import UserError
 
 LARGE = 64 << 20  # bytes; smaller files are always read
 MOST = 1000  # files that are remembered
@@ -67,11 +68,8 @@ def remember(kept: Path, text: str) -> None:
     """Keep a digest. If that fails, the file will be read again."""
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as file:
-            file.write(text)
-        Path(file.name).replace(kept)
-        oldest = sorted(kept.parent.iterdir(), key=lambda path: path.stat().st_mtime)
-        for path in oldest[:-MOST]:
-            path.unlink(missing_ok=True)
-    except OSError as error:
+        with small_files.written_whole(kept) as temporary:
+            temporary.write_text(text)
+        forget_oldest(kept.parent.glob("[!.]*"), MOST)
+    except (OSError, UserError) as error:
         log.info("the digest %s is not kept: %s", kept.name, error)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ditforge import small_files
-from ditforge.cache import default_cache
+from ditforge.cache import default_cache, forget_oldest
 from ditforge.engines.compilers import Shape, region_lowering
 from ditforge.engines.compilers.inductor_engine import PACKAGE
 from ditforge.engines.runtime.inductor import load_package
@@ -108,9 +108,7 @@ class Packages:
             self.folder.mkdir(parents=True, exist_ok=True)
             with small_files.written_whole(file) as temporary:
                 shutil.copyfile(package.path, temporary)
-            oldest = sorted(self.folder.glob(f"*{PACKAGE}"), key=lambda path: path.stat().st_mtime)
-            for path in oldest[:-MOST]:
-                path.unlink(missing_ok=True)
+            forget_oldest(self.folder.glob(f"*{PACKAGE}"), MOST)
         except (OSError, UserError) as error:
             log.info("%s is not kept: %s", package.path.name, error)
 

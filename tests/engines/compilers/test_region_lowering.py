@@ -121,9 +121,7 @@ class Position(nn.Module):
 def test_what_was_traced_on_the_processor_stays_on_no_other_device() -> None:
     program = torch.export.export(Position(), (torch.zeros(1, 7, dtype=torch.int32),))
     assert any(torch.device("cpu") in node.args for node in program.graph.nodes)
-    device = torch.device(
-        "meta"
-    )  # a kernel for another device would fail, as one for the processor does in a CUDA graph
+    device = torch.device("meta")  # between it and the processor nothing can be copied, as in a CUDA graph
     (made,) = Lowered(program, 1, (), device, exact=False)(torch.zeros(1, 7, dtype=torch.int32, device=device))
     assert made.device == device
 

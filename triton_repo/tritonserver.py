@@ -21,8 +21,10 @@ from pathlib import Path
 
 import grpc
 import psutil
-from tritonclient.grpc import service_pb2 as pb
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2, service_pb2 as pb
 
+from ditforge.engines.runtime.rendezvous import hidden
 from ditforge.errors import DitforgeError
 from ditforge.triton_repo.config import ENGINES_VARIABLE, FORGONE_VARIABLE
 from ditforge.triton_repo.installation import STUB, python_environment, tritonserver_command
@@ -215,6 +217,8 @@ def prepare(options: ServeOptions, folder: Path, key: str) -> tuple[list[str], d
         models.symlink_to(options.repo)
     path = f"{python_environment(folder)}:{os.environ.get('PATH', os.defpath)}"
     env = os.environ | {"PATH": path, FORGONE_VARIABLE: str(folder / FORGONE), ENGINES_VARIABLE: str(folder / ENGINES)}
+    if not needs_gpu(options.repo):
+        env = hidden(env)
     args = [*tritonserver_command(folder, env), f"--model-repository={models}", "--exit-on-error=true"]
     args += [f"--grpc-address=unix://{folder / 'grpc'}", "--grpc-port=1"]
     # Others do not even reach the socket. A second lock.
@@ -238,6 +242,20 @@ def prepare(options: ServeOptions, folder: Path, key: str) -> tuple[list[str], d
     args += [f"--backend-config=python,shm-default-byte-size={options.shm_bytes}"]
     args += [f"--backend-config=python,shm-growth-byte-size={options.shm_growth}"]
     return [*args, *options.extra_args], env
+
+
+def needs_gpu(repository: Path) -> bool:
+    """Whether Triton itself may use a GPU for a model of the repository, and not the engine process alone."""
+    for file in repository.glob("*/config.pbtxt"):
+        try:
+            config = text_format.Parse(file.read_bytes(), model_config_pb2.ModelConfig())
+        except (text_format.ParseError, UnicodeDecodeError, OSError):
+            return True  # Triton will say what is wrong with it
+        groups = config.instance_group
+        on_cpu = config.backend == "python" and groups and all(group.kind == group.KIND_CPU for group in groups)
+        if not on_cpu and config.platform != "ensemble":
+            return True
+    return False
 
 
 async def is_ready(channel: grpc.aio.Channel) -> bool:

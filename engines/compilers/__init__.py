@@ -104,9 +104,12 @@ class Compiler:
     reads: "graph" for the ONNX graph, "programs" for the torch.export programs beside it (see ditforge.regions).
     shapes: "any" where engines take all shapes of a graph, "ranges" where they are made for ranges of them.
     compiles_on: "any machine", or "the target" where the GPU that will execute is needed.
-    stream: as `load`, and takes how many bytes of weights stay in the GPU's memory. The engine has the others in the
-        machine's memory, and streams them in each call. None where engines cannot.
+    load_frugally: as `load`, for an engine that takes no more of the GPU's memory than it must. It also takes how many
+        bytes of weights stay there; the others are in the machine's memory, and are streamed in each call. None is all
+        of them. `load_frugally` itself is None where engines cannot stream.
     libraries: the bytes of the GPU's memory that what runs its engines takes in the process, beside a CUDA context.
+    shares_activations: whether the engines of a process use the same memory for their activations, one at a time.
+    records_graphs: whether `load` also takes memory for the activations of a CUDA graph.
     holds_weights: whether compiling takes memory for the weights, so that a network may have to be cut for that alone.
     own_process: whether it is run in a process of its own, since it does not give all its memory back.
     triton_backend: the name of Triton's own backend that executes its engines, if there is one.
@@ -125,8 +128,10 @@ class Compiler:
     reads: Literal["graph", "programs"] = "graph"
     shapes: Literal["any", "ranges"] = "ranges"
     compiles_on: Literal["any machine", "the target"] = "any machine"
-    stream: Callable[[list[Path], str, str, int], LoadedEngine] | None = None
+    load_frugally: Callable[[list[Path], str, str, int | None], LoadedEngine] | None = None
     libraries: int = 0
+    shares_activations: bool = False
+    records_graphs: bool = False
     holds_weights: bool = True
     own_process: bool = False
     triton_backend: str = ""
@@ -137,7 +142,12 @@ class Compiler:
     @property
     def traits(self) -> Traits:
         """What a plan for a GPU's memory has to know of its engines."""
-        return Traits(self.stream is not None, self.libraries)
+        return Traits(
+            streams=self.load_frugally is not None,
+            libraries=self.libraries,
+            shares_activations=self.shares_activations,
+            records_graphs=self.records_graphs,
+        )
 
 
 def find_compiler(name: str) -> Compiler:

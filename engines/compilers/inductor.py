@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 NAME = "inductor"
 DEVICES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
+LIBRARIES = 512 * 2**20  # bytes: kernels of PyTorch, cuBLAS and cuDNN, and the room in which cuBLAS works
 SETTINGS: dict[str, Any] = {}
 CPU_SETTINGS: dict[str, Any] = {"aot_inductor.compile_wrapper_opt_level": "O0"}
 
@@ -269,11 +270,11 @@ def load(files: list[Path], target: str, built_with: str) -> Execution:
     return load_engine(files, target, built_with, version())
 
 
-def stream(files: list[Path], target: str, built_with: str, budget: int) -> Execution:
-    """Load the engine with `budget` bytes of weights in the GPU's memory, and all others in the machine's."""
+def load_frugally(files: list[Path], target: str, built_with: str, budget: int | None) -> Execution:
+    """Load the engine without CUDA graphs, and with at most `budget` bytes of weights in the GPU's memory."""
     from ditforge.engines.runtime.inductor import load_engine
 
-    return load_engine(files, target, built_with, version(), budget)
+    return load_engine(files, target, built_with, version(), budget, graphs=False)
 
 
 COMPILER = Compiler(
@@ -287,7 +288,10 @@ COMPILER = Compiler(
     load=load,
     reads="programs",
     compiles_on="the target",
-    stream=stream,
+    load_frugally=load_frugally,
+    shares_activations=True,
+    records_graphs=True,
+    libraries=LIBRARIES,
     holds_weights=False,
     own_process=True,
     rank=30,

@@ -1,10 +1,10 @@
 """Decides which network is where and when, on a GPU of a given memory: the first of a list of ways that fits.
 
 This is arithmetic only; docs/memory.md explains the numbers. All engines of a GPU are in one process (see
-engines/runtime/process.py), and each keeps its weights and the memory for its activations as long as it is loaded.
-Resident engines therefore count in every phase of a picture, and engines that are loaded on demand count only in their
-own phase. A picture from text does not need the phase "image encoding", but the server tries every engine when it
-starts.
+engines/runtime/process.py), and each keeps its weights as long as it is loaded. Resident engines therefore count in
+every phase of a picture, and engines that are loaded on demand count only in their own phase. Memory for activations is
+either each engine's own, and counts as its weights do, or all engines use the same, one at a time. A picture from text
+does not need the phase "image encoding", but the server tries every engine when it starts.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ PHASES = (TEXT, DENOISING, DECODING, ENCODING)
 TEXT_SEGMENTS = (2, 4, 8)  # of the largest text encoder, where it is loaded on demand
 DIT_SEGMENTS = (4, 8, 16)  # of the DiT, where some of them are loaded on demand, and the others stay
 SLOTS = 2  # of segments or blocks that are loaded in each step: one computes, and the next one is loaded meanwhile
+SPARE_BLOCKS = 1  # of a streamed DiT, for whose room nothing is planned: the allocator's pieces do not always fit
 MOST_SEGMENTS = 1000  # more than any network has blocks
 TILES = (1, 3 / 4, 1 / 2)  # sides of tiles, as parts of the model's default size
 
@@ -66,10 +67,15 @@ class Traits:
 
     streams: whether they can stream their weights, block by block; then nothing is cut.
     libraries: the bytes of the GPU's memory that their libraries take in the process, beside the CUDA context.
+    shares_activations: whether all engines use the same memory for their activations, one at a time.
+    records_graphs: whether resident engines record CUDA graphs, with memory for activations of their own. They share
+        that too. Those of the autoencoder do not: its kernels are large, so a graph saves it nothing.
     """
 
     streams: bool = False
     libraries: int = 0
+    shares_activations: bool = False
+    records_graphs: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,7 @@ def make_plan(
     traits = traits or Traits()
     possible = streaming_ways(parts, sizes) if traits.streams else ways(parts, sizes, build_memory)
     for rank, way in enumerate(possible):
-        placed = reckon(parts, way, side, batch, build_memory, usable, CONTEXT + traits.libraries)
+        placed = reckon(parts, way, side, batch, build_memory, usable, traits)
         plan = Plan(way.strategy, rank, *placed.of_networks, way.tile, placed.peaks, usable, batch)
         if plan.fits:
             break
@@ -246,7 +252,7 @@ def streaming_ways(parts: Sequence[Part], tiles: Sequence[int | None]) -> Iterat
     """All ways for engines that stream their blocks, each slower or less exact than those before it.
 
     The largest text encoder is streamed first, once a prompt, and then the DiT too, in each step. What then stays of
-    the DiT is what finds room, so the others are as frugal as they can be.
+    the DiT is what finds room.
     """
     largest, dit = largest_text_encoder(parts), {part.name for part in parts if part.name == DIT}
     heavy = {largest.name} if largest else set[str]()
@@ -258,7 +264,7 @@ def streaming_ways(parts: Sequence[Part], tiles: Sequence[int | None]) -> Iterat
         yield from decoding_ways(tiles, Way(f"{min(heavy)} streamed", decoding, streamed=frozenset(heavy)))
     freed = {part.name: ON_DEMAND for part in parts if part.phase == TEXT} | decoding
     both = Way(" and ".join([*sorted(heavy), DIT]) + " streamed", freed, streamed=frozenset(heavy | dit))
-    yield from reversed(list(decoding_ways(tiles, both)))
+    yield from decoding_ways(tiles, both)
 
 
 def decoding_ways(tiles: Sequence[int | None], way: Way) -> Iterator[Way]:
@@ -301,14 +307,16 @@ class Reckoned:
 
 
 def reckon(
-    parts: Sequence[Part], way: Way, side: int, batch: int, memory: int | None, usable: int | None, context: int
+    parts: Sequence[Part], way: Way, side: int, batch: int, memory: int | None, usable: int | None, traits: Traits
 ) -> Reckoned:
     """Compute where each network is, and how many bytes of the GPU's memory are taken in each phase.
 
     A network is cut as the way says, or into more segments if these need more than `memory` to be compiled. Of a DiT
-    that is streamed, as many blocks stay as find room in the `usable` bytes. The process itself takes `context` bytes.
+    that is streamed, as many blocks stay as find room in the `usable` bytes, beside SPARE_BLOCKS of them.
     """
-    always, loaded, found = context, dict.fromkeys(PHASES, 0), Reckoned()
+    found = Reckoned()
+    always, loaded, working = CONTEXT + traits.libraries, dict.fromkeys(PHASES, 0), dict.fromkeys(PHASES, 0)
+    graphs = 0
     for part in parts:
         precision = list(part.footprints)[1 if part.name in way.eight_bit else 0]
         footprint, place = part.footprints[precision], way.places.get(part.name, RESIDENT)
@@ -318,28 +326,39 @@ def reckon(
             continue
         count = max(way.segments.get(part.name, 1), build_segments(footprint, memory))
         pixels = min(side, way.tile or side) if part.name in TILED else side
-        activations = round(SPARE * batch * footprint.activations_at(pixels))
+        works = round(SPARE * batch * footprint.activations_at(pixels))  # bytes, while it computes
         if part.name in way.streamed:
+            works += SLOTS * footprint.largest_block
             found.placements[part.name] = Placement(weight_budget=0)
-            found.sizes[part.name] = SLOTS * footprint.largest_block + activations
-            always += found.sizes[part.name]
-            continue
-        kept = way.kept.get(part.name, 0) if place == ON_DEMAND else count
-        on_demand = count - kept
-        stays = (footprint.first(kept, count) + activations) if kept else 0
-        slots = way.slots if part.name == DIT and on_demand > 1 else 1  # in each step; a text is encoded once
-        comes = (slots * footprint.segment(count) + (0 if kept else activations)) if on_demand else 0
-        found.placements[part.name] = Placement(segments=count, on_demand=on_demand, slots=slots)
-        found.sizes[part.name] = stays + comes
+            kept, stays, comes = count, 0, 0
+        else:
+            kept = way.kept.get(part.name, 0) if place == ON_DEMAND else count
+            on_demand = count - kept
+            slots = way.slots if part.name == DIT and on_demand > 1 else 1  # in each step; a text is encoded once
+            stays = footprint.first(kept, count) if kept else 0
+            comes = slots * footprint.segment(count) if on_demand else 0
+            found.placements[part.name] = Placement(segments=count, on_demand=on_demand, slots=slots)
+            if traits.records_graphs and place == RESIDENT and part.name not in TILED:
+                graphs = max(graphs, works)
+        found.sizes[part.name] = stays + comes + works
         always += stays
         loaded[part.phase] += comes
+        if traits.shares_activations:
+            working[part.phase] = max(working[part.phase], works)
+        elif kept:
+            always += works
+        else:
+            loaded[part.phase] += works
+    always += graphs
     for part in parts:
         if part.name == DIT and part.name in way.streamed and usable is not None:
-            room = max(0, min(part.weights, usable - always - max(loaded.values())))
+            spare = SPARE_BLOCKS * next(iter(part.footprints.values())).largest_block
+            taken = always + max(loaded[phase] + working[phase] for phase in PHASES) + spare
+            room = max(0, min(part.weights, usable - taken))
             found.placements[part.name] = Placement(weight_budget=room)
             found.sizes[part.name] += room
             always += room
-    found.peaks = {phase: always + size for phase, size in loaded.items()}
+    found.peaks = {phase: always + loaded[phase] + working[phase] for phase in PHASES}
     return found
 
 

@@ -1,14 +1,20 @@
 """Executes engines of Inductor: packages of regions one after the other, with weights that are resident or streamed.
 
-A package is loaded once, however many blocks it serves, and is given the weights of the block in each call.
+A package is loaded once, however many blocks it serves, and is given the weights of the block in each call. All engines
+of a process compute in one CUDA stream, one after the other. PyTorch's allocator gives memory only to the stream that
+had it before, so that is how they share what they need for activations.
 """
 
 from __future__ import annotations
 
+import os
 import threading
-from collections import OrderedDict
+import time
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +33,25 @@ from ditforge.option import command
 from ditforge.regions import Call
 
 ALIGNMENT = 256  # bytes; matrix products read weights in vectors, and TMA wants at least 16
-GRAPHS = 4  # of how many shapes the CUDA graphs are kept
+GRAPHS = 4  # of how many shapes an engine keeps the CUDA graphs
+LAUNCHING = 0.5  # of a run's time: if starting its kernels takes a larger part, a CUDA graph makes it faster
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # in which users set up PyTorch's allocator
 
 _lock = threading.Lock()
 
 
-def load_engine(files: list[Path], target: str, built_with: str, version: str, budget: int | None = None) -> Execution:
+def load_engine(
+    files: list[Path],
+    target: str,
+    built_with: str,
+    version: str,
+    budget: int | None = None,
+    graphs: bool = True,
+) -> Execution:
     """Load an engine from its files. `budget` is how many bytes of weights stay in the GPU's memory; None is all.
 
-    Raises UserError if it is for another GPU, or if another version of PyTorch compiled it.
+    `graphs` says whether it may record CUDA graphs, which hold memory for activations of their own. Raises UserError if
+    it is for another GPU, or if another version of PyTorch compiled it.
     """
     by_suffix = {file.suffix: file for file in files}
     if SUFFIX not in by_suffix or WEIGHTS not in by_suffix:
@@ -51,13 +67,41 @@ def load_engine(files: list[Path], target: str, built_with: str, version: str, b
     if why := why_not_here([target]):
         raise UserError(f"engines like {path} do not run here: {why}", f"a machine with {target}; or {rebuild}")
     device = torch.device("cpu" if target == "cpu" else "cuda")
-    return Execution(read(path), path.parent, by_suffix[WEIGHTS], device, budget)
+    return Execution(read(path), path.parent, by_suffix[WEIGHTS], device, budget, graphs)
 
 
 def load_package(path: Path, device: torch.device) -> Any:
     """Load a package. PyTorch's own function would compile a C++ program the first time in a process, for 40 s."""
     number = torch.cuda.current_device() if device.type == "cuda" else -1
     return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, number)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all engines of the process use on the GPU: streams to compute and to copy in, and the memory of graphs."""
+
+    computing: Any
+    copying: Any
+    graphs: Any
+
+
+@cache
+def shared() -> Shared:
+    """What all engines of this process share on the GPU.
+
+    Memory that the allocator has in pieces can be put together, unless the user has set up the allocator otherwise.
+    """
+    if not any(name in os.environ for name in ALLOCATOR):
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # type: ignore[no-untyped-call]
+    streams = [torch.cuda.Stream() for _ in range(2)]  # type: ignore[no-untyped-call]
+    return Shared(*streams, torch.cuda.graph_pool_handle())
+
+
+def out_of_memory() -> int:
+    """How often PyTorch's allocator has not found memory on the GPU, in this process."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return 0
+    return int(torch.cuda.memory_stats().get("num_ooms", 0))
 
 
 @dataclass
@@ -99,24 +143,30 @@ class Execution:
     """An engine of Inductor on a device."""
 
     def __init__(
-        self, description: Description, folder: Path, weights: Path, device: torch.device, budget: int | None
+        self,
+        description: Description,
+        folder: Path,
+        weights: Path,
+        device: torch.device,
+        budget: int | None,
+        graphs: bool,
     ) -> None:
         self.description, self.folder, self.device = description, folder, device
         self.inputs, self.outputs = list(description.inputs), list(description.outputs)
         self.cuda = device.type == "cuda"
-        self.blocks = self.read_weights(weights, budget)
+        self.shared = shared() if self.cuda else None
+        with self.stream():
+            self.blocks = self.read_weights(weights, budget)
         self.loaded: dict[str, Any] = {}
-        self.replays: OrderedDict[tuple[Shape, ...], Replay] = OrderedDict()
-        self.seen: set[tuple[Shape, ...]] = set()
         self.streamed = [number for number, block in enumerate(self.blocks) if block.host is not None]
-        if self.cuda:
-            self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            self.copying = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            self.pool = torch.cuda.graph_pool_handle()
-        self.slots: list[Tensor] = []
-        if self.streamed:
-            largest = max(self.blocks[number].size for number in self.streamed)
-            self.slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(2)]
+        self.graphs = graphs and not self.streamed
+        self.replays: OrderedDict[tuple[Shape, ...], Replay] = OrderedDict()
+        self.runs: Counter[tuple[Shape, ...]] = Counter()
+        self.launching: dict[tuple[Shape, ...], float] = {}
+
+    def stream(self) -> AbstractContextManager[Any]:
+        """Work in the stream in which all engines compute, for the duration of the block."""
+        return torch.cuda.stream(self.shared.computing) if self.shared else nullcontext()
 
     def read_weights(self, path: Path, budget: int | None) -> list[Block]:
         """Read the weights of all calls: as many as the budget allows to the device, and others to pinned memory."""
@@ -160,35 +210,43 @@ class Execution:
 
     def run_batch(self, parts: list[Arrays]) -> Arrays:
         """The outputs of several requests as one batch, in the memory of the CPU."""
-        with _lock, torch.no_grad():
+        with _lock, torch.no_grad(), self.stream():
             given = {name: self.upload(name, [part[name] for part in parts]) for name in self.inputs}
             shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
             variant = self.variant(shapes)
-            if not self.cuda:
+            if self.shared:
+                outputs = self.replayed(self.shared, variant, given, tuple(shapes.values()))
+            else:
                 outputs = self.run_calls(variant, given)
-                return {name: outputs[name].numpy() for name in self.outputs}
-            with torch.cuda.stream(self.stream):
-                self.stream.wait_stream(torch.cuda.default_stream())
-                outputs = self.replayed(variant, given, tuple(shapes.values()))
-                arrays = {name: outputs[name].to("cpu") for name in self.outputs}
-            return {name: tensor.numpy() for name, tensor in arrays.items()}
+            return {name: outputs[name].cpu().numpy() for name in self.outputs}
 
     def upload(self, name: str, parts: Sequence[Any]) -> Tensor:
         """Put the parts of an input together as one batch on the device."""
         tensors = [torch.from_numpy(np.ascontiguousarray(part)) for part in parts]
         return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(self.device)
 
-    def replayed(self, variant: Variant, given: dict[str, Tensor], key: tuple[Shape, ...]) -> dict[str, Tensor]:
-        """Run all calls: as a CUDA graph from the second time of a shape on, unless weights are streamed."""
-        if self.streamed or key not in self.seen:
-            self.seen.add(key)
+    def replayed(
+        self, shared: Shared, variant: Variant, given: dict[str, Tensor], key: tuple[Shape, ...]
+    ) -> dict[str, Tensor]:
+        """Run all calls: as a CUDA graph from the third time of a shape on, if that is faster.
+
+        In the first run, libraries load their kernels. The second one shows how much of its time goes into starting
+        kernels; a GPU that has enough to do meanwhile gains nothing from a graph.
+        """
+        if not self.graphs:
+            return self.run_calls(variant, given)
+        self.runs[key] += 1
+        if self.runs[key] == 2:
+            return self.run_timed(shared, variant, given, key)
+        if self.runs[key] < 2 or self.launching[key] < LAUNCHING:
             return self.run_calls(variant, given)
         if key not in self.replays:
             if len(self.replays) == GRAPHS:
                 self.replays.popitem(last=False)
+            torch.cuda.empty_cache()  # of what the runs before took, which the graph takes from other memory
             fixed = {name: tensor.clone() for name, tensor in given.items()}
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="relaxed"):
+            with torch.cuda.graph(graph, pool=shared.graphs, stream=shared.computing, capture_error_mode="relaxed"):
                 outputs = self.run_calls(variant, fixed)
             self.replays[key] = Replay(graph, fixed, {name: outputs[name] for name in self.outputs})
         self.replays.move_to_end(key)
@@ -197,6 +255,18 @@ class Execution:
             replay.inputs[name].copy_(tensor)
         replay.graph.replay()
         return replay.outputs
+
+    def run_timed(
+        self, shared: Shared, variant: Variant, given: dict[str, Tensor], key: tuple[Shape, ...]
+    ) -> dict[str, Tensor]:
+        """Run all calls, and note which part of the time it took to start their kernels."""
+        shared.computing.synchronize()
+        began = time.perf_counter()
+        outputs = self.run_calls(variant, given)
+        started = time.perf_counter()
+        shared.computing.synchronize()
+        self.launching[key] = (started - began) / (time.perf_counter() - began)
+        return outputs
 
     def run_calls(self, variant: Variant, given: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run the calls one after the other. A tensor is freed after the last call that takes it."""
@@ -215,18 +285,24 @@ class Execution:
         return known
 
     def call(self, variant: Variant, call: Call, inputs: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
-        """Run the package of one call."""
-        results: list[Tensor] = self.package(variant.packages[call.kind]).boxed_run([*inputs, *weights])
+        """Run the package of one call. Raises torch.OutOfMemoryError, which packages themselves do not tell apart."""
+        before = out_of_memory()
+        try:
+            results: list[Tensor] = self.package(variant.packages[call.kind]).boxed_run([*inputs, *weights])
+        except RuntimeError as error:
+            if out_of_memory() == before:
+                raise
+            raise torch.OutOfMemoryError(f"CUDA out of memory in {call.kind}") from error
         return results
 
     def warm_up(self) -> None:
-        """Run the best shape of each variant on zeros, which loads its packages and records the CUDA graphs."""
+        """Run the best shape of each variant on zeros, which loads its packages and may record a CUDA graph."""
         for variant in self.description.variants:
             zeros = {
                 name: np.zeros(shape, NUMPY_DTYPES[self.description.inputs[name].dtype])
                 for name, shape in variant.smallest.items()
             }
-            for _ in range(2 if self.cuda else 1):
+            for _ in range(3 if self.graphs and self.cuda else 1):
                 self.run_batch([zeros])
 
     def close(self) -> None:
@@ -238,7 +314,6 @@ class Execution:
                     unpin(block.host)
             self.blocks.clear()
             self.loaded.clear()
-            self.slots.clear()
             if self.cuda:
                 torch.cuda.empty_cache()
 
@@ -250,7 +325,8 @@ def pin(memory: Tensor) -> None:
     """
     status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)  # type: ignore[no-untyped-call]
     if int(status):
-        problem = f"{memory.numel() / 2**20:.0f} MiB of weights cannot be kept in memory for the GPU: {status}"
+        why = torch.cuda.cudart().cudaGetErrorString(status)  # type: ignore[no-untyped-call]
+        problem = f"{memory.numel() / 2**20:.0f} MiB of weights cannot be kept in memory for the GPU: {why}"
         raise DitforgeError(problem, "ulimit -l unlimited   and more free memory")
 
 
@@ -298,11 +374,16 @@ class Staging:
 
 
 class Slots:
-    """Streams the weights of a run through two slots: the next block is copied while this one computes."""
+    """Streams the weights of a run through two slots: the next block is copied while this one computes.
+
+    The slots are freed with it, so that other engines have the memory between the runs.
+    """
 
     def __init__(self, execution: Execution) -> None:
-        self.execution = execution
+        self.execution, self.shared = execution, execution.shared
         self.order = execution.streamed
+        largest = max(execution.blocks[number].size for number in self.order)
+        self.memory = [torch.empty(largest, dtype=torch.uint8, device=execution.device) for _ in range(2)]
         self.ready: dict[int, Any] = {}
         self.free: list[Any] = [None, None]
         for number in self.order[:2]:
@@ -313,36 +394,36 @@ class Slots:
         return self.order.index(number) % 2
 
     def copy(self, number: int) -> None:
-        """Begin to copy a block into its slot, as soon as the block before it there has been computed."""
-        own, block = self.execution, self.execution.blocks[number]
+        """Begin to copy a block into its slot, as soon as what used the memory before has been computed."""
+        block, slot = self.execution.blocks[number], self.slot(number)
         assert block.host is not None
-        slot = self.slot(number)
-        if not own.cuda:
-            own.slots[slot][: block.size].copy_(block.host)
+        if self.shared is None:
+            self.memory[slot][: block.size].copy_(block.host)
             return
-        with torch.cuda.stream(own.copying):
+        computing, copying = self.shared.computing, self.shared.copying
+        with torch.cuda.stream(copying):
             if self.free[slot] is not None:
-                own.copying.wait_event(self.free[slot])
+                copying.wait_event(self.free[slot])
             else:
-                own.copying.wait_stream(own.stream)
-            own.slots[slot][: block.size].copy_(block.host, non_blocking=True)
-            self.ready[number] = own.copying.record_event()
+                copying.wait_stream(computing)
+            self.memory[slot][: block.size].copy_(block.host, non_blocking=True)
+            self.ready[number] = copying.record_event()
 
     def weights(self, number: int) -> list[Tensor]:
         """Return the weights of a call, for which its computation will wait."""
         block = self.execution.blocks[number]
         if block.host is None:
             return block.tensors
-        if self.execution.cuda:
-            self.execution.stream.wait_event(self.ready.pop(number))
-        return block.views(self.execution.slots[self.slot(number)][: block.size])
+        if self.shared is not None:
+            self.shared.computing.wait_event(self.ready.pop(number))
+        return block.views(self.memory[self.slot(number)][: block.size])
 
     def done(self, number: int) -> None:
         """Note that a call has been started, and begin to copy the block that comes into its slot next."""
         if self.execution.blocks[number].host is None:
             return
         place = self.order.index(number)
-        if self.execution.cuda:
-            self.free[place % 2] = self.execution.stream.record_event()
+        if self.shared is not None:
+            self.free[place % 2] = self.shared.computing.record_event()
         if place + 2 < len(self.order):
             self.copy(self.order[place + 2])

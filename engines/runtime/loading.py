@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +30,22 @@ def load_engine(folder: Path, files: dict[str, File], made: Engine) -> LoadedEng
     """
     manifest.check_files(folder, files, fix=AGAIN)
     compiler = find_compiler(made.compiler)
-    stream, budget = compiler.stream, made.placement.weight_budget
-    if budget is not None and stream is None:
+    frugally, budget = compiler.load_frugally, made.placement.weight_budget
+    if budget is not None and frugally is None:
         problem = f"the engine in {folder} is to stream its weights, which engines of {made.compiler} cannot"
         raise UserError(problem, AGAIN)
+    segments = made.segment_files or [list(files)]
+    resident = len(segments) - made.placement.on_demand
 
-    def loader(names: Sequence[str]) -> Callable[[], LoadedEngine]:
-        paths = [folder / name for name in names]
-        if budget is not None and stream is not None:
-            return lambda: stream(paths, made.target, made.compiler_version, budget)
-        return lambda: compiler.load(paths, made.target, made.compiler_version)
+    def load(number: int) -> LoadedEngine:
+        paths = [folder / name for name in segments[number]]
+        if frugally is not None and (budget is not None or number >= resident):
+            return frugally(paths, made.target, made.compiler_version, budget)
+        return compiler.load(paths, made.target, made.compiler_version)
 
-    loaders = [loader(names) for names in made.segment_files or [list(files)]]
     try:
-        resident = len(loaders) - made.placement.on_demand
-        parts = [load() if number < resident else OnDemand(load) for number, load in enumerate(loaders)]
+        loaders = [partial(load, number) for number in range(len(segments))]
+        parts = [one() if number < resident else OnDemand(one) for number, one in enumerate(loaders)]
         for part in parts:
             part.warm_up()
         return parts[0] if len(parts) == 1 else Chain(parts, made.placement.slots)

@@ -9,10 +9,11 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ditforge.engines.runtime.one_at_a_time import VISIBLE
 from ditforge.errors import DitforgeError
 
 SHM = Path("/dev/shm")  # a short path, which a Unix socket needs, that does not survive the machine
@@ -20,6 +21,7 @@ PREFIX = "ditforge-engines-"
 SOCKET, LOCK, PID = "socket", "lock", "pid"
 BACKLOG = 128
 MODULE = "ditforge.engines.runtime.process"
+HIDDEN = "DITFORGE_CUDA_VISIBLE_DEVICES"  # what hidden() has put away
 
 
 def folder_of(server: int) -> Path:
@@ -77,6 +79,24 @@ def is_still(descriptor: int, path: Path) -> bool:
         return False
 
 
+def hidden(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that is to see no GPU, although the engine process that it starts shall.
+
+    A process that has CUDA set up takes some 600 MiB of a GPU's memory, and a second to start.
+    """
+    return {**environment, VISIBLE: "", HIDDEN: environment.get(VISIBLE, "all")}
+
+
+def shown(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment that hidden() was given."""
+    found = dict(environment)
+    before = found.pop(HIDDEN, None)
+    if before is not None:
+        del found[VISIBLE]
+        found |= {} if before == "all" else {VISIBLE: before}
+    return found
+
+
 def connect(folder: Path, server: int) -> tuple[socket.socket, subprocess.Popen[bytes] | None]:
     """Connect with the engine process of a folder, and start it if there is none.
 
@@ -109,6 +129,7 @@ def start(folder: Path, server: int) -> subprocess.Popen[bytes]:
                 stdin=subprocess.DEVNULL,
                 pass_fds=[listener.fileno(), watched],
                 cwd="/",
+                env=shown(os.environ),
             )
         finally:
             os.close(watched)

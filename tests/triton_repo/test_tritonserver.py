@@ -34,7 +34,7 @@ from ditforge.triton_repo import server as starting
 from ditforge.triton_repo.config import ENGINES_VARIABLE
 from ditforge.triton_repo.serve_options import make_options
 from ditforge.triton_repo.server import Server, start
-from ditforge.triton_repo.tritonserver import prepare, remove
+from ditforge.triton_repo.tritonserver import needs_gpu, prepare, remove
 
 GOOD = request("dit", dit_inputs())
 NOTICED = 2.0  # seconds within which a death shows in the readiness
@@ -146,6 +146,32 @@ def test_text_that_is_encoded_while_the_engine_process_dies(server: Server) -> N
         time.sleep(0.2)
         engine_process(server).kill()
         assert busy.result(120) == {expected}
+
+
+def test_only_the_engine_process_sees_gpus(server: Server) -> None:
+    """Triton would set CUDA up for itself, which takes memory that the plan does not count."""
+    assert tritonserver(server).environ()["CUDA_VISIBLE_DEVICES"] == ""
+    engines = engine_process(server).environ()
+    assert engines.get("CUDA_VISIBLE_DEVICES") == os.environ.get("CUDA_VISIBLE_DEVICES")
+    assert rendezvous.HIDDEN not in engines
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("kind: KIND_CPU", "kind: KIND_GPU"),
+        ("kind: KIND_CPU", ""),
+        ('backend: "python"', 'backend: "tensorrt"'),
+        ("{", "no configuration"),
+    ],
+)
+def test_a_model_that_triton_runs_by_itself_may_have_a_gpu(tiny, tmp_path: Path, before: str, after: str) -> None:
+    repository = shutil.copytree(tiny.repository, tmp_path / "repository")
+    assert not needs_gpu(repository)
+    config = repository / "dit" / "config.pbtxt"
+    assert before in config.read_text()
+    config.write_text(config.read_text().replace(before, after, 1))
+    assert needs_gpu(repository)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

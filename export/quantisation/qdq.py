@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 
 import onnx_ir as ir
 import torch
@@ -59,8 +58,8 @@ def weight_scale(weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> to
 
 def quantise_weight(weight: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """Divide `weight` [K, N] by `scale` [N], and round it to the scheme's 8-bit numbers."""
-    scaled = (weight.float() / scale.float()).clamp(-scheme.largest, scheme.largest)
-    return (scaled if scheme.dtype.is_floating_point else scaled.round()).to(scheme.dtype)
+    scaled = torch.div(weight.float(), scale.float()).clamp_(-scheme.largest, scheme.largest)
+    return (scaled if scheme.dtype.is_floating_point else scaled.round_()).to(scheme.dtype)
 
 
 def activation_scale(amax: float, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:
@@ -113,15 +112,19 @@ def dequantised_weight(model: ir.Model, weight: ir.Value, scheme: Scheme) -> ir.
     assert shape is not None, f"{name} has no shape"
     torch_dtype = to_torch_dtype(dtype)
 
-    @cache
-    def scale() -> torch.Tensor:
-        return weight_scale(source(), scheme, torch_dtype)
+    known: list[torch.Tensor] = []  # the scale, once it was computed: a weight is read once
+
+    def scale_of(read: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if not known:
+            known.append(weight_scale(read(), scheme, torch_dtype))
+        return known[0]
 
     def numbers() -> TorchTensor:
-        return TorchTensor(quantise_weight(source(), scale(), scheme), name=f"{name}_quantized")
+        tensor = source()
+        return TorchTensor(quantise_weight(tensor, scale_of(lambda: tensor), scheme), name=f"{name}_quantized")
 
     def scales() -> TorchTensor:
-        return TorchTensor(scale(), name=f"{name}_scale")
+        return TorchTensor(scale_of(source), name=f"{name}_scale")
 
     eight_bit = ir.tensor(torch.zeros(1, dtype=scheme.dtype)).dtype
     quantised = initializer(model, quantised_name(name), ir.LazyTensor(numbers, dtype=eight_bit, shape=shape))

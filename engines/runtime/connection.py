@@ -165,6 +165,7 @@ class RemoteEngine:
     def placed(self, line: Line, parts: list[Arrays]) -> list[dict[str, Any]]:
         """Where the arrays are in memory that the engine process has mapped; those that are in none are copied."""
         assert self.mapped is not None
+        self.mapped.forget_replaced()
         found = [{name: self.mapped.find(array) for name, array in part.items()} for part in parts]
         pairs = list(zip(found, parts, strict=True))
         line.begin(sum(room(part[name].nbytes) for there, part in pairs for name in there if there[name] is None))
@@ -217,6 +218,7 @@ class Mapped:
         self.line = line
         self.ranges = sorted(shared_ranges())
         self.files: dict[str, tuple[int, int]] = {}  # the number by which the other end knows it, and its size
+        self.replaced: list[int] = []
         for _, _, file, _ in self.ranges:
             if file not in self.files:
                 self.offer(file, 0)
@@ -235,6 +237,11 @@ class Mapped:
             number, size = self.offer(found[2], size and number)
         return [array.dtype.str, list(array.shape), number, offset] if offset + array.nbytes <= size else None
 
+    def forget_replaced(self) -> None:
+        """Say with the next message what the ones before it replaced. These may still have named it themselves."""
+        self.line.dropped += self.replaced
+        self.replaced.clear()
+
     def range_of(self, address: int, look: bool = False) -> tuple[int, int, str, int] | None:
         """The range in which an address is, among those that are known, or that are there now."""
         if look:
@@ -249,7 +256,7 @@ class Mapped:
         except OSError:
             return 0, 0
         if before:
-            self.line.dropped.append(before)
+            self.replaced.append(before)
         size = os.fstat(descriptor).st_size
         self.files[file] = self.line.offer(descriptor, size), size
         return self.files[file]

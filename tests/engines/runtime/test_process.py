@@ -168,6 +168,25 @@ def test_what_is_in_shared_memory_is_not_copied(connect: Connect, monkeypatch: p
     np.testing.assert_array_equal(engine.run({"x": numbers})["y"], numbers + 1)  # of a file that is gone
 
 
+def test_shared_memory_that_grows_between_the_requests_of_a_batch(connect: Connect) -> None:
+    """The first one's tensor is where it was, in memory that the second one's has outgrown."""
+    import mmap
+
+    engine = connect()
+    file = rendezvous.SHM / f"ditforge-test-tensors-{os.getpid()}"
+    with file.open("w+b") as opened:
+        try:
+            arrays = []
+            for size in (1 << 20, 2 << 20, 4 << 20):
+                opened.truncate(size)
+                arrays.append(np.ndarray((1 << 17, 1), np.float32, mmap.mmap(opened.fileno(), size), size // 2))
+                arrays[-1][...] = len(arrays)
+                both = engine.run_batch([{"x": array} for array in (arrays[0], arrays[-1])])["y"]
+                np.testing.assert_array_equal(both[:: 1 << 17, 0], [2, len(arrays) + 1])
+        finally:
+            file.unlink()
+
+
 @pytest.mark.parametrize(("number", "kind"), [(13, "RuntimeError"), (14, "MemoryError")])
 def test_a_call_that_fails_is_that_call_s_error_alone(connect: Connect, place: Path, number: int, kind: str) -> None:
     engine, other = connect(), connect()

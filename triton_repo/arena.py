@@ -1,28 +1,58 @@
-"""Memory in /dev/shm of which the front gives Triton parts, and copies nothing to it."""
+"""Memory in /dev/shm by which the front and Triton hand large tensors to each other, instead of sending them."""
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
+import grpc
+from tritonclient.grpc import service_pb2 as pb
+
 ALIGNMENT = 64  # bytes
+REGISTER = "/inference.GRPCInferenceService/SystemSharedMemoryRegister"
+REGION, OFFSET, BYTES = "shared_memory_region", "shared_memory_offset", "shared_memory_byte_size"  # of a tensor
+log = logging.getLogger(__name__)
 
 
 class Arena:
     """So many bytes of memory, in the new file `file`; without one, the memory is this process's alone.
 
-    Only what has been taken needs room in /dev/shm.
+    `shared` says whether the Triton that runs has been told of the file. Only what has been taken needs room in
+    /dev/shm.
     """
 
     def __init__(self, size: int, file: Path | None = None) -> None:
-        self.size, self.file = size, file
+        self.size, self.file, self.shared = size, file, False
         self.descriptor = -1
         if file is not None:
             self.descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
             os.ftruncate(self.descriptor, size)
         self.memory = mmap.mmap(self.descriptor, size)
         self.used: list[tuple[int, int]] = []  # where each part that is taken begins and ends, in their order
+
+    async def share(self, channel: grpc.aio.Channel, metadata: Sequence[tuple[str, str]]) -> None:
+        """Tell Triton of the file. Where it cannot read it, contents are sent."""
+        self.shared = False
+        if self.file is None:
+            return
+        request = pb.SystemSharedMemoryRegisterRequest(
+            name=self.file.name, key=f"/{self.file.name}", byte_size=self.size
+        )
+        try:
+            await channel.unary_unary(REGISTER)(request.SerializeToString(), timeout=10, metadata=metadata)
+            self.shared = True
+        except grpc.aio.AioRpcError as error:
+            log.warning("large tensors are sent to Triton in each step: %s", error.details())
+
+    def refer(self, parameters: MutableMapping[str, pb.InferParameter], start: int, size: int) -> None:
+        """Have a tensor's parameters say that its content is in the part which begins at `start`."""
+        assert self.file is not None, "without a file there is nothing to share"
+        parameters[REGION].string_param = self.file.name
+        parameters[OFFSET].int64_param = start
+        parameters[BYTES].int64_param = size
 
     def take(self, size: int) -> int | None:
         """Take a part of so many bytes. Returns where it begins, or None if there is no such room."""

@@ -24,10 +24,21 @@ from uuid import uuid4
 import grpc
 from tritonclient.grpc import model_config_pb2, service_pb2 as pb
 
-from ditforge.contract import DIT, ENGINES_KEY, KEEPS_PARAMETER, KEPT_KEY, PICTURE_KEY, TEXT_OUTPUTS, VAE_DECODER
+from ditforge.contract import (
+    DIT,
+    ENGINES_KEY,
+    KEEPS_PARAMETER,
+    KEPT_KEY,
+    LATENTS,
+    PICTURE_KEY,
+    TEXT_OUTPUTS,
+    VAE_DECODER,
+    VELOCITY,
+)
 from ditforge.triton_repo import wire
 from ditforge.triton_repo.capacity import Capacity, arrived, started
 from ditforge.triton_repo.kept import KeptInputs
+from ditforge.triton_repo.lent import LentTensors
 from ditforge.triton_repo.limits import BadRequest, shown
 from ditforge.triton_repo.metrics import Metrics
 from ditforge.triton_repo.pictures import Pictures
@@ -61,6 +72,7 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
     token: the token that clients have to send; None if they need none.
     forgone: the folder with the names of requests for which nobody waits any more.
     kept: what is kept of pictures' inputs for their later steps.
+    lent: the memory in which large tensors of a step go to Triton and come back.
     doubted: gets the name of a model when Triton complains about the model's process.
     """
 
@@ -70,6 +82,7 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
     metrics: Metrics
     forgone: Path
     kept: KeptInputs = field(default_factory=KeptInputs)
+    lent: LentTensors = field(default_factory=LentTensors)
     channel: grpc.aio.Channel | None = None
     stopping: bool = False
     pictures: Pictures = field(default_factory=Pictures)
@@ -256,6 +269,8 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
         request.id = name
         if left is not None:
             request.parameters["timeout"].int64_param = max(int(left * 1e6), 1)
+        if request.model_name == DIT:
+            self.lend(request, raw, held)
         message = wire.message(request, raw)
         raw.clear()  # what came from the wire need not stay until the answer
         running = started(self.forward(INFER, message, timeout=None))
@@ -269,8 +284,19 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
                 self.forgo(name, running, held.pop_all())
             raise
         # Protobuf joins messages that follow each other; the last one of two names counts.
-        result: bytes = answer + pb.ModelInferResponse(id=asked).SerializeToString()
+        result: bytes = self.lent.complete(request, answer) + pb.ModelInferResponse(id=asked).SerializeToString()
         return result
+
+    def lend(self, request: pb.ModelInferRequest, raw: list[wire.Raw], held: contextlib.ExitStack) -> None:
+        """Have a step's large tensors go to Triton and come back in shared memory, as far as there is room."""
+        dit = self.models[DIT]
+        sizes = {tensor.name: len(content) for tensor, content in zip(request.inputs, raw, strict=False)}
+        self.lent.lend_inputs(request, raw, held)
+        if not request.outputs:
+            asked = pb.ModelInferRequest.InferRequestedOutputTensor
+            request.outputs.extend(asked(name=name) for name in dit.outputs)
+        if LATENTS in sizes and dit.outputs.get(VELOCITY) == dit.limits.inputs[LATENTS].dtype:  # of the same shape
+            self.lent.lend_output(request, VELOCITY, sizes[LATENTS], held)
 
     def forgo(self, name: str, running: asyncio.Future[bytes], held: contextlib.ExitStack) -> None:
         """Note for the models, until Triton is done with this request, that nobody waits for it any more."""

@@ -6,13 +6,11 @@ They are kept where Triton can read them, and so need not travel from the front 
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
 from tritonclient.grpc import service_pb2 as pb
 
 from ditforge.triton_repo.arena import Arena
@@ -23,9 +21,6 @@ from ditforge.triton_repo.wire import Raw
 MOST_BYTES = 256 << 20  # of everything that is kept; who was used longest ago is forgotten first
 MOST_LABELS = 64  # of one picture, whose batch may be sent in several parts
 LONGEST_NAME = 64  # of a picture or a label
-REGISTER = "/inference.GRPCInferenceService/SystemSharedMemoryRegister"
-REGION = "kept"  # Triton's name of the memory
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -46,20 +41,6 @@ class KeptInputs:
     def __init__(self, file: Path | None = None) -> None:
         self.arena = Arena(MOST_BYTES, file)
         self.pictures: OrderedDict[str, dict[str, Entry]] = OrderedDict()
-        self.shared = False  # whether the Triton that runs has been told of the file
-
-    async def share(self, channel: grpc.aio.Channel, metadata: Sequence[tuple[str, str]]) -> None:
-        """Tell Triton of the file. Where it cannot read it, contents are sent."""
-        self.shared = False
-        if self.arena.file is None:
-            return
-        key = f"/{self.arena.file.name}"
-        request = pb.SystemSharedMemoryRegisterRequest(name=REGION, key=key, byte_size=self.arena.size)
-        try:
-            await channel.unary_unary(REGISTER)(request.SerializeToString(), timeout=10, metadata=metadata)
-            self.shared = True
-        except grpc.aio.AioRpcError as error:
-            log.warning("embeddings are sent to Triton in each step: %s", error.details())
 
     def find(self, request: pb.ModelInferRequest, place: tuple[str, str], names: Sequence[str]) -> Entry | None:
         """What is kept in `place`, if the request has none of the inputs `names`. It is to be released.
@@ -89,14 +70,12 @@ class KeptInputs:
 
     def refer(self, request: pb.ModelInferRequest, raw: list[Raw], entry: Entry) -> None:
         """Have Triton read the contents of a filled request, which are the last ones, from the file."""
-        if not self.shared:
+        if not self.arena.shared:
             return
         count = len(entry.tensors)
         del raw[-count:]
         for tensor, (_, start, size) in zip(request.inputs[-count:], entry.tensors, strict=True):
-            tensor.parameters["shared_memory_region"].string_param = REGION
-            tensor.parameters["shared_memory_offset"].int64_param = start
-            tensor.parameters["shared_memory_byte_size"].int64_param = size
+            self.arena.refer(tensor.parameters, start, size)
 
     def release(self, entry: Entry) -> None:
         """Note that a request does not refer to it any more."""
@@ -123,7 +102,9 @@ class KeptInputs:
         entry, end = Entry(start, []), start
         for tensor, content in pairs:
             self.arena.memory[end : end + len(content)] = content
-            entry.tensors.append((tensor, end, len(content)))
+            own = pb.ModelInferRequest.InferInputTensor()
+            own.CopyFrom(tensor)  # the request's own will say where Triton finds the content this time
+            entry.tensors.append((own, end, len(content)))
             end += len(content)
         labels = self.pictures.setdefault(picture, {})
         self.pictures.move_to_end(picture)

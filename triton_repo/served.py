@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,10 +35,13 @@ AGAIN = "ditforge repo ENGINE_DIR --out {}"
 
 @dataclass(frozen=True)
 class ModelSignature:
-    """What one model takes and gives. `spoils`: where it fails, its outputs are no numbers, and there is no error."""
+    """What one model takes and gives: limits of its inputs, and the dtypes of its outputs by name.
+
+    `spoils`: where it fails, its outputs are no numbers, and there is no error.
+    """
 
     limits: Limits
-    outputs: tuple[str, ...]
+    outputs: Mapping[str, str]
     spoils: bool = False
 
     def check_outputs(self, names: Sequence[str]) -> None:
@@ -78,7 +81,7 @@ def read_models(repository: Path) -> tuple[dict[str, ModelSignature], str]:
         folder, spoils = file.parent, MEMBER_PARAMETER in config.parameters or config.platform == "ensemble"
         if config.backend == "python":
             check_code(folder, fix)
-        outputs = tuple(tensor.name for tensor in config.output)
+        outputs = {tensor.name: dtype_of(tensor.data_type) for tensor in config.output}
         models[config.name or folder.name] = ModelSignature(limits, outputs, spoils)
         if ENGINES_PARAMETER in config.parameters:
             engines = config.parameters[ENGINES_PARAMETER].string_value
@@ -107,10 +110,15 @@ def limits_in(config: pb.ModelConfig) -> Limits:
         return Limits.model_validate_json(config.parameters[LIMITS_PARAMETER].string_value)
     inputs = {}
     for tensor in config.input:
-        dtype = pb.DataType.Name(tensor.data_type).removeprefix("TYPE_").replace("STRING", "BYTES")
         axes = tuple(Axis(least=max(dim, 0), most=dim if dim >= 0 else UNBOUNDED) for dim in tensor.dims)
-        inputs[tensor.name] = InputLimits(dtype=dtype, shapes=(axes,))
+        inputs[tensor.name] = InputLimits(dtype=dtype_of(tensor.data_type), shapes=(axes,))
     return Limits(max_batch=config.max_batch_size, inputs=inputs)
+
+
+def dtype_of(number: pb.DataType) -> str:
+    """The name of a dtype on the wire, of its number in a configuration."""
+    name: str = pb.DataType.Name(number)
+    return name.removeprefix("TYPE_").replace("STRING", "BYTES")
 
 
 def message_limit(models: dict[str, ModelSignature]) -> int:

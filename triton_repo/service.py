@@ -31,6 +31,7 @@ from ditforge.option import as_flags, option
 from ditforge.triton_repo import tritonserver
 from ditforge.triton_repo.front import Front
 from ditforge.triton_repo.kept import KeptInputs
+from ditforge.triton_repo.lent import LentTensors
 from ditforge.triton_repo.listener import LEAST_CONNECTIONS, RESERVED, Listener, Report, token_of
 from ditforge.triton_repo.log import set_up
 from ditforge.triton_repo.metrics import ENGINES, Metrics
@@ -66,8 +67,9 @@ async def serve(options: ServeOptions, report: Report, stopped: asyncio.Future[f
     tritonserver.sweep()
     prefix = f"{tritonserver.namespace()}{os.getpid()}-"
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=tritonserver.SHM))
-    kept = KeptInputs(folder.with_name(f"{folder.name}{tritonserver.KEPT}") if DIT in models else None)
-    front = Front(models, engines, token_of(options), metrics, folder / tritonserver.FORGONE, kept)
+    kept, lent = (folder.with_name(folder.name + end) if DIT in models else None for end in tritonserver.SHARED)
+    forgone = folder / tritonserver.FORGONE
+    front = Front(models, engines, token_of(options), metrics, forgone, KeptInputs(kept), LentTensors(lent))
     listener = Listener(front, options)
     try:
         port = await listener.start()
@@ -100,7 +102,8 @@ async def keep_running(
         triton = Triton(options, folder)
         try:
             channel = await unless(stopped, triton.start())
-            await front.kept.share(channel, triton.own_key)
+            for arena in (front.kept.arena, front.lent.arena):
+                await arena.share(channel, triton.own_key)
             front.channel = channel
             front.metrics.ready.set(1)
             since, been_ready = loop.time(), True

@@ -98,11 +98,11 @@ def split(data: bytes, raw_tag: int) -> tuple[bytes, list[Raw]]:
     return bytes(head), raw
 
 
-def message(request: pb.ModelInferRequest, raw: Sequence[Raw]) -> bytes:
-    """Write a ModelInferRequest with its raw contents anew, so that nothing is forwarded as a stranger wrote it."""
-    written = [request.SerializeToString()]
+def message(head: pb.ModelInferRequest | pb.ModelInferResponse, raw: Sequence[Raw], raw_tag: int = RAW_INPUT) -> bytes:
+    """Write a message with its raw contents anew, so that nothing is forwarded as a stranger wrote it."""
+    written: list[Raw] = [head.SerializeToString()]
     for content in raw:
-        written += [bytes([RAW_INPUT]), as_varint(len(content)), content]
+        written += [bytes([raw_tag]), as_varint(len(content)), content]
     return b"".join(written)
 
 
@@ -194,7 +194,7 @@ def limits_with_batch(limits: Limits) -> Limits:
     return limits if limits.max_batch else limits.model_copy(update={"max_batch": 1})
 
 
-def count(tensor: pb.ModelInferRequest.InferInputTensor) -> int:
+def count(tensor: pb.ModelInferRequest.InferInputTensor | pb.ModelInferResponse.InferOutputTensor) -> int:
     """Return the number of elements of a tensor of this shape. Python's integers do not overflow."""
     elements = 1
     for size in tensor.shape:

@@ -92,9 +92,9 @@ def shared() -> Shared:
     Memory that the allocator has in pieces can be put together, unless the user has set up the allocator otherwise.
     """
     if not any(name in os.environ for name in ALLOCATOR):
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # type: ignore[no-untyped-call]
-    streams = [torch.cuda.Stream() for _ in range(2)]  # type: ignore[no-untyped-call]
-    return Shared(*streams, torch.cuda.graph_pool_handle())
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    computing, copying = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    return Shared(computing, copying, torch.cuda.graph_pool_handle())
 
 
 def out_of_memory() -> int:

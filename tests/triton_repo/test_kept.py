@@ -116,7 +116,7 @@ def test_triton_reads_what_is_kept_from_the_file(tmp_path: Path) -> None:
     store.fill(made, raw, entry)
     store.refer(made, raw, entry)
     assert len(raw) == 3  # no Triton was told of the file
-    store.shared = True
+    store.arena.shared = True
     store.refer(made, raw, entry)
     assert len(raw) == 1
     content = (tmp_path / "kept").read_bytes()
@@ -124,7 +124,9 @@ def test_triton_reads_what_is_kept_from_the_file(tmp_path: Path) -> None:
         start = tensor.parameters["shared_memory_offset"].int64_param
         size = tensor.parameters["shared_memory_byte_size"].int64_param
         assert content[start : start + size] == bytes([number]) * 60
-    keep(store, 60, label="other")
+    sent, raw = message(60, "latents", *NAMES)
+    store.keep(sent, raw, ("picture", "other"), NAMES)
+    sent.inputs[1].parameters["shared_memory_region"].string_param = "of this request"
     assert not store.find(message(5, *NAMES)[0], ("picture", "other"), NAMES)
     assert not store.pictures["picture"]["other"].tensors[0][0].parameters  # what refers to a file is a request's own
 

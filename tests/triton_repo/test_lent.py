@@ -1,0 +1,125 @@
+"""Large tensors that go to Triton and come back in shared memory: what they are, and that they are given back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from hostile import dit_inputs, output, request, stub
+from tritonclient.grpc import service_pb2 as pb
+
+from ditforge.triton_repo import wire
+from ditforge.triton_repo.arena import OFFSET, REGION
+from ditforge.triton_repo.lent import LARGE, LentTensors
+from ditforge.triton_repo.server import Server, start
+
+
+@pytest.fixture(scope="module")
+def server(tiny) -> Iterator[Server]:
+    with start(tiny.repository, port=0) as server:
+        yield server
+
+
+@pytest.fixture
+def lent(tmp_path: Path) -> LentTensors:
+    """As if Triton had been told of the file."""
+    made = LentTensors(tmp_path / "lent")
+    made.arena.shared = True
+    return made
+
+
+def message(*sizes: int) -> tuple[pb.ModelInferRequest, list[wire.Raw]]:
+    made = pb.ModelInferRequest(model_name="dit")
+    for number, size in enumerate(sizes):
+        made.inputs.add(name=str(number), datatype="UINT8", shape=(1, size))
+    made.outputs.add(name="out")
+    return made, [bytes([number + 1]) * size for number, size in enumerate(sizes)]
+
+
+def test_large_contents_are_lent_and_small_ones_sent(lent: LentTensors, tmp_path: Path) -> None:
+    made, raw = message(10, LARGE, LARGE - 1, LARGE + 5)
+    with ExitStack() as held:
+        lent.lend_inputs(made, raw, held)
+        assert [content[0] for content in raw] == [1, 3]
+        there = {t.name: t.parameters[OFFSET].int64_param for t in made.inputs if REGION in t.parameters}
+        assert set(there) == {"1", "3"}
+        file = (tmp_path / "lent").read_bytes()
+        assert file[there["1"] : there["1"] + LARGE] == b"\2" * LARGE
+        assert file[there["3"] : there["3"] + LARGE + 5] == b"\4" * (LARGE + 5)
+        assert len(lent.arena.used) == 2
+    assert not lent.arena.used
+
+
+def test_what_is_elsewhere_in_shared_memory_stays_there(lent: LentTensors) -> None:
+    made, raw = message(LARGE, LARGE, 10)
+    made.inputs[1].parameters[REGION].string_param = "other"
+    del raw[1]
+    with ExitStack() as held:
+        lent.lend_inputs(made, raw, held)
+    assert [tensor.parameters[REGION].string_param for tensor in made.inputs[:2]] == ["lent", "other"]
+    assert raw == [b"\3" * 10]
+
+
+@pytest.mark.parametrize("why", ["no Triton was told", "no room", "numbers in lists"])
+def test_what_cannot_be_lent_is_sent(lent: LentTensors, why: str) -> None:
+    made, raw = message(LARGE, 10)
+    lent.arena.shared = why != "no Triton was told"
+    if why == "no room":
+        lent.arena.take(lent.arena.size)
+    if why == "numbers in lists":
+        raw.clear()
+    before = list(raw)
+    with ExitStack() as held:
+        lent.lend_inputs(made, raw, held)
+        lent.lend_output(made, "out", LARGE if why != "numbers in lists" else 0, held)
+    assert raw == before
+    assert not any(REGION in tensor.parameters for tensor in (*made.inputs, *made.outputs))
+    assert lent.complete(made, b"as it is") == b"as it is"
+
+
+def test_an_answer_is_put_together(lent: LentTensors) -> None:
+    """Of outputs that are in shared memory, Triton's answer has an empty content; they may be smaller than reserved."""
+    made, _ = message(1)
+    made.outputs.add(name="other")
+    answer = pb.ModelInferResponse(model_name="dit", id="mine", raw_output_contents=[b"abc", b""])
+    answer.outputs.add(name="other", datatype="UINT8", shape=(1, 3))
+    answer.outputs.add(name="out", datatype="FP32", shape=(1, LARGE // 4 - 1))
+    with ExitStack() as held:
+        lent.lend_output(made, "out", LARGE, held)
+        start = made.outputs[0].parameters[OFFSET].int64_param
+        lent.arena.memory[start : start + LARGE] = b"\7" * LARGE
+        whole = pb.ModelInferResponse.FromString(lent.complete(made, answer.SerializeToString()))
+    assert whole.raw_output_contents == [b"abc", b"\7" * (LARGE - 4)]
+    assert (whole.id, [one.name for one in whole.outputs]) == ("mine", ["other", "out"])
+
+
+def test_a_large_step_is_that_of_small_ones(server: Server) -> None:
+    """Four latents of 16 KiB are sent alone, and lent as a batch. Batches may be summed in another order."""
+    parts = [dit_inputs(seed=number) for number in range(4)]
+    small = [output(stub(server.url).ModelInfer(request("dit", part), timeout=60)) for part in parts]
+    (file,) = Path("/dev/shm").glob(f"ditforge-triton-*-{server.pid}-*+lent")
+    assert file.stat().st_blocks == 0
+    batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    answer = stub(server.url).ModelInfer(request("dit", batch), timeout=60)
+    assert file.stat().st_blocks > 0
+    assert not any(one.parameters for one in answer.outputs)
+    velocities = [np.frombuffer(data, np.float32) for data in (output(answer), b"".join(small))]
+    np.testing.assert_allclose(*velocities, rtol=0, atol=1e-4)
+    assert "large tensors are sent" not in server.log.read_text()
+
+
+def test_memory_is_given_back_whatever_becomes_of_a_request(server: Server) -> None:
+    """In the end all of it has been lent many times over, and the answers are still right."""
+    whole = request("dit", dit_inputs(32, 32))
+    expected = output(stub(server.url).ModelInfer(whole, timeout=60))
+    (file,) = Path("/dev/shm").glob(f"ditforge-triton-*-{server.pid}-*+lent")
+    broken = request("dit", dit_inputs(32, 32) | {"latents": np.full((1, 16, 32, 32), np.nan, np.float32)})
+    for number in range(60):
+        with pytest.raises(grpc.RpcError):
+            stub(server.url).ModelInfer(broken if number % 2 else whole, timeout=0.002)
+    assert output(stub(server.url).ModelInfer(whole, timeout=60)) == expected
+    assert file.stat().st_blocks * 512 < 16 << 20

@@ -29,6 +29,7 @@ from torch import nn
 from ditforge import regions
 from ditforge.contract import DIT
 from ditforge.engines.compilers import Job, inductor
+from ditforge.engines.compilers.side_by_side import Task
 from ditforge.engines.gpus import Target
 from ditforge.engines.runtime.inductor import load_engine
 from ditforge.export.checkpoint.source import CheckpointSource, opened
@@ -360,7 +361,10 @@ def engine_rows(
             lambda *_: None,
         )
         start = time.perf_counter()
-        files = inductor.compile_programs(job, found, lambda kind: traced.programs[kind], weight)
+        tasks: list[Task] = []
+        programs = traced.programs.__getitem__
+        files = inductor.compile_programs(job, found, programs, weight, lambda added, _: tasks.extend(added))
+        inductor.do_apart(tasks, DEVICE, job.progress)
         compiled = time.perf_counter() - start
         sizes = sum(file.stat().st_size for file in files if file.suffix == ".pt2") / 1e6
         start = time.perf_counter()

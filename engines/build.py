@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 from ditforge import manifest, regions, stage_folder
@@ -249,8 +250,10 @@ def write_engines(
 ) -> Manifest:
     """Compile the engines that are out of date, take the others over from the build `before`, and write `out` anew."""
     networks, placements = {name: source.components[name] for name in design.keys}, design.placements
+    begun = perf_counter()
     for name in design.reasons:  # all of them are looked at before the first one is compiled
         manifest.check_files(onnx, networks[name].files, fix="ditforge export CHECKPOINT --out DIR   again")
+    log.info("the export's files are checked after %.1f s", perf_counter() - begun)
     parts = {
         name: cut_graph(
             onnx / f"{name}.onnx", networks[name], source.model, design.profiles[name], placements[name].segments
@@ -264,20 +267,23 @@ def write_engines(
         for file in own:
             if before and (out / file).is_file():
                 shutil.copyfile(out / file, folder / file)
+        jobs = {}
+        for name in design.reasons:
+            _, target = design.order.makers[name]
+            graph = onnx / f"{name}.onnx"
+            jobs[name] = Job(name, networks[name], graph, folder / name, target, design.shapes[name], report)
+        compiled = compile_networks(jobs, design, parts, report)
+        log.info("%d networks are compiled after %.1f s", len(jobs), perf_counter() - begun)
         components = {TOKENIZER: copy_component(source.components[TOKENIZER], onnx, folder)}
         engines = {}
-        for done, name in enumerate(networks):
-            report(name, done, len(networks))
+        for name in networks:
             compiler, target = design.order.makers[name]
             if name in kept and before:
                 components[name], made = keep_component(kept[name], out, folder), before.engines[name].segment_files
             else:
-                graph = onnx / f"{name}.onnx"
-                job = Job(name, networks[name], graph, folder / name, target, design.shapes[name], report)
-                compiled = compile_parts(compiler, job, parts[name])
-                described = {file.name: manifest.describe(file) for part in compiled for file in part}
+                described = {file.name: manifest.describe(file) for part in compiled[name] for file in part}
                 components[name] = networks[name].model_copy(update={"files": described})
-                made = tuple(tuple(file.name for file in part) for part in compiled) if parts[name] else ()
+                made = tuple(tuple(file.name for file in part) for part in compiled[name]) if parts[name] else ()
             engines[name] = Engine(
                 compiler=compiler.name,
                 compiler_version=compiler.version(),
@@ -293,6 +299,7 @@ def write_engines(
             kind="engines", model=design.order.model, components=components, engines=engines, origin=source.origin
         )
         manifest.write(result, folder)
+        log.info("the engines are described after %.1f s", perf_counter() - begun)
     return result
 
 
@@ -328,6 +335,30 @@ def cut_graph(graph: Path, component: Component, model: Model, profiles: list[Pr
     probe = Profile((step, 2 * step), (2 * step, 3 * step), (3 * step, 5 * step), max_batch=2)
     shapes = ranges(component, profiles or make_profiles(model, None, None, None), model)
     return cut(graph, component, count, ranges(component, [probe], model)[0], shapes)
+
+
+def compile_networks(
+    jobs: dict[str, Job], design: Design, parts: dict[str, list[Segment]], report: Progress
+) -> dict[str, list[list[Path]]]:
+    """Compile networks: side by side where their compiler does that, and the others one after the other.
+
+    `parts` are the segments of each. Returns, by the name of the network, the files of each engine.
+    """
+    compiled: dict[str, list[list[Path]]] = {}
+    beside: dict[str, list[Job]] = {}
+    for name, job in jobs.items():
+        compiler, _ = design.order.makers[name]
+        if compiler.together and not parts[name]:
+            beside.setdefault(compiler.name, []).append(job)
+        else:
+            report(name, len(compiled), len(jobs))
+            compiled[name] = compile_parts(compiler, job, parts[name])
+    for name, together in beside.items():
+        compile_together = find_compiler(name).together
+        assert compile_together
+        files = compile_together(together, report)
+        compiled |= {job.name: [one] for job, one in zip(together, files, strict=True)}
+    return compiled
 
 
 def compile_parts(compiler: Compiler, job: Job, segments: list[Segment]) -> list[list[Path]]:

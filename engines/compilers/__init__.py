@@ -6,7 +6,7 @@ entry point of the group `ditforge.compilers` names it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -98,6 +98,9 @@ class Compiler:
     compile: makes an engine, and returns the files written.
     load: takes these files, the device for which they were made, and the version that made them. It raises UserError
         where the engine cannot run on this machine.
+    together: makes engines of several networks side by side, each as `compile` does, in processes that it starts, and
+        returns the files of each. Whole networks come to it, and segments to `compile`. None where networks are
+        compiled one after the other.
     settings: returns whatever else changes an engine, for the cache key.
     check: raises UserError, with what would be possible, if a component cannot be compiled for a target. What
         `executes` says has been checked before.
@@ -123,6 +126,7 @@ class Compiler:
     version: Callable[[], str]
     compile: Callable[[Job], list[Path]]
     load: Callable[[list[Path], str, str], LoadedEngine]
+    together: Callable[[Sequence[Job], Progress], list[list[Path]]] | None = None
     settings: Callable[[], dict[str, str]] = dict
     check: Check = no_check
     reads: Literal["graph", "programs"] = "graph"

@@ -1,19 +1,23 @@
 """Compiling in a process of its own, so that all the memory a compiler took is given back, and Ctrl-C ends it at once.
 
 `python -m ditforge.engines.compilers.child_process` is the child. It reads a call from its standard input, and writes
-progress and the outcome to its standard output. It ends when its input is closed, and so when its parent dies.
+progress, its log and the outcome to its standard output. It ends when its input is closed, and so when its parent dies.
+Whatever it starts is in its group of processes, and ends with it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from logging.handlers import QueueHandler
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, TypeVar
@@ -21,8 +25,10 @@ from typing import Any, BinaryIO, TypeVar
 from ditforge.engines.compilers import Job, Progress, find_compiler
 from ditforge.errors import DitforgeError
 from ditforge.option import are_flags, as_flags, option
+from ditforge.verbosity import LOGGER
 
 T = TypeVar("T")
+Tell = Callable[[str, Any], None]  # how a child tells its parent: the kind of what it tells, and that itself
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
@@ -50,10 +56,13 @@ def call_apart(
     """
     variables = {**os.environ, "PYTHONSAFEPATH": "1", **environment}  # what lies in the user's folder is not imported
     command = [sys.executable, "-m", __name__]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables) as child:
+    level = logging.getLogger(LOGGER).getEffectiveLevel()
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables, start_new_session=True
+    ) as child:
         try:
             assert child.stdin and child.stdout
-            pickle.dump((function, arguments, are_flags()), child.stdin)
+            pickle.dump((function, arguments, are_flags(), level), child.stdin)
             child.stdin.flush()
             while True:
                 kind, content = pickle.load(child.stdout)
@@ -63,42 +72,81 @@ def call_apart(
                     result: T = content
                     return result
                 else:
-                    raise content
+                    told(kind, content)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):  # the last for half a message
-            code = child.wait()
-            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"gone with exit code {code}"
-            problem = f"the compiler was {how} while it compiled {name}"
-            fixes = {
-                -signal.SIGKILL: f"{option('segments')} with a larger number, or free some memory",
-                -signal.SIGSEGV: "if CXX names a C++ compiler, leave it out or CXX=/usr/bin/g++; or report it",
-            }
-            raise DitforgeError(problem, fixes.get(code, "report it")) from None
+            raise ended(child.wait(), name) from None
         finally:
-            child.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+
+
+def told(kind: str, content: Any) -> None:
+    """Take what a child told: write its log, or raise its error."""
+    if kind == "log":
+        logging.getLogger(content.name).handle(content)
+    else:
+        raise content
+
+
+def ended(code: int, name: str) -> DitforgeError:
+    """The error for a child that ended without an outcome, by its exit code, while it compiled the network `name`."""
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"gone with exit code {code}"
+    fixes = {
+        -signal.SIGKILL: f"{option('segments')} with a larger number, or free some memory",
+        -signal.SIGSEGV: "if CXX names a C++ compiler, leave it out or CXX=/usr/bin/g++; or report it",
+    }
+    return DitforgeError(f"the compiler was {how} while it compiled {name}", fixes.get(code, "report it"))
 
 
 def serve(source: BinaryIO, sink: BinaryIO) -> None:
     """The child's work: read a call from `source`, make it, and write progress and the outcome to `sink`."""
-    function, arguments, flags = pickle.load(source)
+    function, arguments, flags, level = pickle.load(source)
     threading.Thread(target=end_with, args=(source,), daemon=True).start()
 
     def tell(kind: str, content: Any) -> None:
         sink.write(pickle.dumps((kind, content)))
         sink.flush()
 
+    logging.getLogger(LOGGER).setLevel(level)
+    log_to(tell)
+    with as_flags(flags), errors_told(tell):
+        tell("result", function(*arguments, progress=lambda *step: tell("progress", step)))
+
+
+@contextlib.contextmanager
+def errors_told(tell: Tell) -> Iterator[None]:
+    """Tell an error that people can do something about. All others are ours: their traceback is printed."""
     try:
-        with as_flags(flags):
-            tell("result", function(*arguments, progress=lambda *step: tell("progress", step)))
-    except (DitforgeError, OSError, ModuleNotFoundError) as error:  # all others are ours: their traceback is printed
+        yield
+    except (DitforgeError, OSError, ModuleNotFoundError) as error:
         tell("error", error)
 
 
+class Told(QueueHandler):
+    """Tells the log to the parent."""
+
+    def __init__(self, tell: Tell) -> None:
+        super().__init__(tell)  # type: ignore[arg-type]
+        self.tell = tell
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        self.tell("log", record)
+
+
+def log_to(tell: Tell) -> None:
+    """Tell the log of this process, and write it nowhere else."""
+    logging.getLogger(LOGGER).handlers[:] = [Told(tell)]
+
+
 def end_with(source: BinaryIO) -> None:
-    """End this process when `source` is closed, or cannot be read any more."""
+    """End this process, and what it started, when `source` is closed or cannot be read any more.
+
+    It is read without its buffer, whose lock a fork would inherit.
+    """
     try:
-        source.read()
+        os.read(source.fileno(), 1)
     finally:
-        os._exit(1)
+        os.killpg(0, signal.SIGKILL)
 
 
 def main() -> None:

@@ -6,28 +6,30 @@ can be streamed. Source: https://docs.pytorch.org/docs/stable/torch.compiler_aot
 
 from __future__ import annotations
 
-import warnings
+import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditforge import install_hint, regions
+from ditforge import digests, install_hint, regions
 from ditforge.engines import gpus
-from ditforge.engines.compilers import NUMPY_DTYPES, Compiler, Job, Ranges, Shape
+from ditforge.engines.compilers import NUMPY_DTYPES, Compiler, Job, Progress, Ranges, Shape, side_by_side
+from ditforge.engines.compilers.child_process import call_apart
 from ditforge.engines.compilers.inductor_engine import PACKAGE, SUFFIX, WEIGHTS, Description, Variant
+from ditforge.engines.compilers.side_by_side import Add, Task
 from ditforge.engines.gpus import CPU, Target
 from ditforge.errors import UserError
 from ditforge.manifest import NEXT_COMMAND, Component
 from ditforge.regions import Call, Regions, Stored
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
     import torch
 
-    from ditforge.engines.compilers.region_lowering import Lowered, Operand
+    from ditforge.engines.compilers.region_lowering import Lowered
     from ditforge.engines.runtime.inductor import Execution
 
 NAME = "inductor"
@@ -35,6 +37,9 @@ DEVICES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm
 LIBRARIES = 512 * 2**20  # bytes: kernels of PyTorch, cuBLAS and cuDNN, and the room in which cuBLAS works
 SETTINGS: dict[str, Any] = {}
 CPU_SETTINGS: dict[str, Any] = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+# Kernels are compiled by the process itself, and not by processes that it would start.
+ENVIRONMENT = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+log = logging.getLogger(__name__)
 
 
 def version() -> str:
@@ -73,22 +78,71 @@ def check(name: str, component: Component, target: Target) -> None:
 
 def compile(job: Job) -> list[Path]:
     """Compile the network's programs, and write ENGINE.inductor, ENGINE.safetensors and the packages."""
+    return compile_together([job], job.progress)[0]
+
+
+def compile_together(jobs: Sequence[Job], progress: Progress) -> list[list[Path]]:
+    """Compile networks as `compile` does, side by side, and return the files of each."""
+    tasks = []
+    for job in jobs:
+        silent = replace(job, progress=print)  # which can be pickled; it is not called
+        size = sum(file.size for file in job.component.files.values())
+        tasks.append(Task(job.name, f"{job.name}: weights", compile_network, (silent,), size))
+    return do_apart(tasks, device_of(jobs[0].target), progress)
+
+
+def device_of(target: Target) -> str:
+    """PyTorch's name of the device that a target is."""
+    return "cuda" if target.capabilities else CPU
+
+
+def do_apart(tasks: Sequence[Task], device: str, progress: Progress) -> list[Any]:
+    """Do tasks of compiling, and those that they add, in processes of their own. Returns what `tasks` return."""
+    names = ", ".join(dict.fromkeys(task.name for task in tasks))
+    return call_apart(do_in_forks, tasks, device, name=names, progress=progress, environment=ENVIRONMENT)
+
+
+def do_in_forks(tasks: Sequence[Task], device: str, *, progress: Progress) -> list[Any]:
+    """Do tasks in forks of this process, which has nothing but them to do."""
+    begun = time.perf_counter()
+    prepare(device)
+    at_once = side_by_side.how_many()
+    log.info("PyTorch is imported after %.1f s; %d tasks are done at a time", time.perf_counter() - begun, at_once)
+    return side_by_side.run(tasks, at_once, progress)
+
+
+def prepare(device: str) -> None:
+    """Import what compiling takes, and find out what all packages must know, without using a GPU.
+
+    What is left out here, each task does by itself.
+    """
+    import torch._inductor.compile_fx
+    import torch.onnx.ops
+    import torch.utils.cpp_extension  # noqa: F401
+    from torch._inductor import cpu_vec_isa
+
+    from ditforge.engines.compilers import region_packages, region_weights  # noqa: F401
+
+    if device == CPU:
+        cpu_vec_isa.valid_vec_isa_list()
+
+
+def compile_network(job: Job, *, add: Add) -> list[Path]:
+    """Compile a network: add the tasks that write its packages, and write its weights and its description meanwhile."""
     import onnx_ir as ir
+
+    from ditforge.engines.compilers.region_weights import as_torch
 
     archive = job.graph.with_suffix(regions.SUFFIX)
     initializers = ir.load(job.graph).graph.initializers
-    return compile_programs(
-        job,
-        regions.read(archive),
-        lambda kind: regions.read_program(archive, kind),
-        lambda name: as_torch(initializers[name]),
-    )
+    program, weight = partial(regions.read_program, archive), lambda name: as_torch(initializers[name])
+    return compile_programs(job, regions.read(archive), program, weight, add)
 
 
 def compile_programs(
-    job: Job, found: Regions, program: Callable[[str], bytes], weight: Callable[[str], torch.Tensor]
+    job: Job, found: Regions, program: Callable[[str], bytes], weight: Callable[[str], torch.Tensor], add: Add
 ) -> list[Path]:
-    """Compile a network's regions, and return the files written.
+    """Compile a network's regions, and return the files written, of which the tasks that are added write the packages.
 
     `program` returns the program of a kind of region as torch.export saved it, and `weight` a stored weight by the name
     of its initializer. Raises UserError if this PyTorch cannot read a program.
@@ -96,10 +150,12 @@ def compile_programs(
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from ditforge.engines.compilers import region_weights
     from ditforge.engines.compilers.package_cache import Example, Package
-    from ditforge.engines.compilers.region_packages import compile_packages
+    from ditforge.engines.compilers.region_packages import room_on, tasks_of
 
-    device = torch.device("cuda" if job.target.capabilities else "cpu")
+    begun = time.perf_counter()
+    device = torch.device(device_of(job.target))
     kinds, lowered, parts = lower_kinds(found, program, device)
     variants: list[Variant] = []
     packages: list[Package] = []
@@ -119,9 +175,14 @@ def compile_programs(
             )
         names = {kind: path.name for kind, path in paths.items()}
         variants.append(Variant(smallest=smallest, largest=largest, packages=names))
-    compile_packages(job.name, packages, job.progress)
+    add(tasks_of(job.name, packages), room_on(device))
+    planned = time.perf_counter()
     weights = job.engine.with_name(job.engine.name + WEIGHTS)
-    calls = write_weights(weights, job, found, kinds, lowered, weight)
+    calls = region_weights.write(weights, found, kinds, lowered, weight)
+    written = time.perf_counter()
+    digests.sha256_of(weights)  # which is remembered, and so not made by the build, after all networks
+    spent = planned - begun, written - planned, time.perf_counter() - written
+    log.info("%s: planned in %.1f s, weights written in %.1f s and hashed in %.1f s", job.name, *spent)
     description = Description(
         inputs=job.component.inputs, outputs=job.component.outputs, calls=tuple(calls), variants=tuple(variants)
     )
@@ -209,60 +270,6 @@ def trace_sizes(
     return run_fake(lowered, found.calls, kinds, inputs)
 
 
-def write_weights(
-    path: Path,
-    job: Job,
-    found: Regions,
-    kinds: Sequence[str],
-    lowered: Mapping[str, Lowered],
-    weight: Callable[[str], torch.Tensor],
-) -> list[Call]:
-    """Write the operands of all calls, in their order, into the file `path`. Returns the calls with their names."""
-    from ditforge.engines.compilers import weights_file
-
-    calls, pending = [], {}
-    for number, (call, kind) in enumerate(zip(found.calls, kinds, strict=True)):
-        names = []
-        for place, operand in enumerate(lowered[kind].operands):
-            names.append(f"{number:03}.{kind}.{place:02}.{operand.content}")
-            stored = [found.weights[call.weights[place]] for place in operand.places]
-            pending[names[-1]] = weights_file.Pending(
-                operand.dtype, operand.shape, partial(read_operand, operand, stored, weight)
-            )
-        calls.append(Call(kind=kind, inputs=call.inputs, outputs=call.outputs, weights=tuple(names)))
-    weights_file.write(path, pending, lambda done, total: job.progress(f"{job.name}: weights", done, total))
-    return calls
-
-
-def read_operand(operand: Operand, stored: Sequence[Stored], weight: Callable[[str], torch.Tensor]) -> torch.Tensor:
-    """Read one operand of a call from the weights as they are stored for the graph."""
-    import torch
-
-    if operand.content == "activation":
-        return torch.tensor([stored[0].activation_scale], dtype=torch.float32)
-    parts = []
-    for part in stored:
-        tensor = weight(part.scale if operand.content == "scales" else part.name)
-        parts.append(tensor.t() if part.transposed and tensor.dim() == 2 else tensor)
-    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return joined.to(operand.dtype).contiguous()
-
-
-def as_torch(value: ir.Value) -> torch.Tensor:
-    """Return the values of an initializer, which stay in the file that they are mapped from."""
-    import torch
-    from onnx_ir.tensor_adapters import to_torch_dtype
-
-    assert value.const_value is not None, f"{value.name} has no value"
-    array = value.const_value.numpy()
-    dtype = to_torch_dtype(value.const_value.dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the file is mapped for reading alone, and nobody writes to the tensor
-        if dtype in (torch.bfloat16, torch.float8_e4m3fn):  # which NumPy lacks
-            return torch.from_numpy(array.view(f"uint{8 * dtype.itemsize}")).view(dtype)
-        return torch.from_numpy(array)
-
-
 def load(files: list[Path], target: str, built_with: str) -> Execution:
     """Load the engine. Raises UserError if it is for another GPU, or if another PyTorch compiled it."""
     from ditforge.engines.runtime.inductor import load_engine
@@ -292,7 +299,7 @@ COMPILER = Compiler(
     shares_activations=True,
     records_graphs=True,
     libraries=LIBRARIES,
+    together=compile_together,
     holds_weights=False,
-    own_process=True,
     rank=30,
 )

@@ -1,108 +1,65 @@
-"""Compile lowered programs of regions into packages, several at a time where the machine has the processors.
-
-Compiling a package keeps a processor busy for a minute. Where there are several, each package is compiled by a process
-of its own.
-"""
+"""Compile lowered programs of regions into packages: each is a task of its own (side_by_side.py)."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
-import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ditforge.engines.compilers import Progress, package_cache
-from ditforge.engines.compilers.child_process import call_apart
+from ditforge.engines.compilers import package_cache
 from ditforge.engines.compilers.package_cache import Package
 from ditforge.engines.compilers.region_lowering import Lowered, load_program, lower
+from ditforge.engines.compilers.side_by_side import FORK, Add, Task
 from ditforge.engines.runtime.inductor import load_package
 from ditforge.errors import DitforgeError
 
-MOST = 8  # packages that are compiled at a time
-PROCESSORS = 2  # that each of them gets
 GPU_MEMORY = 2 * 2**30  # bytes that each may take on the GPU, to see which kernel is the fastest
 # The headers of PyTorch would be compiled once for all packages of a process, which takes longer than they save one.
 APART = {"aot_inductor.precompile_headers": False}
-# Kernels are compiled by the process itself, and not by processes that it would start.
-ENVIRONMENT = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+TIMING = FORK.Lock()  # which all forks of this process have: kernels are timed on the GPU by one of them at a time
 log = logging.getLogger(__name__)
 
 
-def compile_packages(name: str, packages: Sequence[Package], progress: Progress) -> None:
-    """Write the packages of the network `name`: from the cache, or compiled. Raises DitforgeError if one cannot be."""
+def tasks_of(name: str, packages: Sequence[Package]) -> list[Task]:
+    """Take the packages of the network `name` that are in the cache, and return the tasks that write the others."""
     kept = package_cache.Packages()
     missing = [package for package in packages if not kept.take(package)]
-    at_once, done, lock = how_many(missing), len(packages) - len(missing), threading.Lock()
-    log.info("%s: %d of %d packages are in the cache; %d are compiled at a time", name, done, len(packages), at_once)
-
-    def compile_one(package: Package) -> None:
-        nonlocal done
-        if at_once == 1:
-            progress(f"{name}: {package.kind}", done, len(packages))
-            spent = compile_package(package, name)
-        else:
-            apart = package, name, folder, APART
-            spent = call_apart(compile_in_child, *apart, name=name, progress=progress, environment=ENVIRONMENT)
-        kept.keep(package)
-        log.info("%s: %s: traced in %.1f s, compiled in %.1f s", name, package.kind, *spent)
-        with lock:
-            done += 1
-            progress(f"{name}: {package.kind}", done, len(packages))
-
-    with TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        if at_once == 1:  # in this thread, which a test or a debugger sees
-            for package in missing:
-                compile_one(package)
-            return
-        with ThreadPoolExecutor(at_once) as pool:
-            coming = [pool.submit(compile_one, package) for package in missing]
-            try:
-                for one in coming:
-                    one.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    log.info("%s: %d of %d packages are in the cache", name, len(packages) - len(missing), len(packages))
+    return [
+        Task(name, f"{name}: {package.kind}", write_package, (package, name), len(package.content))
+        for package in missing
+    ]
 
 
-def how_many(packages: Sequence[Package]) -> int:
-    """How many of the packages are compiled at a time, by the machine's processors and the GPU's free memory."""
-    limits = [len(packages), MOST, len(os.sched_getaffinity(0)) // PROCESSORS]
-    if any(package.device == "cuda" for package in packages):
-        limits.append(torch.cuda.mem_get_info()[0] // GPU_MEMORY)
-    return max(1, min(limits))
+def room_on(device: torch.device) -> int | None:
+    """How many packages can be compiled at a time by the free memory of the device. None: it is no limit."""
+    return int(torch.cuda.mem_get_info()[0] // GPU_MEMORY) if device.type == "cuda" else None
 
 
-def compile_in_child(
-    package: Package, name: str, folder: Path, more: Mapping[str, Any], *, progress: Progress
-) -> tuple[float, float]:
-    """Compile a package beside others, which time their kernels on the GPU one at a time: `folder` is theirs alone."""
-    del progress  # of one package there is none
-    with timing_alone(folder / "lock"):
-        return compile_package(package, name, more)
+def write_package(package: Package, name: str, *, add: Add) -> None:
+    """Compile a package of the network `name` beside others, and keep it in the cache."""
+    del add  # of one package no other task comes
+    with timing_alone():
+        spent = compile_package(package, name, APART)
+    package_cache.Packages().keep(package)
+    log.info("%s: %s: traced in %.1f s, compiled in %.1f s", name, package.kind, *spent)
 
 
 @contextlib.contextmanager
-def timing_alone(lock: Path) -> Iterator[None]:
+def timing_alone() -> Iterator[None]:
     """Within this context, the configurations of a kernel are timed while no other process times its own."""
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
     timed: Callable[..., Any] = CachingAutotuner.autotune_to_one_config
 
     def alone(*args: Any, **kwargs: Any) -> Any:
-        with lock.open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with TIMING:
             return timed(*args, **kwargs)
 
     CachingAutotuner.autotune_to_one_config = alone  # type: ignore[method-assign]

@@ -62,10 +62,10 @@ def replace_dit(dit: Path, export: Path) -> None:
     manifest.write(whole.model_copy(update={"components": {**whole.components, "dit": component}}), export)
 
 
-def alone(export: Path, out: Path) -> Path:
-    """A copy of an export, in which the DiT is the only network."""
+def alone(export: Path, out: Path, *networks: str) -> Path:
+    """A copy of an export, in which these are the only networks, by default the DiT."""
     found = manifest.read(export, "onnx")
-    components = {name: found.components[name] for name in ("tokenizer", "dit")}
+    components = {name: found.components[name] for name in ("tokenizer", *(networks or ("dit",)))}
     for file in (file for component in components.values() for file in component.files):
         (out / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(export / file, out / file)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ditforge import manifest, regions
 from ditforge.engines.compilers import Arrays, inductor, onnxruntime
 from ditforge.engines.compilers.region_lowering import Lowered, rotated, run_fake, tanh_gelu
+from ditforge.engines.compilers.region_weights import as_torch, read_operand
 from ditforge.engines.verify import example
 
 SIZES = {"batch": 2, "latent_height": 6, "latent_width": 10, "height": 32, "width": 48}
@@ -55,7 +56,7 @@ def by_programs(folder: Path, name: str, inputs: Arrays) -> tuple[Arrays, dict[s
         weights = []
         for operand in lowered[kind].operands:
             stored = [found.weights[call.weights[place]] for place in operand.places]
-            weights.append(inductor.read_operand(operand, stored, lambda key: inductor.as_torch(initializers[key])))
+            weights.append(read_operand(operand, stored, lambda key: as_torch(initializers[key])))
         with torch.no_grad():
             results = lowered[kind](*(known[key] for key in call.inputs), *weights)
         known |= dict(zip(call.outputs, results, strict=True))

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +15,9 @@ from torch import Tensor, nn
 from torch._inductor import codecache, cpu_vec_isa
 
 from ditforge.engines.compilers import region_packages
+from ditforge.engines.compilers.inductor import do_apart
 from ditforge.engines.compilers.package_cache import Example, Package
-from ditforge.engines.compilers.region_packages import compile_packages, how_many
+from ditforge.engines.compilers.region_packages import tasks_of
 from ditforge.engines.runtime.inductor import load_package
 from ditforge.errors import DitforgeError
 from ditforge.regions import Stored
@@ -45,35 +50,62 @@ def package(path: Path, content: bytes, width: int) -> Package:
     return Package(path, path.stem, content, (example,), (Stored(name="weight"),), "cpu", FAST)
 
 
-def test_packages_are_compiled_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(region_packages, "PROCESSORS", 0.5)
+def test_packages_are_compiled_beside_each_other(tmp_path: Path, cache: Path) -> None:
     packages = [package(tmp_path / f"{width}.pt2", program(width), width) for width in (4, 6)]
-    assert how_many(packages) == 2
     said: list[tuple[str, int, int]] = []
-    compile_packages("dit", packages, lambda *step: said.append(step))
+    assert do_apart(tasks_of("dit", packages), "cpu", lambda *step: said.append(step)) == [None, None]
     assert {step[0] for step in said} == {"dit: 4", "dit: 6"}
-    assert [step[1:] for step in said] == [(1, 2), (2, 2)]
+    assert said[-1][1:] == (2, 2)
     for width in (4, 6):
         x, weight = torch.randn(3, width), torch.randn(5, width)
         (made,) = load_package(tmp_path / f"{width}.pt2", torch.device("cpu")).boxed_run([x, weight])
         torch.testing.assert_close(made, 2 * x @ weight.T)
+    assert len(list(cache.iterdir())) == 2
+    assert not tasks_of("dit", packages), "all of them are in the cache"
 
 
-def test_what_fails_beside_others_is_an_error_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(region_packages, "PROCESSORS", 0.5)
+def test_what_fails_beside_others_is_an_error_that_names_it(tmp_path: Path) -> None:
     packages = [package(tmp_path / "no" / f"{number}.pt2", program(4), 4) for number in range(2)]
     with pytest.raises(DitforgeError, match=r"Inductor cannot compile [01] of dit") as error:
-        compile_packages("dit", packages, lambda *_: None)
+        do_apart(tasks_of("dit", packages), "cpu", lambda *_: None)
     assert error.value.fix
 
 
-def test_one_is_compiled_at_a_time_on_few_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    packages = [package(tmp_path / "a.pt2", b"", 4)] * 20
-    monkeypatch.setattr(region_packages.os, "sched_getaffinity", lambda _: {0, 1})
-    assert how_many(packages) == 1
-    monkeypatch.setattr(region_packages.os, "sched_getaffinity", lambda _: set(range(64)))
-    assert how_many(packages) == region_packages.MOST
-    assert how_many(packages[:3]) == 3
+def test_the_log_of_a_task_is_ours(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "ditforge"):
+        do_apart(tasks_of("dit", [package(tmp_path / "4.pt2", program(4), 4)]), "cpu", lambda *_: None)
+    assert re.search(r"dit: 4: traced in [\d.]+ s, compiled in [\d.]+ s", caplog.text)
+
+
+# Whoever asks for a GPU ends the process.
+ASKED = """
+import torch
+for name in ("is_available", "device_count", "_lazy_init", "current_device", "get_device_properties", "mem_get_info"):
+    setattr(torch.cuda, name, lambda *_, name=name: exit(f"torch.cuda.{name} was called"))
+from ditforge.engines.compilers import inductor
+inductor.prepare("cuda")
+assert not torch.cuda.is_initialized() and not torch.cuda._is_in_bad_fork()
+"""
+
+
+def test_imports_before_the_forks_leave_the_gpu_alone() -> None:
+    """A process that has used it cannot use it after a fork."""
+    done = subprocess.run([sys.executable, "-c", ASKED], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_packages_are_compiled_beside_each_other_on_a_gpu(tmp_path: Path) -> None:
+    device = torch.device("cuda")
+    packages = [
+        replace(package(tmp_path / f"{width}.pt2", program(width), width), device="cuda", settings={})
+        for width in (16, 32, 64)
+    ]
+    do_apart(tasks_of("dit", packages), "cuda", lambda *_: None)
+    for width in (16, 32, 64):
+        x, weight = torch.randn(3, width, device=device), torch.randn(5, width, device=device)
+        (made,) = load_package(tmp_path / f"{width}.pt2", device).boxed_run([x, weight])
+        torch.testing.assert_close(made, 2 * x @ weight.T, rtol=1e-2, atol=1e-2)
 
 
 def test_a_package_for_a_gpu_does_not_wait_for_the_processors_instructions(monkeypatch: pytest.MonkeyPatch) -> None:

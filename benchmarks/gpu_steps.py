@@ -325,9 +325,9 @@ def main() -> None:
     began = time.monotonic()
     inductor.SETTINGS.update(given.settings)
     here, before = machine(), rows.get("machine", {})
-    if changed := [key for key in here if before and before.get(key) != here[key]]:
+    if changed := [key for key in ("gpu", "versions") if before and before.get(key) != here[key]]:
         told = ", ".join(f"{key} {before.get(key)} and now {here[key]}" for key in changed)
-        sys.exit(f"{given.out} is of another machine or other versions: {told}\nfix:   another --out, or delete it")
+        sys.exit(f"{given.out} is of another GPU or of other versions: {told}\nfix:   another --out, or delete it")
     results = Results((given.out,), began + given.budget, rows, changed=partial(report, table))
     command = "python benchmarks/gpu_steps.py " + " ".join(sys.argv[1:])
     results.note("machine", **here, commands=[*before.get("commands", []), command])

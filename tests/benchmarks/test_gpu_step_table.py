@@ -1,4 +1,4 @@
-"""The page of gpu_steps.py: which bars are met, which of its rows are one, and that the kept page is of the kept file."""
+"""The page of gpu_steps.py: which bars are met, what a line of it is, and that the kept page is of the kept file."""
 
 from __future__ import annotations
 

@@ -66,11 +66,14 @@ soak: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/first_picture.py models/flux-tiny models/sd35-tiny --out benchmarks/first_picture.md
 
-# On a machine with a GPU, about an hour: steps of FLUX.1-dev at full size beside diffusers', pictures and faults of the small
-# models, and whole pictures on cards of 24 to 8 GB. Random weights; 90 GB of disk and 64 GB of memory.
+# On a machine with a GPU, about an hour and a half: steps of the models in STEPS at full size beside diffusers', pictures and
+# faults of the small models, and whole pictures on cards of 24 to 8 GB. Random weights; 90 GB of disk and 64 GB of memory.
+STEPS ?= flux.1-dev sd3.5-large
 bench-gpu: $(INSTALLED)
 	mkdir -p docs/benchmarks out
-	$(BIN)/python benchmarks/gpu_steps.py flux.1-dev --sizes 1024,512 --profile --out docs/benchmarks/steps.json
+	$(BIN)/pip install --quiet --editable '.[all,test,bench]'
+	rm -f docs/benchmarks/steps.json  # whose rows would not be measured again
+	$(BIN)/python benchmarks/gpu_steps.py $(STEPS) --profile --out docs/benchmarks/steps.json
 	$(BIN)/python benchmarks/gpu_chain.py reference models/flux-tiny models/sd35-tiny --out out/gpu-reference
 	$(BIN)/python benchmarks/gpu_chain.py run models/flux-tiny models/sd35-tiny --reference out/gpu-reference \
 		--out docs/benchmarks/pictures.json

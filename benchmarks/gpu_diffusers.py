@@ -86,7 +86,17 @@ def place(pipeline: Any, way: str, device: str) -> None:
     else:
         pipeline.to(device)
     if way == "compiled":
-        pipeline.transformer.compile_repeated_blocks(fullgraph=True)
+        compile_blocks(pipeline.transformer)
+
+
+def compile_blocks(transformer: Any, dynamic: bool | None = None) -> None:
+    """Compile each kind of block once, as diffusers does it. If it does not say what blocks are: all in lists."""
+    import torch
+
+    if not transformer._repeated_blocks:
+        lists = [child for child in transformer.children() if isinstance(child, torch.nn.ModuleList)]
+        transformer._repeated_blocks = sorted({type(block).__name__ for blocks in lists for block in blocks})
+    transformer.compile_repeated_blocks(fullgraph=True, dynamic=dynamic)
 
 
 def timed(pipeline: Any, options: Row, side: int, steps: int) -> Row:

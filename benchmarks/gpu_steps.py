@@ -1,87 +1,156 @@
-"""How long one step of a DiT takes on this machine's GPU: ditforge's engines beside diffusers, in one run.
+"""How long a step of a DiT takes on this machine's GPU: ditforge's engines beside diffusers, in one run and one table.
 
-    python benchmarks/gpu_steps.py flux.1-dev --sizes 1024,512 --out out/steps.json
+    python benchmarks/gpu_steps.py flux.1-dev --out out/steps.json --budget 500
 
-The DiT has its full size and random weights. Each row of the table is one way to compute it: diffusers as it is,
-diffusers compiled by blocks, the same with FP8 products, and engines of Inductor in several precisions. The limit is
-the time that the matrix products and the attention alone would take at the rates measured in the same run.
+The DiT has its full size and random weights. A row is a way to compute it (gpu_step_engines.py), a size and a batch.
+What is compiled is compiled for the sizes of `--static` each by itself, and once for all sizes and batches. Beside the
+times is the limit: what the matrix products and the attention alone would take at the rates measured in the same run
+(gpu_step_limits.py).
+
+The rows that tell most come first: 1024 x 1024, one sample at a time. After `--budget` seconds no other row is begun,
+and another run with the same `--out`, on the same GPU and with the same versions, makes those that are missing. Results
+are in the file from the moment they are known, with a table in Markdown and a plot beside it; `--render` makes these
+two from the file alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+import multiprocessing
+import os
 import platform
-import statistics
+import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import asdict
 from datetime import date
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
+from gpu_run import Results, Row
+from gpu_step_engines import (
+    ENGINES,
+    Ready,
+    Shape,
+    Subject,
+    diffusers_step,
+    freed,
+    random_state,
+    ranges_of,
+    read_dit,
+    trace_programs,
+    with_weights,
+)
+from gpu_step_limits import BACKENDS, DEVICE, Operations, count, has_fp8, limit_ms, measured, rates
+from gpu_step_table import plot, precision_of, report
+from torch.nn.attention import sdpa_kernel
 
-from ditforge import regions
-from ditforge.contract import DIT
-from ditforge.engines.compilers import Job, inductor
-from ditforge.engines.compilers.side_by_side import Task
-from ditforge.engines.gpus import Target
-from ditforge.engines.runtime.inductor import load_engine
-from ditforge.export.checkpoint.source import CheckpointSource, opened
-from ditforge.export.families import read_networks
-from ditforge.export.graph.tracing import PREFIX, Traced, default_dtype, trace
-from ditforge.export.network import Network
-from ditforge.export.onnx_export import describe
-from ditforge.export.quantisation.precision import parse_precision
-from ditforge.export.quantisation.qdq import SCHEMES, activation_scale, quantise_weight, weight_scale
-from ditforge.manifest import Component
+from ditforge import local_gpu
+from ditforge.engines.compilers import inductor
 
-STD = 0.02  # of random weights
-RUNS, WARM = 10, 3
-DEVICE = "cuda"
-RESULTS: dict[str, dict[str, Any]] = {}
+SHM = Path("/dev/shm")
+PACKAGES = ("torch", "triton", "diffusers", "onnxruntime-gpu", "onnxruntime")
+BY_DEFAULT = [name for name in ENGINES if not name.startswith("onnxruntime")]
+# The engines that come first in the round of all sizes, and in that of batches. The last one of a round stays open if
+# the next one begins with it.
+SIZES_FIRST, BATCHES_FIRST = ("inductor fp8", "inductor bf16"), ("diffusers eager", "inductor fp8", "inductor bf16")
 
-
-def note(out: Path, name: str, **values: Any) -> None:
-    """Print a result, and keep it in the file."""
-    RESULTS.setdefault(name, {}).update(values)
-    shown = {key: round(value, 4) if isinstance(value, float) else value for key, value in values.items()}
-    print("##", name, json.dumps(shown, default=str), flush=True)
-    out.write_text(json.dumps(RESULTS, indent=1, default=str))
-
-
-def attempted(out: Path, name: str, run: Callable[[], Any]) -> Any:
-    """Run a measurement; if it fails, its error is its result."""
-    try:
-        return run()
-    except Exception as error:
-        traceback.print_exc()
-        note(out, name, failed=" ".join(f"{type(error).__name__}: {error}".split())[:600])
-        return None
-    finally:
-        gc.collect()
-        torch.cuda.empty_cache()
+Wanted = tuple[Shape, bool]  # a shape, and whether what was compiled for all shapes is to compute it
+Group = tuple[str, list[Wanted]]  # an engine, and what it is to compute, one after the other
 
 
-def measured(step: Callable[[], Any]) -> dict[str, float]:
-    """The median, smallest and largest milliseconds of a step, and the peak of the GPU's memory in GiB."""
-    for _ in range(WARM):
-        step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(RUNS):
-        start = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) * 1e3)
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    return {"ms": statistics.median(times), "least": min(times), "most": max(times), "peak_gib": peak}
+def numbers(text: str) -> list[int]:
+    """Numbers with commas between them."""
+    return [int(part) for part in text.split(",") if part]
+
+
+def words(text: str) -> list[str]:
+    """Words with commas between them."""
+    return [part for part in text.split(",") if part]
+
+
+def shapes(text: str) -> list[Shape]:
+    """Shapes such as 1024, or 1024x4 for four samples, with commas between them."""
+    return [Shape(int(side), int(batch or 1)) for side, _, batch in (part.partition("x") for part in words(text))]
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "models", nargs="*", help="published models such as flux.1-dev, or folders in diffusers' layout"
+    )
+    parser.add_argument("--sizes", type=numbers, default=[1024, 512, 1536, 768], help="sides in pixels, first to last")
+    parser.add_argument("--batches", type=numbers, default=[1, 2, 4, 8])
+    parser.add_argument("--engines", type=words, default=BY_DEFAULT, help=f"of {','.join(ENGINES)}")
+    parser.add_argument("--static", type=shapes, default=shapes("1024,512"), help="compiled each by itself: 1024,512x4")
+    parser.add_argument("--no-all", action="store_true", help="compile nothing for all sizes and batches")
+    parser.add_argument("--budget", type=float, default=3600, help="seconds after which no row is begun")
+    parser.add_argument("--profile", action="store_true", help="also name the kernels of engines, at the first shape")
+    parser.add_argument("--settings", type=json.loads, default={}, help="of Inductor, as JSON")
+    parser.add_argument("--render", action="store_true", help="measure nothing; only make the table and the plot")
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/steps.json"))
+    args = parser.parse_args()
+    if unknown := set(args.engines) - set(ENGINES):
+        parser.error(f"--engines takes {','.join(ENGINES)}, not {','.join(sorted(unknown))}")
+    if not args.render and not args.models:
+        parser.error("name a model, such as flux.1-dev")
+    return args
+
+
+def machine() -> Row:
+    """What it runs on."""
+    found: Row = {"gpu": "none: the CPU"}
+    if DEVICE == "cuda":
+        gpu = local_gpu.local_gpus()[0]
+        found = {"gpu": gpu.product, "driver": gpu.driver}
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found | {"cores": os.cpu_count(), "python": platform.python_version(), "versions": versions}
+
+
+def order(given: argparse.Namespace) -> Iterator[Group]:
+    """What is measured, in the order of what it tells: the first shapes, then one sample of all sizes, then batches."""
+    engines: list[str] = given.engines
+    each = [(shape, False) for shape in given.static]
+    if not has_fp8():
+        engines = [name for name in engines if not name.endswith("fp8")]
+
+    def wanted(name: str, several: Iterable[Shape]) -> list[Wanted]:
+        """Eager and ONNX Runtime take all shapes as they are; others have to be compiled for all."""
+        if compiled(name):
+            return [] if given.no_all else [(shape, True) for shape in several]
+        return [(shape, False) for shape in several if shape not in given.static]
+
+    alone = [Shape(side, 1) for side in given.sizes]
+    batches = [Shape(side, batch) for side in given.sizes for batch in given.batches if batch > 1]
+    if 1 not in given.batches:
+        alone = []
+    for name in engines:
+        yield name, each
+    for several, first in ((alone, SIZES_FIRST), (batches, BATCHES_FIRST)):
+        for name in sorted(engines, key=lambda name: first.index(name) if name in first else len(first)):
+            yield name, wanted(name, several)
+
+
+def compiled(name: str) -> bool:
+    """Whether an engine is compiled for shapes."""
+    return name != "diffusers eager" and not name.startswith("onnxruntime")
+
+
+def row_name(model: str, engine: str, shape: Shape, everywhere: bool) -> str:
+    """The name of a row."""
+    return f"{model} {engine}{' all' if everywhere else ''} {shape}"
 
 
 def error(made: torch.Tensor, expected: torch.Tensor) -> float:
@@ -90,404 +159,185 @@ def error(made: torch.Tensor, expected: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def example(network: Network, side: int, batch: int) -> dict[str, torch.Tensor]:
-    """Inputs of a step for a picture of side x side pixels."""
-    generator = torch.Generator().manual_seed(7)
-    sizes = {"batch": batch, "latent_height": side // 8, "latent_width": side // 8}
-    made = {}
-    for name, port in network.inputs.items():
-        shape = [dim if isinstance(dim, int) else sizes[dim.name] for dim in port.shape]
-        if name == "timestep":
-            made[name] = torch.full(shape, 0.5)  # times 1000, it is a number of bf16, as the guidance is
-        elif name == "guidance":
-            made[name] = torch.full(shape, 4.0)
-        elif name == "skip_layers":
-            made[name] = torch.zeros(shape)
-        else:
-            made[name] = torch.randn(shape, generator=generator).to(port.dtype)
-    return made
+class Bench:
+    """The measurements of one model in one run."""
+
+    def __init__(self, given: argparse.Namespace, subject: Subject, number: int) -> None:
+        self.given, self.subject, self.results, self.run = given, subject, subject.results, number
+        self.first = Shape(given.sizes[0], 1)
+        self.exact: torch.Tensor | None = None  # the velocity of PyTorch in fp32, at the first shape
+        self.eager: dict[Shape, torch.Tensor] = {}
+        self.operations: dict[int, Operations] = {}
+        self.speeds: dict[str, float] = {}
+
+    def prepare(self) -> None:
+        """What rows are compared with: the operations of a step, the rates, and the velocity in fp32."""
+        subject, network = self.subject, self.subject.network
+        own = with_weights(network, subject.state, network.dtype)
+        with sdpa_kernel(BACKENDS, set_priority=True):
+            for side in self.given.sizes:
+                inputs = subject.inputs(Shape(side, 1))
+                self.operations[side] = found = count(diffusers_step(own, inputs, network.dtype))
+                self.results.note(f"{subject.model} operations {side}", side=side, **asdict(found))
+            step = diffusers_step(own, subject.inputs(self.first), network.dtype)
+            subject.amax |= ranges_of(own, network, step)
+            self.eager[self.first] = step().float().cpu()
+        del own, step
+        freed()
+        counted = self.operations.values()
+        largest = max(self.given.batches)
+        first = self.operations[self.first.side]
+        products = [one.product for one in counted] + [(first.product[0] * largest, *first.product[1:])]
+        heads = [one.heads for one in counted] + [(first.heads[0] * largest, *first.heads[1:])]
+        self.speeds = rates(dict.fromkeys(products), dict.fromkeys(heads))
+        tflops = {f"{name} TFLOP/s": speed / 1e12 for name, speed in self.speeds.items()}
+        self.results.note(f"{subject.model} run {self.run}", run=self.run, date=str(date.today()), **tflops)
+        for side, operations in self.operations.items():
+            limits = {f"{name}_ms": limit_ms(operations, 1, self.speeds, name) for name in ("bf16", "fp8")}
+            self.results.note(f"{subject.model} operations {side}", **limits)
+
+    def in_fp32(self) -> None:
+        """The velocity of PyTorch in fp32 at the first shape, which needs twice the weights' memory beside them."""
+        network = self.subject.network
+        wide = with_weights(network, self.subject.state, torch.float32)
+        inputs = self.subject.inputs(self.first)
+        self.exact = diffusers_step(wide, inputs, torch.float32)().cpu()
+        name = f"{self.subject.model} PyTorch bf16 beside fp32"
+        self.results.note(name, error=error(self.eager[self.first], self.exact))
+
+    def group(self, name: str, wanted: list[Wanted]) -> None:
+        """Measure the rows of one engine that are missing."""
+        model = self.subject.model
+        rows = {row_name(model, name, shape, everywhere): (shape, everywhere) for shape, everywhere in wanted}
+        rows = {row: one for row, one in rows.items() if "ms" not in self.results.rows.get(row, {})}
+        if self.results.left <= 0:
+            for row in rows:
+                self.results.attempted(row, lambda: None)  # which notes that the time was over
+        elif rows:
+            opened = f"{model} {name}"
+            kept = self.results.rows.get(opened, {})
+            self.results.attempted(opened, partial(self.open_and_measure, name, rows, kept))
+            freed()
+
+    def open_and_measure(self, name: str, rows: dict[str, Wanted], kept: Row) -> None:
+        """Open an engine, and measure its rows. `kept` is what an earlier run or round noted of it."""
+        self.results.note(f"{self.subject.model} {name}", **{k: v for k, v in kept.items() if k != "failed"})
+        with ENGINES[name](self.subject) as step_of:
+            for row, (shape, everywhere) in rows.items():
+                self.results.attempted(row, partial(self.measure, row, name, shape, everywhere, step_of))
+                freed()
+
+    def measure(
+        self, row: str, name: str, shape: Shape, everywhere: bool, step_of: Callable[[Shape, bool], Ready]
+    ) -> None:
+        """Measure one row."""
+        model, batch = self.subject.model, shape.batch
+        ready = step_of(shape, everywhere)
+        found: dict[str, Any] = dict(measured(ready.run, ready.foreign))
+        limit = limit_ms(self.operations[shape.side], batch, self.speeds, precision_of(name))
+        if limit is not None:
+            found |= {"limit_ms": limit, "of_limit": found["ms"] / limit}
+        made = ready.run().float().cpu()
+        if name == "diffusers eager":
+            self.eager[shape] = made
+        elif (beside := self.eager_velocity(shape)) is not None:
+            found["beside_eager"] = error(made, beside)
+        if shape == self.first and self.exact is not None:
+            found["error"] = error(made, self.exact)
+        about = {"model": model, "engine": name, "all": everywhere, "size": shape.side, "batch": batch, "run": self.run}
+        self.results.note(row, **about, **found)
+        if ready.served:
+            served = measured(ready.served, ready.foreign)
+            self.results.note(row, served_ms=served["ms"], served_peak_gib=served.get("peak_gib"))
+        if self.given.profile and shape == self.first and compiled(name):
+            self.results.note(f"{row} kernels", kernels=kernels(ready.run))
+
+    def eager_velocity(self, shape: Shape) -> torch.Tensor | None:
+        """What diffusers computes eagerly, if this run has computed it, or for one sample at a time."""
+        if shape not in self.eager and shape.batch == 1:
+            network = self.subject.network
+            own = with_weights(network, self.subject.state, network.dtype)
+            with sdpa_kernel(BACKENDS, set_priority=True):
+                self.eager[shape] = diffusers_step(own, self.subject.inputs(shape), network.dtype)().float().cpu()
+        return self.eager.get(shape)
 
 
-def random_state(network: Network) -> dict[str, torch.Tensor]:
-    """Random weights of the network in its dtype, on the GPU; norms have ones."""
-    torch.manual_seed(0)
-    with torch.device("meta"), default_dtype(network.dtype):
-        module = network.build()
-    state = {}
-    for name, parameter in module.named_parameters():
-        if "norm" in name and parameter.dim() == 1 and name.endswith("weight"):
-            state[name] = torch.ones(parameter.shape, dtype=network.dtype, device=DEVICE)
-        else:
-            state[name] = torch.randn(parameter.shape, dtype=network.dtype, device=DEVICE) * STD
-    return state
+def kernels(step: Callable[[], Any]) -> list[tuple[str, int, float]]:
+    """The kernels that take the most time in one step: their names, calls and milliseconds."""
+    from torch.profiler import ProfilerActivity, profile
 
-
-def with_weights(network: Network, state: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
-    """The traced module itself with these weights, in `dtype`."""
-    with torch.device("meta"), default_dtype(dtype):
-        module = network.build().eval()
-    module.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=False, assign=True)
-    return module.requires_grad_(False)
-
-
-def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
-    """The blocks of a DiT."""
-    for child in module.modules():
-        if isinstance(child, nn.ModuleList) and any(len(list(block.parameters())) > 8 for block in child):
-            yield from child
-
-
-def ranges_of(module: nn.Module, network: Network, step: Callable[[], Any]) -> dict[str, float]:
-    """The largest absolute input of each linear that may be quantised, for one step."""
-    amax: dict[str, float] = {}
-    hooks = []
-
-    def watch(name: str) -> Callable[..., None]:
-        def note_input(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            amax[name] = max(amax.get(name, 0.0), float(args[0].abs().max()))
-
-        return note_input
-
-    for name, child in module.named_modules():
-        weight = f"{name.removeprefix(PREFIX)}.weight"
-        if isinstance(child, nn.Linear) and network.may_be_8_bit(weight):
-            hooks.append(child.register_forward_pre_hook(watch(weight)))
-    step()
-    for hook in hooks:
-        hook.remove()
-    return amax
-
-
-class Fp8Linear(nn.Module):
-    """A linear with static FP8 scales, one for each tensor: what PyTorch users compile today."""
-
-    numbers: torch.Tensor
-    scale: torch.Tensor
-    activation: torch.Tensor
-
-    def __init__(self, linear: nn.Linear, amax: float) -> None:
-        super().__init__()
-        largest = torch.finfo(torch.float8_e4m3fn).max
-        scale = linear.weight.abs().max().float() / largest
-        self.register_buffer(
-            "numbers", (linear.weight.float() / scale).clamp(-largest, largest).to(torch.float8_e4m3fn)
-        )
-        self.register_buffer("scale", scale.reshape(()))
-        self.register_buffer("activation", torch.tensor(amax / largest, device=scale.device))
-        self.bias = linear.bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        eight = (x.float() / self.activation).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
-        y = torch._scaled_mm(
-            eight.reshape(-1, x.shape[-1]), self.numbers.t(), scale_a=self.activation, scale_b=self.scale,
-            bias=self.bias, out_dtype=x.dtype, use_fast_accum=True,
-        )  # fmt: skip
-        return y.reshape(*x.shape[:-1], -1)
-
-
-def as_fp8(module: nn.Module, network: Network, amax: dict[str, float]) -> None:
-    """Replace the linears that may be quantised by FP8 ones."""
-    for name, child in list(module.named_modules()):
-        weight = f"{name.removeprefix(PREFIX)}.weight"
-        if isinstance(child, nn.Linear) and weight in amax:
-            parent, _, own = name.rpartition(".")
-            setattr(module.get_submodule(parent), own, Fp8Linear(child, amax[weight]))
-
-
-def rates() -> dict[str, float]:
-    """The floating point operations a second of large products in bf16 and FP8, and of attention in bf16."""
-    from torch.nn.functional import scaled_dot_product_attention as attention
-
-    rows, inner, columns, heads, tokens, width = 8192, 4096, 8192, 24, 4608, 128
-    a, b = (torch.randn(size, inner, device=DEVICE, dtype=torch.bfloat16) for size in (rows, columns))
-    one = torch.ones((), device=DEVICE)
-    narrow = [tensor.to(torch.float8_e4m3fn) for tensor in (a, b)]
-    query = torch.randn(1, heads, tokens, width, device=DEVICE, dtype=torch.bfloat16)
-
-    def eight_bit() -> torch.Tensor:
-        return torch._scaled_mm(
-            narrow[0], narrow[1].t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
-        )
-
-    def attend() -> torch.Tensor:
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
-            return attention(query, query, query)
-
-    def rate(operations: int, run: Callable[[], Any]) -> float:
-        """Repeated within one measurement, so that starting it does not count."""
-        repeats = 20
-
-        def many() -> None:
-            for _ in range(repeats):
-                run()
-
-        return operations * repeats / (measured(many)["least"] / 1e3)
-
-    product = 2 * rows * inner * columns
-    return {
-        "bf16": rate(product, lambda: a @ b.t()),
-        "fp8": rate(product, eight_bit),
-        "attention": rate(4 * heads * tokens**2 * width, attend),
-    }
-
-
-def limits(step: Callable[[], Any], speeds: dict[str, float]) -> dict[str, float]:
-    """The operations of a step, and the milliseconds of its products, in bf16 or in FP8, and its attention."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
+    kind = ProfilerActivity.CUDA if DEVICE == "cuda" else ProfilerActivity.CPU
+    with profile(activities=[kind]) as seen:
         step()
-    counts = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
-    attention = sum(count for name, count in counts.items() if "attention" in name)
-    products = sum(counts.values()) - attention
-    return {
-        "products TFLOP": products / 1e12,
-        "attention TFLOP": attention / 1e12,
-        "bf16_ms": 1e3 * (products / speeds["bf16"] + attention / speeds["attention"]),
-        "fp8_ms": 1e3 * (products / speeds["fp8"] + attention / speeds["attention"]),
-    }
+    time_of = "self_device_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
+    found = sorted(seen.key_averages(), key=lambda event: -getattr(event, time_of))
+    return [(event.key[:110], event.count, round(getattr(event, time_of) / 1e3, 2)) for event in found[:24]]
 
 
-def diffusers_step(module: Any, inputs: dict[str, torch.Tensor], model: str, dtype: torch.dtype) -> Callable[[], Any]:
-    """A call of diffusers' own transformer in `dtype`, as its pipeline calls it. It returns a velocity like latents."""
-    transformer, latents = module.module, inputs["latents"]
-    if "flux" in model:
-        batch, channels, height, width = latents.shape
-        packed = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-        packed = packed.reshape(batch, height * width // 4, channels * 4).to(dtype)
-        ids = torch.zeros(height // 2, width // 2, 3, device=DEVICE)
-        ids[..., 1] += torch.arange(height // 2, device=DEVICE)[:, None]
-        ids[..., 2] += torch.arange(width // 2, device=DEVICE)[None]
-        given = {
-            "hidden_states": packed,
-            "timestep": inputs["timestep"].to(dtype),
-            "guidance": inputs.get("guidance"),
-            "pooled_projections": inputs["pooled_embeds"].to(dtype),
-            "encoder_hidden_states": inputs["prompt_embeds"].to(dtype),
-            "txt_ids": torch.zeros(inputs["prompt_embeds"].shape[1], 3, device=DEVICE, dtype=dtype),
-            "img_ids": ids.reshape(-1, 3).to(dtype),
-            "return_dict": False,
-        }
-    else:
-        given = {
-            "hidden_states": latents.to(dtype),
-            "timestep": inputs["timestep"] * 1000,
-            "pooled_projections": inputs["pooled_embeds"].to(dtype),
-            "encoder_hidden_states": inputs["prompt_embeds"].to(dtype),
-            "return_dict": False,
-        }
-
-    def step() -> Any:
+def measure_model(given: argparse.Namespace, model: str, results: Results, tracing: Executor) -> None:
+    """All rows of a model that are missing."""
+    groups: list[Group] = []
+    for engine, wanted in order(given):
+        if groups and groups[-1][0] == engine:
+            groups[-1][1].extend(wanted)
+        else:
+            groups.append((engine, list(wanted)))
+    everything = [row_name(model, name, *one) for name, wanted in groups for one in wanted]
+    missing = [row for row in everything if "ms" not in results.rows.get(row, {})]
+    if not missing:
+        print(f"{model}: nothing is missing", flush=True)
+        return
+    if results.left <= 0:
+        for row in missing:
+            results.attempted(row, lambda: None)
+        return
+    number = 1 + max((row["run"] for key, row in results.rows.items() if key.startswith(f"{model} run ")), default=0)
+    start = time.perf_counter()
+    programs = tracing.submit(trace_programs, model, "bf16")  # in another process, while the GPU is measured
+    network = read_dit(model, "bf16")
+    largest = None if given.no_all else Shape(max(given.sizes), max(given.batches))
+    smallest = Shape(min(given.sizes), 1)
+    with TemporaryDirectory(dir=SHM if SHM.is_dir() else None) as folder:
+        subject = Subject(
+            model, network, random_state(network), given.static, smallest, largest, Path(folder), results, programs
+        )
+        results.note(f"{model} run {number}", run=number, made_s=time.perf_counter() - start)
+        bench = Bench(given, subject, number)
         with torch.no_grad():
-            made = transformer(**given)[0]
-        if "flux" not in model:
-            return made
-        batch, channels, height, width = latents.shape
-        patches = made.view(batch, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
-        return patches.reshape(latents.shape)
-
-    return step
-
-
-def stored_of(network: Network, traced: Traced, scheme: str, amax: dict[str, float]) -> dict[str, regions.Stored]:
-    """How each weight is stored for `scheme`."""
-    weights = {}
-    for name in traced.aliases:
-        weights[name] = regions.Stored(name=name)
-        if scheme and network.may_be_8_bit(name):
-            known = SCHEMES[scheme]
-            weights[name] = regions.Stored(
-                name=f"{name}_quantized",
-                scheme=scheme,
-                scale=f"{name}_scale",
-                activation_scale=(
-                    activation_scale(amax[name], known, network.dtype).item() if known.activations else None
-                ),
-            )
-    return weights
-
-
-def engine_rows(
-    args: argparse.Namespace,
-    network: Network,
-    traced: Traced,
-    state: dict[str, torch.Tensor],
-    precision: str,
-    amax: dict[str, float],
-    expected: dict[int, torch.Tensor],
-) -> None:
-    """Compile, load and time Inductor's engine in one precision."""
-    scheme = precision if precision in SCHEMES else ""
-    found = regions.Regions(
-        torch=torch.__version__,
-        calls=traced.calls,
-        outputs=tuple(network.outputs),
-        weights=stored_of(network, traced, scheme, amax),
-    )
-
-    def weight(name: str) -> torch.Tensor:
-        if name.endswith(("_quantized", "_scale")):
-            base = name.removesuffix("_quantized").removesuffix("_scale")
-            wide = state[PREFIX + base].T
-            scale = weight_scale(wide, SCHEMES[scheme], network.dtype)
-            return scale if name.endswith("_scale") else quantise_weight(wide, scale, SCHEMES[scheme]).T
-        return state[PREFIX + name]
-
-    component = Component(
-        files={}, precision=precision, reason="",
-        inputs={name: describe(port) for name, port in network.inputs.items()},
-        outputs={name: describe(port) for name, port in network.outputs.items()},
-    )  # fmt: skip
-    gpu = "sm_{}{}".format(*torch.cuda.get_device_capability())
-    shapes = []
-    for side in args.sizes:
-        given = {name: tuple(tensor.shape) for name, tensor in example(network, side, args.batch).items()}
-        varying = {n: s for n, s in given.items() if any(not isinstance(d, int) for d in network.inputs[n].shape)}
-        shapes.append({n: (s, s, s) for n, s in varying.items()})
-    if args.range:
-        low, high = (
-            {n: tuple(t.shape) for n, t in example(network, side, batch).items()}
-            for side, batch in ((min(args.sizes), 1), (max(args.sizes), max(2, args.batch)))
-        )
-        shapes = [{n: (low[n], high[n], high[n]) for n in low}]
-    with TemporaryDirectory(dir="/dev/shm") as folder:
-        job = Job(
-            DIT,
-            component,
-            Path(folder) / "dit.onnx",
-            Path(folder) / "dit",
-            Target(gpu, (gpu,)),
-            shapes,
-            lambda *_: None,
-        )
-        start = time.perf_counter()
-        tasks: list[Task] = []
-        programs = traced.programs.__getitem__
-        files = inductor.compile_programs(job, found, programs, weight, lambda added, _: tasks.extend(added))
-        inductor.do_apart(tasks, DEVICE, job.progress)
-        compiled = time.perf_counter() - start
-        sizes = sum(file.stat().st_size for file in files if file.suffix == ".pt2") / 1e6
-        start = time.perf_counter()
-        engine = load_engine(files, gpu, inductor.version(), inductor.version())
-        loaded = time.perf_counter() - start
-        name = f"inductor {precision}{' range' if args.range else ''}{args.tag}"
-        note(args.out, name, compile_s=compiled, load_s=loaded, packages_mb=sizes)
-        for side in args.sizes:
-            inputs = {key: value.to(DEVICE) for key, value in example(network, side, args.batch).items()}
-            key = {key: tuple(value.shape) for key, value in inputs.items()}
-            variant = engine.variant(key)
-
-            def plain(variant: Any = variant, inputs: Any = inputs) -> Any:
-                with torch.no_grad():
-                    return engine.run_calls(variant, inputs)["velocity"]
-
-            row = f"{name} {side}"
-            made = plain()
-            note(args.out, row, error=error(made, expected[side]) if side in expected else -1.0, **measured(plain))
-            arrays = {key: value.cpu().numpy() for key, value in inputs.items()}
-
-            def served(arrays: Any = arrays) -> Any:
-                return torch.from_numpy(engine.run(arrays)["velocity"])
-
-            for _ in range(3):
-                served()
-            note(args.out, f"{row} as served", same=error(served(), made), **measured(served))
-            if args.profile and side == args.sizes[0]:
-                profile(args, row, plain)
-        engine.close()
-
-
-def profile(args: argparse.Namespace, name: str, step: Callable[[], Any]) -> None:
-    """Note the kernels that take the most time in one step."""
-    from torch.profiler import ProfilerActivity, profile as profiler
-
-    with profiler(activities=[ProfilerActivity.CUDA]) as seen:
-        step()
-        torch.cuda.synchronize()
-    kernels = sorted(seen.key_averages(), key=lambda e: -e.self_device_time_total)
-    note(
-        args.out,
-        f"{name} kernels",
-        kernels=[(k.key[:110], k.count, round(k.self_device_time_total / 1e3, 2)) for k in kernels[:24]],
-    )
+            bench.prepare()
+            if any(row.endswith(f" {bench.first}") for row in missing):
+                results.attempted(f"{model} PyTorch bf16 beside fp32", bench.in_fp32)
+                freed()
+            for engine, wanted in groups:
+                bench.group(engine, wanted)
+        results.note(f"{model} run {number}", seconds=time.perf_counter() - start)
 
 
 def main() -> None:
     """Measure what the arguments ask for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--sizes", type=lambda text: [int(part) for part in text.split(",")], default=[1024])
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--precisions", type=lambda text: [p for p in text.split(",") if p], default=["bf16", "fp8"])
-    parser.add_argument(
-        "--diffusers", type=lambda text: [p for p in text.split(",") if p], default=["eager", "compiled", "fp8"]
-    )
-    parser.add_argument("--range", action="store_true", help="one set of packages for all sizes")
-    parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--tag", default="")
-    parser.add_argument("--settings", type=json.loads, default={})
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    inductor.SETTINGS.update(args.settings)
-    note(
-        args.out,
-        "machine",
-        gpu=torch.cuda.get_device_name(),
-        torch=torch.__version__,
-        python=platform.python_version(),
-        date=str(date.today()),
-    )
-    configs = Path(__file__).parent.parent / "export" / "configs" / args.model
-    with opened(CheckpointSource(configs, random_weights=True)) as checkpoint:
-        _, _, networks = read_networks(checkpoint, parse_precision("bf16"))
-        network = next(network for network in networks if network.name == DIT)
-    start = time.perf_counter()
-    traced = trace(network)
-    note(
-        args.out, "trace", seconds=time.perf_counter() - start, programs={k: len(v) for k, v in traced.programs.items()}
-    )
-    state = random_state(network)
-    expected: dict[int, torch.Tensor] = {}
-    order = torch.nn.attention.SDPBackend
-    backends = [order.CUDNN_ATTENTION, order.FLASH_ATTENTION, order.EFFICIENT_ATTENTION, order.MATH]
-    inputs = {side: {k: v.to(DEVICE) for k, v in example(network, side, args.batch).items()} for side in args.sizes}
-    amax: dict[str, float] = {}
-
-    def exact() -> None:
-        own = with_weights(network, state, network.dtype)
-        steps = {side: diffusers_step(own, inputs[side], args.model, network.dtype) for side in args.sizes}
-        amax.update(ranges_of(own, network, steps[args.sizes[0]]))
-        rounded = {side: step().float().cpu() for side, step in steps.items()}
-        for side, step in steps.items():
-            note(args.out, f"limit {side}", **limits(step, speeds))
-        del own, steps
-        wide = with_weights(network, state, torch.float32)
-        for side in args.sizes:
-            expected[side] = diffusers_step(wide, inputs[side], args.model, torch.float32)().cpu()
-            note(args.out, f"diffusers bf16 {side}", error=error(rounded[side], expected[side]))
-
-    speeds = rates()
-    note(args.out, "rates", **{f"{name} TFLOP/s": speed / 1e12 for name, speed in speeds.items()})
-    attempted(args.out, "fp32 reference", exact)
-    with torch.nn.attention.sdpa_kernel(backends, set_priority=True):
-        for way in args.diffusers:
-            for side in args.sizes:
-
-                def step_of(way: str = way, side: int = side) -> None:
-                    own = with_weights(network, state, network.dtype)
-                    if way == "fp8":
-                        as_fp8(own, network, amax)
-                    if way != "eager":
-                        own.module.compile_repeated_blocks(fullgraph=True)
-                    step = diffusers_step(own, inputs[side], args.model, network.dtype)
-                    far = error(step(), expected[side]) if side in expected else -1.0
-                    note(args.out, f"diffusers {way} {side}", error=far, **measured(step))
-
-                attempted(args.out, f"diffusers {way} {side}", step_of)
-                torch._dynamo.reset()
-    for precision in args.precisions:
-        rows = partial(engine_rows, args, network, traced, state, precision, amax, expected)
-        attempted(args.out, f"inductor {precision}", rows)
+    given = parse()
+    rows = json.loads(given.out.read_text()) if given.out.is_file() else {}
+    table = given.out.with_suffix(".md")
+    if given.render:
+        plot(given.out.with_suffix(".svg"), rows)
+        report(table, rows)
+        return
+    began = time.monotonic()
+    inductor.SETTINGS.update(given.settings)
+    here, before = machine(), rows.get("machine", {})
+    if changed := [key for key in ("gpu", "versions") if before and before.get(key) != here[key]]:
+        told = ", ".join(f"{key} {before.get(key)} and now {here[key]}" for key in changed)
+        sys.exit(f"{given.out} is of another GPU or of other versions: {told}\nfix:   another --out, or delete it")
+    results = Results((given.out,), began + given.budget, rows, changed=partial(report, table))
+    command = "python benchmarks/gpu_steps.py " + " ".join(sys.argv[1:])
+    results.note("machine", **here, commands=[*before.get("commands", []), command])
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as tracing:
+        for model in given.models:
+            measure_model(given, model, results, tracing)
+            freed()
+    plot(given.out.with_suffix(".svg"), results.rows)
+    report(table, results.rows)
+    print(table.read_text(), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 import time
@@ -12,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from ditforge import local_gpu, manifest
-from ditforge.contract import DIT, TOKENIZER, VAE_DECODER, VAE_ENCODER
+from ditforge.contract import DIT, PROMPT_EMBEDS, TOKENIZER, VAE_DECODER, VAE_ENCODER
+from ditforge.engines import step_limit
 from ditforge.engines.compilers import NUMPY_DTYPES, Arrays, LoadedEngine
 from ditforge.engines.memory.fitting import least_batch
 from ditforge.engines.runtime.loading import load_engine
@@ -48,11 +50,32 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A step of the DiT, as a row of docs/benchmarks/steps.md has it.
+
+    samples: how many it takes at a time. ms: the median of the calls. limit_ms: what its products and attention alone
+    would take at the rates that this GPU reached by itself, and of_limit how many times that `ms` is; None where this
+    is not known, and `unknown` says why. steps_a_second: how many steps of so many samples a second.
+    """
+
+    compiler: str
+    precision: str
+    samples: int
+    ms: float
+    limit_ms: float | None
+    of_limit: float | None
+    unknown: str
+    steps_a_second: float
+    gpu_memory: int | None
+
+
+@dataclass(frozen=True)
 class Bench:
     """What was measured: on which device, for pictures of which size, how many at a time, in how many calls.
 
     With classifier-free guidance, the DiT takes two samples for each picture. picture_s: the seconds that all calls for
-    these pictures take, from text, with the model's own number of steps; None without a DiT or a decoder.
+    these pictures take, from text, with the model's own number of steps; None without a DiT or a decoder. step: the
+    DiT's row; None without one.
     """
 
     device: str
@@ -64,6 +87,7 @@ class Bench:
     timings: tuple[Timing, ...]
     steps: int
     picture_s: float | None
+    step: Step | None
 
 
 def bench(
@@ -99,13 +123,47 @@ def bench(
         timings.append(
             Timing(name, component.precision, made.compiler, statistics.median(ms), ms[0], ms[-1], loaded, taken)
         )
+    dit = next((timing for timing in timings if timing.component == DIT), None)
+    report("limit", len(names), len(names))
+    step = step_of(dit, found, (width, height), batch * least_batch(found.model)) if dit else None
     report("done", len(names), len(names))
     here = any(engine.target != CPU for engine in found.engines.values())
     device = local_gpu.local_gpus()[0].product if here else CPU
     steps = found.model.default_steps
-    return Bench(
-        device, found.model.name, width, height, batch, runs, tuple(timings), steps, picture_time(timings, found.model)
-    )
+    picture_s = picture_time(timings, found.model)
+    return Bench(device, found.model.name, width, height, batch, runs, tuple(timings), steps, picture_s, step)
+
+
+def step_of(timing: Timing, found: Manifest, size: tuple[int, int], samples: int) -> Step:
+    """The DiT's row, for pictures of that (width, height), with the limit where it can be measured."""
+    least, unknown = None, ""
+    try:
+        least = limit_of(timing, found, size, samples)
+    except Exception as error:  # what was measured stays, whatever of the libraries for a GPU fails
+        unknown = " ".join(str(error).split())[:300]
+    of_limit = None if least is None else timing.ms / least
+    return Step(
+        timing.compiler, timing.precision, samples, timing.ms, least, of_limit, unknown, 1e3 / timing.ms,
+        timing.gpu_memory,
+    )  # fmt: skip
+
+
+def limit_of(timing: Timing, found: Manifest, size: tuple[int, int], samples: int) -> float:
+    """The least milliseconds of a step by the rates of this GPU. Raises UserError if that is not known."""
+    component, side = found.components[DIT], math.prod(size) ** 0.5
+    if found.engines[DIT].target == CPU:
+        raise UserError("limits are measured of GPUs", "")
+    text = component.inputs[PROMPT_EMBEDS].shape[1]
+    footprint = component.footprint
+    total = footprint.flops_at(side) if footprint else None
+    of_attention = footprint.attention_at(side, int(text), found.model.size_multiple) if footprint else None
+    if total is None or of_attention is None:
+        raise UserError("the export did not count the operations of the DiT", "")
+    rates = step_limit.measure_rates(timing.compiler)
+    least = rates.least_ms(timing.precision, samples * (total - of_attention), samples * of_attention)
+    if least is None:
+        raise UserError(f"no rate of products in {timing.precision} can be measured here", "")
+    return least
 
 
 def parse_size(text: str | None, model: Model) -> tuple[int, int]:

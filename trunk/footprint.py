@@ -60,6 +60,19 @@ class Footprint(BaseModel):
         nearest = sorted(points, key=lambda point: abs(point[0] - side**2))[:3]
         return through(sorted(nearest), side**2)
 
+    def attention_at(self, side: float, text_tokens: int, multiple: int) -> float | None:
+        """The operations of attention among those of flops_at(); None if they were not counted, or at too few sizes.
+
+        Only attention grows with the square of the number of tokens: those of the text, and one for each square of
+        multiple x multiple pixels. So its share follows from how operations grow with the number of pixels.
+        """
+        nearest = sorted(self.flops, key=lambda known: abs(known**2 - side**2))[:3]
+        if len(nearest) < 3:
+            return None
+        (a, x), (b, y), (c, z) = sorted((known**2 / multiple**2, self.flops[known]) for known in nearest)
+        of_a_pair = ((z - y) / (c - b) - (y - x) / (b - a)) / (c - a)
+        return of_a_pair * (text_tokens + side**2 / multiple**2) ** 2
+
     def first(self, kept: int, count: int) -> int:
         """An upper bound of the bytes of weights in the first `kept` of `count` consecutive segments."""
         return min(self.weights, self.weights * kept // count + self.largest_block)

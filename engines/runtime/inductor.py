@@ -256,6 +256,12 @@ class Execution:
         replay.graph.replay()
         return replay.outputs
 
+    def forget_graphs(self) -> None:
+        """Free all recorded graphs. They are recorded anew."""
+        self.replays.clear()
+        self.runs.clear()
+        self.launching.clear()
+
     def run_timed(
         self, shared: Shared, variant: Variant, given: dict[str, Tensor], key: tuple[Shape, ...]
     ) -> dict[str, Tensor]:
@@ -308,7 +314,7 @@ class Execution:
     def close(self) -> None:
         """Free the weights, the packages and the recorded graphs."""
         with _lock:
-            self.replays.clear()
+            self.forget_graphs()
             for block in self.blocks:
                 if self.cuda and block.host is not None:
                     unpin(block.host)

@@ -11,10 +11,11 @@ from command_line import assert_error, ditforge
 
 from ditforge import manifest
 from ditforge.contract import TOKENIZER
-from ditforge.engines import bench as module
-from ditforge.engines.bench import bench, inputs_of, parse_size, picture_time
+from ditforge.engines import bench as module, step_limit
+from ditforge.engines.bench import Timing, bench, inputs_of, parse_size, picture_time, step_of
 from ditforge.engines.compilers import Arrays
 from ditforge.engines.runtime import loading
+from ditforge.engines.step_limit import Rates
 from ditforge.errors import UserError
 
 
@@ -64,13 +65,34 @@ def test_a_picture_is_all_its_calls(schnell) -> None:
 def test_the_command_prints_a_row_for_each_network(schnell, tmp_path: Path) -> None:
     result = ditforge("bench", schnell.engines, "--size", "16x32", "--runs", "2", cwd=tmp_path)
     assert result.code == 0, result.err
-    first, headings, *rows, last = result.out.splitlines()
+    first, headings, *rows, last, of_step, step, unknown = result.out.splitlines()
     assert first == "random-schnell on cpu, 16 x 32 pixels, pictures at a time: 1, median of 2 calls"
     assert headings.split()[:4] == ["network", "precision", "compiler", "ms"]
     assert [row.split()[:3] for row in rows][2] == ["dit", "fp32", "onnxruntime"]
     assert last.startswith("a picture of 4 steps: ")
+    assert of_step.startswith("a step on") and step.split()[:3] == ["cpu", "onnxruntime", "fp32"]
+    assert unknown == "no limit: limits are measured of GPUs"
     document = json.loads(ditforge("bench", schnell.engines, "--runs", "1", "--json", cwd=tmp_path).out)
     assert len(document["timings"]) == len(rows)
+    dit = next(timing for timing in document["timings"] if timing["component"] == "dit")
+    assert document["step"]["ms"] == dit["ms"] == pytest.approx(1e3 / document["step"]["steps_a_second"])
+
+
+def test_the_limit_of_a_step(schnell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All operations of a sample at a trillion a second; without a rate for the precision, the reason is told."""
+    found = manifest.read(schnell.engines, "engines")
+    on_gpu = found.engines | {"dit": found.engines["dit"].model_copy(update={"target": "sm_90"})}
+    found = found.model_copy(update={"engines": on_gpu})
+    monkeypatch.setattr(step_limit, "measure_rates", lambda compiler: Rates(1e12, 1e12))
+    timing = Timing("dit", "bf16", "onnxruntime", 50.0, 49.0, 51.0, 1.0, 2**30)
+    step = step_of(timing, found, (64, 64), 3)
+    footprint = found.components["dit"].footprint
+    assert footprint is not None
+    assert step.limit_ms == pytest.approx(1e3 * 3 * (footprint.flops_at(64) or 0) / 1e12)
+    assert step.of_limit == pytest.approx(50.0 / step.limit_ms) and step.unknown == ""
+    assert step.gpu_memory == 2**30
+    step = step_of(replace(timing, precision="nvfp4"), found, (64, 64), 3)
+    assert step.limit_ms is None and step.unknown == "no rate of products in nvfp4 can be measured here"
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,8 @@ def examine() -> Machine:
         *(extra_finding(extra) for extra in install_hint.EXTRAS),
         *both_runtimes(),
         inductor_finding(bool(gpus)),
+        *onnxruntime_finding(),
+        *(compilers_finding(gpu) for gpu in gpus[:1]),
         triton_finding(),
     ]
     return Machine(tuple(findings), memory, disk, shm, tuple(gpus))
@@ -227,6 +229,38 @@ def inductor_finding(with_gpu: bool) -> Finding:
         fixes.append("apt install g++" if compiler == "g++" else "leave CXX out of the environment, or CXX=g++")
     shown = f"{torch}, {f'for CUDA {cuda[1]}' if cuda else 'for the CPU alone'}; C++ compiler {compiler}"
     return Finding(name, shown + (" is missing" if missing else ""), "; ".join(fixes))
+
+
+def onnxruntime_finding() -> list[Finding]:
+    """What the ONNX Runtime that is installed can execute on; nothing if there is none.
+
+    Importing it takes a fraction of a second, and never brings PyTorch.
+    """
+    name = next((name for name in (ON_CUDA, ON_CPU) if has_package(name)), None)
+    if name is None:
+        return []
+    try:
+        import onnxruntime as ort
+
+        providers = ", ".join(provider.removesuffix("ExecutionProvider") for provider in ort.get_available_providers())
+    except Exception as error:  # a library that it needs is missing, or the files of two packages are mixed
+        return [Finding("ONNX Runtime", f"{name} {version(name)} cannot be imported: {' '.join(str(error).split())}")]
+    return [Finding("ONNX Runtime", f"{name} {version(name)}: {providers}; its engines need no torch")]
+
+
+def compilers_finding(gpu: LocalGpu) -> Finding:
+    """Which compilers can compile here for the GPU, the default first, and why the others cannot."""
+    name = "compilers"
+    try:
+        from ditforge.engines.compilers import choice
+        from ditforge.engines.gpus import Target
+    except ModuleNotFoundError as error:
+        return Finding(name, f"unknown: {error.name} is not installed", install_hint.install("engines"))
+    target = Target(gpu.product, (gpu.capability,))
+    suited = {compiler.name: choice.why_not_here(compiler, target) for compiler in choice.able_for((gpu.capability,))}
+    able, unable = [one for one in suited if not suited[one]], [why for why in suited.values() if why]
+    shown = f"{', '.join(able) or 'none'} for {gpu.capability}"
+    return Finding(name, "; ".join([shown, *unable]), "" if able else install_hint.install("engines"))
 
 
 def triton_finding() -> Finding:

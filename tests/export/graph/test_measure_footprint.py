@@ -166,6 +166,20 @@ def test_operations_between_what_was_counted() -> None:
     assert Footprint(weights=1, largest_block=1, activations={1: 1}).flops_at(512) is None
 
 
+def test_what_of_the_operations_is_attention() -> None:
+    """Only attention grows with the square of the tokens, which are 512 of text and one for 16 x 16 pixels."""
+
+    def tokens(side: float) -> float:
+        return 512 + (side / 16) ** 2
+
+    flops = {side: round(7e6 + 3e6 * tokens(side) + 5e3 * tokens(side) ** 2) for side in (256, 512, 1024, 2048)}
+    measured = Footprint(weights=1, largest_block=1, activations={1: 1}, flops=flops)
+    for side in (512, 800, 1024, 1536):
+        assert measured.attention_at(side, 512, 16) == pytest.approx(5e3 * tokens(side) ** 2, rel=1e-4)
+    few = Footprint(weights=1, largest_block=1, activations={1: 1}, flops={512: flops[512], 1024: flops[1024]})
+    assert few.attention_at(1024, 512, 16) is None
+
+
 def test_between_and_beyond_what_was_measured() -> None:
     def quadratic(side: float) -> float:
         return 1000 + 5 * side**2 + side**4 / 1e3

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import subprocess
 import sys
 from importlib.machinery import ModuleSpec
-from importlib.metadata import metadata, version
+from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from command_line import ditforge
 from ditforge import local_gpu
 from ditforge.commands import doctor
 from ditforge.commands.doctor import Finding
+from ditforge.engines.compilers import inductor
 from ditforge.errors import UserError
 from ditforge.local_gpu import LocalGpu
 from ditforge.machine_memory import Memory
@@ -104,6 +106,29 @@ def test_what_inductor_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "no-such-compiler is missing" in found("inductor").found
     assert "CXX" in found("inductor").fix
+
+
+def test_what_onnxruntime_executes_on(tmp_path: Path) -> None:
+    """Its engines need no PyTorch, and neither does finding out what it executes on."""
+    assert found("ONNX Runtime").found == f"onnxruntime {version('onnxruntime')}: Azure, CPU; its engines need no torch"
+    code = "from ditforge.commands import doctor; doctor.examine(); import sys; print('torch' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "False"
+
+
+def test_which_compilers_suit_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = LocalGpu("NVIDIA H100 80GB HBM3", "sm_90", 80 * 2**30, 78 * 2**30, "580.95.05")
+    monkeypatch.setattr(local_gpu, "local_gpus", lambda: [card])
+    monkeypatch.setattr(inductor, "installed_version", no_package)
+    finding = found("compilers")
+    able, *unable = finding.found.split("; ")
+    assert able == "onnxruntime for sm_90" and not finding.fix
+    assert "inductor: PyTorch is not installed" in unable and "tensorrt-rtx" not in finding.found
+
+
+def no_package(name: str) -> str:
+    """What importlib.metadata says of a package that is not installed."""
+    raise PackageNotFoundError(name)
 
 
 def test_memory_is_what_the_control_group_leaves(monkeypatch: pytest.MonkeyPatch) -> None:

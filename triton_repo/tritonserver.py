@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import secrets
@@ -24,12 +25,14 @@ import psutil
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2, service_pb2 as pb
 
+from ditforge import manifest
 from ditforge.engines.runtime.rendezvous import hidden
 from ditforge.errors import DitforgeError
 from ditforge.triton_repo.config import ENGINES_VARIABLE, FORGONE_VARIABLE
 from ditforge.triton_repo.installation import STUB, python_environment, tritonserver_command
 from ditforge.triton_repo.serve_options import ServeOptions
 
+EARLY = "ditforge.engines.runtime.early"
 ENGINES = "engines"  # a folder beside the sockets, where the models meet the engine process
 FORGONE = "forgone"  # a folder of words about requests that nobody waits for, beside the sockets
 SHM = Path("/dev/shm")  # where glibc's shm_open(3) keeps its regions
@@ -44,12 +47,20 @@ KEY = "ditforge-key"
 CLOSED = "model-repository,shared-memory,trace,logging"  # what clients have no business in, in Triton's names
 
 # PR_SET_PDEATHSIG (1) has the kernel kill Triton when its parent dies, of whatever; its models see that and end. The
-# call is made in a process of its own, which then becomes tritonserver: a preexec_fn can deadlock with threads.
+# call is made in a process of its own, which then becomes tritonserver: a preexec_fn can deadlock with threads. Before
+# that, it starts what starts the engine process (early.py), by a fork of a fork, which Triton need not reap.
 LAUNCH = """
-import ctypes, os, signal, sys
+import ctypes, json, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 if os.getppid() == int(sys.argv[1]):
-    os.execv(sys.argv[2], sys.argv[2:])
+    early, command, server = json.loads(sys.argv[2]), sys.argv[3:], os.getpid()
+    if early:
+        if os.fork() == 0:
+            if os.fork() == 0:
+                os.execv(early[0], [*early, str(server)])
+            os._exit(0)
+        os.wait()
+    os.execv(command[0], command)
 """
 
 
@@ -72,8 +83,9 @@ class Triton:
         Raises DitforgeError, with the reason from Triton's log, if they cannot be loaded.
         """
         command, env = prepare(self.options, self.folder, self.key)
+        early = json.dumps(early_start(self.options.repo, self.folder))
         self.process = subprocess.Popen(
-            [sys.executable, "-ISc", LAUNCH, str(os.getpid()), *command],
+            [sys.executable, "-ISc", LAUNCH, str(os.getpid()), early, *command],
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr.fileno(),
             stderr=subprocess.STDOUT,
@@ -242,6 +254,16 @@ def prepare(options: ServeOptions, folder: Path, key: str) -> tuple[list[str], d
     args += [f"--backend-config=python,shm-default-byte-size={options.shm_bytes}"]
     args += [f"--backend-config=python,shm-growth-byte-size={options.shm_growth}"]
     return [*args, *options.extra_args], env
+
+
+def early_start(repository: Path, folder: Path) -> list[str]:
+    """The command that starts the engine process of a prepared server; empty if it has no engines that are known."""
+    if not (repository / manifest.FILE_NAME).is_file():
+        return []
+    engines = manifest.read(repository, "repository").engines.values()
+    kinds = sorted({(engine.compiler, engine.target) for engine in engines})
+    python = str(folder / "bin" / "python3")
+    return [python, "-m", EARLY, str(folder / ENGINES), json.dumps(kinds)] if kinds else []
 
 
 def needs_gpu(repository: Path) -> bool:

@@ -86,6 +86,10 @@ def no_check(name: str, component: Component, target: Target) -> None:
     """The check of a compiler that needs none, because its declaration says everything that it cannot do."""
 
 
+def prepare_nothing(target: str) -> None:
+    """What a compiler does in advance whose engines are loaded quickly: nothing."""
+
+
 @dataclass(frozen=True)
 class Compiler:
     """A compiler: it makes an engine of one ONNX graph, and loads the engines that it made.
@@ -101,6 +105,8 @@ class Compiler:
     together: makes engines of several networks side by side, each as `compile` does, in processes that it starts, and
         returns the files of each. Whole networks come to it, and segments to `compile`. None where networks are
         compiled one after the other.
+    prepare: takes the device of an engine that will be loaded soon, and does in advance what takes long: imports, and
+        the GPU's context.
     settings: returns whatever else changes an engine, for the cache key.
     check: raises UserError, with what would be possible, if a component cannot be compiled for a target. What
         `executes` says has been checked before.
@@ -127,6 +133,7 @@ class Compiler:
     compile: Callable[[Job], list[Path]]
     load: Callable[[list[Path], str, str], LoadedEngine]
     together: Callable[[Sequence[Job], Progress], list[list[Path]]] | None = None
+    prepare: Callable[[str], None] = prepare_nothing
     settings: Callable[[], dict[str, str]] = dict
     check: Check = no_check
     reads: Literal["graph", "programs"] = "graph"

@@ -270,6 +270,14 @@ def trace_sizes(
     return run_fake(lowered, found.calls, kinds, inputs)
 
 
+def prepare_to_load(target: str) -> None:
+    """Import PyTorch, and set up what all engines of a process share on the GPU."""
+    from ditforge.engines.runtime.inductor import shared
+
+    if target != CPU:
+        shared()
+
+
 def load(files: list[Path], target: str, built_with: str) -> Execution:
     """Load the engine. Raises UserError if it is for another GPU, or if another PyTorch compiled it."""
     from ditforge.engines.runtime.inductor import load_engine
@@ -293,6 +301,7 @@ COMPILER = Compiler(
     check=check,
     compile=compile,
     load=load,
+    prepare=prepare_to_load,
     reads="programs",
     compiles_on="the target",
     load_frugally=load_frugally,

@@ -105,6 +105,14 @@ def write_for_cpu(job: Job, path: Path, data: Path) -> None:
         raise DitforgeError(f"ONNX Runtime cannot compile {job.name}: {reason}", "report it with the export") from error
 
 
+def prepare_to_load(target: str) -> None:
+    """Import ONNX Runtime, and for a GPU what loads engines there."""
+    import onnxruntime  # noqa: F401
+
+    if target != CPU:
+        from ditforge.engines.runtime import onnxruntime_cuda  # noqa: F401
+
+
 def load(files: list[Path], target: str, built_with: str) -> LoadedEngine:
     """Load the optimised graph among `files`. Raises UserError if there is none, or no GPU of the target."""
     import onnxruntime as ort
@@ -174,6 +182,7 @@ COMPILER = Compiler(
     check=check,
     compile=compile,
     load=load,
+    prepare=prepare_to_load,
     shapes="any",
     libraries=2**30,  # an H100: 1.5 and 1.7 GiB in all with five and six small engines, of 0.1 GiB themselves
     holds_weights=False,

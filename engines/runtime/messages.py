@@ -4,6 +4,8 @@ A message is its length (4 bytes, big endian) and a JSON object. Memory travels 
 (SCM_RIGHTS, unix(7)), once each; arrays are then places in it. A client asks, and waits for the answer before it asks
 again, so that there is never more than one message under way in a direction.
 
+    {"call": "prepare", "engines": [[COMPILER, TARGET], …]}      of which some will be loaded soon
+        → {}
     {"call": "load", "folder": PATH, "files": {NAME: File}, "made": Engine}
         → {"inputs": [NAME, …], "outputs": [NAME, …]}
     {"call": "run", "parts": [{NAME: ARRAY, …}, …]}      requests of equal shapes, which are run as one batch

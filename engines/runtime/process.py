@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditforge.engines.compilers import LoadedEngine
+from ditforge.engines.compilers import LoadedEngine, find_compiler
 from ditforge.engines.runtime import rendezvous
 from ditforge.engines.runtime.loading import load_engine
 from ditforge.engines.runtime.messages import Line, Memory, room
@@ -126,7 +126,7 @@ class Client:
         while True:
             message = self.line.receive()
             try:
-                answer = self.load(message) if message["call"] == "load" else self.run(message)
+                answer = {"load": self.load, "run": self.run, "prepare": self.prepare}[message["call"]](message)
             except UserError as error:
                 answer = {"error": UserError.__name__, "problem": error.problem, "fix": error.fix}
             except DitforgeError as error:
@@ -137,11 +137,18 @@ class Client:
                 recover()
             self.line.send(answer)
 
+    def prepare(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Do in advance what takes long before the first engine is loaded. What fails here, loading fails at too."""
+        for compiler, target in message["engines"]:
+            with self.turns[device_of(target)]:  # nothing is imported by two threads at a time
+                find_compiler(compiler).prepare(target)
+        return {}
+
     def load(self, message: dict[str, Any]) -> dict[str, Any]:
         """Load the engine. No engine of the device computes meanwhile, because it is also warmed up."""
         made = Engine.model_validate(message["made"])
         files = {name: File.model_validate(file) for name, file in message["files"].items()}
-        self.device = CPU if made.target == CPU else "gpu"
+        self.device = device_of(made.target)
         with self.turns[self.device]:
             self.engine = load_engine(Path(message["folder"]), files, made)
         self.line.begin(1)  # now, when there are file descriptors for it
@@ -188,6 +195,11 @@ class Client:
             with self.turns[self.device], suppress(Exception):
                 self.engine.close()
             self.engine = None
+
+
+def device_of(target: str) -> str:
+    """On what an engine for this target computes, one call at a time."""
+    return CPU if target == CPU else "gpu"
 
 
 def pin(memory: Memory) -> None:

@@ -34,7 +34,7 @@ from ditforge.triton_repo import server as starting
 from ditforge.triton_repo.config import ENGINES_VARIABLE
 from ditforge.triton_repo.serve_options import make_options
 from ditforge.triton_repo.server import Server, start
-from ditforge.triton_repo.tritonserver import needs_gpu, prepare, remove
+from ditforge.triton_repo.tritonserver import EARLY, needs_gpu, prepare, remove
 
 GOOD = request("dit", dit_inputs())
 NOTICED = 2.0  # seconds within which a death shows in the readiness
@@ -146,6 +146,14 @@ def test_text_that_is_encoded_while_the_engine_process_dies(server: Server) -> N
         time.sleep(0.2)
         engine_process(server).kill()
         assert busy.result(120) == {expected}
+
+
+def test_the_engine_process_is_started_beside_triton(tiny) -> None:
+    """It imports what it needs while Triton starts, and is not started by a model that is loaded."""
+    with start(tiny.repository, port=0) as other:
+        starter = engine_process(other).parent()
+        assert starter is not None and EARLY in starter.cmdline()
+        assert os.getpgid(starter.pid) == tritonserver(other).pid  # so it ends with Triton, whatever becomes of it
 
 
 def test_only_the_engine_process_sees_gpus(server: Server) -> None:

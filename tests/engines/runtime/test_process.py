@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import pytest
 from command_line import eventually
 
 from ditforge import manifest
-from ditforge.engines.runtime import rendezvous
+from ditforge.engines.runtime import early, rendezvous
 from ditforge.engines.runtime.connection import EngineFailed, ProcessLost, RemoteEngine
 from ditforge.engines.runtime.turns import Turns
 from ditforge.errors import UserError
@@ -54,7 +55,12 @@ class Obedient:
         pass
 def load(files, target, version):
     return Obedient()
-COMPILER = Compiler("obedient", {"cpu": ["fp32"]}, version=lambda: "1", compile=lambda job: [], load=load)
+def prepare(target):
+    with open(os.environ["PREPARED"], "a") as file:
+        file.write(target)
+COMPILER = Compiler(
+    "obedient", {"cpu": ["fp32"]}, version=lambda: "1", compile=lambda job: [], load=load, prepare=prepare
+)
 """
 MADE = Engine(compiler="obedient", compiler_version="1", target="cpu", cache_key={})
 CLIENT = """
@@ -85,6 +91,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (package / "entry_points.txt").write_text("[ditforge.compilers]\nobedient = obedient_compiler:COMPILER\n")
     (tmp_path / "site" / "obedient_compiler.py").write_text(COMPILER)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), os.environ["PYTHONPATH"]]))
+    monkeypatch.setenv("PREPARED", str(tmp_path / "prepared"))
     (tmp_path / "x.engine").write_bytes(b"engine")
     return tmp_path
 
@@ -147,6 +154,27 @@ def test_a_batch_and_large_tensors(connect: Connect) -> None:
         np.testing.assert_array_equal(engine.run({"x": numbers})["y"], numbers + 1)
     every_other = draw((100, 2)).astype(np.float32)[:, :1]
     np.testing.assert_array_equal(engine.run({"x": every_other})["y"], every_other + 1)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["prepared", "of a compiler that is not there"])
+def test_a_process_that_is_started_early(connect: Connect, folder: Path, place: Path, known: bool) -> None:
+    """Clients meet the one that is there already. Whoever started it goes with the server."""
+    with subprocess.Popen(["sleep", "100"]) as server:
+        kinds = json.dumps([["obedient" if known else "unknown", "cpu"]])
+        command = [sys.executable, "-m", early.__name__, str(place), kinds, str(server.pid)]
+        with subprocess.Popen(command) as starter:
+            eventually(lambda: processes(place), 20)
+            (first,) = processes(place)
+            if known:
+                eventually(lambda: (folder / "prepared").is_file(), 20)
+            engine = connect()
+            assert engine.run(x(1))["y"][0, 0] == 2
+            assert processes(place) == [first]
+            assert starter.poll() is None
+            server.kill()
+            assert starter.wait(20) == 0
+        first.wait(20)
+    assert not known or (folder / "prepared").read_text() == "cpu"
 
 
 def test_what_is_in_shared_memory_is_not_copied(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:

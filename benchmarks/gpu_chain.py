@@ -278,12 +278,24 @@ def killed_process(repository: Path, log: Path, gpu: Gpu | None) -> dict[str, An
                 recovered.append(round(time.perf_counter() - begun, 2))
             time.sleep(2)
             ended.set()
+        said = killed_in_a_call(server)
         after = int(np.abs(one(client) - expected).max())
         return {
             "processes_each_time": processes, "pictures": done, "wrong": wrong, "errors": errors[:5],
+            "error_of_a_client_that_does_not_retry": said,
             "picture_after_a_kill_s": recovered, "difference_at_the_end": after,
             "good": not wrong and not errors and after <= 1 and processes == [1, 1, 1],
         }  # fmt: skip
+
+
+def killed_in_a_call(server: Server) -> str:
+    """What a client that does not try again is told when the process is killed; empty if no call was in it then."""
+    with Client(server.url, retry_timeout=0) as client, ThreadPoolExecutor(1) as pool:
+        many = pool.submit(failing, lambda: [one(client) for _ in range(20)])
+        time.sleep(0.3)
+        for victim in engine_processes(server):
+            os.kill(victim, signal.SIGKILL)
+        return many.result()
 
 
 def full_while_serving(repository: Path, log: Path, gpu: Gpu | None) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def report(rows: dict[str, Row]) -> str:
         (name, *(number(row.get(key)) for key in COLUMNS.values()), outcome(row)) for name, row in measured.items()
     ]
     broken = [
-        (name, {True: "as it should be", False: "**not as it should be**"}.get(row.get("good"), ""), told(row))
+        (name, "as it should be" if row.get("good") else "**not as it should be**", told(row))
         for name, row in faults.items()
     ]
     return "\n".join(

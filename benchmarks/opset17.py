@@ -47,7 +47,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Tr
     """torch.onnx.ops.rotary_embedding of neighbouring channels."""
     assert interleaved
     cos, sin = cos[:, None], sin[:, None]
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
 
 

@@ -8,6 +8,7 @@ machine with a GPU, exports each model in each precision, builds, serves, and ma
 captions with the same seeds; the judge scores both. Then it breaks things: the engine process is killed in the middle
 of pictures, another program takes the GPU's memory before the server starts and while it serves, and an engine's file
 is cut short. Each has to end in a clear error for whoever it meets, and the next good picture has to come.
+gpu_engines.py does the same with engines that are there.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ from typing import Any
 import numpy as np
 from gpu_memory import Gpu, neighbour
 from gpu_run import Failed, Results, ditforge
-from gpu_served import Server, serving
+from gpu_served import Server, milliseconds, serving, statistics_of
 from numpy.typing import NDArray
 
 from ditforge.client import Client
+from ditforge.contract import DIT
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
 from judge import judge
@@ -43,6 +45,9 @@ from scenes import caption, held_out_captions, training_scenes
 
 SEED, STEPS = 2026, 20
 CAPTIONS = 200
+FEW_CAPTIONS = 24  # where engines are loaded for each call
+TOGETHER = 3  # pictures of one call, of SIZE, which no model is trained for
+SIZE = "160x128"
 CALIBRATION_PROMPTS = 64
 MIB = 2**20
 PROCESS = "ditforge.engines.runtime.process"
@@ -75,6 +80,21 @@ class Case:
     def name(self) -> str:
         """Its name in the results."""
         return f"{self.export} {self.compiler}"
+
+
+@dataclass(frozen=True)
+class Served:
+    """A repository in `folder`/repo: the name of its model, its precision, and whether its engines are resident."""
+
+    model: str
+    precision: str
+    folder: Path
+    resident: bool = True
+
+    @property
+    def repository(self) -> Path:
+        """The repository."""
+        return self.folder / "repo"
 
 
 def engine_processes(server: Server) -> list[int]:
@@ -151,37 +171,54 @@ def write_reference(checkpoints: list[Path], out: Path) -> None:
         np.savez_compressed(out / f"{checkpoint.name}.npz", **made)
 
 
-def measure_case(case: Case, folder: Path, reference: Path, gpu: Gpu | None) -> dict[str, Any]:
-    """Serve the repository of a case, and compare its pictures with the CPU's."""
-    captions = held_out_captions(CAPTIONS, SEED)
-    expected = np.load(reference / f"{case.checkpoint.name}.npz")
+def measure_case(served: Served, reference: Path, gpu: Gpu | None) -> dict[str, Any]:
+    """Serve a repository, and compare its pictures with the CPU's."""
+    captions = held_out_captions(CAPTIONS, SEED)[: CAPTIONS if served.resident else FEW_CAPTIONS]
+    expected = {name: all_of[: len(captions)] for name, all_of in np.load(reference / f"{served.model}.npz").items()}
     before = gpu.used if gpu else 0
-    with serving(folder / case.name / "repo", folder / case.name / "log", STARTING) as server:
+    with serving(served.repository, served.folder / "log", STARTING) as server:
         taken = gpu.used - before if gpu else 0
         with Client(server.url) as client:
             client.generate(captions[0], seed=SEED, steps=STEPS)
-            times = []
+            times, told = [], statistics_of(server.url)
             for _ in range(5):
                 begun = time.perf_counter()
                 client.generate(captions[0], seed=SEED, steps=STEPS)
                 times.append(1000 * (time.perf_counter() - begun))
+            dit = milliseconds(told, statistics_of(server.url))[DIT]
+            together = difference_together(client, captions[:TOGETHER])
         begun = time.perf_counter()
         images = pictures(server.url, captions)
         seconds = time.perf_counter() - begun
+        afterwards = gpu.used - before if gpu else 0
+        processes = len(engine_processes(server))
     own = score(images, captions)
     exact = score(expected["fp32"], captions)
-    same = score(expected["fp8"], captions) if case.precision == "fp8" else exact
+    same = score(expected["fp8"], captions) if served.precision == "fp8" else exact
     return {
         "ready_s": round(server.ready, 1),
         "picture_ms": round(float(np.median(times)), 1),
+        "dit_ms": dit["compute_infer"],
         "all_s": round(seconds, 1),
+        "pictures": len(captions),
+        "engine_processes": processes,
         "gpu_mib": taken // MIB,
+        "gpu_mib_afterwards": afterwards // MIB,
         "score": own,
         "cpu_fp32_score": exact,
         "cpu_same_precision_score": same,
         "within_1_point": abs(own - same) <= 1.0,
+        "together_and_alone_differ_by": together,
         **distance(images, expected["fp32"]),
     }
+
+
+def difference_together(client: Client, captions: list[str]) -> int:
+    """How many of 255 levels pictures of SIZE differ that are made in one call, and one after the other."""
+    many = client.generate(captions, seed=SEED, steps=STEPS, size=SIZE)
+    alone = [client.generate(text, seed=SEED + place, steps=STEPS, size=SIZE) for place, text in enumerate(captions)]
+    pairs = zip(many, alone, strict=True)
+    return max(int(np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max()) for a, b in pairs)
 
 
 @contextlib.contextmanager
@@ -241,12 +278,24 @@ def killed_process(repository: Path, log: Path, gpu: Gpu | None) -> dict[str, An
                 recovered.append(round(time.perf_counter() - begun, 2))
             time.sleep(2)
             ended.set()
+        said = killed_in_a_call(server)
         after = int(np.abs(one(client) - expected).max())
         return {
             "processes_each_time": processes, "pictures": done, "wrong": wrong, "errors": errors[:5],
+            "error_of_a_client_that_does_not_retry": said,
             "picture_after_a_kill_s": recovered, "difference_at_the_end": after,
             "good": not wrong and not errors and after <= 1 and processes == [1, 1, 1],
         }  # fmt: skip
+
+
+def killed_in_a_call(server: Server) -> str:
+    """What a client that does not try again is told when the process is killed; empty if no call was in it then."""
+    with Client(server.url, retry_timeout=0) as client, ThreadPoolExecutor(1) as pool:
+        many = pool.submit(failing, lambda: [one(client) for _ in range(20)])
+        time.sleep(0.3)
+        for victim in engine_processes(server):
+            os.kill(victim, signal.SIGKILL)
+        return many.result()
 
 
 def full_while_serving(repository: Path, log: Path, gpu: Gpu | None) -> dict[str, Any]:
@@ -295,7 +344,8 @@ def cut_file(repository: Path, log: Path, gpu: Gpu | None) -> dict[str, Any]:
     return {"file": str(largest.relative_to(copy)), "error": said, "good": largest.name in said}
 
 
-FAULTS = (killed_process, full_while_serving, full_at_start, cut_file)
+Fault = Callable[[Path, Path, Gpu | None], dict[str, Any]]
+FAULTS: tuple[Fault, ...] = (killed_process, full_while_serving, full_at_start, cut_file)
 
 
 def run_all(args: argparse.Namespace) -> None:
@@ -352,12 +402,27 @@ def run_all(args: argparse.Namespace) -> None:
         list(pool.map(lambda case: attempt(f"{case.export} export", export, case), exports.values()))
         list(pool.map(lambda case: attempt(f"{case.name} build", build, case), cases))
     for case in cases:
-        attempt(case.name, measure_case, case, folder, args.reference, gpu)
+        served = Served(case.checkpoint.name, case.precision, folder / case.name)
+        attempt(case.name, measure_case, served, args.reference, gpu)
     for compiler in args.compilers:
         work = folder / next(case.name for case in cases if case.compiler == compiler)
-        for fault in FAULTS:
-            name = f"{compiler}: {fault.__name__.replace('_', ' ')}"
-            attempt(name, fault, work / "repo", work / f"{fault.__name__}.log", gpu)
+        break_all(results, compiler, work, gpu)
+
+
+def break_all(results: Results, compiler: str, work: Path, gpu: Gpu | None) -> None:
+    """Every fault, with the repository in the folder `work`."""
+    for fault in FAULTS:
+        log = work / f"{fault.__name__}.log"
+
+        def attempt(fault: Fault = fault, log: Path = log) -> None:
+            results.note(f"{compiler}: {said_of(fault)}", **fault(work / "repo", log, gpu))
+
+        results.attempted(f"{compiler}: {said_of(fault)}", attempt)
+
+
+def said_of(fault: Fault) -> str:
+    """The name of a fault, in words."""
+    return fault.__name__.replace("_", " ")
 
 
 def machine(gpu: str) -> dict[str, str]:

@@ -26,16 +26,22 @@ from ditforge.errors import UserError
 PATIENCE = 120.0  # seconds within which a neighbour starts, or takes memory
 EVERY = 0.02  # seconds between two looks at the GPU's memory
 NEIGHBOUR = """
-import sys, torch
-torch.zeros(1, device="cuda")
+import ctypes, sys
+cuda = ctypes.CDLL("libcuda.so.1")
+def call(name, *arguments):
+    if error := getattr(cuda, name)(*arguments):
+        raise SystemExit(f"{name} failed with CUDA's error {error}")
+device, context, held = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
+call("cuInit", 0)
+call("cuDeviceGet", ctypes.byref(device), 0)
+call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+call("cuCtxSetCurrent", context)
 print("ready", flush=True)
-held = None
 for line in sys.stdin:
-    held = None
-    torch.cuda.empty_cache()
-    held = torch.empty(int(line), dtype=torch.uint8, device="cuda")
-    torch.cuda.synchronize()
-    print("holds", torch.cuda.memory_reserved(), flush=True)
+    if held:
+        call("cuMemFree_v2", held)
+    call("cuMemAlloc_v2", ctypes.byref(held), ctypes.c_size_t(int(line)))
+    print("holds", int(line), flush=True)
 """
 
 

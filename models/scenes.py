@@ -2,8 +2,10 @@
 
 A scene names what a picture must show; `caption` puts it into words, `parse_caption` reads the words back, and `draw`
 renders it with signed distance functions on any device. A tenth of the (colour, shape, relation) combinations never
-occurs in a training scene, so that a model can be asked for something it has not seen.
+occurs in a training scene, so that a model can be asked for something it has not seen. Only what draws needs torch.
 """
+
+from __future__ import annotations
 
 import hashlib
 import math
@@ -12,8 +14,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice, product
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 RGB = tuple[int, int, int]
 COLOURS: dict[str, RGB] = {
@@ -205,6 +209,8 @@ def place(scenes: Sequence[Scene], height: int, width: int, rng: random.Random) 
 
     The distance along the relation's axis is at least twice that across it, so that no relation is in doubt.
     """
+    import torch
+
     shapes, colours, grounds, radii, axes = [], [], [], [], []
     for scene in scenes:
         taken = {thing.colour for thing in scene.things}
@@ -249,6 +255,8 @@ def outline_distance(shape: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tens
 
     The polygon's is Inigo Quilez' "Polygon - exact" (2D distance functions), with an even-odd crossing count.
     """
+    import torch
+
     if shape == "circle":
         return torch.hypot(x, y) - CIRCLE_RADIUS
     vertices = SHAPES[shape]
@@ -265,6 +273,8 @@ def outline_distance(shape: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tens
 
 def render(layout: Layout, height: int, width: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Pictures [B, 3, height, width] float32 in 0..1, edges anti-aliased over one pixel."""
+    import torch
+
     names = list(SHAPES)
     centre, radius, colour = (t.to(device) for t in (layout.centre, layout.radius, layout.colour))
     ys = torch.arange(height, device=device)[:, None] + 0.5

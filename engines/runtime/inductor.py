@@ -7,6 +7,7 @@ had it before, so that is how they share what they need for activations.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -25,8 +26,9 @@ from torch import Tensor
 from ditforge.engines.compilers import NUMPY_DTYPES, Arrays, Shape
 from ditforge.engines.compilers.inductor_engine import SUFFIX, WEIGHTS, Description, Variant, read
 from ditforge.engines.runtime.ranges import find_range
+from ditforge.engines.runtime.staging import Staging, pin, unpin
 from ditforge.engines.runtime.weights_reader import WeightsReader
-from ditforge.errors import DitforgeError, UserError
+from ditforge.errors import UserError
 from ditforge.local_gpu import why_not_here
 from ditforge.manifest import NEXT_COMMAND
 from ditforge.option import command
@@ -38,6 +40,7 @@ LAUNCHING = 0.5  # of a run's time: if starting its kernels takes a larger part,
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # in which users set up PyTorch's allocator
 
 _lock = threading.Lock()
+log = logging.getLogger(__name__)
 
 
 def load_engine(
@@ -78,23 +81,33 @@ def load_package(path: Path, device: torch.device) -> Any:
 
 @dataclass(frozen=True)
 class Shared:
-    """What all engines of the process use on the GPU: streams to compute and to copy in, and the memory of graphs."""
+    """What all engines of the process use on the GPU.
+
+    computing, copying: CUDA streams. graphs: the memory of CUDA graphs. staging: through which weights come.
+    """
 
     computing: Any
     copying: Any
     graphs: Any
+    staging: Staging
 
 
 @cache
 def shared() -> Shared:
     """What all engines of this process share on the GPU.
 
-    Memory that the allocator has in pieces can be put together, unless the user has set up the allocator otherwise.
+    Memory that the allocator has in pieces can be put together, unless the user has set up the allocator otherwise, or
+    the driver does not map memory in pieces, as in some virtual machines.
     """
     if not any(name in os.environ for name in ALLOCATOR):
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        try:
+            torch.empty(1, device="cuda")
+        except RuntimeError as error:
+            log.info("memory in pieces is not put together: %s", error)
+            torch.cuda.memory._set_allocator_settings("expandable_segments:False")
     computing, copying = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    return Shared(computing, copying, torch.cuda.graph_pool_handle())
+    return Shared(computing, copying, torch.cuda.graph_pool_handle(), Staging(copying))
 
 
 def out_of_memory() -> int:
@@ -124,10 +137,13 @@ class Block:
         pairs = zip(self.places, self.spans, strict=True)
         return [memory[start:end].view(dtype).view(shape) for (_, dtype, shape), (start, end) in pairs]
 
-    def read(self, file: WeightsReader, names: Sequence[str], memory: Tensor) -> None:
-        """Read the weights, which are called so in the file, into `memory` [size] of the machine."""
-        array = memory.numpy()
-        file.read(names, [array[start:end] for start, end in self.spans])
+    def read(self, file: WeightsReader, names: Sequence[str], memory: Tensor, staging: Staging | None = None) -> None:
+        """Read the weights, which are called so in the file, into `memory` [size] of the machine, or by `staging`."""
+        places = [memory[start:end] for start, end in self.spans]
+        if staging is not None:
+            staging.fill(file, names, places)
+        else:
+            file.read(names, [place.numpy() for place in places])
 
 
 @dataclass
@@ -179,17 +195,21 @@ class Execution:
                     places.append((size, dtype, shape))
                     size += -(-int(np.prod(shape, dtype=np.int64)) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
                 blocks.append(Block(places, size))
-            staged = Staging(self.device, max((block.size for block in blocks), default=0))
+            if self.shared:
+                self.shared.copying.wait_stream(self.shared.computing)  # memory may have been another engine's
             for block, call in zip(blocks, self.description.calls, strict=True):
                 if budget is None or resident + block.size <= budget:
                     resident += block.size
-                    block.tensors = block.views(staged.read(block, file, call.weights))
+                    memory = torch.empty(block.size, dtype=torch.uint8, device=self.device)
+                    block.read(file, call.weights, memory, self.shared.staging if self.shared else None)
+                    block.tensors = block.views(memory)
                 else:
                     block.host = torch.empty(block.size, dtype=torch.uint8)
                     block.read(file, call.weights, block.host)
-                    if self.cuda:
+                    if self.shared:
                         pin(block.host)
-            staged.finish()
+            if self.shared:
+                self.shared.computing.wait_stream(self.shared.copying)
         return blocks
 
     def variant(self, shapes: dict[str, Shape]) -> Variant:
@@ -322,61 +342,6 @@ class Execution:
             self.loaded.clear()
             if self.cuda:
                 torch.cuda.empty_cache()
-
-
-def pin(memory: Tensor) -> None:
-    """Have CUDA copy from memory directly. PyTorch's own pinned memory would be rounded up to a power of two.
-
-    Raises DitforgeError if the system does not allow so much.
-    """
-    status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)  # type: ignore[no-untyped-call]
-    if int(status):
-        why = torch.cuda.cudart().cudaGetErrorString(status)  # type: ignore[no-untyped-call]
-        problem = f"{memory.numel() / 2**20:.0f} MiB of weights cannot be kept in memory for the GPU: {why}"
-        raise DitforgeError(problem, "ulimit -l unlimited   and more free memory")
-
-
-def unpin(memory: Tensor) -> None:
-    """Undo pin(), before the memory is freed."""
-    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
-
-
-class Staging:
-    """Brings weights to a device: while one block is copied from one of two buffers, the next is read into the other.
-
-    `size` is the bytes of the largest block. Without a GPU, blocks are read to where they stay.
-    """
-
-    def __init__(self, device: torch.device, size: int) -> None:
-        self.device, self.cuda = device, device.type == "cuda"
-        self.buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(2)] if self.cuda else []
-        for buffer in self.buffers:
-            pin(buffer)
-        self.copied: list[Any] = [None, None]
-        self.turn = 0
-
-    def read(self, block: Block, file: WeightsReader, names: Sequence[str]) -> Tensor:
-        """Return the memory [size] of a block on the device. After finish(), its weights are there."""
-        memory = torch.empty(block.size, dtype=torch.uint8, device=self.device)
-        if not self.cuda:
-            block.read(file, names, memory)
-            return memory
-        buffer, before = self.buffers[self.turn][: block.size], self.copied[self.turn]
-        if before is not None:
-            before.synchronize()
-        block.read(file, names, buffer)
-        memory.copy_(buffer, non_blocking=True)
-        self.copied[self.turn] = torch.cuda.current_stream().record_event()
-        self.turn = 1 - self.turn
-        return memory
-
-    def finish(self) -> None:
-        """Wait until everything has been copied, and give the buffers back."""
-        for copied in self.copied:
-            if copied is not None:
-                copied.synchronize()
-        for buffer in self.buffers:
-            unpin(buffer)
 
 
 class Slots:

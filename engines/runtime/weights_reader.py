@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,23 @@ class WeightsReader:
 
     def read(self, names: Sequence[str], places: Sequence[NDArray[Any]]) -> None:
         """Read tensors into their places, which are uint8 [bytes]. Raises OSError if the file has been cut short."""
-        chunks = [
-            (place[start : start + CHUNK], self.starts[name] + start)
-            for name, place in zip(names, places, strict=True)
-            for start in range(0, len(place), CHUNK)
+
+        def take(number: int, start: int, end: int, position: int) -> None:
+            read_whole(self.file, places[number][start:end], position)
+
+        self.each(take, names, [len(place) for place in places])
+
+    def each(self, take: Callable[[int, int, int, int], None], names: Sequence[str], sizes: Sequence[int]) -> None:
+        """Have several threads call `take` for each part of tensors, of so many bytes each.
+
+        It is given the tensor's number, where the part begins and ends in it, and where the part begins in the file.
+        """
+        parts = [
+            (number, start, min(start + CHUNK, size), self.starts[name] + start)
+            for number, (name, size) in enumerate(zip(names, sizes, strict=True))
+            for start in range(0, size, CHUNK)
         ]
-        for _ in self.threads.map(lambda chunk: read_whole(self.file, *chunk), chunks):
+        for _ in self.threads.map(lambda part: take(*part), parts):
             pass
 
     def __enter__(self) -> WeightsReader:

@@ -77,7 +77,7 @@ CASES = {
     "export missing.safetensors --out o": "missing.safetensors does not exist",
     "export '' --out o": "the path is empty",
     "export TINY --out ''": "the path is empty",
-    "up FILE": "is not a checkpoint",
+    "up FILE --port 0": "is not a checkpoint",
     "up missing.safetensors --base TINY --port 0": "missing.safetensors does not exist",
     "up TINY --cache FILE --port 0": "nothing can be kept in --cache",
     "up REPO --port 0": "a model repository, and not a checkpoint",

@@ -37,6 +37,7 @@ from ditforge.triton_repo.metrics import Metrics
 from ditforge.triton_repo.refusal import Refused
 from ditforge.triton_repo.served import read_models
 from ditforge.triton_repo.server import Server, start
+from ditforge.triton_repo.tritonserver import SHARED
 
 GOOD = request("dit", dit_inputs())
 
@@ -495,7 +496,7 @@ def test_only_this_user_reaches_what_is_behind(server: Server) -> None:
     """Sockets, and the models' shared memory, in which requests lie."""
     (folder,) = {path for path in Path("/dev/shm").glob(f"*-{server.pid}-*") if path.is_dir()}
     regions = [path for path in Path("/dev/shm").glob(f"*-{server.pid}-*") if path.is_file()]
-    assert len(regions) == len(model_processes(server)) + 1  # and what is kept of pictures' inputs
+    assert len(regions) == len(model_processes(server)) + len(SHARED)
     assert folder.stat().st_mode & 0o077 == 0
     assert all(region.stat().st_mode & 0o077 == 0 for region in regions)
 

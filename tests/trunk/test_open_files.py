@@ -6,19 +6,17 @@ import errno
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from manifests import write_stage
 
 from ditforge import open_files
 from ditforge.errors import UserError
 
 
-def test_a_command_says_what_to_raise(tmp_path: Path) -> None:
-    write_stage(tmp_path / "onnx", "onnx", "fp32")
-    command = ["ditforge", "build", str(tmp_path / "onnx"), "--gpu", "cpu", "--out", str(tmp_path / "engines")]
-    limited = ["prlimit", "--nofile=5", sys.executable, "-m", *command]
+def test_a_command_says_what_to_raise(tiny) -> None:
+    """A server needs more than eight by far."""
+    command = ["ditforge", "serve", str(tiny.repository), "--port", "0"]
+    limited = ["prlimit", "--nofile=8", sys.executable, "-m", *command]
     done = subprocess.run(limited, capture_output=True, text=True)
     assert done.returncode in (1, 2) and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == f"fix:   {open_files.FIX}"

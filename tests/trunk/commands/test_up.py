@@ -53,7 +53,7 @@ def test_up_of_a_file_with_a_base_and_a_lora(
     for name in ("tuned.safetensors", "style.safetensors"):
         (tmp_path / name).touch()
     cache = tmp_path / "cache"
-    options = ["--base", str(schnell.checkpoint), "--lora", f"{tmp_path / 'style.safetensors'}:0.8"]
+    options = ["--base", str(schnell.checkpoint), "--lora", f"{tmp_path / 'style.safetensors'}:0.8", "--port", "0"]
     cli.app(["up", str(tmp_path / "tuned.safetensors"), *options, "--cache", str(cache)], standalone_mode=False)
     loras = ((tmp_path / "style.safetensors", 0.8),)
     assert seen[0] == CheckpointSource(tmp_path / "tuned.safetensors", schnell.checkpoint, loras)

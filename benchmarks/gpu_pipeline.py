@@ -71,7 +71,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", default="fp8")
     parser.add_argument("--t5-precision", help="of T5 alone, such as int8-weights")
     parser.add_argument("--compiler", default="inductor")
-    parser.add_argument("--gpu", help="local or cpu; by default local if there is a GPU")
+    parser.add_argument("--gpu", help="local, which is the default, or cpu")
     parser.add_argument("--side", type=int, default=1024)
     parser.add_argument("--only", type=names_of, default=list(STAGES), help=f"of {','.join(STAGES)}")
     parser.add_argument("--folder", type=Path, default=Path("out/gpu-pipeline"))
@@ -94,7 +94,9 @@ def parse() -> argparse.Namespace:
         parser.error(f"--only takes {','.join(STAGES)}, not {','.join(sorted(unknown))}")
     if unknown := set(given.diffusers) - {*UNCAPPED, *OFFLOADING}:
         parser.error(f"--diffusers takes {','.join((*UNCAPPED, *OFFLOADING))}, not {','.join(sorted(unknown))}")
-    given.gpu = given.gpu or ("local" if has_gpu() else "cpu")
+    if given.gpu is None and not has_gpu():
+        parser.error("this machine has no GPU; --gpu cpu rehearses, for which a small model should be taken")
+    given.gpu = given.gpu or "local"
     return given
 
 

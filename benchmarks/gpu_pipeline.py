@@ -32,12 +32,11 @@ import sys
 import time
 from datetime import date
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from gpu_diffusers import OFFLOADING, UNCAPPED, measure_diffusers
 from gpu_memory import Gpu, Neighbour, has_gpu, neighbour, usable, watching
-from gpu_run import GIB, Ran, Results, Row, ditforge, size_of
+from gpu_run import GIB, Ran, Results, Row, ditforge, size_of, versions_of
 from gpu_served import Server, connected, make, served, serving
 from gpu_table import report
 from made_up import write_calibration
@@ -106,18 +105,12 @@ def machine(given: argparse.Namespace) -> Row:
     if has_gpu():
         gpu = local_gpu.local_gpus()[0]
         found = {"gpu": gpu.product, "capability": gpu.capability, "driver": gpu.driver, "gpu_gib": gpu.memory / GIB}
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     return found | {
         "cores": os.cpu_count(),
         "memory_gib": memory,
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": versions_of(PACKAGES),
         "date": str(date.today()),
         "model": given.model,
         "precision": given.precision,

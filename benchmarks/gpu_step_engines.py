@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from gpu_diffusers import compile_blocks
 from gpu_run import Results
-from gpu_step_limits import BACKENDS, DEVICE
+from gpu_step_limits import DEVICE
 from torch import nn
 from torch.nn.attention import sdpa_kernel
 
 from ditforge import regions
 from ditforge.contract import DIT
 from ditforge.engines.compilers import Job, inductor
+from ditforge.engines.compilers.region_packages import ATTENTION
 from ditforge.engines.compilers.side_by_side import Task
 from ditforge.engines.gpus import CPU, Target
 from ditforge.engines.runtime.inductor import Execution, load_engine
@@ -297,7 +298,7 @@ def diffusers(way: str, subject: Subject) -> Iterator[StepOf]:
         return Ready(diffusers_step(module, subject.inputs(shape), network.dtype), foreign)
 
     try:
-        with sdpa_kernel(BACKENDS, set_priority=True):
+        with sdpa_kernel(ATTENTION, set_priority=True):
             yield step_of
     finally:
         made.clear()

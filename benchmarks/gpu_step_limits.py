@@ -14,21 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ditforge.engines.compilers.region_packages import ATTENTION
+from ditforge.engines.step_limit import FP8_SINCE, in_fp8, product_operations
 from ditforge.export.graph.measure_footprint import attention_flops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU, the script itself is tried
-BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-FP8_SINCE = (8, 9)  # the compute capability from which on a GPU multiplies in FP8
 WARM = 2  # calls that do not count, of which the first may compile
 MOST_RUNS, LEAST_RUNS = 10, 3
 RUNS_S = 2.0  # seconds that the calls of a step that count may take, if they are more than LEAST_RUNS
@@ -124,7 +119,7 @@ def rates(products: Iterable[Product], heads: Iterable[Heads]) -> dict[str, floa
     found = {"bf16": 0.0, "fp8": 0.0, "attention": 0.0}
     for rows, inner, columns in products:
         a, b = (torch.randn(size, inner, device=DEVICE, dtype=torch.bfloat16) for size in (rows, columns))
-        operations = 2 * rows * inner * columns
+        operations = product_operations((rows, inner, columns))
         found["bf16"] = max(found["bf16"], rate(operations, lambda a=a, b=b: a @ b.t()))  # type: ignore[misc]
         if DEVICE == "cuda" and has_fp8():
             found["fp8"] = max(found["fp8"], rate(operations, in_fp8(a, b)))
@@ -133,20 +128,11 @@ def rates(products: Iterable[Product], heads: Iterable[Heads]) -> dict[str, floa
         operations = attention_flops((query, key, value))
 
         def attend(q: Any = query, k: Any = key, v: Any = value) -> torch.Tensor:
-            with sdpa_kernel(BACKENDS, set_priority=True):
+            with sdpa_kernel(ATTENTION, set_priority=True):
                 return scaled_dot_product_attention(q, k, v)
 
         found["attention"] = max(found["attention"], rate(operations, attend))
     return {name: speed for name, speed in found.items() if speed}
-
-
-def in_fp8(a: torch.Tensor, b: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """A product of a [M, K] and b [N, K] in FP8, with a scale for each matrix."""
-    one = torch.ones((), device=DEVICE)
-    left, right = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
-    return lambda: torch._scaled_mm(
-        left, right, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
-    )
 
 
 def rate(operations: int, run: Callable[[], Any]) -> float:

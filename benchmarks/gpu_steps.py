@@ -27,13 +27,12 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict
 from datetime import date
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from gpu_run import Results, Row
+from gpu_run import Results, Row, versions_of
 from gpu_step_engines import (
     ENGINES,
     Ready,
@@ -47,12 +46,13 @@ from gpu_step_engines import (
     trace_programs,
     with_weights,
 )
-from gpu_step_limits import BACKENDS, DEVICE, Operations, count, has_fp8, limit_ms, measured, rates
+from gpu_step_limits import DEVICE, Operations, count, has_fp8, limit_ms, measured, rates
 from gpu_step_table import plot, precision_of, report
 from torch.nn.attention import sdpa_kernel
 
 from ditforge import local_gpu
 from ditforge.engines.compilers import inductor
+from ditforge.engines.compilers.region_packages import ATTENTION
 
 SHM = Path("/dev/shm")
 PACKAGES = ("torch", "triton", "diffusers", "onnxruntime-gpu", "onnxruntime")
@@ -110,13 +110,7 @@ def machine() -> Row:
     if DEVICE == "cuda":
         gpu = local_gpu.local_gpus()[0]
         found = {"gpu": gpu.product, "driver": gpu.driver}
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found | {"cores": os.cpu_count(), "python": platform.python_version(), "versions": versions}
+    return found | {"cores": os.cpu_count(), "python": platform.python_version(), "versions": versions_of(PACKAGES)}
 
 
 def order(given: argparse.Namespace) -> Iterator[Group]:
@@ -174,7 +168,7 @@ class Bench:
         """What rows are compared with: the operations of a step, the rates, and the velocity in fp32."""
         subject, network = self.subject, self.subject.network
         own = with_weights(network, subject.state, network.dtype)
-        with sdpa_kernel(BACKENDS, set_priority=True):
+        with sdpa_kernel(ATTENTION, set_priority=True):
             for side in self.given.sizes:
                 inputs = subject.inputs(Shape(side, 1))
                 self.operations[side] = found = count(diffusers_step(own, inputs, network.dtype))
@@ -257,7 +251,7 @@ class Bench:
         if shape not in self.eager and shape.batch == 1:
             network = self.subject.network
             own = with_weights(network, self.subject.state, network.dtype)
-            with sdpa_kernel(BACKENDS, set_priority=True):
+            with sdpa_kernel(ATTENTION, set_priority=True):
                 self.eager[shape] = diffusers_step(own, self.subject.inputs(shape), network.dtype)().float().cpu()
         return self.eager.get(shape)
 

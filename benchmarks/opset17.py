@@ -33,6 +33,7 @@ from ditforge.contract import TOKENIZER
 from ditforge.export.checkpoint.diffusers_folder import Checkpoint
 from ditforge.export.checkpoint.source import CheckpointSource, opened
 from ditforge.export.families import read_networks
+from ditforge.export.graph.tracing import default_dtype
 from ditforge.export.network import Dim, Network
 from ditforge.export.onnx_export import ExportOptions, export_checkpoint, weights_of
 from ditforge.export.quantisation.precision import parse_precision
@@ -155,17 +156,6 @@ def examples(network: Network) -> list[Tensor]:
         else:
             made.append(torch.randint(0, 256 if port.dtype == torch.uint8 else TOKENS, shape).to(port.dtype))
     return made
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Within this context, new tensors of floating-point numbers have that dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def write_graph(network: Network, checkpoint: Checkpoint, path: Path) -> float:

@@ -51,7 +51,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Step:
-    """A step of the DiT, as a row of docs/benchmarks/steps.md has it.
+    """The time of a step of the DiT, beside what bounds it on this GPU.
 
     samples: how many it takes at a time. ms: the median of the calls. limit_ms: what its products and attention alone
     would take at the rates that this GPU reached by itself, and of_limit how many times that `ms` is; None where this

@@ -11,7 +11,10 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 ONNXRUNTIME = "onnxruntime"
 SIXTEEN_BIT = ("fp16", "bf16", "fp8-weights", "int8-weights")  # precisions whose products are in 16 bits
@@ -79,8 +82,10 @@ def attention_operations(heads: tuple[int, int, int, int] = HEADS) -> int:
 def by_torch() -> Rates:
     """Measure with PyTorch on the GPU."""
     import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.attention import sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
+
+    from ditforge.engines.compilers.region_packages import ATTENTION
 
     def on_gpu(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
@@ -94,19 +99,25 @@ def by_torch() -> Rates:
 
     rows, inner, columns = PRODUCT
     a, b, query, key, value = on_gpu(rows, inner), on_gpu(columns, inner), *(on_gpu(*HEADS) for _ in range(3))
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with torch.no_grad():
         product = product_operations() / timed(lambda: a @ b.t())
-        with sdpa_kernel(order, set_priority=True):
+        with sdpa_kernel(ATTENTION, set_priority=True):
             attention = attention_operations() / timed(lambda: scaled_dot_product_attention(query, key, value))
         fp8 = None
         if torch.cuda.get_device_capability() >= FP8_SINCE:
-            one = torch.ones((), device="cuda")
-            left, right = (tensor.to(torch.float8_e4m3fn) for tensor in (a, b))
-            run = torch._scaled_mm
-            given: dict[str, Any] = {"scale_a": one, "scale_b": one, "out_dtype": torch.bfloat16}
-            fp8 = product_operations() / timed(lambda: run(left, right.t(), use_fast_accum=True, **given))
+            fp8 = product_operations() / timed(in_fp8(a, b))
     return Rates(product, attention, fp8)
+
+
+def in_fp8(a: torch.Tensor, b: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """A product of a [M, K] and b [N, K] in FP8, with a scale for each matrix, on the GPU that has them."""
+    import torch
+
+    one = torch.ones((), device=a.device)
+    left, right = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
+    return lambda: torch._scaled_mm(
+        left, right, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
 
 
 def by_onnxruntime() -> Rates:

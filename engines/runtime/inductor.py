@@ -169,8 +169,7 @@ class Execution:
     ) -> None:
         self.description, self.folder, self.device = description, folder, device
         self.inputs, self.outputs = list(description.inputs), list(description.outputs)
-        self.cuda = device.type == "cuda"
-        self.shared = shared() if self.cuda else None
+        self.shared = shared() if device.type == "cuda" else None
         with self.stream():
             self.blocks = self.read_weights(weights, budget)
         self.loaded: dict[str, Any] = {}
@@ -328,7 +327,7 @@ class Execution:
                 name: np.zeros(shape, NUMPY_DTYPES[self.description.inputs[name].dtype])
                 for name, shape in variant.smallest.items()
             }
-            for _ in range(3 if self.graphs and self.cuda else 1):
+            for _ in range(3 if self.graphs and self.shared else 1):
                 self.run_batch([zeros])
 
     def close(self) -> None:
@@ -336,11 +335,11 @@ class Execution:
         with _lock:
             self.forget_graphs()
             for block in self.blocks:
-                if self.cuda and block.host is not None:
+                if self.shared and block.host is not None:
                     unpin(block.host)
             self.blocks.clear()
             self.loaded.clear()
-            if self.cuda:
+            if self.shared:
                 torch.cuda.empty_cache()
 
 

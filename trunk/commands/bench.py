@@ -29,8 +29,8 @@ def bench(
     """How fast engines are on this machine, each network by itself.
 
     A call is timed from inputs to outputs in the machine's memory, without a server. Inputs are random. The last table
-    is a row of docs/benchmarks/steps.md for this machine: the limit is what the products and the attention of a step
-    alone would take, at rates that are measured then and there.
+    says how many times the limit a step takes: what its products and its attention alone would take, at rates that are
+    measured then and there.
 
     Example: ditforge bench out/engines --size 1024x1024
     """

@@ -12,6 +12,7 @@ import grpc
 from tritonclient.grpc import service_pb2 as pb
 
 ALIGNMENT = 64  # bytes
+SPARED = 256 << 20  # bytes of the file system that stay free, because Triton needs them for tensors of its own
 REGISTER = "/inference.GRPCInferenceService/SystemSharedMemoryRegister"
 REGION, OFFSET, BYTES = "shared_memory_region", "shared_memory_offset", "shared_memory_byte_size"  # of a tensor
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class Arena:
             self.descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
             os.ftruncate(self.descriptor, size)
         self.memory = mmap.mmap(self.descriptor, size)
+        self.backed = 0  # bytes from the beginning that have memory, also where they were given back
         self.used: list[tuple[int, int]] = []  # where each part that is taken begins and ends, in their order
 
     async def share(self, channel: grpc.aio.Channel, metadata: Sequence[tuple[str, str]]) -> None:
@@ -64,13 +66,25 @@ class Arena:
             start, place = end, place + 1
         if self.size - start < size:
             return None
-        if self.descriptor >= 0 and size:
-            try:
-                os.posix_fallocate(self.descriptor, start, size)  # else, writing to a full /dev/shm ends the process
-            except OSError:
-                return None
+        if self.descriptor >= 0 and start + size > self.backed and not self.back(start + size):
+            return None
         self.used.insert(place, (start, start + size))
         return start
+
+    def back(self, end: int) -> bool:
+        """Give the file memory up to `end`. Without it, writing to a full /dev/shm ends the process.
+
+        Returns whether there is so much, beside what is spared.
+        """
+        found = os.fstatvfs(self.descriptor)
+        if found.f_bavail * found.f_frsize - (end - self.backed) < SPARED:
+            return False
+        try:
+            os.posix_fallocate(self.descriptor, self.backed, end - self.backed)
+        except OSError:
+            return False
+        self.backed = end
+        return True
 
     def free(self, start: int) -> None:
         """Give back the part that begins there."""

@@ -216,7 +216,7 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
                 self.admit(picture, metadata.get(ENGINES_KEY))
                 if filled:
                     self.kept.refer(request, raw, filled)
-                elif place:
+                elif place and self.channel is not None:  # else it is refused, and would take room all the same
                     self.kept.keep(request, raw, place, self.keeps)
                 if name == VAE_DECODER:
                     self.kept.forget(picture)

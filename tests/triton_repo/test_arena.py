@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings, strategies as st
 
-from ditforge.triton_repo.arena import ALIGNMENT, Arena
+from ditforge.triton_repo.arena import ALIGNMENT, SPARED, Arena
 
 
 @settings(max_examples=100, deadline=None)
@@ -39,3 +41,16 @@ def test_its_file_is_this_user_s_and_takes_no_room_before_it_is_used(tmp_path: P
     assert start is not None
     arena.memory[start : start + 3] = b"abc"
     assert file.read_bytes()[start : start + 3] == b"abc"
+
+
+def test_what_triton_needs_is_spared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where little is free, no more is taken. What has memory already is given again all the same."""
+    arena = Arena(1 << 20, tmp_path / "arena")
+    start = arena.take(1000)
+    assert start is not None and arena.backed == 1024
+    found = os.statvfs(tmp_path)
+    scarce = os.statvfs_result([*found[:3], *[SPARED // found.f_frsize] * 2, *found[5:]])
+    monkeypatch.setattr(os, "fstatvfs", lambda descriptor: scarce)
+    assert arena.take(10) is None
+    arena.free(start)
+    assert arena.take(1024) == start

@@ -224,3 +224,25 @@ def test_what_is_kept_outlives_triton(tiny) -> None:
 
         eventually(answered)
         assert tritonserver(server).pid != first.pid
+
+
+def test_nothing_is_kept_of_a_request_that_is_refused(tiny) -> None:
+    """While there is no Triton, it would take the room that the next one needs."""
+    with start(tiny.repository, port=0) as server:
+        infer(server, WHOLE, "before", "a")
+        tritonserver(server).kill()
+        refusals = 0
+
+        def again() -> bool:
+            nonlocal refusals
+            try:
+                infer(server, WHOLE, f"picture {refusals}", "a")
+            except grpc.RpcError as error:
+                refusals += "starting" in said(error, "UNAVAILABLE")
+                return False
+            return True
+
+        eventually(again)
+        assert refusals > 1
+        for number in range(1, refusals):  # the first one may have been under way when Triton died
+            assert "send it again" in refused(server, "ABORTED", SHORT, f"picture {number - 1}", "a")

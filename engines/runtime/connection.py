@@ -26,6 +26,7 @@ from ditforge.errors import DitforgeError, UserError
 from ditforge.manifest import Engine, File
 
 ATTEMPTS = 2  # a process that is just ending accepts no more
+ENDS = 10.0  # seconds until a process that was killed has ended, with all the memory that it had
 REAPED = 1.0  # seconds until a process that has closed its connections has ended
 SMALL = 1 << 16  # bytes that are copied sooner than looked up
 
@@ -88,12 +89,15 @@ class RemoteEngine:
             except OSError as error:
                 raise ProcessLost(f"the engine process cannot be started: {error.strerror or error}") from error
             self.started = process or self.started
+            met = rendezvous.process_in(self.place)
             line = Line(connection)
             line.begin(1)  # now, when there are file descriptors for it
             mapped = Mapped(line)
             try:
                 answer = ask(line, self.what)
             except (EOFError, OSError):
+                connection.close()
+                rendezvous.await_end(met, ENDS)  # where it still accepts connections, the next one would be lost too
                 continue
             except BaseException:
                 connection.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import shutil
 import socket
 import stat
@@ -135,6 +136,26 @@ def start(folder: Path, server: int) -> subprocess.Popen[bytes]:
             os.close(watched)
     (folder / PID).write_text(str(process.pid))
     return process
+
+
+def process_in(folder: Path) -> int:
+    """The process id of the engine process that was started last; 0 if that is not known."""
+    try:
+        return int((folder / PID).read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def await_end(process: int, timeout: float) -> None:
+    """Wait until a process has ended, at most `timeout` seconds. Until then, its socket may accept connections."""
+    try:
+        ending = os.pidfd_open(process)
+    except OSError:  # it has ended
+        return
+    try:
+        select.select([ending], [], [], timeout)
+    finally:
+        os.close(ending)
 
 
 def python() -> str:

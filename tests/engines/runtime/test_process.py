@@ -54,6 +54,10 @@ class Obedient:
     def close(self):
         pass
 def load(files, target, version):
+    dies = files[0].with_name("dies")
+    if dies.exists():
+        dies.unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
     return Obedient()
 def prepare(target):
     with open(os.environ["PREPARED"], "a") as file:
@@ -251,6 +255,19 @@ def test_a_process_that_is_killed_while_nobody_asks(connect: Connect, place: Pat
     eventually(lambda: processes(place) not in ([], [first]), 20)
     assert [engine.run(x(1))["y"][0, 0] for engine in engines] == [2, 2, 2]
     assert len(processes(place)) == 1
+
+
+def test_a_process_that_is_killed_while_it_loads(connect: Connect, folder: Path, place: Path) -> None:
+    """Six clients lose it, and meet in the next one."""
+    for _ in range(5):
+        (folder / "dies").touch()
+        with ThreadPoolExecutor(6) as pool:
+            engines = list(pool.map(lambda _: connect(), range(6)))
+        assert not (folder / "dies").exists()
+        assert [engine.run(x(1))["y"][0, 0] for engine in engines] == [2] * 6
+        for engine in engines:
+            engine.close()
+        eventually(lambda: not processes(place), 20)
 
 
 def test_an_engine_s_file_is_cut_short_meanwhile(connect: Connect, place: Path, folder: Path) -> None:

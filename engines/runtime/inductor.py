@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from ditforge.engines.compilers.inductor_engine import SUFFIX, WEIGHTS, Descript
 from ditforge.engines.runtime.ranges import find_range
 from ditforge.engines.runtime.staging import Staging, pin, unpin
 from ditforge.engines.runtime.weights_reader import WeightsReader
-from ditforge.errors import UserError
+from ditforge.errors import DitforgeError, UserError
 from ditforge.local_gpu import why_not_here
 from ditforge.manifest import NEXT_COMMAND
 from ditforge.option import command
@@ -74,7 +75,13 @@ def load_engine(
 
 
 def load_package(path: Path, device: torch.device) -> Any:
-    """Load a package. PyTorch's own function would compile a C++ program the first time in a process, for 40 s."""
+    """Load a package. PyTorch's own function would compile a C++ program the first time in a process, for 40 s.
+
+    Raises DitforgeError, or BadZipFile, if the package is damaged: loading its code would end the process.
+    """
+    with ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise DitforgeError(f"{path} is damaged: {damaged} in it has changed", f"{NEXT_COMMAND['engines']}   again")
     number = torch.cuda.current_device() if device.type == "cuda" else -1
     return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, number)
 

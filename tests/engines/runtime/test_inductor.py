@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 import pytest
+import torch
 from exports import alone
 
 from ditforge import manifest
 from ditforge.engines.build import BuildOptions, build
 from ditforge.engines.compilers import Arrays, inductor_engine
-from ditforge.engines.runtime.inductor import Execution, load_engine
+from ditforge.engines.runtime.inductor import Execution, load_engine, load_package
 from ditforge.engines.runtime.loading import load_engine as load_placed
 from ditforge.engines.verify import example
-from ditforge.errors import UserError
+from ditforge.errors import DitforgeError, UserError
 from ditforge.placement import Placement
 
 OPTIONS = BuildOptions(gpu="cpu", compiler="inductor", static="64x48", batch=1)
@@ -116,6 +118,19 @@ def test_an_engine_for_a_gpu_is_refused_without_one(engines: Path) -> None:
     files = [engines / name for name in manifest.read(engines, "engines").components["dit"].files]
     with pytest.raises(UserError, match="they are for sm_90, and this machine has no NVIDIA GPU"):
         load_engine(files, "sm_90", "2.1.0", "2.1.0")
+
+
+def test_a_package_whose_code_has_changed_is_not_loaded(engines: Path, tmp_path: Path) -> None:
+    """It would end the process, as soon as it is loaded or later."""
+    package = shutil.copy(next(engines.glob("dit-*.pt2")), tmp_path / "package.pt2")
+    load_package(package, torch.device("cpu"))
+    with zipfile.ZipFile(package) as archive:
+        code = next(one for one in archive.infolist() if one.filename.endswith(".so"))
+    with package.open("r+b") as file:
+        file.seek(code.header_offset + code.file_size // 2)
+        file.write(bytes(64))
+    with pytest.raises(DitforgeError, match=r"package\.pt2 is damaged: .*\.so in it has changed"):
+        load_package(package, torch.device("cpu"))
 
 
 def test_files_that_are_missing_or_damaged(engines: Path, tmp_path: Path) -> None:

@@ -91,8 +91,9 @@ def told(kind: str, content: Any) -> None:
 def ended(code: int, name: str) -> DitforgeError:
     """The error for a child that ended without an outcome, by its exit code, while it compiled the network `name`."""
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"gone with exit code {code}"
+    cut = f"{option('segments')} with a larger number"
     fixes = {
-        -signal.SIGKILL: f"{option('segments')} with a larger number, or free some memory",
+        -signal.SIGKILL: f"free some memory; or, where the compiler cuts networks, {cut}",
         -signal.SIGSEGV: "if CXX names a C++ compiler, leave it out or CXX=/usr/bin/g++; or report it",
     }
     return DitforgeError(f"the compiler was {how} while it compiled {name}", fixes.get(code, "report it"))

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from ditforge import install_hint, local_gpu, terminal
+from ditforge import cxx_compiler, install_hint, local_gpu, terminal
 from ditforge.errors import UserError
 from ditforge.local_gpu import LocalGpu
 from ditforge.machine_memory import Memory, read_memory
@@ -220,13 +220,13 @@ def inductor_finding(with_gpu: bool) -> Finding:
     except OSError:
         text = ""
     cuda = re.search(r"^cuda\b.*= *['\"]([\d.]+)", text, re.MULTILINE)
-    compiler = os.environ.get("CXX") or "g++"
+    compiler = cxx_compiler.name()
     fixes = []
     if with_gpu and not cuda:
         fixes.append("install PyTorch for your CUDA version: https://pytorch.org/get-started")
-    missing = shutil.which(compiler) is None
-    if missing and (with_gpu or compiler != "g++"):
-        fixes.append("apt install g++" if compiler == "g++" else "leave CXX out of the environment, or CXX=g++")
+    missing = not cxx_compiler.works()
+    if missing and (with_gpu or compiler != cxx_compiler.DEFAULT):
+        fixes.append(cxx_compiler.fix())
     shown = f"{torch}, {f'for CUDA {cuda[1]}' if cuda else 'for the CPU alone'}; C++ compiler {compiler}"
     return Finding(name, shown + (" is missing" if missing else ""), "; ".join(fixes))
 

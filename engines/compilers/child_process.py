@@ -30,6 +30,7 @@ from ditforge.verbosity import LOGGER
 T = TypeVar("T")
 Tell = Callable[[str, Any], None]  # how a child tells its parent: the kind of what it tells, and that itself
 NOTHING: Mapping[str, str] = MappingProxyType({})
+FREE_MEMORY = "free some memory"
 
 
 def compile_apart(compiler_name: str, job: Job) -> list[Path]:
@@ -38,7 +39,8 @@ def compile_apart(compiler_name: str, job: Job) -> list[Path]:
     Raises DitforgeError if the process is killed, for example by the system when memory runs out.
     """
     silent = replace(job, progress=print)  # which can be pickled; the child's own progress takes its place
-    return call_apart(compile_with, compiler_name, silent, name=job.name, progress=job.progress)
+    fix = f"{option('segments')} with a larger number, or free some memory"
+    return call_apart(compile_with, compiler_name, silent, name=job.name, progress=job.progress, if_killed=fix)
 
 
 def compile_with(compiler_name: str, job: Job, *, progress: Progress) -> list[Path]:
@@ -47,12 +49,18 @@ def compile_with(compiler_name: str, job: Job, *, progress: Progress) -> list[Pa
 
 
 def call_apart(
-    function: Callable[..., T], *arguments: Any, name: str, progress: Progress, environment: Mapping[str, str] = NOTHING
+    function: Callable[..., T],
+    *arguments: Any,
+    name: str,
+    progress: Progress,
+    environment: Mapping[str, str] = NOTHING,
+    if_killed: str = FREE_MEMORY,
 ) -> T:
     """Call a function of a module in a process of its own, and return what it returns.
 
     The function takes the arguments and `progress`. `name` is that of the network that it compiles, and `environment`
-    is added to the process's. Raises what the function raises, and DitforgeError if the process is killed.
+    is added to the process's. Raises what the function raises, and DitforgeError if the process ends before it does:
+    with the fix `if_killed` where it was killed, as the system does when memory runs out.
     """
     variables = {**os.environ, "PYTHONSAFEPATH": "1", **environment}  # what lies in the user's folder is not imported
     command = [sys.executable, "-m", __name__]
@@ -74,7 +82,7 @@ def call_apart(
                 else:
                     told(kind, content)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):  # the last for half a message
-            raise ended(child.wait(), name) from None
+            raise ended(child.wait(), name, if_killed) from None
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
@@ -88,12 +96,11 @@ def told(kind: str, content: Any) -> None:
         raise content
 
 
-def ended(code: int, name: str) -> DitforgeError:
+def ended(code: int, name: str, if_killed: str = FREE_MEMORY) -> DitforgeError:
     """The error for a child that ended without an outcome, by its exit code, while it compiled the network `name`."""
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"gone with exit code {code}"
-    cut = f"{option('segments')} with a larger number"
     fixes = {
-        -signal.SIGKILL: f"free some memory; or, where the compiler cuts networks, {cut}",
+        -signal.SIGKILL: if_killed,
         -signal.SIGSEGV: "if CXX names a C++ compiler, leave it out or CXX=/usr/bin/g++; or report it",
     }
     return DitforgeError(f"the compiler was {how} while it compiled {name}", fixes.get(code, "report it"))

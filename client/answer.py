@@ -6,8 +6,9 @@ No answer is trusted without a check: the server may be another program, another
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,10 @@ class Output:
         return f"{self.dtype} {list(self.shape)}"
 
 
+Read = Callable[[Output], npt.NDArray[Any]]  # reads an output from where it is
+NOWHERE: Mapping[str, Read] = MappingProxyType({})
+
+
 def embeddings_of(config: model_config_pb2.ModelConfig) -> dict[str, Output]:
     """The dtypes and shapes, [1, …], of one prompt's embeddings, read from the inputs in the DiT's configuration.
 
@@ -79,11 +84,11 @@ def expected_outputs(name: str, inputs: Inputs, model: Model, embeddings: Mappin
     return {**outputs, "prompt_tokens": Output("INT32", (batch, len(model.max_tokens)))}
 
 
-def read_answer(data: bytes, expected: Mapping[str, Output]) -> Arrays:
+def read_answer(data: bytes, expected: Mapping[str, Output], elsewhere: Mapping[str, Read] = NOWHERE) -> Arrays:
     """Read the output tensors from `data`, the bytes of a ModelInferResponse.
 
-    Raises WrongAnswer if `data` cannot be read, or if its outputs differ from `expected` in a name, dtype, shape or
-    number of bytes.
+    An output without contents is read by its function of `elsewhere`, if it has one. Raises WrongAnswer if `data`
+    cannot be read, or if its outputs differ from `expected` in a name, dtype, shape or number of bytes.
     """
     most = sum(output.bytes for output in expected.values()) + SPARE
     if len(data) > most:  # checked first, because parsing a message of many small parts takes many times its size
@@ -104,6 +109,9 @@ def read_answer(data: bytes, expected: Mapping[str, Output]) -> Arrays:
         if (output.datatype, tuple(output.shape)) != (wanted.dtype, wanted.shape):
             shape = _shown(list(output.shape))
             raise WrongAnswer(f"{output.name}: expected {wanted}, got {output.datatype[:20]!a} {shape}")
+        if not raw and output.name in elsewhere:
+            arrays[output.name] = elsewhere[output.name](wanted)
+            continue
         if len(raw) != wanted.bytes:
             raise WrongAnswer(f"{output.name}: expected {wanted}, which is {wanted.bytes} bytes, got {len(raw)} bytes")
         arrays[output.name] = np.frombuffer(raw, DTYPES[wanted.dtype]).reshape(wanted.shape)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -15,9 +18,19 @@ from tritonclient.grpc import model_config_pb2, service_pb2 as pb
 from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
 
 from ditforge import install_hint
-from ditforge.client.answer import Arrays, Inputs, Output, WrongAnswer, embeddings_of, expected_outputs, read_answer
+from ditforge.client.answer import (
+    Arrays,
+    Inputs,
+    Output,
+    Read,
+    WrongAnswer,
+    embeddings_of,
+    expected_outputs,
+    read_answer,
+)
 from ditforge.client.failures import START_SERVER, connect_error
-from ditforge.client.kept import KeptInputs
+from ditforge.client.kept import MOST_LOST, KeptInputs
+from ditforge.client.local_tensors import LocalTensors, TensorFile, find
 from ditforge.client.probe import speaks_tls
 from ditforge.client.retry import NOT_READY, Failure
 from ditforge.client.settings import ConnectionSettings
@@ -28,6 +41,7 @@ from ditforge.contract import (
     KEEPS_PARAMETER,
     KEPT_KEY,
     MODEL_PARAMETER,
+    SHARED_MEMORY_PARAMETER,
     TEXT_ENCODERS,
     VAE_DECODER,
 )
@@ -38,8 +52,11 @@ from ditforge.served_model import ClientTooOld, read_served_model
 M = TypeVar("M", bound=Message)
 NEEDED = (TEXT_ENCODERS, DIT, VAE_DECODER)
 HEARD_LATELY = 1.0  # seconds; no server can end, start again and have its models ready in this time
+INFER = "ModelInfer"
+NO_MEMORY = ("NOT_FOUND", "shared.memory")  # it has no such shared memory; older servers and Triton say it in words
 LOST = ("ABORTED", "INVALID_ARGUMENT")  # it does not have what it kept; a proxy between does not tell it the label
 REST = 30.0  # seconds for which a server that failed is used only after all others
+log = logging.getLogger("ditforge.client")
 
 
 class Unfit(Exception):
@@ -61,6 +78,7 @@ class Served:
     engines: the SHA-256 of its engines in hexadecimal; empty if an older ditforge wrote its repository.
     embeddings: the dtypes and shapes of the embeddings of one prompt, by name.
     keeps: the inputs of the DiT that it keeps for a picture's later steps. Empty if no front is before Triton.
+    shared_memory: the name of its folder in /dev/shm for the tensors of clients. Empty if no front is before Triton.
     """
 
     model: Model
@@ -68,6 +86,7 @@ class Served:
     engines: str
     embeddings: Mapping[str, Output]
     keeps: tuple[str, ...] = ()
+    shared_memory: str = ""
 
     def makes_the_same(self, other: Served) -> bool:
         """Whether both have the same engines and model, so that a picture can go on at the other and be the same."""
@@ -83,6 +102,8 @@ class Replica:
         self._channel: Channel | None = None
         self._served: Served | None = None
         self._heard = self._failed = -float("inf")  # when it last answered, and last failed, in time.monotonic's time
+        self._local: LocalTensors | None = None
+        self._folder, self._losses = "", 0  # what the server calls its shared memory, and how often that was not there
         self._closed = False
 
     def describe(self, timeout: float) -> Served:
@@ -95,6 +116,7 @@ class Replica:
         if served is None or time.monotonic() - self._heard > HEARD_LATELY:
             served = self._ask(timeout)
             self._served, self._heard = served, time.monotonic()
+            self._meet(served.shared_memory)
         return served
 
     def infer(
@@ -110,11 +132,12 @@ class Replica:
         keeps = served.keeps if name == DIT else ()
         label = kept.label(inputs, keeps) if keeps else ""
 
-        def send(part: Arrays, metadata: Metadata) -> bytes:
+        def send(part: Arrays, metadata: Metadata) -> Arrays:
             timeout = min(self._settings.step_timeout, until - time.monotonic())
-            return self._call(name, part, metadata, max(timeout, 0.001))
+            expected = expected_outputs(name, part, served.model, served.embeddings)
+            return self._call(name, part, metadata, max(timeout, 0.001), expected)
 
-        def send_new(part: Arrays, place: str) -> bytes:
+        def send_new(part: Arrays, place: str) -> Arrays:
             """Send what the server does not have."""
             metadata_kept = {**metadata, KEPT_KEY: place}
             if kept.has(self.url, place):
@@ -124,13 +147,12 @@ class Replica:
                     if failed.failure.status not in LOST:
                         raise
                     kept.lost(self.url, place)
-            data = send(part, metadata_kept)
+            arrays = send(part, metadata_kept)
             kept.sent(self.url, place)
-            return data
+            return arrays
 
         def call(part: Arrays, start: int) -> Arrays:
-            data = send_new(part, f"{label}-{start}") if label else send(part, metadata)
-            arrays = read_answer(data, expected_outputs(name, part, served.model, served.embeddings))
+            arrays = send_new(part, f"{label}-{start}") if label else send(part, metadata)
             self._heard = time.monotonic()
             return arrays
 
@@ -156,9 +178,11 @@ class Replica:
     def close(self) -> None:
         """Close the channel. The server cannot be called through this object any more."""
         with self._lock:
-            self._closed, channel = True, self._channel
+            self._closed, channel, local = True, self._channel, self._local
         if channel is not None:
             channel.close()
+        if local is not None:
+            local.close()
 
     def _open(self) -> Channel:
         with self._lock:
@@ -194,7 +218,8 @@ class Replica:
         """
         empty = {"prompt": np.array([[b""]], np.object_)}
         try:
-            self._call(TEXT_ENCODERS, empty, self._settings.metadata(), max(until - time.monotonic(), 0.001))
+            request = encode(TEXT_ENCODERS, empty).SerializeToString()
+            self._answer(INFER, request, max(until - time.monotonic(), 0.001), self._settings.metadata())
         except CallFailed as failed:
             if failed.failure.ending:
                 return failed.failure
@@ -211,12 +236,12 @@ class Replica:
             embeddings = embeddings_of(config)
         except (ValueError, RecursionError, WrongAnswer) as error:
             raise Unfit(unreadable_model(self.url, error)) from error
-        engines, keeps = (
+        engines, keeps, folder = (
             config.parameters[name].string_value if name in config.parameters else ""
-            for name in (ENGINES_PARAMETER, KEEPS_PARAMETER)
+            for name in (ENGINES_PARAMETER, KEEPS_PARAMETER, SHARED_MEMORY_PARAMETER)
         )
         kept = tuple(name for name in keeps.split() if name in embeddings)
-        return Served(model, max(1, config.max_batch_size), shown(engines), embeddings, kept)
+        return Served(model, max(1, config.max_batch_size), shown(engines), embeddings, kept, folder)
 
     def _tell(self, method: str, request: Message, answer: type[M], until: float) -> M:
         """Ask the server about itself with the gRPC method `method`. It must answer by `until` of time.monotonic."""
@@ -228,14 +253,66 @@ class Replica:
             raise CallFailed(Failure("INTERNAL", f"its answer to {method} cannot be read")) from error
         return read
 
-    def _call(self, name: str, inputs: Arrays, metadata: Metadata, timeout: float) -> bytes:
+    def _call(
+        self, name: str, inputs: Arrays, metadata: Metadata, timeout: float, expected: Mapping[str, Output]
+    ) -> Arrays:
+        """Call the model `name`, and return its outputs, which have to be as expected.
+
+        Large tensors travel in shared memory if the server is on this machine and still has it.
+        """
+        local = self._local
+        if local is not None:
+            try:
+                with local.file() as file:
+                    return self._exchange(name, inputs, metadata, timeout, expected, file)
+            except CallFailed as failed:
+                status, words = NO_MEMORY
+                if failed.failure.status != status and not re.search(words, failed.failure.message):
+                    raise
+                self._lose(local)
+        return self._exchange(name, inputs, metadata, timeout, expected)
+
+    def _exchange(
+        self,
+        name: str,
+        inputs: Arrays,
+        metadata: Metadata,
+        timeout: float,
+        expected: Mapping[str, Output],
+        file: TensorFile | None = None,
+    ) -> Arrays:
         """Call the model `name`. While the call runs, the server is asked now and then whether it is live.
 
-        Returns the bytes of the ModelInferResponse. They are not parsed by gRPC for Python, which would never report an
-        answer that it cannot parse.
+        The answer is not parsed by gRPC for Python, which would never report one that it cannot parse.
         """
-        request = encode(name, inputs).SerializeToString()
-        return self._answer("ModelInfer", request, timeout, metadata, self._settings.keepalive)
+        request, elsewhere = encode(name, inputs, file), dict[str, Read]()
+        if file is not None:
+            for key, output in expected.items():
+                asked = request.outputs.add(name=key)
+                if (start := file.place(asked.parameters, output.bytes)) is not None:
+                    elsewhere[key] = functools.partial(file.read, start)
+        data = self._answer(INFER, request.SerializeToString(), timeout, metadata, self._settings.keepalive)
+        return read_answer(data, expected, elsewhere)
+
+    def _meet(self, folder: str) -> None:
+        """Use the folder in /dev/shm that the server names, if it names one, and this machine and user have it."""
+        with self._lock:
+            if self._closed or folder == self._folder:
+                return
+            before, self._local, self._folder = self._local, None, folder
+            if folder and self._losses < MOST_LOST and (local := find(folder)) is not None:
+                self._local = local
+        if folder and self._local is None:
+            log.info("tensors are sent to %s: it is on another machine, or another user's", self.url)
+        if before is not None:
+            before.close()
+
+    def _lose(self, local: LocalTensors) -> None:
+        """Note that a server at this address does not have the folder: it is another one than has told of it."""
+        with self._lock:
+            if self._local is local:
+                self._local, self._folder, self._losses = None, "", self._losses + 1
+        local.close()
 
     def _answer(
         self, method: str, request: bytes, timeout: float, metadata: Metadata, keepalive: float | None = None
@@ -276,14 +353,19 @@ def in_parts(call: Callable[[Arrays, int], Arrays], inputs: Inputs, max_batch: i
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]} if len(parts) > 1 else parts[0]
 
 
-def encode(model: str, inputs: Inputs) -> pb.ModelInferRequest:
-    """Make Triton's request for a model. Strings become BYTES; an array [B], one number a sample, becomes [B, 1]."""
+def encode(model: str, inputs: Inputs, file: TensorFile | None = None) -> pb.ModelInferRequest:
+    """Make Triton's request for a model. Strings become BYTES; an array [B], one number a sample, becomes [B, 1].
+
+    Arrays that are large go into the file, if there is one.
+    """
     request = pb.ModelInferRequest(model_name=model)
     for name, value in inputs.items():
         array = value[:, None] if value.ndim == 1 else value
-        request.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)
-        raw = serialize_byte_tensor(array).item() if array.dtype == np.object_ else array.tobytes()
-        request.raw_input_contents.append(raw)
+        tensor = request.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)
+        if array.dtype == np.object_:
+            request.raw_input_contents.append(serialize_byte_tensor(array).item())
+        elif file is None or not file.put(tensor.parameters, array):
+            request.raw_input_contents.append(array.tobytes())
     return request
 
 

@@ -11,10 +11,9 @@ from pathlib import Path
 import grpc
 from tritonclient.grpc import service_pb2 as pb
 
-ALIGNMENT = 64  # bytes
-SPARED = 256 << 20  # bytes of the file system that stay free, because Triton needs them for tensors of its own
+from ditforge.shared_memory import BYTES, OFFSET, REGION, aligned, extend
+
 REGISTER = "/inference.GRPCInferenceService/SystemSharedMemoryRegister"
-REGION, OFFSET, BYTES = "shared_memory_region", "shared_memory_offset", "shared_memory_byte_size"  # of a tensor
 log = logging.getLogger(__name__)
 
 
@@ -58,7 +57,7 @@ class Arena:
 
     def take(self, size: int) -> int | None:
         """Take a part of so many bytes. Returns where it begins, or None if there is no such room."""
-        size = -(-size // ALIGNMENT) * ALIGNMENT
+        size = aligned(size)
         start, place = 0, 0
         for begin, end in self.used:
             if begin - start >= size:
@@ -72,16 +71,8 @@ class Arena:
         return start
 
     def back(self, end: int) -> bool:
-        """Give the file memory up to `end`. Without it, writing to a full /dev/shm ends the process.
-
-        Returns whether there is so much, beside what is spared.
-        """
-        found = os.fstatvfs(self.descriptor)
-        if found.f_bavail * found.f_frsize - (end - self.backed) < SPARED:
-            return False
-        try:
-            os.posix_fallocate(self.descriptor, self.backed, end - self.backed)
-        except OSError:
+        """Give the file memory up to `end`. Returns whether there is so much."""
+        if not extend(self.descriptor, self.backed, end):
             return False
         self.backed = end
         return True

@@ -31,6 +31,7 @@ from ditforge.contract import (
     KEPT_KEY,
     LATENTS,
     PICTURE_KEY,
+    SHARED_MEMORY_PARAMETER,
     TEXT_OUTPUTS,
     VAE_DECODER,
     VELOCITY,
@@ -40,6 +41,7 @@ from ditforge.triton_repo.capacity import Capacity, arrived, started
 from ditforge.triton_repo.kept import KeptInputs
 from ditforge.triton_repo.lent import LentTensors
 from ditforge.triton_repo.limits import BadRequest, shown
+from ditforge.triton_repo.local_tensors import LocalTensors
 from ditforge.triton_repo.metrics import Metrics
 from ditforge.triton_repo.pictures import Pictures
 from ditforge.triton_repo.refusal import Refused, Status, of_triton, refuse
@@ -73,6 +75,7 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
     forgone: the folder with the names of requests for which nobody waits any more.
     kept: what is kept of pictures' inputs for their later steps.
     lent: the memory in which large tensors of a step go to Triton and come back.
+    local: the files in which tensors of clients on this machine come and go.
     doubted: gets the name of a model when Triton complains about the model's process.
     """
 
@@ -83,19 +86,22 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
     forgone: Path
     kept: KeptInputs = field(default_factory=KeptInputs)
     lent: LentTensors = field(default_factory=LentTensors)
+    local: LocalTensors = field(default_factory=LocalTensors)
     channel: grpc.aio.Channel | None = None
     stopping: bool = False
     pictures: Pictures = field(default_factory=Pictures)
     doubted: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
 
     def __post_init__(self) -> None:
-        self.capacity = Capacity(message_limit(self.models))
+        self.largest = message_limit(self.models)
+        self.capacity = Capacity(self.largest)
         taken = self.models[DIT].limits.inputs if DIT in self.models else {}
         self.keeps = tuple(name for name in TEXT_OUTPUTS if name in taken)
-        parameter = {KEEPS_PARAMETER: model_config_pb2.ModelParameter(string_value=" ".join(self.keeps))}
-        config = model_config_pb2.ModelConfig(parameters=parameter)
-        # Protobuf joins messages that follow each other, and so adds this parameter to Triton's answer.
-        self.keeping = wire.serialised(pb.ModelConfigResponse(config=config))
+        offers = {KEEPS_PARAMETER: " ".join(self.keeps), SHARED_MEMORY_PARAMETER: self.local.name}
+        parameters = {key: model_config_pb2.ModelParameter(string_value=value) for key, value in offers.items()}
+        config = model_config_pb2.ModelConfig(parameters=parameters)
+        # Protobuf joins messages that follow each other, and so adds these parameters to Triton's answer.
+        self.offers = wire.serialised(pb.ModelConfigResponse(config=config))
 
     def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
         """Return the handler of a method, which takes and returns bytes. It reads a message once there is room."""
@@ -166,7 +172,8 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
                 raise Refused(Status.NOT_FOUND, f"there is no model {shown(asked)}; there are {', '.join(self.models)}")
             data = question.SerializeToString()
             if name == "ModelConfig" and asked == DIT:
-                return await self.forward(method, data, timeout=10) + self.keeping
+                self.local.sweep()
+                return await self.forward(method, data, timeout=10) + self.offers
         if name == "ModelReady":
             return wire.serialised(pb.ModelReadyResponse(ready=await self.is_ready(method, data)))
         if name == "RepositoryIndex":
@@ -208,6 +215,7 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
         try:
             place = (picture or "", metadata.get(KEPT_KEY, "")) if name == DIT and KEPT_KEY in metadata else None
             with contextlib.ExitStack() as held:
+                places = self.local.take(request, raw, self.largest, held)
                 filled = self.kept.find(request, place, self.keeps) if place else None
                 if filled:
                     held.callback(self.kept.release, filled)
@@ -222,9 +230,11 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
                     self.kept.forget(picture)
                 held.enter_context(self.capacity.holding(sum(map(len, raw))))
                 with self.pictures.request(picture, name == VAE_DECODER):
-                    answer = await self.run_model(request, raw, context.time_remaining(), held)
-            if self.models[name].spoils and wire.is_spoilt(answer):
-                raise Refused(outcome, f"the engines of {name} failed; the server's log says why")
+                    response, raw = await self.run_model(request, raw, context.time_remaining(), held)
+                if self.models[name].spoils and wire.is_spoilt(response, raw):
+                    raise Refused(outcome, f"the engines of {name} failed; the server's log says why")
+                self.local.give(response, raw, places)
+                answer = wire.message(response, raw, wire.RAW_OUTPUT)
             outcome = Status.OK
             return answer
         except Refused as refused:
@@ -254,8 +264,10 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
         raw: list[wire.Raw],
         left: float | None,
         held: contextlib.ExitStack,
-    ) -> bytes:
+    ) -> tuple[pb.ModelInferResponse, list[wire.Raw]]:
         """Return Triton's answer to the request with the raw contents `raw`, which are released early.
+
+        The answer's raw contents are valid until `held` is closed.
 
         `left` is the number of seconds until the deadline. Raises Refused when it has passed. `held` counts the bytes
         of the contents, and is closed only when Triton is done with them.
@@ -283,9 +295,10 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
             if not running.done():
                 self.forgo(name, running, held.pop_all())
             raise
-        # Protobuf joins messages that follow each other; the last one of two names counts.
-        result: bytes = self.lent.complete(request, answer) + pb.ModelInferResponse(id=asked).SerializeToString()
-        return result
+        response, contents = wire.parse_answer(answer)
+        response.id = asked
+        self.lent.complete(request, response, contents)
+        return response, contents
 
     def lend(self, request: pb.ModelInferRequest, raw: list[wire.Raw], held: contextlib.ExitStack) -> None:
         """Have a step's large tensors go to Triton and come back in shared memory, as far as there is room."""

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from tritonclient.grpc import service_pb2 as pb
 
+from ditforge.shared_memory import LARGE, OFFSET, REGION
 from ditforge.triton_repo import wire
-from ditforge.triton_repo.arena import OFFSET, REGION, Arena
+from ditforge.triton_repo.arena import Arena
 from ditforge.triton_repo.limits import ITEM_BYTES
 
-LARGE = 64 << 10  # bytes of a tensor from which on it is lent
 MOST_BYTES = 64 << 20  # of all that is lent at a time; what finds no room is sent
 
 
@@ -52,18 +52,14 @@ class LentTensors:
             held.callback(self.arena.free, start)
         return start
 
-    def complete(self, request: pb.ModelInferRequest, answer: bytes) -> bytes:
-        """Return Triton's answer with the contents of its outputs, also of those that are in shared memory.
+    def complete(self, request: pb.ModelInferRequest, response: pb.ModelInferResponse, raw: list[wire.Raw]) -> None:
+        """Put the outputs that are in shared memory among the raw contents of Triton's answer, without copying them.
 
         Triton says nothing of them; the outputs of the `request` say where they are.
         """
         places = {one.name: one.parameters[OFFSET].int64_param for one in request.outputs if REGION in one.parameters}
-        if not places:
-            return answer
-        head, raw = wire.split(answer, wire.RAW_OUTPUT)
-        response, view = wire.parse(head, pb.ModelInferResponse), memoryview(self.arena.memory)
+        view = memoryview(self.arena.memory)
         for number, output in enumerate(response.outputs):
             if output.name in places:
                 start = places[output.name]
                 raw[number] = view[start : start + wire.count(output) * ITEM_BYTES[output.datatype]]
-        return wire.message(response, raw, wire.RAW_OUTPUT)

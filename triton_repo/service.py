@@ -33,6 +33,7 @@ from ditforge.triton_repo.front import Front
 from ditforge.triton_repo.kept import KeptInputs
 from ditforge.triton_repo.lent import LentTensors
 from ditforge.triton_repo.listener import LEAST_CONNECTIONS, RESERVED, Listener, Report, token_of
+from ditforge.triton_repo.local_tensors import LocalTensors
 from ditforge.triton_repo.log import set_up
 from ditforge.triton_repo.metrics import ENGINES, Metrics
 from ditforge.triton_repo.serve_options import ServeOptions
@@ -67,9 +68,10 @@ async def serve(options: ServeOptions, report: Report, stopped: asyncio.Future[f
     tritonserver.sweep()
     prefix = f"{tritonserver.namespace()}{os.getpid()}-"
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=tritonserver.SHM))
-    kept, lent = (folder.with_name(folder.name + end) if DIT in models else None for end in tritonserver.SHARED)
+    places = (folder.with_name(folder.name + end) if DIT in models else None for end in tritonserver.SHARED)
     forgone = folder / tritonserver.FORGONE
-    front = Front(models, engines, token_of(options), metrics, forgone, KeptInputs(kept), LentTensors(lent))
+    shared = (make(place) for make, place in zip((KeptInputs, LentTensors, LocalTensors), places, strict=True))
+    front = Front(models, engines, token_of(options), metrics, forgone, *shared)
     listener = Listener(front, options)
     try:
         port = await listener.start()

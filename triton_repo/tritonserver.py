@@ -42,7 +42,7 @@ SILENCE = 30.0  # seconds without an answer after which Triton is taken for stuc
 ASKED_EVERY = 5.0  # seconds
 UNLOADING = 5  # seconds that Triton gets to unload its models, once all requests are answered
 LAST_WORDS = 3  # seconds that Triton gets to say why a model's process ended while it was loaded
-SHARED = ("+kept", "+lent")  # how the names of files end that Triton reads, beside the server's folder
+SHARED = ("+kept", "+lent", "+clients")  # how the names of what lasts longer than a run end, beside the folder
 KEY = "ditforge-key"
 CLOSED = "model-repository,shared-memory,trace,logging"  # what clients have no business in, in Triton's names
 

@@ -40,10 +40,9 @@ VERSIONS = {"", "1"}  # of a model: the one that a repository has
 PARAMETERS = {"timeout", "priority"}  # of a request; all others of Triton's reach into the server
 
 
-def is_spoilt(answer: bytes) -> bool:
-    """Return whether an output in the ModelInferResponse `answer` contains a NaN or an infinity. Copies no tensor."""
-    head, raw = split(answer, RAW_OUTPUT)
-    kinds = [DTYPES.get(tensor.datatype, np.uint8) for tensor in pb.ModelInferResponse.FromString(head).outputs]
+def is_spoilt(response: pb.ModelInferResponse, raw: Sequence[Raw]) -> bool:
+    """Return whether an output with the raw contents `raw` contains a NaN or an infinity. Copies no tensor."""
+    kinds = [DTYPES.get(tensor.datatype, np.uint8) for tensor in response.outputs]
     pairs = zip(kinds, raw, strict=False)
     return not all(is_finite(np.frombuffer(data, dtype)) for dtype, data in pairs if np.issubdtype(dtype, np.floating))
 
@@ -73,6 +72,12 @@ def parse_infer(data: bytes) -> tuple[pb.ModelInferRequest, list[Raw]]:
     if request.raw_input_contents:  # by a tag that is written in another way than ours
         raise BadRequest("the message is not a ModelInferRequest")
     return request, raw
+
+
+def parse_answer(data: bytes) -> tuple[pb.ModelInferResponse, list[Raw]]:
+    """Read Triton's ModelInferResponse. Returns it without its raw contents, and these, which are not copied."""
+    head, raw = split(data, RAW_OUTPUT)
+    return parse(head, pb.ModelInferResponse), raw
 
 
 def split(data: bytes, raw_tag: int) -> tuple[bytes, list[Raw]]:

@@ -22,6 +22,10 @@ PICTURE_KEY, ENGINES_KEY = "ditforge-picture", "ditforge-engines"
 # leaves them out, and gets those that are kept. If there are none any more, its status is ABORTED: send them again.
 KEEPS_PARAMETER, KEPT_KEY = "ditforge_keeps", "ditforge-kept"
 
+# The name of a folder in /dev/shm, in which a client on the same machine may place its tensors (shared_memory.py). The
+# front adds this parameter to the configuration of `dit` too. If a client's file is gone, the status is NOT_FOUND.
+SHARED_MEMORY_PARAMETER = "ditforge_shared_memory"
+
 # The tensors of all models: their dtypes, and the names of the dimensions that vary; the batch is the first dimension.
 DTYPES = ("FP32", "FP16", "INT32", "UINT8", "BYTES")
 VARYING = ("batch", "height", "width", "latent_height", "latent_width")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from ditforge.triton_repo.arena import ALIGNMENT, SPARED, Arena
+from ditforge.shared_memory import ALIGNMENT, SPARED
+from ditforge.triton_repo.arena import Arena
 
 
 @settings(max_examples=100, deadline=None)

@@ -235,7 +235,7 @@ def changed(change) -> pb.ModelInferRequest:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda r: r.inputs[0].parameters["shared_memory_region"].MergeFromString(b"\x1a\x01x"), "tensors travel in"),
+        (lambda r: r.inputs[0].parameters["shared_memory_region"].MergeFromString(b"\x1a\x01x"), "send the tensors"),
         (lambda r: r.outputs.add(name="velocity").parameters["classification"].MergeFromString(b"\x10\x05"), "travel"),
         (lambda r: r.parameters["sequence_id"].MergeFromString(b"\x10\x05"), "got 'sequence_id'"),
         (lambda r: r.inputs.add(name="latents", datatype="FP32", shape=[1]), "the inputs are latents, timestep"),
@@ -493,12 +493,11 @@ def test_what_may_be_asked(server: Server) -> None:
 
 
 def test_only_this_user_reaches_what_is_behind(server: Server) -> None:
-    """Sockets, and the models' shared memory, in which requests lie."""
-    (folder,) = {path for path in Path("/dev/shm").glob(f"*-{server.pid}-*") if path.is_dir()}
-    regions = [path for path in Path("/dev/shm").glob(f"*-{server.pid}-*") if path.is_file()]
-    assert len(regions) == len(model_processes(server)) + len(SHARED)
-    assert folder.stat().st_mode & 0o077 == 0
-    assert all(region.stat().st_mode & 0o077 == 0 for region in regions)
+    """Sockets, and the models' and clients' shared memory, in which requests lie."""
+    found = list(Path("/dev/shm").glob(f"*-{server.pid}-*"))
+    assert len(found) == len(model_processes(server)) + len(SHARED) + 1
+    assert sum(path.is_dir() for path in found) == 2
+    assert all(path.stat().st_mode & 0o077 == 0 for path in found)
 
 
 def test_a_picture_begun_with_other_engines(server: Server) -> None:

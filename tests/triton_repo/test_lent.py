@@ -12,9 +12,9 @@ import pytest
 from hostile import dit_inputs, output, request, stub
 from tritonclient.grpc import service_pb2 as pb
 
+from ditforge.shared_memory import LARGE, OFFSET, REGION
 from ditforge.triton_repo import wire
-from ditforge.triton_repo.arena import OFFSET, REGION
-from ditforge.triton_repo.lent import LARGE, LentTensors
+from ditforge.triton_repo.lent import LentTensors
 from ditforge.triton_repo.server import Server, start
 
 
@@ -78,7 +78,10 @@ def test_what_cannot_be_lent_is_sent(lent: LentTensors, why: str) -> None:
         lent.lend_output(made, "out", LARGE if why != "numbers in lists" else 0, held)
     assert raw == before
     assert not any(REGION in tensor.parameters for tensor in (*made.inputs, *made.outputs))
-    assert lent.complete(made, b"as it is") == b"as it is"
+    answer, contents = pb.ModelInferResponse(), [b"as it is"]
+    answer.outputs.add(name="out")
+    lent.complete(made, answer, contents)
+    assert contents == [b"as it is"]
 
 
 def test_an_answer_is_put_together(lent: LentTensors) -> None:
@@ -92,9 +95,10 @@ def test_an_answer_is_put_together(lent: LentTensors) -> None:
         lent.lend_output(made, "out", LARGE, held)
         start = made.outputs[0].parameters[OFFSET].int64_param
         lent.arena.memory[start : start + LARGE] = b"\7" * LARGE
-        whole = pb.ModelInferResponse.FromString(lent.complete(made, answer.SerializeToString()))
-    assert whole.raw_output_contents == [b"abc", b"\7" * (LARGE - 4)]
-    assert (whole.id, [one.name for one in whole.outputs]) == ("mine", ["other", "out"])
+        response, contents = wire.parse_answer(answer.SerializeToString())
+        lent.complete(made, response, contents)
+        assert contents == [b"abc", b"\7" * (LARGE - 4)]
+    assert (response.id, [one.name for one in response.outputs]) == ("mine", ["other", "out"])
 
 
 def test_a_large_step_is_that_of_small_ones(server: Server) -> None:

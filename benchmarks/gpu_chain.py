@@ -186,7 +186,7 @@ def measure_case(served: Served, reference: Path, gpu: Gpu | None) -> dict[str, 
                 client.generate(captions[0], seed=SEED, steps=STEPS)
                 times.append(1000 * (time.perf_counter() - begun))
             dit = milliseconds(told, statistics_of(server.url))[DIT]
-            together = difference_together(client, captions[:TOGETHER])
+            together = None if client.model.sizes else difference_together(client, captions[:TOGETHER])
         begun = time.perf_counter()
         images = pictures(server.url, captions)
         seconds = time.perf_counter() - begun

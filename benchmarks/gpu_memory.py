@@ -40,7 +40,9 @@ print("ready", flush=True)
 for line in sys.stdin:
     if held:
         call("cuMemFree_v2", held)
-    call("cuMemAlloc_v2", ctypes.byref(held), ctypes.c_size_t(int(line)))
+    held = ctypes.c_void_p()
+    if int(line) > 0:  # CUDA allocates no 0 bytes
+        call("cuMemAlloc_v2", ctypes.byref(held), ctypes.c_size_t(int(line)))
     print("holds", int(line), flush=True)
 """
 

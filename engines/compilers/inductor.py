@@ -37,8 +37,9 @@ DEVICES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm
 LIBRARIES = 512 * 2**20  # bytes: kernels of PyTorch, cuBLAS and cuDNN, and the room in which cuBLAS works
 SETTINGS: dict[str, Any] = {}
 CPU_SETTINGS: dict[str, Any] = {"aot_inductor.compile_wrapper_opt_level": "O0"}
-# Kernels are compiled by the process itself, and not by processes that it would start.
-ENVIRONMENT = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+# Kernels are compiled by the process itself, and not by processes that it would start. Modules of PyTorch ask whether
+# there is a GPU when they are imported: had they asked CUDA and not NVML, no fork of the process could use it.
+ENVIRONMENT = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 log = logging.getLogger(__name__)
 
 
@@ -116,11 +117,8 @@ def do_in_forks(tasks: Sequence[Task], device: str, *, progress: Progress) -> li
 def prepare(device: str) -> None:
     """Import what compiling takes, and find out what all packages must know, without using a GPU.
 
-    What is left out here, each task does by itself.
+    What is left out here, each task does by itself: torch.utils.cpp_extension asks CUDA for a GPU if there is an nvcc.
     """
-    import torch._inductor.compile_fx
-    import torch.onnx.ops
-    import torch.utils.cpp_extension  # noqa: F401
     from torch._inductor import cpu_vec_isa
 
     from ditforge.engines.compilers import region_packages, region_weights  # noqa: F401

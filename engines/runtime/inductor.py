@@ -12,12 +12,13 @@ import os
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 from zipfile import ZipFile
 
 import numpy as np
@@ -33,7 +34,6 @@ from ditforge.errors import DitforgeError, UserError
 from ditforge.local_gpu import why_not_here
 from ditforge.manifest import NEXT_COMMAND
 from ditforge.option import command
-from ditforge.regions import Call
 
 ALIGNMENT = 256  # bytes; matrix products read weights in vectors, and TMA wants at least 16
 GRAPHS = 4  # of how many shapes an engine keeps the CUDA graphs
@@ -86,17 +86,33 @@ def load_package(path: Path, device: torch.device) -> Any:
     return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, number)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Shared:
     """What all engines of the process use on the GPU.
 
-    computing, copying: CUDA streams. graphs: the memory of CUDA graphs. staging: through which weights come.
+    computing, copying: CUDA streams. staging: through which weights come. graphs: all CUDA graphs that there are.
+    pool: the memory of their activations.
     """
 
     computing: Any
     copying: Any
-    graphs: Any
     staging: Staging
+    graphs: WeakSet[Any] = field(default_factory=WeakSet)
+    pool: Any = None
+
+    def record(self, calls: Callable[[], dict[str, Tensor]]) -> tuple[Any, dict[str, Tensor]]:
+        """Record what `calls` starts on the GPU, and return the graph, with what `calls` returns.
+
+        Raises RuntimeError if something in it cannot be recorded, or memory runs out.
+        """
+        torch.cuda.empty_cache()  # of what the runs before took, which the graph takes from other memory
+        if not self.graphs:  # PyTorch takes no pool again that has lost all its graphs, where memory is in pieces
+            self.pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.computing, capture_error_mode="relaxed"):
+            outputs = calls()
+        self.graphs.add(graph)
+        return graph, outputs
 
 
 @cache
@@ -107,21 +123,31 @@ def shared() -> Shared:
     the driver does not map memory in pieces, as in some virtual machines.
     """
     if not any(name in os.environ for name in ALLOCATOR):
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        set_up_allocator("expandable_segments:True")
         try:
             torch.empty(1, device="cuda")
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             log.info("memory in pieces is not put together: %s", error)
-            torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+            set_up_allocator("expandable_segments:False")
     computing, copying = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    return Shared(computing, copying, torch.cuda.graph_pool_handle(), Staging(copying))
+    return Shared(computing, copying, Staging(copying))
 
 
-def out_of_memory() -> int:
-    """How often PyTorch's allocator has not found memory on the GPU, in this process."""
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+def set_up_allocator(settings: str) -> None:
+    """Set up PyTorch's allocator, as its environment variable would have before it was used."""
+    torch._C._accelerator_setAllocatorSettings(settings)
+
+
+def out_of_memory(device: torch.device) -> int:
+    """How often PyTorch's allocator has not found memory on the device, in this process.
+
+    torch.cuda.memory_stats() sorts all that it knows, for a millisecond.
+    """
+    if device.type == "cpu":
         return 0
-    return int(torch.cuda.memory_stats().get("num_ooms", 0))
+    return int(torch._C._cuda_memoryStats(torch.cuda.current_device())["num_ooms"])
 
 
 @dataclass
@@ -177,22 +203,27 @@ class Execution:
         self.description, self.folder, self.device = description, folder, device
         self.inputs, self.outputs = list(description.inputs), list(description.outputs)
         self.shared = shared() if device.type == "cuda" else None
-        with self.stream():
-            self.blocks = self.read_weights(weights, budget)
         self.loaded: dict[str, Any] = {}
-        self.streamed = [number for number, block in enumerate(self.blocks) if block.host is not None]
-        self.graphs = graphs and not self.streamed
         self.replays: OrderedDict[tuple[Shape, ...], Replay] = OrderedDict()
         self.runs: Counter[tuple[Shape, ...]] = Counter()
         self.launching: dict[tuple[Shape, ...], float] = {}
+        self.blocks: list[Block] = []
+        try:
+            with self.stream():
+                self.read_weights(weights, budget)
+        except BaseException:
+            self.close()
+            raise
+        self.streamed = [number for number, block in enumerate(self.blocks) if block.host is not None]
+        self.graphs = graphs and not self.streamed
 
     def stream(self) -> AbstractContextManager[Any]:
         """Work in the stream in which all engines compute, for the duration of the block."""
         return torch.cuda.stream(self.shared.computing) if self.shared else nullcontext()
 
-    def read_weights(self, path: Path, budget: int | None) -> list[Block]:
+    def read_weights(self, path: Path, budget: int | None) -> None:
         """Read the weights of all calls: as many as the budget allows to the device, and others to pinned memory."""
-        blocks, resident = [], 0
+        resident = 0
         with WeightsReader(path) as file:
             for call in self.description.calls:
                 places, size = [], 0
@@ -200,23 +231,23 @@ class Execution:
                     dtype, shape = file.dtypes[name], file.shapes[name]
                     places.append((size, dtype, shape))
                     size += -(-int(np.prod(shape, dtype=np.int64)) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-                blocks.append(Block(places, size))
+                self.blocks.append(Block(places, size))
             if self.shared:
                 self.shared.copying.wait_stream(self.shared.computing)  # memory may have been another engine's
-            for block, call in zip(blocks, self.description.calls, strict=True):
+            for block, call in zip(self.blocks, self.description.calls, strict=True):
                 if budget is None or resident + block.size <= budget:
                     resident += block.size
                     memory = torch.empty(block.size, dtype=torch.uint8, device=self.device)
                     block.read(file, call.weights, memory, self.shared.staging if self.shared else None)
                     block.tensors = block.views(memory)
                 else:
-                    block.host = torch.empty(block.size, dtype=torch.uint8)
-                    block.read(file, call.weights, block.host)
+                    memory = torch.empty(block.size, dtype=torch.uint8)
+                    block.read(file, call.weights, memory)
                     if self.shared:
-                        pin(block.host)
+                        pin(memory.data_ptr(), memory.numel())
+                    block.host = memory
             if self.shared:
                 self.shared.computing.wait_stream(self.shared.copying)
-        return blocks
 
     def variant(self, shapes: dict[str, Shape]) -> Variant:
         """Return the first variant that takes the shapes. Raises UserError if none does."""
@@ -261,26 +292,38 @@ class Execution:
         """
         if not self.graphs:
             return self.run_calls(variant, given)
-        self.runs[key] += 1
-        if self.runs[key] == 2:
-            return self.run_timed(shared, variant, given, key)
-        if self.runs[key] < 2 or self.launching[key] < LAUNCHING:
-            return self.run_calls(variant, given)
+        if self.runs[key] == 1:
+            outputs = self.run_timed(shared, variant, given, key)
+        elif self.runs[key] < 1 or self.launching[key] < LAUNCHING:
+            outputs = self.run_calls(variant, given)
+        elif replay := self.find_replay(shared, variant, given, key):
+            for name, tensor in given.items():
+                replay.inputs[name].copy_(tensor)
+            replay.graph.replay()
+            outputs = replay.outputs
+        else:
+            torch.cuda.empty_cache()  # of what could not be recorded
+            outputs = self.run_calls(variant, given)
+        self.runs[key] += 1  # a run that failed says nothing of the time
+        return outputs
+
+    def find_replay(
+        self, shared: Shared, variant: Variant, given: dict[str, Tensor], key: tuple[Shape, ...]
+    ) -> Replay | None:
+        """Find the CUDA graph of a shape, or record it. None if it cannot be recorded, and then never again."""
         if key not in self.replays:
             if len(self.replays) == GRAPHS:
                 self.replays.popitem(last=False)
-            torch.cuda.empty_cache()  # of what the runs before took, which the graph takes from other memory
             fixed = {name: tensor.clone() for name, tensor in given.items()}
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=shared.graphs, stream=shared.computing, capture_error_mode="relaxed"):
-                outputs = self.run_calls(variant, fixed)
+            try:
+                graph, outputs = shared.record(partial(self.run_calls, variant, fixed))
+            except RuntimeError as error:
+                log.warning("no CUDA graph for %s: %s", " ".join(map(str, key)), error)
+                self.launching[key] = 0.0
+                return None
             self.replays[key] = Replay(graph, fixed, {name: outputs[name] for name in self.outputs})
         self.replays.move_to_end(key)
-        replay = self.replays[key]
-        for name, tensor in given.items():
-            replay.inputs[name].copy_(tensor)
-        replay.graph.replay()
-        return replay.outputs
+        return self.replays[key]
 
     def forget_graphs(self) -> None:
         """Free all recorded graphs. They are recorded anew."""
@@ -301,13 +344,23 @@ class Execution:
         return outputs
 
     def run_calls(self, variant: Variant, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Run the calls one after the other. A tensor is freed after the last call that takes it."""
+        """Run the calls one after the other. A tensor is freed after the last call that takes it.
+
+        Raises torch.OutOfMemoryError if the GPU's memory does not suffice.
+        """
         calls, known = self.description.calls, dict(given)
         last = {name: number for number, call in enumerate(calls) for name in call.inputs}
         slots = Slots(self) if self.streamed else None
+        failures = out_of_memory(self.device)
         for number, call in enumerate(calls):
             weights = slots.weights(number) if slots else self.blocks[number].tensors
-            results = self.call(variant, call, [known[name] for name in call.inputs], weights)
+            try:
+                package = self.package(variant.packages[call.kind])
+                results: list[Tensor] = package.boxed_run([*(known[name] for name in call.inputs), *weights])
+            except RuntimeError as error:  # packages do not tell apart why they fail
+                if out_of_memory(self.device) == failures:
+                    raise
+                raise torch.OutOfMemoryError(f"CUDA out of memory in {call.kind}") from error
             if slots:
                 slots.done(number)
             known |= dict(zip(call.outputs, results, strict=True))
@@ -315,17 +368,6 @@ class Execution:
                 if last[name] == number and name not in self.outputs:
                     known.pop(name, None)
         return known
-
-    def call(self, variant: Variant, call: Call, inputs: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
-        """Run the package of one call. Raises torch.OutOfMemoryError, which packages themselves do not tell apart."""
-        before = out_of_memory()
-        try:
-            results: list[Tensor] = self.package(variant.packages[call.kind]).boxed_run([*inputs, *weights])
-        except RuntimeError as error:
-            if out_of_memory() == before:
-                raise
-            raise torch.OutOfMemoryError(f"CUDA out of memory in {call.kind}") from error
-        return results
 
     def warm_up(self) -> None:
         """Run the best shape of each variant on zeros, which loads its packages and may record a CUDA graph."""
@@ -341,9 +383,11 @@ class Execution:
         """Free the weights, the packages and the recorded graphs."""
         with _lock:
             self.forget_graphs()
+            if self.shared:
+                self.shared.copying.synchronize()  # memory that is still copied must not be freed
             for block in self.blocks:
                 if self.shared and block.host is not None:
-                    unpin(block.host)
+                    unpin(block.host.data_ptr())
             self.blocks.clear()
             self.loaded.clear()
             if self.shared:

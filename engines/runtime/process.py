@@ -133,8 +133,13 @@ class Client:
                 answer = {"error": DitforgeError.__name__, "problem": error.problem, "fix": error.fix}
             except Exception as error:  # an engine's errors are of many kinds
                 answer = {"error": type(error).__name__, "problem": str(error), "fix": ""}
-            if "error" in answer and self.device != CPU:
-                recover()
+            if self.device != CPU and answer.get("error") not in (None, UserError.__name__):
+                with self.turns[self.device]:  # no engine computes or records a graph meanwhile
+                    recovered = recover()
+                if not recovered:
+                    if message["call"] != "run":  # which whoever waits for repeats, in another process
+                        self.line.send(answer)
+                    os._exit(1)
             self.line.send(answer)
 
     def prepare(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -212,11 +217,10 @@ def pin(memory: Memory) -> None:
             cupy.cuda.runtime.hostRegister(address, memory.bytes.nbytes, 0)
             unregister = cupy.cuda.runtime.hostUnregister
         elif "torch" in sys.modules:
-            import torch
+            from ditforge.engines.runtime import staging
 
-            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            runtime.cudaHostRegister(address, memory.bytes.nbytes, 0)
-            unregister = runtime.cudaHostUnregister
+            staging.pin(address, memory.bytes.nbytes)
+            unregister = staging.unpin
         else:
             return
     except Exception as error:  # a driver's or a library's
@@ -225,11 +229,11 @@ def pin(memory: Memory) -> None:
         weakref.finalize(memory.bytes, unregister, address)  # before it is unmapped, because the mapping is its base
 
 
-def recover() -> None:
-    """Give back what a call that failed has left on the GPU. Where CUDA is done for, end the process.
+def recover() -> bool:
+    """Give back what a call that failed has left on the GPU. Returns False where CUDA is done for.
 
-    After some errors, such as an illegal address, every call of CUDA in the process fails for ever. Clients then start
-    another process.
+    After some errors, such as an illegal address, every call of CUDA in the process fails for ever. The process then
+    has to end, and clients start another one.
     """
     try:
         if "cupy" in sys.modules:
@@ -246,7 +250,8 @@ def recover() -> None:
     except Exception:
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)
+        return False
+    return True
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from queue import SimpleQueue
 from typing import Any
 
@@ -27,7 +27,7 @@ class Staging:
         self.stream = stream
         memory = torch.empty(PIECES * CHUNK, dtype=torch.uint8)
         if stream is not None:
-            pin(memory)
+            pin(memory.data_ptr(), memory.numel())
         self.free: SimpleQueue[tuple[Tensor, Any]] = SimpleQueue()  # each with the event of its last copy
         for number in range(PIECES):
             self.free.put((memory[number * CHUNK :][:CHUNK], None))
@@ -55,18 +55,21 @@ class Staging:
         file.each(bring, names, [place.numel() for place in places])
 
 
-def pin(memory: Tensor) -> None:
-    """Have CUDA copy from memory directly. PyTorch's own pinned memory would be rounded up to a power of two.
+def pin(address: int, size: int) -> None:
+    """Have CUDA copy from the machine's memory directly, from and to `size` bytes at `address`.
 
-    Raises DitforgeError if the system does not allow so much.
+    PyTorch's own pinned memory would be rounded up to a power of two. Raises DitforgeError if the system does not allow
+    so much.
     """
-    status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)  # type: ignore[no-untyped-call]
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    status = runtime.cudaHostRegister(address, size, 0)
     if int(status):
-        why = torch.cuda.cudart().cudaGetErrorString(status)  # type: ignore[no-untyped-call]
-        problem = f"{memory.numel() / 2**20:.0f} MiB of weights cannot be kept in memory for the GPU: {why}"
+        with suppress(RuntimeError):
+            torch.ones(1, device="cuda")  # raises the error once more, which would meet some other call otherwise
+        problem = f"{size / 2**20:.0f} MiB of memory cannot be pinned for the GPU: {runtime.cudaGetErrorString(status)}"
         raise DitforgeError(problem, "ulimit -l unlimited   and more free memory")
 
 
-def unpin(memory: Tensor) -> None:
+def unpin(address: int) -> None:
     """Undo pin(), before the memory is freed."""
-    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
+    torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]

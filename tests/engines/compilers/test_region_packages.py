@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch._inductor import codecache, cpu_vec_isa
 
 from ditforge.engines.compilers import region_packages
-from ditforge.engines.compilers.inductor import do_apart
+from ditforge.engines.compilers.inductor import ENVIRONMENT, do_apart
 from ditforge.engines.compilers.package_cache import Example, Package
 from ditforge.engines.compilers.region_packages import tasks_of
 from ditforge.engines.runtime.inductor import load_package
@@ -88,9 +89,11 @@ assert not torch.cuda.is_initialized() and not torch.cuda._is_in_bad_fork()
 """
 
 
-def test_imports_before_the_forks_leave_the_gpu_alone() -> None:
-    """A process that has used it cannot use it after a fork."""
-    done = subprocess.run([sys.executable, "-c", ASKED], check=False, capture_output=True, text=True)
+def test_imports_before_the_forks_leave_the_gpu_alone(tmp_path: Path) -> None:
+    """A process that has used it cannot use it after a fork. Where there is an nvcc, modules of PyTorch ask."""
+    environment = os.environ | ENVIRONMENT | {"CUDA_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", ASKED]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,8 @@ from exports import alone
 from ditforge import manifest
 from ditforge.engines.build import BuildOptions, build
 from ditforge.engines.compilers import Arrays, inductor_engine
+from ditforge.engines.compilers.inductor_engine import Variant
+from ditforge.engines.runtime import inductor
 from ditforge.engines.runtime.inductor import Execution, load_engine, load_package
 from ditforge.engines.runtime.loading import load_engine as load_placed
 from ditforge.engines.verify import example
@@ -98,6 +100,71 @@ def test_the_plans_budget_reaches_the_engine(engines: Path, inputs: Arrays, expe
     assert isinstance(engine, Execution) and all(block.host is not None for block in engine.blocks if block.size)
     np.testing.assert_allclose(engine.run(inputs)["velocity"], expected["velocity"], rtol=0, atol=1e-4)
     engine.close()
+
+
+class Recorder:
+    """Stands in for a GPU that records graphs: a graph is what it was recorded of."""
+
+    def __init__(self) -> None:
+        self.computing, self.replay, self.tries, self.full = self, lambda: None, 0, False
+
+    def synchronize(self) -> None:
+        """Everything has been computed."""
+
+    def record(self, calls: Callable[[], dict[str, torch.Tensor]]) -> tuple[Recorder, dict[str, torch.Tensor]]:
+        self.tries += 1
+        if self.full:
+            raise torch.OutOfMemoryError("CUDA out of memory in block")
+        return self, calls()
+
+
+def steps(
+    engines: Path, inputs: Arrays, recorder: Recorder, monkeypatch: pytest.MonkeyPatch, failing: set[int]
+) -> Iterator[Arrays | str]:
+    """What step after step of a resident engine gives, of which some run out of memory before they are recorded."""
+    monkeypatch.setattr(inductor, "LAUNCHING", 1e-9)  # as if hardly anything took time but starting kernels
+    engine = load(engines)
+    given = {name: torch.from_numpy(inputs[name]) for name in engine.inputs}
+    key = tuple(tuple(tensor.shape) for tensor in given.values())
+    variant = engine.variant(dict(zip(engine.inputs, key, strict=True)))
+    run_calls = engine.run_calls
+    for number in range(7):
+
+        def calls(variant: Variant, given: dict[str, torch.Tensor], fails: bool = number in failing):
+            if fails:
+                raise torch.OutOfMemoryError("CUDA out of memory in block")
+            return run_calls(variant, given)
+
+        monkeypatch.setattr(engine, "run_calls", calls)
+        try:
+            yield {"velocity": engine.replayed(recorder, variant, given, key)["velocity"].numpy()}
+        except torch.OutOfMemoryError as error:
+            yield str(error)
+
+
+@pytest.mark.parametrize("failing", [set(), {0}, {1}, {0, 1}, {1, 2, 3}])
+def test_a_step_that_ran_out_of_memory_is_no_reason_for_later_ones_to_fail(
+    engines: Path, inputs: Arrays, expected: Arrays, monkeypatch: pytest.MonkeyPatch, failing: set[int]
+) -> None:
+    recorder = Recorder()
+    for number, made in enumerate(steps(engines, inputs, recorder, monkeypatch, failing)):
+        if number in failing:
+            assert made == "CUDA out of memory in block"
+        else:
+            assert not isinstance(made, str)
+            np.testing.assert_allclose(made["velocity"], expected["velocity"], rtol=1e-3, atol=1e-4)
+    assert recorder.tries == 1
+
+
+def test_without_room_for_a_graph_steps_do_without(
+    engines: Path, inputs: Arrays, expected: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder()
+    recorder.full = True
+    for made in steps(engines, inputs, recorder, monkeypatch, set()):
+        assert not isinstance(made, str)
+        np.testing.assert_allclose(made["velocity"], expected["velocity"], rtol=1e-3, atol=1e-4)
+    assert recorder.tries == 1
 
 
 def test_another_size_is_refused(engines: Path, inputs: Arrays) -> None:

@@ -7,7 +7,8 @@ process. Each connection is one engine. The process ends when the last one is cl
 
 Each process with a CUDA context takes hundreds of MiB of a GPU's memory before any weights, and memory for activations
 that none shares with another; hence one process. It runs one call at a time on a device: two at once would take turns
-on the GPU all the same, and need memory for both.
+on the GPU all the same, and need memory for both. One thread does so for each device, because libraries take memory for
+every thread that uses them: cuBLAS 32 MiB of the GPU, and OpenMP threads of its own.
 """
 
 from __future__ import annotations
@@ -24,24 +25,26 @@ import time
 import traceback
 import warnings
 import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ditforge.engines.compilers import LoadedEngine, find_compiler
+from ditforge.engines.compilers import Arrays, LoadedEngine, find_compiler
 from ditforge.engines.runtime import rendezvous
 from ditforge.engines.runtime.loading import load_engine
 from ditforge.engines.runtime.messages import Line, Memory, room
-from ditforge.engines.runtime.turns import Turns
 from ditforge.errors import DitforgeError, UserError
 from ditforge.manifest import Engine, File
 
 FIRST_CLIENT = 30.0  # seconds that it waits for one: whoever started it may have been killed meanwhile
 SOON = 0.05  # seconds
 CPU = "cpu"
+T = TypeVar("T")
 
 
 class EngineProcess:
@@ -49,7 +52,7 @@ class EngineProcess:
 
     def __init__(self, folder: Path, listener: socket.socket, server: int) -> None:
         self.folder, self.listener, self.server = folder, listener, server
-        self.turns = {CPU: Turns(), "gpu": Turns()}
+        self.threads = {CPU: ThreadPoolExecutor(1), "gpu": ThreadPoolExecutor(1)}
         self.clients = 0
         self.left, self.leaving = socket.socketpair()  # a byte for each client that has gone
 
@@ -101,7 +104,7 @@ class EngineProcess:
 
     def attend(self, connection: socket.socket) -> None:
         """Serve one client until it has gone."""
-        client = Client(Line(connection), self.turns)
+        client = Client(Line(connection), self.threads)
         try:
             client.serve()
         except (EOFError, OSError):
@@ -115,11 +118,15 @@ class EngineProcess:
 class Client:
     """One client, and its engine once that is loaded."""
 
-    def __init__(self, line: Line, turns: dict[str, Turns]) -> None:
-        self.line, self.turns = line, turns
+    def __init__(self, line: Line, threads: dict[str, ThreadPoolExecutor]) -> None:
+        self.line, self.threads = line, threads
         self.device = CPU
         self.engine: LoadedEngine | None = None
         self.pinned: set[int] = set()
+
+    def on_device(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function in the device's thread, when those that came before are done, and return what it returns."""
+        return self.threads[self.device].submit(function, *arguments).result()
 
     def serve(self) -> None:
         """Answer. Raises EOFError or OSError when the client has gone."""
@@ -133,20 +140,17 @@ class Client:
                 answer = {"error": DitforgeError.__name__, "problem": error.problem, "fix": error.fix}
             except Exception as error:  # an engine's errors are of many kinds
                 answer = {"error": type(error).__name__, "problem": str(error), "fix": ""}
-            if self.device != CPU and answer.get("error") not in (None, UserError.__name__):
-                with self.turns[self.device]:  # no engine computes or records a graph meanwhile
-                    recovered = recover()
-                if not recovered:
-                    if message["call"] != "run":  # which whoever waits for repeats, in another process
-                        self.line.send(answer)
-                    os._exit(1)
-            self.line.send(answer)
+            failed = self.device != CPU and answer.get("error") not in (None, UserError.__name__)
+            lost = failed and not self.on_device(recover)  # while no engine computes or records a graph
+            if not lost or message["call"] != "run":  # a call that is lost with the process is repeated by its client
+                self.line.send(answer)
+            if lost:
+                os._exit(1)
 
     def prepare(self, message: dict[str, Any]) -> dict[str, Any]:
         """Do in advance what takes long before the first engine is loaded. What fails here, loading fails at too."""
         for compiler, target in message["engines"]:
-            with self.turns[device_of(target)]:  # nothing is imported by two threads at a time
-                find_compiler(compiler).prepare(target)
+            self.threads[device_of(target)].submit(find_compiler(compiler).prepare, target).result()
         return {}
 
     def load(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -154,23 +158,25 @@ class Client:
         made = Engine.model_validate(message["made"])
         files = {name: File.model_validate(file) for name, file in message["files"].items()}
         self.device = device_of(made.target)
-        with self.turns[self.device]:
-            self.engine = load_engine(Path(message["folder"]), files, made)
+        self.engine = self.on_device(load_engine, Path(message["folder"]), files, made)
         self.line.begin(1)  # now, when there are file descriptors for it
         return {"inputs": self.engine.inputs, "outputs": self.engine.outputs}
 
     def run(self, message: dict[str, Any]) -> dict[str, Any]:
         """Run the engine, and place its outputs where the client sees them."""
+        parts = [{name: self.take(place) for name, place in part.items()} for part in message["parts"]]
+        return {"outputs": self.on_device(self.compute, parts)}
+
+    def compute(self, parts: list[Arrays]) -> dict[str, list[Any]]:
+        """Run the engine, and return where its outputs are."""
         assert self.engine is not None, "it is loaded first"
         if self.device != CPU:
             self.pin()
-        parts = [{name: self.take(place) for name, place in part.items()} for part in message["parts"]]
-        with self.turns[self.device]:
-            outputs = self.engine.run_batch(parts)
-            self.line.begin(sum(room(array.nbytes) for array in outputs.values()))
-            if self.device != CPU:
-                self.pin()
-            return {"outputs": {name: self.put(array) for name, array in outputs.items()}}
+        outputs = self.engine.run_batch(parts)
+        self.line.begin(sum(room(array.nbytes) for array in outputs.values()))
+        if self.device != CPU:
+            self.pin()
+        return {name: self.put(array) for name, array in outputs.items()}
 
     def take(self, place: list[Any]) -> NDArray[Any]:
         """An input. What computes on the CPU takes numbers to be aligned, which in Triton's memory they are not."""
@@ -197,8 +203,8 @@ class Client:
     def close(self) -> None:
         """Free the engine."""
         if self.engine is not None:
-            with self.turns[self.device], suppress(Exception):
-                self.engine.close()
+            with suppress(Exception):
+                self.on_device(self.engine.close)
             self.engine = None
 
 

@@ -23,7 +23,6 @@ from command_line import eventually
 from ditforge import manifest
 from ditforge.engines.runtime import early, rendezvous
 from ditforge.engines.runtime.connection import EngineFailed, ProcessLost, RemoteEngine
-from ditforge.engines.runtime.turns import Turns
 from ditforge.errors import UserError
 from ditforge.manifest import Engine
 from ditforge.placement import Placement
@@ -368,20 +367,6 @@ def test_others_folders_are_refused(place: Path, connect: Connect) -> None:
     with pytest.raises(Exception, match="only this user can open"):
         connect()
     place.rmdir()
-
-
-def test_turns_are_taken_in_the_order_of_coming() -> None:
-    turns, order = Turns(), []
-
-    def take(number: int) -> None:
-        with turns:
-            order.append(number)
-
-    with ThreadPoolExecutor(8) as pool, turns:
-        for number in range(8):
-            pool.submit(take, number)
-            eventually(lambda number=number: len(turns.waiting) == number + 1)
-    assert order == list(range(8))
 
 
 def test_a_folder_that_is_removed_while_it_is_locked_is_made_again(place: Path) -> None:

@@ -91,6 +91,7 @@ COMPILER = Compiler(
     load=load,
     compiles_on="the target",
     own_process=True,
+    shares_activations=False,  # Triton's own backend gives each engine its own, and a plan has to hold there too
     triton_backend="tensorrt",
     keeps=(TIMING_CACHE,),
     rank=20,

@@ -68,5 +68,6 @@ COMPILER = Compiler(
     compile=compile,
     load=load,
     own_process=True,
+    shares_activations=True,
     rank=10,
 )

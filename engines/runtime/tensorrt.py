@@ -28,8 +28,8 @@ from ditforge.local_gpu import why_not_here
 from ditforge.option import command
 
 _lock = threading.Lock()  # the engines of a process take turns, and so
-_scratch: Any = None  # share the memory of their activations,
-_loaded: WeakSet[Execution] = WeakSet()  # as long as there are any
+_scratch: Any = None  # share the memory of their activations, which is as large
+_loaded: WeakSet[Execution] = WeakSet()  # as the one of these needs that needs the most
 
 
 def check_here(plan: Path, compiler: str, target: str, built_with: str, version: str) -> None:
@@ -44,6 +44,7 @@ def check_here(plan: Path, compiler: str, target: str, built_with: str, version:
 
 def load_plan(trt: Any, plan: Path, compiler: str, target: str) -> Execution:
     """Load a plan onto the GPU. Raises DitforgeError if it cannot be loaded."""
+    make_room()
     log = make_log(trt)
     with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         runtime = trt.Runtime(log)
@@ -59,6 +60,21 @@ def load_plan(trt: Any, plan: Path, compiler: str, target: str) -> Execution:
     except ModuleNotFoundError as error:
         raise UserError("executing engines needs cupy, which is not installed", install_hint.install("gpu")) from error
     return Execution(trt, cupy, runtime, engine, log, kernels_of(plan))
+
+
+def make_room() -> None:
+    """Free the memory of activations, unless an engine computes: what is loaded next may need the room for weights."""
+    global _scratch
+    if not _lock.acquire(blocking=False):
+        return
+    try:
+        if _scratch is not None:
+            import cupy
+
+            _scratch = None
+            cupy.get_default_memory_pool().free_all_blocks()
+    finally:
+        _lock.release()
 
 
 def kernels_of(plan: Path) -> Path:
@@ -101,7 +117,8 @@ class Execution:
                 config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         self.context = engine.create_execution_context(config)
         self.check(self.context is not None, "create_execution_context")
-        self.scratch: Any = None
+        self.activations = max(int(engine.device_memory_size_v2), 1)  # bytes
+        self.scratch = 0, 0  # where its activations are, and how many bytes are there
         _loaded.add(self)
 
     def check(self, done: object, call: str) -> None:
@@ -176,14 +193,18 @@ class Execution:
             self.check(done, "set_optimization_profile")
 
     def share_scratch(self) -> None:
-        """Give the context the memory for activations that this process's engines share, and enlarge it if needed."""
+        """Give the context the memory for activations that this process's engines share, and enlarge it if needed.
+
+        It is not kept here: an engine that waits would hold what has been too small for another one.
+        """
         global _scratch
-        size = max(int(self.engine.device_memory_size_v2), 1)
-        if _scratch is None or _scratch.size < size:
-            _scratch = self.cupy.empty(size, np.uint8)
-        if self.scratch is not _scratch:
-            self.context.set_device_memory(_scratch.data.ptr, _scratch.size)
-            self.scratch = _scratch
+        if _scratch is None or _scratch.size < self.activations:
+            _scratch = None  # before there is another one
+            self.cupy.get_default_memory_pool().free_all_blocks()
+            _scratch = self.cupy.empty(self.activations, np.uint8)
+        if self.scratch != (place := (_scratch.data.ptr, _scratch.size)):
+            self.context.set_device_memory(*place)
+            self.scratch = place
 
     def warm_up(self) -> None:
         """Run every profile's best shapes on zeros, so that kernels are compiled and kept before the first request."""
@@ -207,15 +228,14 @@ class Execution:
             warnings.warn(why, DitforgeWarning, stacklevel=2)
 
     def close(self) -> None:
-        """Free the engine and its context. The last engine also frees the shared memory and what CuPy has kept."""
+        """Free the engine and its context, what CuPy has kept, and the shared memory if it alone needed so much."""
         global _scratch
         with _lock:
             self.keep_kernels()
             self.context = self.engine = self.runtime_cache = self.runtime = None  # an engine goes after its context
             self.kept.clear()
-            self.scratch = None
             _loaded.discard(self)
-            if not _loaded:
+            if _scratch is not None and _scratch.size > max((one.activations for one in _loaded), default=0):
                 _scratch = None
             self.cupy.get_default_memory_pool().free_all_blocks()
 

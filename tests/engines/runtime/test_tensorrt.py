@@ -7,6 +7,7 @@ dtypes are the real ones. benchmarks/tensorrt_runtime.py shows the same behaviou
 from __future__ import annotations
 
 import re
+import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,10 +56,19 @@ class Stream:
 
 
 FREED: list[object] = []  # the shared scratch at each time that memory was given back to the driver
+MADE: list[weakref.ref[Array]] = []  # all arrays that were made
+
+
+def empty(shape: Any, dtype: Any) -> Array:
+    array = np.full(shape, 77, dtype).view(Array)
+    MADE.append(weakref.ref(array))
+    return array
+
+
 CUPY = SimpleNamespace(
     ndarray=Array,
     cuda=SimpleNamespace(Stream=Stream),
-    empty=lambda shape, dtype: np.full(shape, 77, dtype).view(Array),
+    empty=empty,
     get_default_memory_pool=lambda: SimpleNamespace(free_all_blocks=lambda: FREED.append(tensorrt_runtime._scratch)),
 )
 
@@ -256,14 +266,63 @@ def test_shapes_out_of_range_are_refused() -> None:
         assert "--resolutions" in error.value.fix
 
 
+def held() -> list[int]:
+    """The bytes of each memory for activations that there is."""
+    return [array.size for array in (one() for one in MADE) if array is not None and array.dtype == np.uint8]
+
+
+def engines_of(*sizes: int) -> list[Engine]:
+    """An engine for each number of bytes of activations."""
+    engines = [Engine(RANGE) for _ in sizes]
+    for engine, size in zip(engines, sizes, strict=True):
+        engine.device_memory_size_v2 = size
+    return engines
+
+
 def test_engines_share_the_memory_of_their_activations() -> None:
-    small, large = Engine(RANGE), Engine(RANGE)
-    large.device_memory_size_v2 = 5000
-    runs = [execution(small), execution(large)]
+    small, large = engines = engines_of(1000, 5000)
+    runs = [execution(engine) for engine in engines]
     for run in (*runs, *runs):
         run.run({"x": x(1, 4)})
     assert small.context.memory[-1] == large.context.memory[-1]
     assert [size for _, size in small.context.memory] == [1000, 5000]
+
+
+def test_memory_that_is_too_small_is_freed_before_there_is_more() -> None:
+    """An engine that waits does not hold it either: the plan counts the largest one alone."""
+    runs = [execution(engine) for engine in engines_of(1000, 5000)]
+    runs[0].run({"x": x(1, 4)})
+    assert held() == [1000]
+    FREED.clear()
+    runs[1].run({"x": x(1, 4)})
+    assert held() == [5000]
+    assert FREED == [None]
+
+
+def test_activations_are_freed_with_the_engine_that_needs_so_much() -> None:
+    resident, on_demand = (execution(engine) for engine in engines_of(1000, 5000))
+    for run in (resident, on_demand):
+        run.run({"x": x(1, 4)})
+    on_demand.close()
+    assert held() == []
+    resident.run({"x": x(1, 4)})
+    assert held() == [1000]
+
+
+def test_an_engine_that_is_loaded_has_the_room_of_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless one computes meanwhile, as the segment before it does."""
+    monkeypatch.setitem(sys.modules, "cupy", CUPY)
+    run = execution(*engines_of(1000))
+    run.run({"x": x(1, 4)})
+    with tensorrt_runtime._lock:
+        tensorrt_runtime.make_room()
+        assert held() == [1000]
+    tensorrt_runtime.make_room()
+    assert held() == []
+    np.testing.assert_array_equal(run.run({"x": x(1, 4)})["y"], 2 * x(1, 4))
+    tensorrt_runtime.make_room()
+    monkeypatch.setitem(sys.modules, "cupy", None)  # is not needed where there is nothing to free
+    tensorrt_runtime.make_room()
 
 
 @pytest.mark.parametrize("call", ["set_input_shape", "execute_async_v3"])
@@ -337,7 +396,7 @@ def test_the_shared_scratch_stays_as_long_as_an_engine_does() -> None:
         run.run_batch([{"x": x(1, 4)}])
     scratch = tensorrt_runtime._scratch
     on_demand.close()
-    assert scratch is not None and tensorrt_runtime._scratch is scratch is resident.scratch
+    assert scratch is not None and tensorrt_runtime._scratch is scratch
     resident.close()
     assert tensorrt_runtime._scratch is None
 

@@ -138,7 +138,7 @@ def main() -> None:
         "",
         "Each cell has the peak in GiB and the plan, for pictures of up to that many pixels on each side. Engines are",
         f"those of `{COMPILERS[0]}`, and of `{COMPILERS[1]}` for cards that it alone has.",
-        '"offload N of M" means that the DiT is in M segments, of which N are loaded and freed in each step.',
+        '"offload N of M": the DiT is in M segments, of which N are loaded and freed, or stream, in each step.',
         '"t5 offload N" means that T5 is in N segments, all of which are loaded and freed for each prompt, and that',
         "the DiT stays. The seconds are those of a step, estimated as `ditforge plan` does.",
         "",

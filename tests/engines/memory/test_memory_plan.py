@@ -119,7 +119,7 @@ def test_the_peak_is_the_sum_of_what_is_there() -> None:
     weights, block, activations = LARGE["dit"]  # 7 segments of 16 stay, and there is room for two of the others
     taken = weights * 9 / 16 + 3 * block + LARGE["vae_encoder"][0] + SPARE * activations[1]
     assert made.peaks["denoising"] == pytest.approx(taken * GB + CONTEXT)
-    assert any("9 of dit's 16 segments are loaded and freed in each step: 8.0 GiB" in line for line in made.reasons)
+    assert any("9 of dit's 16 segments are copied to the GPU in each step: 8.0 GiB" in line for line in made.reasons)
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,14 @@ import re
 import sys
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorrt_rtx as trt
 
+from ditforge.engines.compilers import tensorrt, tensorrt_rtx
 from ditforge.engines.runtime import tensorrt as tensorrt_runtime
 from ditforge.engines.runtime.tensorrt import Execution
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
@@ -205,6 +206,48 @@ class Engine:
         return Real(self.context, trt.IExecutionContext)
 
 
+class Streaming(Engine):
+    """An engine that can stream `streamable_weights_size` bytes of weights, in some room for it.
+
+    It takes budgets of up to `most` bytes, and ignores larger ones, as the real setter does where memory runs out.
+    """
+
+    streamable_weights_size = 400
+    weight_streaming_scratch_memory_size = 200
+    most = 400
+
+    def __init__(self, *profiles: tuple[Any, Any, Any]) -> None:
+        super().__init__(*profiles)
+        self.budget = self.streamable_weights_size
+
+    @property
+    def weight_streaming_budget_v2(self) -> int:
+        return self.budget
+
+    @weight_streaming_budget_v2.setter
+    def weight_streaming_budget_v2(self, budget: int) -> None:
+        self.budget = budget if budget <= self.most else self.budget
+
+    @property
+    def device_memory_size_v2(self) -> int:  # type: ignore[override]
+        streams = self.budget < self.streamable_weights_size
+        return 1000 + streams * self.weight_streaming_scratch_memory_size
+
+    def create_execution_context(self, config: Real) -> Real | None:
+        self.most = -1  # from now on, a budget is refused
+        return super().create_execution_context(config)
+
+
+def load(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int | None) -> Execution:
+    """A plan of 500 bytes, which is this engine."""
+    plan = tmp_path / "dit-2.plan"
+    plan.write_bytes(bytes(500))
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: Real(engine, trt.ICudaEngine))
+    monkeypatch.setattr(trt, "Runtime", lambda log: runtime)
+    monkeypatch.setitem(sys.modules, "cupy", CUPY)
+    return tensorrt_runtime.load_plan(trt, plan, "tensorrt-rtx", "sm_89", budget, graphs=False)
+
+
 @pytest.fixture(autouse=True)
 def no_memory_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)  # where engines that are closed leave what was compiled
@@ -212,9 +255,9 @@ def no_memory_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tensorrt_runtime, "_loaded", weakref.WeakSet())
 
 
-def execution(engine: Engine, cache: Path = Path("nowhere")) -> Execution:
+def execution(engine: Engine, cache: Path = Path("nowhere"), graphs: bool = True) -> Execution:
     log = SimpleNamespace(errors=["what the runtime said"])
-    return Execution(trt, CUPY, None, Real(engine, trt.ICudaEngine), log, cache)
+    return Execution(trt, CUPY, None, Real(engine, trt.ICudaEngine), log, cache, graphs)
 
 
 def x(*shape: int) -> np.ndarray:
@@ -253,9 +296,9 @@ def test_static_shapes_keep_their_addresses_and_are_captured() -> None:
     np.testing.assert_array_equal(second, 2 * x(1, 4) + 2)
     run.run({"x": x(2, 8)})
     assert engine.context.calls[-1] == "profile 1, (2, 8)"
-    varying = Engine(RANGE)
-    execution(varying)
-    assert varying.config.cuda_graph_strategy == trt.CudaGraphStrategy.DISABLED
+    for others, graphs in ((Engine(RANGE), True), (Engine(((1, 4), (1, 4), (2, 4))), False)):
+        execution(others, graphs=graphs)
+        assert others.config.cuda_graph_strategy == trt.CudaGraphStrategy.DISABLED
 
 
 def test_shapes_out_of_range_are_refused() -> None:
@@ -323,6 +366,56 @@ def test_an_engine_that_is_loaded_has_the_room_of_activations(monkeypatch: pytes
     tensorrt_runtime.make_room()
     monkeypatch.setitem(sys.modules, "cupy", None)  # is not needed where there is nothing to free
     tensorrt_runtime.make_room()
+
+
+@pytest.mark.parametrize(
+    ("budget", "kept", "activations"), [(None, 400, 1000), (0, 0, 1200), (100, 100, 1200), (10**9, 400, 1000)]
+)
+def test_weights_are_streamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int | None, kept: int, activations: int
+) -> None:
+    """The room for it is part of the activations', which all engines share. Without a budget, everything stays."""
+    engine = Streaming(RANGE)
+    run = load(engine, tmp_path, monkeypatch, budget)
+    assert engine.budget == kept
+    np.testing.assert_array_equal(run.run({"x": x(1, 4)})["y"], 2 * x(1, 4))
+    assert held() == [activations]
+    run.close()
+
+
+@pytest.mark.parametrize("compiler", [tensorrt, tensorrt_rtx])
+def test_compilers_load_frugally(compiler: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without CUDA graphs; and another GPU's or version's plan is refused before anything is loaded."""
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    monkeypatch.setattr(compiler, "version", lambda: "11.4")
+    monkeypatch.setattr(tensorrt_runtime, "why_not_here", lambda targets: "")
+    monkeypatch.setattr(tensorrt_runtime, "load_plan", lambda *args, graphs: calls.append((*args, graphs)))
+    files = [Path("dit-2.plan")]
+    for budget in (None, 0):
+        compiler.load_frugally(files, "sm_89", "11.4", budget)
+    assert calls == [(trt, *files, compiler.NAME, "sm_89", budget, False) for budget in (None, 0)]
+    with pytest.raises(UserError, match=r"was compiled by .* 10.1, and 11.4 is installed"):
+        compiler.COMPILER.load_frugally(files, "sm_89", "10.1", 0)
+
+
+def test_engines_that_do_not_stream_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    older, other, full, large = Engine(RANGE), Streaming(RANGE), Streaming(RANGE), Streaming(RANGE)
+    other.streamable_weights_size = 0
+    full.most = -1
+    large.weight_streaming_scratch_memory_size = 1001  # more than two engines take
+    monkeypatch.setattr(older, "streamable_weights_size", 0, raising=False)
+    for engine, problem in (
+        (older, "was not compiled to stream"),
+        (other, "was not compiled to stream"),
+        (full, "does not stream its weights with 100 bytes of them on the GPU"),
+        (large, "needs 1001 bytes on the GPU to stream its weights, and 1000 are planned"),
+    ):
+        with pytest.raises(UserError, match=rf"dit-2\.plan {problem}") as error:
+            load(engine, tmp_path, monkeypatch, 100)
+        assert "ditforge build" in error.value.fix
+    with pytest.raises(UserError, match="was not compiled to stream"):  # by a TensorRT older than 10.1
+        tensorrt_runtime.stream(SimpleNamespace(), 0, tmp_path / "dit-2.plan")
 
 
 @pytest.mark.parametrize("call", ["set_input_shape", "execute_async_v3"])

@@ -19,8 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ditforge.commands.plan import step, strategy
+from ditforge.engines.compilers import find_compiler
 from ditforge.engines.gpus import find_target
-from ditforge.engines.memory.memory_plan import Traits
 from ditforge.export.checkpoint.diffusers_folder import CONFIGS, Checkpoint
 from ditforge.export.checkpoint.random_weights import random_checkpoint
 from ditforge.export.checkpoint.source import CheckpointSource
@@ -44,6 +44,7 @@ COMPARED = (
     ("vae_decoder", "bf16", "SM89"),
     ("vae_encoder", "bf16", "SM89"),
 )
+COMPILERS = "tensorrt-rtx", "tensorrt"  # a card is planned for the first one that has it
 SIDES = (512, 1024, 2048)
 CARDS = ("rtx2060", "rtx4060", "rtx3060", "rtx4070tisuper", "rtx4000ada", "rtx4090", "rtx5090", "l40s", "h100")
 BLOCKS = {"transformer": {"num_layers": 2, "num_single_layers": 2}, "text_encoder_2": {"num_layers": 3}}
@@ -81,10 +82,12 @@ def plans() -> Iterator[list[str]]:
     with random_checkpoint(Path(MODEL)) as opened:
         found = measured(opened, Wanted(CheckpointSource(Path(MODEL))))
     subject = Subject(found.model, found.footprints)
+    compilers = [find_compiler(name) for name in COMPILERS]
     for card in CARDS:
         target = find_target(card)
+        traits = next(one.traits for one in compilers if all(c in one.executes for c in target.capabilities))
         precision, parts = subject.parts(target, None)
-        made = [fit_of(target, subject.model, parts, precision, side, Traits()) for side in (512, 1024, 1536, 2048)]
+        made = [fit_of(target, subject.model, parts, precision, side, traits) for side in (512, 1024, 1536, 2048)]
         yield [card, f"{target.memory_gb} GiB", precision, *map(cell, made)]
 
 
@@ -133,8 +136,9 @@ def main() -> None:
         "",
         f"## {MODEL} on some cards",
         "",
-        "Each cell has the peak in GiB and the plan, for pictures of up to that many pixels on each side.",
-        '"offload N of M" means that the DiT is in M segments, of which N are loaded and freed in each step.',
+        "Each cell has the peak in GiB and the plan, for pictures of up to that many pixels on each side. Engines are",
+        f"those of `{COMPILERS[0]}`, and of `{COMPILERS[1]}` for cards that it alone has.",
+        '"offload N of M": the DiT is in M segments, of which N are loaded and freed, or stream, in each step.',
         '"t5 offload N" means that T5 is in N segments, all of which are loaded and freed for each prompt, and that',
         "the DiT stays. The seconds are those of a step, estimated as `ditforge plan` does.",
         "",

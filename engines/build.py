@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ditforge import manifest, regions, stage_folder
 from ditforge.contract import DIT, TOKENIZER
-from ditforge.engines.compilers import Compiler, Job, Progress, Ranges, compilers, find_compiler
+from ditforge.engines.compilers import Compiler, Job, Progress, Ranges, compilers, find_compiler, streamed_segments
 from ditforge.engines.compilers.child_process import compile_apart
 from ditforge.engines.compilers.choice import check_component, choose, made_by
 from ditforge.engines.gpus import Target, default_precision, find_target, limited
@@ -230,7 +230,7 @@ def make_design(order: Order, before: Manifest | None, as_before: Collection[str
         shapes[name] = ranges(component, own[name] if compiler.shapes == "ranges" else [], order.exported)
         for placement in (cut_before(before if name in as_before else None, name, wanted), wanted):
             placed[name] = placement
-            keys[name] = cache_key(component, compiler, target, placement.segments, shapes[name])
+            keys[name] = cache_key(component, compiler, target, placement, shapes[name])
             reason = rebuild_reason(before, out, name, keys[name])
             if not reason:
                 break
@@ -352,7 +352,8 @@ def compile_networks(
             beside.setdefault(compiler.name, []).append(job)
         else:
             report(name, len(compiled), len(jobs))
-            compiled[name] = compile_parts(compiler, job, parts[name])
+            streamed = streamed_segments(compiler, design.placements[name])
+            compiled[name] = compile_parts(compiler, job, parts[name], streamed)
     for name, together in beside.items():
         compile_together = find_compiler(name).together
         assert compile_together
@@ -361,8 +362,11 @@ def compile_networks(
     return compiled
 
 
-def compile_parts(compiler: Compiler, job: Job, segments: list[Segment]) -> list[list[Path]]:
-    """Compile a graph, or each of its segments, one after the other. Returns the files of each engine."""
+def compile_parts(compiler: Compiler, job: Job, segments: list[Segment], streamed: int) -> list[list[Path]]:
+    """Compile a graph, or each of its segments, one after the other. Returns the files of each engine.
+
+    The last `streamed` segments must be able to stream their weights.
+    """
     if not segments:
         return [compile_one(compiler, job)]
     files = []
@@ -376,6 +380,7 @@ def compile_parts(compiler: Compiler, job: Job, segments: list[Segment]) -> list
                 engine=job.engine.with_name(f"{job.engine.name}-{number}"),
                 shapes=segment.shapes,
                 weights=job.graph.parent,
+                streams=number > len(segments) - streamed,
             )
             files.append(compile_one(compiler, part))
     return files
@@ -387,7 +392,7 @@ def compile_one(compiler: Compiler, job: Job) -> list[Path]:
 
 
 def cache_key(
-    component: Component, compiler: Compiler, target: Target, segments: int, shapes: list[Ranges]
+    component: Component, compiler: Compiler, target: Target, placement: Placement, shapes: list[Ranges]
 ) -> dict[str, str]:
     """Everything that changes an engine. Two engines with the same key are the same engine."""
     unread = regions.SUFFIX if compiler.reads == "graph" else ".onnx"
@@ -396,12 +401,14 @@ def cache_key(
         f"shapes of {name}": ", ".join(" ".join("x".join(map(str, shape)) for shape in part[name]) for part in shapes)
         for name in (shapes[0] if shapes else ())
     }
+    segments, streamed = placement.segments, streamed_segments(compiler, placement)
     return {
         "compiler": compiler.name,
         "compiler_version": compiler.version(),
         "target": str(target),
         "precision": component.precision,
         "segments": "1" if segments == 1 else f"{segments} (cutting {CUTTING})",
+        **({"segments that can stream": str(streamed)} if streamed else {}),
         **profile,
         **compiler.settings(),
         **digests,

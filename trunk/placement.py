@@ -18,7 +18,7 @@ class Placement(BaseModel):
     segments: the number of engines into which the network is cut. They run one after the other.
     on_demand: how many of these, counted from the end, are loaded for each call and then freed. Others are resident.
     slots: how many of the segments that are loaded on demand have room at a time. With 2, the next one is loaded while
-        one computes.
+        one computes; or all of them are loaded once, and stream their weights through that room, if they can.
     weight_budget: the bytes of weights that an engine keeps in the GPU's memory, if its compiler can stream the others
         from the machine's memory in each call. None stands for all of them.
     """

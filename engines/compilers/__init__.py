@@ -21,6 +21,7 @@ from ditforge.engines.memory.memory_plan import Traits
 from ditforge.errors import UserError
 from ditforge.manifest import Component
 from ditforge.option import option
+from ditforge.placement import Placement
 
 Arrays = dict[str, NDArray[Any]]
 Shape = tuple[int, ...]
@@ -35,7 +36,8 @@ class Job:
 
     `shapes` gives, for each profile, the smallest, best and largest shape of every input that varies. `progress` is
     called with (what is being done, how many steps are done, how many there are). `weights` is the folder in which the
-    graph's file of weights is, by default its own.
+    graph's file of weights is, by default its own. With `streams`, the engine has to be able to stream its weights,
+    which does not concern compilers whose engines all can, or none can.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Job:
     shapes: list[Ranges]
     progress: Progress
     weights: Path | None = None
+    streams: bool = False
 
     @property
     def origin(self) -> Path:
@@ -115,7 +118,8 @@ class Compiler:
     compiles_on: "any machine", or "the target" where the GPU that will execute is needed.
     load_frugally: as `load`, for an engine that takes no more of the GPU's memory than it must. It also takes how many
         bytes of weights stay there; the others are in the machine's memory, and are streamed in each call. None is all
-        of them. `load_frugally` itself is None where engines cannot stream.
+        of them. It raises UserError for an engine that cannot stream. It is None itself where no engine can. Engines of
+        programs are streamed as a whole, and of engines of graphs the segments that do not stay.
     libraries: the bytes of the GPU's memory that what runs its engines takes in the process, beside a CUDA context.
     shares_activations: whether the engines of a process use the same memory for their activations, one at a time.
     records_graphs: whether `load` also takes memory for the activations of a CUDA graph.
@@ -154,11 +158,19 @@ class Compiler:
     def traits(self) -> Traits:
         """What a plan for a GPU's memory has to know of its engines."""
         return Traits(
-            streams=self.load_frugally is not None,
+            streams=self.load_frugally is not None and self.reads == "programs",
             libraries=self.libraries,
             shares_activations=self.shares_activations,
             records_graphs=self.records_graphs,
         )
+
+
+def streamed_segments(compiler: Compiler, placement: Placement) -> int:
+    """How many segments, counted from the end, stream their weights if they can, instead of being loaded in each call.
+
+    These are the segments that each step needs and that do not stay: there is room for two of them, which is enough.
+    """
+    return placement.on_demand if compiler.load_frugally is not None and placement.slots > 1 else 0
 
 
 def find_compiler(name: str) -> Compiler:

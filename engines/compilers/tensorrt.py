@@ -81,6 +81,16 @@ def load(files: list[Path], target: str, built_with: str) -> Execution:
     return load_plan(trt, files[0], NAME, target)
 
 
+def load_frugally(files: list[Path], target: str, built_with: str, budget: int | None) -> Execution:
+    """Load the plan without CUDA graphs, and with at most `budget` bytes of weights in the GPU's memory."""
+    from ditforge.engines.runtime.tensorrt import check_here, load_plan
+
+    check_here(files[0], NAME, target, built_with, version())
+    import tensorrt as trt
+
+    return load_plan(trt, files[0], NAME, target, budget, graphs=False)
+
+
 COMPILER = Compiler(
     name=NAME,
     executes={device: tuple(gpus.precisions(device)) for device in DEVICES},
@@ -89,8 +99,10 @@ COMPILER = Compiler(
     check=check,
     compile=compile,
     load=load,
+    load_frugally=load_frugally,
     compiles_on="the target",
     own_process=True,
+    shares_activations=False,  # Triton's own backend gives each engine its own, and a plan has to hold there too
     triton_backend="tensorrt",
     keeps=(TIMING_CACHE,),
     rank=20,

@@ -46,6 +46,8 @@ class Build:
         check_ports(trt, self.network, job)
         allow_unfused_attention(trt, self.network)
         self.config = self.builder.create_builder_config()
+        if job.streams and hasattr(trt.BuilderFlag, "WEIGHT_STREAMING"):  # TensorRT 10.1 and newer
+            self.config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
         for shapes in job.shapes:
             if self.config.add_optimization_profile(self.profile(shapes)) < 0:
                 raise self.failure(f"take the shapes {shapes} for", self.log.errors)

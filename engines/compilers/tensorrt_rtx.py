@@ -55,6 +55,16 @@ def load(files: list[Path], target: str, built_with: str) -> Execution:
     return load_plan(trt, files[0], NAME, target)
 
 
+def load_frugally(files: list[Path], target: str, built_with: str, budget: int | None) -> Execution:
+    """Load the plan without CUDA graphs, and with at most `budget` bytes of weights in the GPU's memory."""
+    from ditforge.engines.runtime.tensorrt import check_here, load_plan
+
+    check_here(files[0], NAME, target, built_with, version())
+    import tensorrt_rtx as trt
+
+    return load_plan(trt, files[0], NAME, target, budget, graphs=False)
+
+
 def formats(device: str) -> tuple[str, ...]:
     """The number formats of engines on a device: all that it has, but not fp32 on sm_75, which has no kernels."""
     return tuple(name for name in precisions(device) if (device, name) != ("sm_75", "fp32"))
@@ -67,6 +77,8 @@ COMPILER = Compiler(
     settings=settings,
     compile=compile,
     load=load,
+    load_frugally=load_frugally,
     own_process=True,
+    shares_activations=True,
     rank=10,
 )

@@ -397,7 +397,7 @@ def explain(plan: Plan, parts: Sequence[Part], tried: Mapping[str, int], side: i
         if part.name == DIT and placement.residency == ON_DEMAND:
             moved = footprint.weights * placement.on_demand // placement.segments
             which = f"{placement.on_demand} of {part.name}'s {placement.segments} segments"
-            yield f"{which} are loaded and freed in each step: {gibibytes(moved)} a step"
+            yield f"{which} are copied to the GPU in each step: {gibibytes(moved)} a step"
 
 
 def gibibytes(size: int) -> str:

@@ -1,9 +1,10 @@
-"""Loads and runs engines, whichever compiler made them: whole or in segments, for good or for one call."""
+"""Loads and runs engines, whichever compiler made them: whole or in segments, for good, for one call, or streamed."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterator
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from functools import partial
@@ -13,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from ditforge import manifest
-from ditforge.engines.compilers import Arrays, LoadedEngine, find_compiler
+from ditforge.engines.compilers import Arrays, LoadedEngine, find_compiler, streamed_segments
+from ditforge.engines.memory.memory_plan import gibibytes
 from ditforge.engines.runtime.one_at_a_time import gpu_lock
-from ditforge.errors import DitforgeError, UserError
+from ditforge.errors import DitforgeError, DitforgeWarning, UserError
+from ditforge.machine_memory import read_memory
 from ditforge.manifest import Engine, File
 
 AGAIN = "ditforge build ONNX_DIR --gpu GPU --out DIR   again, and then ditforge repo"
@@ -37,7 +40,7 @@ def load_engine(folder: Path, files: dict[str, File], made: Engine) -> LoadedEng
     segments = made.segment_files or [list(files)]
     resident = len(segments) - made.placement.on_demand
 
-    def load(number: int) -> LoadedEngine:
+    def load(number: int, budget: int | None = budget) -> LoadedEngine:
         paths = [folder / name for name in segments[number]]
         if frugally is not None and (budget is not None or number >= resident):
             return frugally(paths, made.target, made.compiler_version, budget)
@@ -45,10 +48,15 @@ def load_engine(folder: Path, files: dict[str, File], made: Engine) -> LoadedEng
 
     try:
         loaders = [partial(load, number) for number in range(len(segments))]
-        parts = [one() if number < resident else OnDemand(one) for number, one in enumerate(loaders)]
+        parts = [one() for one in loaders[:resident]]
+        streamed = []
+        if streamed_segments(compiler, made.placement):
+            size = sum(files[name].size for names in segments[resident:] for name in names)
+            streamed = stream([partial(one, budget=0) for one in loaders[resident:]], size, folder)
+        parts += streamed or [OnDemand(one) for one in loaders[resident:]]
         for part in parts:
             part.warm_up()
-        return parts[0] if len(parts) == 1 else Chain(parts, made.placement.slots)
+        return parts[0] if len(parts) == 1 else Chain(parts, 1 if streamed else made.placement.slots)
     except UserError:
         raise
     except Exception as error:  # TensorRT's, CuPy's, ONNX Runtime's and the driver's have no common class
@@ -61,6 +69,27 @@ def load_engine(folder: Path, files: dict[str, File], made: Engine) -> LoadedEng
             f"the GPU's memory does not hold the engine in {folder}: {said}",
             "ditforge build ONNX_DIR --gpu GPU --gpu-memory GIB --out DIR   with fewer GiB than it has; ditforge repo",
         ) from error
+
+
+def stream(loaders: Sequence[Callable[[], LoadedEngine]], size: int, folder: Path) -> list[LoadedEngine]:
+    """Load segments whose weights, of `size` bytes in all, stay in the machine's memory and are streamed in each call.
+
+    Returns none of them, and says why, if the machine has too little memory or a segment cannot stream.
+    """
+    memory, streamed = read_memory(), list[LoadedEngine]()
+    try:
+        if memory is not None and size > memory.available:
+            had = f"{gibibytes(memory.available)} of this machine's memory are free"
+            raise UserError(f"streaming the weights takes {gibibytes(size)}, and {had}", "free some memory")
+        for load in loaders:
+            streamed.append(load())
+    except UserError as error:
+        for engine in streamed:
+            engine.close()
+        why = f"the engine in {folder} does not stream, and is loaded from its files in each step: {error.problem}"
+        warnings.warn(why, DitforgeWarning, stacklevel=2)
+        return []
+    return streamed
 
 
 class OnDemand:

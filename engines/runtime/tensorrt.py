@@ -1,13 +1,14 @@
 """Executes plans of TensorRT and TensorRT-RTX by the vendor's sequence of calls, and checks every return value.
 
 Arrays are those of CuPy, which exchange memory with Triton by DLPack. Sources: "Perform Inference" in both developer
-guides, "Working with Runtime Cache" and "Working with RTX CUDA Graphs" in TensorRT-RTX's, and
+guides, "Weight Streaming" too, "Working with Runtime Cache" and "Working with RTX CUDA Graphs" in TensorRT-RTX's, and
 https://github.com/triton-inference-server/python_backend#interoperability-and-gpu-support
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import mmap
 import os
 import threading
@@ -22,14 +23,17 @@ from ditforge import install_hint
 from ditforge.cache import default_cache
 from ditforge.engines.compilers import Arrays, Shape
 from ditforge.engines.compilers.tensorrt_common import NO_DRIVER, make_log
+from ditforge.engines.memory.memory_plan import SLOTS
 from ditforge.engines.runtime.ranges import find_range
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 from ditforge.local_gpu import why_not_here
 from ditforge.option import command
 
+REBUILD = "ditforge build ONNX_DIR --gpu GPU --out DIR   again, and then ditforge repo"
+logger = logging.getLogger(__name__)
 _lock = threading.Lock()  # the engines of a process take turns, and so
-_scratch: Any = None  # share the memory of their activations,
-_loaded: WeakSet[Execution] = WeakSet()  # as long as there are any
+_scratch: Any = None  # share the memory of their activations, which is as large
+_loaded: WeakSet[Execution] = WeakSet()  # as the one of these needs that needs the most
 
 
 def check_here(plan: Path, compiler: str, target: str, built_with: str, version: str) -> None:
@@ -42,8 +46,15 @@ def check_here(plan: Path, compiler: str, target: str, built_with: str, version:
         raise UserError(f"engines like {plan} do not run here: {why}", f"a machine with {target}; or {rebuild}")
 
 
-def load_plan(trt: Any, plan: Path, compiler: str, target: str) -> Execution:
-    """Load a plan onto the GPU. Raises DitforgeError if it cannot be loaded."""
+def load_plan(
+    trt: Any, plan: Path, compiler: str, target: str, budget: int | None = None, graphs: bool = True
+) -> Execution:
+    """Load a plan onto the GPU: all of its weights, or about `budget` bytes of them, and it streams the others.
+
+    With `graphs`, an engine for one shape is captured in a CUDA graph. Raises DitforgeError if the plan cannot be
+    loaded, and UserError if it cannot stream.
+    """
+    make_room()
     log = make_log(trt)
     with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         runtime = trt.Runtime(log)
@@ -58,7 +69,44 @@ def load_plan(trt: Any, plan: Path, compiler: str, target: str) -> Execution:
         import cupy
     except ModuleNotFoundError as error:
         raise UserError("executing engines needs cupy, which is not installed", install_hint.install("gpu")) from error
-    return Execution(trt, cupy, runtime, engine, log, kernels_of(plan))
+    if budget is not None:
+        stream(engine, budget, plan)
+    return Execution(trt, cupy, runtime, engine, log, kernels_of(plan), graphs)
+
+
+def stream(engine: Any, budget: int, plan: Path) -> None:
+    """Let an engine keep `budget` bytes of weights on the GPU, and stream the others from the machine's memory.
+
+    It must be done before there is a context. Raises UserError if the engine cannot stream, or needs more room for it
+    than two engines like it take.
+    """
+    size = int(getattr(engine, "streamable_weights_size", 0))  # 0 for an engine that was not compiled for it
+    if not size:
+        raise UserError(f"{plan} was not compiled to stream its weights", REBUILD)
+    engine.weight_streaming_budget_v2 = wanted = min(budget, size)
+    if engine.weight_streaming_budget_v2 != wanted:  # setting it raises nothing
+        raise UserError(f"{plan} does not stream its weights with {wanted} bytes of them on the GPU", REBUILD)
+    room, planned = int(engine.weight_streaming_scratch_memory_size), SLOTS * plan.stat().st_size
+    if room > planned:
+        raise UserError(
+            f"{plan} needs {room} bytes on the GPU to stream its weights, and {planned} are planned", REBUILD
+        )
+    logger.info("%s streams %d of %d bytes of weights, and takes %d for it", plan, size - wanted, size, room)
+
+
+def make_room() -> None:
+    """Free the memory of activations, unless an engine computes: what is loaded next may need the room for weights."""
+    global _scratch
+    if not _lock.acquire(blocking=False):
+        return
+    try:
+        if _scratch is not None:
+            import cupy
+
+            _scratch = None
+            cupy.get_default_memory_pool().free_all_blocks()
+    finally:
+        _lock.release()
 
 
 def kernels_of(plan: Path) -> Path:
@@ -74,7 +122,9 @@ def kernels_of(plan: Path) -> Path:
 class Execution:
     """A plan on the GPU with one execution context."""
 
-    def __init__(self, trt: Any, cupy: Any, runtime: Any, engine: Any, log: Any, cache: Path) -> None:
+    def __init__(
+        self, trt: Any, cupy: Any, runtime: Any, engine: Any, log: Any, cache: Path, graphs: bool = True
+    ) -> None:
         self.cupy, self.runtime, self.engine, self.log, self.cache = cupy, runtime, engine, log, cache
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         self.inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
@@ -97,11 +147,12 @@ class Execution:
                 self.on_disk = cache.read_bytes()
                 self.runtime_cache.deserialize(self.on_disk)  # refuses another GPU's or version's: then it is empty
             self.check(config.set_runtime_cache(self.runtime_cache), "set_runtime_cache")
-            if self.static:
+            if self.static and graphs:
                 config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         self.context = engine.create_execution_context(config)
         self.check(self.context is not None, "create_execution_context")
-        self.scratch: Any = None
+        self.activations = max(int(engine.device_memory_size_v2), 1)  # bytes
+        self.scratch = 0, 0  # where its activations are, and how many bytes are there
         _loaded.add(self)
 
     def check(self, done: object, call: str) -> None:
@@ -176,14 +227,18 @@ class Execution:
             self.check(done, "set_optimization_profile")
 
     def share_scratch(self) -> None:
-        """Give the context the memory for activations that this process's engines share, and enlarge it if needed."""
+        """Give the context the memory for activations that this process's engines share, and enlarge it if needed.
+
+        It is not kept here: an engine that waits would hold what has been too small for another one.
+        """
         global _scratch
-        size = max(int(self.engine.device_memory_size_v2), 1)
-        if _scratch is None or _scratch.size < size:
-            _scratch = self.cupy.empty(size, np.uint8)
-        if self.scratch is not _scratch:
-            self.context.set_device_memory(_scratch.data.ptr, _scratch.size)
-            self.scratch = _scratch
+        if _scratch is None or _scratch.size < self.activations:
+            _scratch = None  # before there is another one
+            self.cupy.get_default_memory_pool().free_all_blocks()
+            _scratch = self.cupy.empty(self.activations, np.uint8)
+        if self.scratch != (place := (_scratch.data.ptr, _scratch.size)):
+            self.context.set_device_memory(*place)
+            self.scratch = place
 
     def warm_up(self) -> None:
         """Run every profile's best shapes on zeros, so that kernels are compiled and kept before the first request."""
@@ -207,15 +262,14 @@ class Execution:
             warnings.warn(why, DitforgeWarning, stacklevel=2)
 
     def close(self) -> None:
-        """Free the engine and its context. The last engine also frees the shared memory and what CuPy has kept."""
+        """Free the engine and its context, what CuPy has kept, and the shared memory if it alone needed so much."""
         global _scratch
         with _lock:
             self.keep_kernels()
             self.context = self.engine = self.runtime_cache = self.runtime = None  # an engine goes after its context
             self.kept.clear()
-            self.scratch = None
             _loaded.discard(self)
-            if not _loaded:
+            if _scratch is not None and _scratch.size > max((one.activations for one in _loaded), default=0):
                 _scratch = None
             self.cupy.get_default_memory_pool().free_all_blocks()
 

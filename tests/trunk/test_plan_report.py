@@ -53,7 +53,7 @@ def test_a_published_model_on_one_card(plan: Plan, tmp_path: Path, monkeypatch: 
     assert re.search(r"^\d+\.\d GiB +1[01]\.\d GiB +\d+\.\d GiB +\d+\.\d GiB", result.out, re.MULTILINE)  # the phases
     assert re.search(r"^dit +int8-weights +on-demand +16, 9 on demand +\d", result.out, re.MULTILINE)
     assert re.search(r"^t5 +bf16 +on-demand +4 +2\.\d GiB", result.out, re.MULTILINE)
-    assert "- 9 of dit's 16 segments are loaded and freed in each step: 8.0 GiB a step" in result.out
+    assert "- 9 of dit's 16 segments are copied to the GPU in each step: 8.0 GiB a step" in result.out
     assert result.err == ""
     assert "Times are estimates" in result.out
     again = plan("black-forest-labs/FLUX.1-dev", "--random-weights", "--gpu", "h100", "--json")

@@ -23,7 +23,7 @@ from onnx import TensorProto, helper
 from ditforge import local_gpu, manifest
 from ditforge.engines import build as building
 from ditforge.engines.build import TOKENIZER, BuildOptions, build
-from ditforge.engines.compilers import Job, tensorrt_common, tensorrt_rtx
+from ditforge.engines.compilers import Job, Ranges, tensorrt_common, tensorrt_rtx
 from ditforge.engines.gpus import find_target
 from ditforge.engines.runtime.loading import load_engine
 from ditforge.engines.verify import verify_files
@@ -191,6 +191,21 @@ def test_the_network_is_what_the_manifest_says(clip: Path, tmp_path: Path, monke
     finally:
         path.write_text(text)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_plan_that_can_stream_is_the_same_but_for_a_flag(clip: Path, tmp_path: Path) -> None:
+    """So a resident engine need not be compiled so, and one that is runs the same kernels."""
+    component = manifest.read(clip, "onnx").components["clip"]
+    shapes: list[Ranges] = [{"clip_ids": ((1, 33), (1, 33), (2, 33))}]
+    plans = []
+    for streams in (False, True):
+        path, target = tmp_path / str(streams), find_target("sm_89")
+        job = Job("clip", component, clip / "clip.onnx", path, target, shapes, lambda *_: None, streams=streams)
+        (plan,) = tensorrt_rtx.compile(job)
+        plans.append(plan.read_bytes())
+    assert len(plans[0]) == len(plans[1])
+    different = [at for at, (one, other) in enumerate(zip(*plans, strict=True)) if one != other]
+    assert 0 < len(different) < 20  # a checksum, and the flag
 
 
 def test_the_dits_profiles(schnell, tmp_path: Path) -> None:

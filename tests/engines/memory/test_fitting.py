@@ -55,6 +55,7 @@ def test_only_what_does_not_fit_is_loaded_on_demand(tiny, monkeypatch: pytest.Mo
     some = (wanted + 1) / memory_plan.USABLE / memory_plan.GIB  # for one segment of four that stays, and one that comes
     engine = build(onnx, out, BuildOptions("sm_86", gpu_memory=some, **ONE)).manifest.engines["dit"]
     assert (len(engine.segment_files), engine.placement.on_demand, engine.placement.slots) == (4, 4, 2)
+    assert engine.cache_key["segments that can stream"] == "4"
     assert build(onnx, out, BuildOptions("sm_86", gpu_memory=some, **ONE)).rebuilt == {}
     with pytest.raises(UserError, match="does not fit sm_86"):
         build(onnx, out, BuildOptions("sm_86", gpu_memory=some / 4, **ONE))

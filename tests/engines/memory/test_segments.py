@@ -24,16 +24,20 @@ from onnx import TensorProto, helper
 from ditforge import manifest
 from ditforge.client import Client
 from ditforge.contents import look_into
+from ditforge.engines import build as building
 from ditforge.engines.build import BuildOptions, build, cut_graph, ranges
-from ditforge.engines.compilers import NUMPY_DTYPES, Arrays, LoadedEngine, onnxruntime as ort_compiler
+from ditforge.engines.compilers import NUMPY_DTYPES, Arrays, Job, LoadedEngine, onnxruntime as ort_compiler
 from ditforge.engines.memory.segments import Segment, cut
 from ditforge.engines.profile import Profile, make_profiles
+from ditforge.engines.runtime import loading
 from ditforge.engines.runtime.loading import Chain, OnDemand, load_engine
 from ditforge.engines.verify import compare, verify_files
-from ditforge.errors import DitforgeError, UserError
+from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 from ditforge.export.checkpoint.source import CheckpointSource
 from ditforge.export.quantisation.calibration import calibrate
+from ditforge.machine_memory import Memory
 from ditforge.manifest import Component, Engine, Tensor
+from ditforge.placement import Placement
 from ditforge.triton_repo.repository import write_repository
 from ditforge.triton_repo.server import start
 
@@ -378,6 +382,105 @@ def test_no_more_segments_are_loaded_than_have_room(
     assert alive(sessions) == 3
     chain.close()
     assert alive(sessions) == 0
+
+
+@pytest.fixture
+def streaming(dit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """A compiler whose engines stream, with ONNX Runtime's in their place: the budget of each that was loaded so.
+
+    It compiles the DiT in three segments into the folder `engines`.
+    """
+    loaded: list[int | None] = []
+
+    def frugally(files: list[Path], target: str, built_with: str, budget: int | None) -> LoadedEngine:
+        loaded.append(budget)
+        return ort_compiler.load(files, target, built_with)
+
+    monkeypatch.setattr(ort_compiler, "COMPILER", replace(ort_compiler.COMPILER, load_frugally=frugally))
+    build(dit, tmp_path / "engines", BuildOptions("cpu", segments=3))
+    return loaded
+
+
+def test_segments_that_stream_are_loaded_once(streaming: list[int | None], tmp_path: Path) -> None:
+    whole = load(tmp_path / "engines")
+    assert streaming == []
+    chain = load(tmp_path / "engines", 2, slots=2)
+    assert streaming == [0, 0]
+    inputs = example(manifest.read(tmp_path / "engines", "engines").components["dit"], SIZES[0])
+    for _ in range(2):
+        assert_close(chain.run(inputs)["velocity"], whole.run(inputs)["velocity"])
+    assert streaming == [0, 0]
+    assert isinstance(chain, Chain) and not any(isinstance(segment, OnDemand) for segment in chain.segments)
+
+
+def test_segments_with_room_for_one_do_not_stream(streaming: list[int | None], tmp_path: Path) -> None:
+    load(tmp_path / "engines", 2, slots=1)
+    assert streaming == [None, None]  # frugally, but whole
+
+
+def test_a_machine_with_too_little_memory_to_stream(
+    streaming: list[int | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights of all segments that do not stay are in it at once."""
+    files = manifest.read(tmp_path / "engines", "engines")
+    size = sum(
+        files.components["dit"].files[name].size for part in files.engines["dit"].segment_files[1:] for name in part
+    )
+    monkeypatch.setattr(loading, "read_memory", lambda: Memory(10 * size, size))
+    load(tmp_path / "engines", 2, slots=2)
+    assert streaming == [0, 0]
+    monkeypatch.setattr(loading, "read_memory", lambda: Memory(10 * size, size - 1))
+    with pytest.warns(DitforgeWarning, match="does not stream, and is loaded from its files in each step: .* are free"):
+        load(tmp_path / "engines", 2, slots=2)
+    assert streaming == [0, 0, None, None]
+
+
+def test_engines_that_cannot_stream_are_loaded_on_demand(
+    streaming: list[int | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of a build before there was streaming; what has been loaded to stream is closed."""
+    sessions: list[weakref.ref[ort.InferenceSession]] = []
+
+    def frugally(files: list[Path], target: str, built_with: str, budget: int | None) -> LoadedEngine:
+        if budget is not None and sessions:
+            raise UserError("it was not compiled to stream its weights", "")
+        engine = ort_compiler.load(files, target, built_with)
+        sessions.append(weakref.ref(engine.session))
+        return engine
+
+    monkeypatch.setattr(ort_compiler, "COMPILER", replace(ort_compiler.COMPILER, load_frugally=frugally))
+    with pytest.warns(DitforgeWarning, match="does not stream.*: it was not compiled to stream its weights"):
+        chain = load(tmp_path / "engines", 2, slots=2)
+    assert alive(sessions) == 0
+    assert len(sessions) == 3  # one that is to stream, and both on demand
+    inputs = example(manifest.read(tmp_path / "engines", "engines").components["dit"], SIZES[0])
+    assert_close(chain.run(inputs)["velocity"], load(tmp_path / "engines").run(inputs)["velocity"])
+
+
+def test_the_segments_that_stream_are_compiled_for_it(
+    dit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that a step needs and that do not stay; a network that is needed once a prompt does not stream."""
+    jobs: list[Job] = []
+
+    def noted(job: Job) -> list[Path]:
+        jobs.append(job)
+        return ort_compiler.compile(job)
+
+    compiler = replace(ort_compiler.COMPILER, compile=noted, load_frugally=lambda *_: pytest.fail("it is compiled"))
+    monkeypatch.setattr(ort_compiler, "COMPILER", compiler)
+    real, wanted = building.place_engines, Placement(segments=3, on_demand=2, slots=2)
+    monkeypatch.setattr(building, "place_engines", lambda *args: real(*args) | {"dit": wanted})
+    built = build(dit, tmp_path / "engines", BuildOptions("cpu"))
+    assert [job.streams for job in jobs] == [False, True, True]
+    assert built.manifest.engines["dit"].cache_key["segments that can stream"] == "2"
+    wanted = Placement(segments=3, on_demand=3, slots=2)
+    again = build(dit, tmp_path / "engines", BuildOptions("cpu"))
+    assert again.rebuilt == {"dit": "segments that can stream was 2, is 3"}
+    wanted = Placement(segments=3, on_demand=3)
+    again = build(dit, tmp_path / "engines", BuildOptions("cpu"))
+    assert again.rebuilt == {"dit": "segments that can stream was 3, is None"}
+    assert not any(job.streams for job in jobs[-3:])
 
 
 def test_the_next_segment_is_loaded_while_one_computes() -> None:

@@ -7,15 +7,17 @@ dtypes are the real ones. benchmarks/tensorrt_runtime.py shows the same behaviou
 from __future__ import annotations
 
 import re
+import sys
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorrt_rtx as trt
 
+from ditforge.engines.compilers import tensorrt, tensorrt_rtx
 from ditforge.engines.runtime import tensorrt as tensorrt_runtime
 from ditforge.engines.runtime.tensorrt import Execution
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
@@ -55,10 +57,19 @@ class Stream:
 
 
 FREED: list[object] = []  # the shared scratch at each time that memory was given back to the driver
+MADE: list[weakref.ref[Array]] = []  # all arrays that were made
+
+
+def empty(shape: Any, dtype: Any) -> Array:
+    array = np.full(shape, 77, dtype).view(Array)
+    MADE.append(weakref.ref(array))
+    return array
+
+
 CUPY = SimpleNamespace(
     ndarray=Array,
     cuda=SimpleNamespace(Stream=Stream),
-    empty=lambda shape, dtype: np.full(shape, 77, dtype).view(Array),
+    empty=empty,
     get_default_memory_pool=lambda: SimpleNamespace(free_all_blocks=lambda: FREED.append(tensorrt_runtime._scratch)),
 )
 
@@ -195,6 +206,48 @@ class Engine:
         return Real(self.context, trt.IExecutionContext)
 
 
+class Streaming(Engine):
+    """An engine that can stream `streamable_weights_size` bytes of weights, in some room for it.
+
+    It takes budgets of up to `most` bytes, and ignores larger ones, as the real setter does where memory runs out.
+    """
+
+    streamable_weights_size = 400
+    weight_streaming_scratch_memory_size = 200
+    most = 400
+
+    def __init__(self, *profiles: tuple[Any, Any, Any]) -> None:
+        super().__init__(*profiles)
+        self.budget = self.streamable_weights_size
+
+    @property
+    def weight_streaming_budget_v2(self) -> int:
+        return self.budget
+
+    @weight_streaming_budget_v2.setter
+    def weight_streaming_budget_v2(self, budget: int) -> None:
+        self.budget = budget if budget <= self.most else self.budget
+
+    @property
+    def device_memory_size_v2(self) -> int:  # type: ignore[override]
+        streams = self.budget < self.streamable_weights_size
+        return 1000 + streams * self.weight_streaming_scratch_memory_size
+
+    def create_execution_context(self, config: Real) -> Real | None:
+        self.most = -1  # from now on, a budget is refused
+        return super().create_execution_context(config)
+
+
+def load(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int | None) -> Execution:
+    """A plan of 500 bytes, which is this engine."""
+    plan = tmp_path / "dit-2.plan"
+    plan.write_bytes(bytes(500))
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: Real(engine, trt.ICudaEngine))
+    monkeypatch.setattr(trt, "Runtime", lambda log: runtime)
+    monkeypatch.setitem(sys.modules, "cupy", CUPY)
+    return tensorrt_runtime.load_plan(trt, plan, "tensorrt-rtx", "sm_89", budget, graphs=False)
+
+
 @pytest.fixture(autouse=True)
 def no_memory_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)  # where engines that are closed leave what was compiled
@@ -202,9 +255,9 @@ def no_memory_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tensorrt_runtime, "_loaded", weakref.WeakSet())
 
 
-def execution(engine: Engine, cache: Path = Path("nowhere")) -> Execution:
+def execution(engine: Engine, cache: Path = Path("nowhere"), graphs: bool = True) -> Execution:
     log = SimpleNamespace(errors=["what the runtime said"])
-    return Execution(trt, CUPY, None, Real(engine, trt.ICudaEngine), log, cache)
+    return Execution(trt, CUPY, None, Real(engine, trt.ICudaEngine), log, cache, graphs)
 
 
 def x(*shape: int) -> np.ndarray:
@@ -243,9 +296,9 @@ def test_static_shapes_keep_their_addresses_and_are_captured() -> None:
     np.testing.assert_array_equal(second, 2 * x(1, 4) + 2)
     run.run({"x": x(2, 8)})
     assert engine.context.calls[-1] == "profile 1, (2, 8)"
-    varying = Engine(RANGE)
-    execution(varying)
-    assert varying.config.cuda_graph_strategy == trt.CudaGraphStrategy.DISABLED
+    for others, graphs in ((Engine(RANGE), True), (Engine(((1, 4), (1, 4), (2, 4))), False)):
+        execution(others, graphs=graphs)
+        assert others.config.cuda_graph_strategy == trt.CudaGraphStrategy.DISABLED
 
 
 def test_shapes_out_of_range_are_refused() -> None:
@@ -256,14 +309,113 @@ def test_shapes_out_of_range_are_refused() -> None:
         assert "--resolutions" in error.value.fix
 
 
+def held() -> list[int]:
+    """The bytes of each memory for activations that there is."""
+    return [array.size for array in (one() for one in MADE) if array is not None and array.dtype == np.uint8]
+
+
+def engines_of(*sizes: int) -> list[Engine]:
+    """An engine for each number of bytes of activations."""
+    engines = [Engine(RANGE) for _ in sizes]
+    for engine, size in zip(engines, sizes, strict=True):
+        engine.device_memory_size_v2 = size
+    return engines
+
+
 def test_engines_share_the_memory_of_their_activations() -> None:
-    small, large = Engine(RANGE), Engine(RANGE)
-    large.device_memory_size_v2 = 5000
-    runs = [execution(small), execution(large)]
+    small, large = engines = engines_of(1000, 5000)
+    runs = [execution(engine) for engine in engines]
     for run in (*runs, *runs):
         run.run({"x": x(1, 4)})
     assert small.context.memory[-1] == large.context.memory[-1]
     assert [size for _, size in small.context.memory] == [1000, 5000]
+
+
+def test_memory_that_is_too_small_is_freed_before_there_is_more() -> None:
+    """An engine that waits does not hold it either: the plan counts the largest one alone."""
+    runs = [execution(engine) for engine in engines_of(1000, 5000)]
+    runs[0].run({"x": x(1, 4)})
+    assert held() == [1000]
+    FREED.clear()
+    runs[1].run({"x": x(1, 4)})
+    assert held() == [5000]
+    assert FREED == [None]
+
+
+def test_activations_are_freed_with_the_engine_that_needs_so_much() -> None:
+    resident, on_demand = (execution(engine) for engine in engines_of(1000, 5000))
+    for run in (resident, on_demand):
+        run.run({"x": x(1, 4)})
+    on_demand.close()
+    assert held() == []
+    resident.run({"x": x(1, 4)})
+    assert held() == [1000]
+
+
+def test_an_engine_that_is_loaded_has_the_room_of_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless one computes meanwhile, as the segment before it does."""
+    monkeypatch.setitem(sys.modules, "cupy", CUPY)
+    run = execution(*engines_of(1000))
+    run.run({"x": x(1, 4)})
+    with tensorrt_runtime._lock:
+        tensorrt_runtime.make_room()
+        assert held() == [1000]
+    tensorrt_runtime.make_room()
+    assert held() == []
+    np.testing.assert_array_equal(run.run({"x": x(1, 4)})["y"], 2 * x(1, 4))
+    tensorrt_runtime.make_room()
+    monkeypatch.setitem(sys.modules, "cupy", None)  # is not needed where there is nothing to free
+    tensorrt_runtime.make_room()
+
+
+@pytest.mark.parametrize(
+    ("budget", "kept", "activations"), [(None, 400, 1000), (0, 0, 1200), (100, 100, 1200), (10**9, 400, 1000)]
+)
+def test_weights_are_streamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int | None, kept: int, activations: int
+) -> None:
+    """The room for it is part of the activations', which all engines share. Without a budget, everything stays."""
+    engine = Streaming(RANGE)
+    run = load(engine, tmp_path, monkeypatch, budget)
+    assert engine.budget == kept
+    np.testing.assert_array_equal(run.run({"x": x(1, 4)})["y"], 2 * x(1, 4))
+    assert held() == [activations]
+    run.close()
+
+
+@pytest.mark.parametrize("compiler", [tensorrt, tensorrt_rtx])
+def test_compilers_load_frugally(compiler: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without CUDA graphs; and another GPU's or version's plan is refused before anything is loaded."""
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    monkeypatch.setattr(compiler, "version", lambda: "11.4")
+    monkeypatch.setattr(tensorrt_runtime, "why_not_here", lambda targets: "")
+    monkeypatch.setattr(tensorrt_runtime, "load_plan", lambda *args, graphs: calls.append((*args, graphs)))
+    files = [Path("dit-2.plan")]
+    for budget in (None, 0):
+        compiler.load_frugally(files, "sm_89", "11.4", budget)
+    assert calls == [(trt, *files, compiler.NAME, "sm_89", budget, False) for budget in (None, 0)]
+    with pytest.raises(UserError, match=r"was compiled by .* 10.1, and 11.4 is installed"):
+        compiler.COMPILER.load_frugally(files, "sm_89", "10.1", 0)
+
+
+def test_engines_that_do_not_stream_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    older, other, full, large = Engine(RANGE), Streaming(RANGE), Streaming(RANGE), Streaming(RANGE)
+    other.streamable_weights_size = 0
+    full.most = -1
+    large.weight_streaming_scratch_memory_size = 1001  # more than two engines take
+    monkeypatch.setattr(older, "streamable_weights_size", 0, raising=False)
+    for engine, problem in (
+        (older, "was not compiled to stream"),
+        (other, "was not compiled to stream"),
+        (full, "does not stream its weights with 100 bytes of them on the GPU"),
+        (large, "needs 1001 bytes on the GPU to stream its weights, and 1000 are planned"),
+    ):
+        with pytest.raises(UserError, match=rf"dit-2\.plan {problem}") as error:
+            load(engine, tmp_path, monkeypatch, 100)
+        assert "ditforge build" in error.value.fix
+    with pytest.raises(UserError, match="was not compiled to stream"):  # by a TensorRT older than 10.1
+        tensorrt_runtime.stream(SimpleNamespace(), 0, tmp_path / "dit-2.plan")
 
 
 @pytest.mark.parametrize("call", ["set_input_shape", "execute_async_v3"])
@@ -337,7 +489,7 @@ def test_the_shared_scratch_stays_as_long_as_an_engine_does() -> None:
         run.run_batch([{"x": x(1, 4)}])
     scratch = tensorrt_runtime._scratch
     on_demand.close()
-    assert scratch is not None and tensorrt_runtime._scratch is scratch is resident.scratch
+    assert scratch is not None and tensorrt_runtime._scratch is scratch
     resident.close()
     assert tensorrt_runtime._scratch is None
 

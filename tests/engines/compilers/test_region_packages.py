@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_disk import in_tmpfs
 from torch import Tensor, nn
 from torch._inductor import codecache, cpu_vec_isa
 
@@ -69,6 +71,40 @@ def test_what_fails_beside_others_is_an_error_that_names_it(tmp_path: Path) -> N
     with pytest.raises(DitforgeError, match=r"Inductor cannot compile [01] of dit") as error:
         do_apart(tasks_of("dit", packages), "cpu", lambda *_: None)
     assert error.value.fix
+
+
+# Loads a package for the CPU, then compiles another; both fail.
+WITHOUT_ROOM = """
+import pickle, sys
+from pathlib import Path
+import torch
+from ditforge.engines.compilers.region_packages import compile_package
+from ditforge.engines.runtime.inductor import load_package
+from ditforge.errors import UserError
+
+made, wanted = pickle.loads(Path(sys.argv[1]).read_bytes())
+for attempt in (lambda: load_package(made.path, torch.device("cpu")), lambda: compile_package(wanted, "dit")):
+    try:
+        attempt()
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_package_without_room_for_temporary_files(tmp_path: Path) -> None:
+    """It is neither loaded nor compiled, and it is said why."""
+    made, wanted = (package(tmp_path / f"{width}.pt2", program(width), width) for width in (4, 6))
+    region_packages.compile_package(made, "dit")
+    (tmp_path / "packages").write_bytes(pickle.dumps((made, wanted)))
+    small = tmp_path / "small"
+    small.mkdir()
+    done = in_tmpfs(small, "size=64k", sys.executable, "-c", WITHOUT_ROOM, tmp_path / "packages", cwd=tmp_path)
+    assert done.code == 0, done.err
+    loading, first, compiling, second = done.out.splitlines()
+    assert loading.endswith(f"written in {small}, which TMPDIR names: No space left on device")
+    assert f"cannot compile 6 of dit: there is no space left for temporary files in {small}, or" in compiling
+    for fix in (first, second):
+        assert fix.startswith("fix:   free some space, or TMPDIR=FOLDER")
 
 
 def test_the_log_of_a_task_is_ours(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

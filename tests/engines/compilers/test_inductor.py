@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
@@ -88,6 +89,13 @@ def test_a_process_that_is_killed(dit: Path, tmp_path: Path, victim: str) -> Non
     assert "error: the compiler was killed by SIGKILL while it compiled dit" in said
     eventually(lambda: all(map(has_ended, started)))
     assert {path.name for path in tmp_path.iterdir()} <= {"onnx", "cache"}
+
+
+def test_a_build_prints_no_warnings_of_libraries(dit: Path, tmp_path: Path) -> None:
+    done = ditforge("build", dit, *ARGUMENTS, "--verbose", cwd=tmp_path)
+    assert done.code == 0, done.err
+    own = re.compile(r"\[build\] |\d\d:\d\d:\d\d (INFO|DEBUG) ditforge\.")
+    assert [line for line in done.err.splitlines() if not own.match(line)] == []
 
 
 def test_no_build_begins_without_a_folder_for_temporary_files(

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from ditforge.engines.compilers import Job, Progress, find_compiler
 from ditforge.errors import DitforgeError, DitforgeWarning
-from ditforge.option import are_flags, as_flags, option
+from ditforge.option import are_flags, as_flags
 from ditforge.verbosity import LOGGER, divert_warnings
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ def compile_apart(compiler_name: str, job: Job) -> list[Path]:
     Raises DitforgeError if the process is killed, for example by the system when memory runs out.
     """
     silent = replace(job, progress=print)  # which can be pickled; the child's own progress takes its place
-    fix = f"{option('segments')} with a larger number, or free some memory"
+    fix = f"{FREE_MEMORY}; or ditforge build ONNX_DIR --segments N --out DIR   with a larger number"
     return call_apart(compile_with, compiler_name, silent, name=job.name, progress=job.progress, if_killed=fix)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ditforge import manifest
-from ditforge.engines.compilers import Arrays, LoadedEngine, find_compiler
+from ditforge.engines.compilers import Arrays, Compiler, LoadedEngine, find_compiler
 from ditforge.engines.runtime.one_at_a_time import gpu_lock
 from ditforge.errors import DitforgeError, UserError
 from ditforge.manifest import Engine, File
@@ -29,7 +29,7 @@ def load_engine(folder: Path, files: dict[str, File], made: Engine) -> LoadedEng
     does not hold it.
     """
     manifest.check_files(folder, files, fix=AGAIN)
-    compiler = find_compiler(made.compiler)
+    compiler = maker(folder, made.compiler)
     frugally, budget = compiler.load_frugally, made.placement.weight_budget
     if budget is not None and frugally is None:
         problem = f"the engine in {folder} is to stream its weights, which engines of {made.compiler} cannot"
@@ -61,6 +61,14 @@ def load_engine(folder: Path, files: dict[str, File], made: Engine) -> LoadedEng
             f"the GPU's memory does not hold the engine in {folder}: {said}",
             "ditforge build ONNX_DIR --gpu GPU --gpu-memory GIB --out DIR   with fewer GiB than it has; ditforge repo",
         ) from error
+
+
+def maker(folder: Path, name: str) -> Compiler:
+    """The compiler that made an engine. Raises UserError if it is not installed."""
+    try:
+        return find_compiler(name)
+    except UserError as error:
+        raise UserError(f"the engine in {folder} cannot be loaded: {error.problem}", AGAIN) from error
 
 
 class OnDemand:

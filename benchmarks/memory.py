@@ -1,6 +1,7 @@
 """What models take of a GPU's memory: reckoned beside what TensorRT-RTX wants, and the plans that follow.
 
     python benchmarks/memory.py --out docs/memory.md
+    python benchmarks/memory.py --plans --out docs/memory.md    # the table of plans alone, which takes seconds
 
 Needs no GPU: TensorRT-RTX says what its engines take when it compiles them. Networks have their real width, the DiT and
 T5 a few of their blocks, and random weights. What stands before the heading "Measured" is kept as it is.
@@ -19,8 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ditforge.commands.plan import step, strategy
+from ditforge.engines.compilers import find_compiler
 from ditforge.engines.gpus import find_target
-from ditforge.engines.memory.memory_plan import Traits
 from ditforge.export.checkpoint.diffusers_folder import CONFIGS, Checkpoint
 from ditforge.export.checkpoint.random_weights import random_checkpoint
 from ditforge.export.checkpoint.source import CheckpointSource
@@ -29,13 +30,15 @@ from ditforge.export.graph.measure_footprint import measure
 from ditforge.export.onnx_export import export_network
 from ditforge.export.quantisation.precision import parse_precision
 from ditforge.plan_report import Fit, fit_of
-from ditforge.plan_subject import Subject, Wanted, measured
+from ditforge.plan_subject import Wanted, read_subject
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from compiled_sizes import compiled_sizes, sample_shapes
 
 MODEL = "flux.1-dev"
+COMPILER = "tensorrt-rtx"
 HEADING = "## Measured"
+PLANS = f"## {MODEL} on some cards"
 COMPARED = (
     ("dit", "fp8-weights", "SM89"),
     ("dit", "int8-weights", "SM86"),
@@ -78,13 +81,12 @@ def compare(checkpoint: Checkpoint, name: str, precision: str, capability: str) 
 
 def plans() -> Iterator[list[str]]:
     """A row for each card: its precision, and for each size the peak in GiB and the strategy."""
-    with random_checkpoint(Path(MODEL)) as opened:
-        found = measured(opened, Wanted(CheckpointSource(Path(MODEL))))
-    subject = Subject(found.model, found.footprints)
+    subject = read_subject(Wanted(CheckpointSource(Path(MODEL), random_weights=True)))
+    traits = find_compiler(COMPILER).traits
     for card in CARDS:
         target = find_target(card)
         precision, parts = subject.parts(target, None)
-        made = [fit_of(target, subject.model, parts, precision, side, Traits()) for side in (512, 1024, 1536, 2048)]
+        made = [fit_of(target, subject.model, parts, precision, side, traits) for side in (512, 1024, 1536, 2048)]
         yield [card, f"{target.memory_gb} GiB", precision, *map(cell, made)]
 
 
@@ -100,10 +102,18 @@ def markdown(headings: tuple[str, ...], rows: list[list[str]]) -> list[str]:
 
 
 def main() -> None:
-    """Compile, reckon, and write the tables below the heading."""
+    """Write the tables below the headings."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--plans", action="store_true", help="make the table of plans alone anew")
     options = parser.parse_args()
+    kept = options.out.read_text()
+    before = kept.partition(PLANS)[0] if options.plans else "\n".join([kept.partition(HEADING)[0] + made(), "", ""])
+    options.out.write_text(before + planned())
+
+
+def made() -> str:
+    """The table of what engines take: compile and reckon."""
     rows = []
     with tempfile.TemporaryDirectory() as temporary, random_checkpoint(cut_down(Path(temporary))) as opened:
         for name, precision, capability in COMPARED:
@@ -130,9 +140,17 @@ def main() -> None:
         f'its 24; the blocks are all alike. "compiled" is what {compiler} says its engine takes.',
         "",
         *markdown(headings, rows),
+    ]
+    return "\n".join(text)
+
+
+def planned() -> str:
+    """The table of plans for cards."""
+    text = [
+        PLANS,
         "",
-        f"## {MODEL} on some cards",
-        "",
+        f"These are plans for engines of `{COMPILER}`, and for those of `tensorrt` on data-centre GPUs, which are",
+        f"planned alike. `ditforge plan {MODEL} --gpu GPU --compiler NAME` makes those for engines of others.",
         "Each cell has the peak in GiB and the plan, for pictures of up to that many pixels on each side.",
         '"offload N of M" means that the DiT is in M segments, of which N are loaded and freed in each step.',
         '"t5 offload N" means that T5 is in N segments, all of which are loaded and freed for each prompt, and that',
@@ -141,8 +159,7 @@ def main() -> None:
         *markdown(("card", "memory", "precision", "512", "1024", "1536", "2048"), list(plans())),
         "",
     ]
-    before, _, _ = options.out.read_text().partition(HEADING)
-    options.out.write_text(before + "\n".join(text))
+    return "\n".join(text)
 
 
 if __name__ == "__main__":

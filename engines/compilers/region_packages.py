@@ -33,7 +33,14 @@ def tasks_of(name: str, packages: Sequence[Package]) -> list[Task]:
     missing = [package for package in packages if not kept.take(package)]
     log.info("%s: %d of %d packages are in the cache", name, len(packages) - len(missing), len(packages))
     return [
-        Task(name, f"{name}: {package.kind}", write_package, (package, name), len(package.content))
+        Task(
+            name,
+            f"{name}: {package.kind}",
+            write_package,
+            (package, name),
+            len(package.content),
+            makes=kept.path_of(package).name,
+        )
         for package in missing
     ]
 
@@ -44,8 +51,14 @@ def room_on(device: torch.device) -> int | None:
 
 
 def write_package(package: Package, name: str, *, add: Add) -> None:
-    """Compile a package of the network `name` beside others, and keep it in the cache."""
+    """Compile a package of the network `name` beside others, and keep it in the cache.
+
+    It is taken from there if the same has been compiled meanwhile: blocks of several kinds can have equal programs.
+    """
     del add  # of one package no other task comes
+    if package_cache.Packages().take(package):
+        log.info("%s: %s: the same as one that was compiled in this build", name, package.kind)
+        return
     with timing_alone():
         spent = compile_package(package, name, APART)
     package_cache.Packages().keep(package)

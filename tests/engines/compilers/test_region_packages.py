@@ -66,6 +66,16 @@ def test_packages_are_compiled_beside_each_other(tmp_path: Path, cache: Path) ->
     assert not tasks_of("dit", packages), "all of them are in the cache"
 
 
+def test_equal_packages_are_compiled_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Although there is room for both at a time."""
+    content = program(4)
+    packages = [package(tmp_path / f"{name}.pt2", content, 4) for name in ("first", "second")]
+    with caplog.at_level("INFO", "ditforge"):
+        do_apart(tasks_of("t5", packages), "cpu", lambda *_: None)
+    assert caplog.text.count(": traced in ") == 1
+    assert packages[0].path.read_bytes() == packages[1].path.read_bytes()
+
+
 def test_what_fails_beside_others_is_an_error_that_names_it(tmp_path: Path) -> None:
     packages = [package(tmp_path / "no" / f"{number}.pt2", program(4), 4) for number in range(2)]
     with pytest.raises(DitforgeError, match=r"Inductor cannot compile [01] of dit") as error:

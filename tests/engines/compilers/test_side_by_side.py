@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,17 @@ def test_results_are_in_the_order_of_the_tasks(tmp_path: Path) -> None:
 def test_no_more_are_done_at_a_time(tmp_path: Path, at_once: int) -> None:
     run([task(tmp_path, name, 0.3) for name in "abcdef"], at_once, silent)
     assert most_at_once(tmp_path) == at_once
+
+
+def test_tasks_that_make_the_same_are_done_one_after_the_other(tmp_path: Path) -> None:
+    """Others are done beside them, and all are done."""
+    for folder, makes in (("equal", ["x", "x", "x"]), ("mixed", ["x", "x", ""]), ("none", ["", "", ""])):
+        (tmp_path / folder).mkdir()
+        tasks = [
+            replace(task(tmp_path / folder, name, 0.4), makes=made) for name, made in zip("abc", makes, strict=True)
+        ]
+        assert run(tasks, 3, silent) == ["a", "b", "c"]
+    assert [most_at_once(tmp_path / folder) for folder in ("equal", "mixed", "none")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(("most", "expected"), [(None, 3), (2, 2), (0, 1)])

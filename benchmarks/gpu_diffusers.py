@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_memory import Gpu, Neighbour, neighbour, usable, watching
-from gpu_run import GIB, Failed, Results, Row, end, line_of, started, tail
+from gpu_run import GIB, Failed, Results, Row, end, line_of, started, why
 
 PROMPT = "a large red circle above a small blue square on a white background"
 UNCAPPED = ("eager", "compiled")
@@ -192,7 +192,7 @@ class Worker:
         """What the process says next. Raises Failed if it says nothing in time, or has ended, or failed."""
         line = line_of(self.process, seconds)
         if not line:
-            raise Failed(f"the process ended with {self.process.wait(10)}: {tail(self.log)}")
+            raise Failed(f"the process ended with {self.process.wait(10)}: {why(self.log)}")
         found: Row = json.loads(line)
         if "failed" in found:
             raise Failed(found["failed"])

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gpu_run import GIB, Failed, end, line_of, started, tail
+from gpu_run import GIB, Failed, end, line_of, started, why
 
 from ditforge import local_gpu
 from ditforge.engines.memory.memory_plan import USABLE
@@ -136,7 +136,7 @@ class Neighbour:
         """The next line of the process, which begins with `word`. Raises Failed if it does not."""
         words = line_of(self.process, PATIENCE).split()
         if words[:1] != [word]:
-            raise Failed(f"the neighbour on the GPU ended: {tail(self.log)}")
+            raise Failed(f"the neighbour on the GPU ended: {why(self.log)}")
         return words
 
     def leave(self, size: int) -> None:

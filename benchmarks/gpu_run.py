@@ -6,8 +6,11 @@ Every result is in the file as soon as it is known, so a run that is cut off los
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
+import mmap
 import os
+import re
 import select
 import signal
 import subprocess
@@ -21,10 +24,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 T = TypeVar("T")
 GIB = 2**30
 GRACE = 20.0  # seconds that a process gets to end after Ctrl-C, before it is killed
 LOOK = 0.05  # seconds between two looks at a process
+LONGEST = 3000  # characters of an error in the results
+ERROR = re.compile(r"^error: ", re.MULTILINE)  # as ditforge's errors begin
 
 Row = dict[str, Any]
 
@@ -81,7 +88,7 @@ class Results:
             return run()
         except Exception as error:
             traceback.print_exc()
-            self.note(name, failed=" ".join(f"{type(error).__name__}: {error}".split())[-900:])
+            self.note(name, failed=shortened(" ".join(f"{type(error).__name__}: {error}".split())))
             return None
 
 
@@ -127,7 +134,7 @@ def line_of(process: subprocess.Popen[bytes], seconds: float) -> str:
 
 
 def ditforge(arguments: list[str], log: Path, seconds: float) -> Ran:
-    """Run a command of ditforge to its end. Raises Failed with the end of its log if it fails or takes too long.
+    """Run a command of ditforge to its end. Raises Failed with the error in its log if it fails or takes too long.
 
     The peak is that of the largest of its processes, and counts the files in memory that the process has mapped.
     """
@@ -141,20 +148,46 @@ def ditforge(arguments: list[str], log: Path, seconds: float) -> Ran:
     try:
         while not (found := os.wait4(process.pid, os.WNOHANG))[0]:
             if time.perf_counter() - began > seconds:
-                raise Failed(f"{name} took more than {seconds:.0f} s: {tail(log)}")
+                raise Failed(f"{name} took more than {seconds:.0f} s: {why(log)}")
             time.sleep(LOOK)
         process.returncode = os.waitstatus_to_exitcode(found[1])
     finally:
         end(process)
     took, text = time.perf_counter() - began, said.read_text(errors="replace")
     if process.returncode:
-        raise Failed(f"{name} ended with {process.returncode}: {tail(log)}")
+        raise Failed(f"{name} ended with {process.returncode}: {why(log)}")
     return Ran(name, took, found[2].ru_maxrss * 1024, text)
 
 
-def tail(log: Path, size: int = 700) -> str:
-    """The end of a log, on one line."""
-    return " ".join(log.read_text(errors="replace")[-4 * size :].split())[-size:] if log.is_file() else ""
+def why(log: Path) -> str:
+    """Why a command failed, on one line: the last error in its log, or the log's end if there is none."""
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    errors = [*ERROR.finditer(text)]
+    return shortened(" ".join(text[errors[-1].start() :].split())) if errors else " ".join(text.split())[-LONGEST:]
+
+
+def shortened(text: str) -> str:
+    """A text with its middle left out if it is long: what went wrong is at its beginning, and why often at its end."""
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f"{text[:half]} [...] {text[-half:]}"
+
+
+def in_memory(folder: Path) -> float:
+    """The share of the bytes of the files in a folder that the system has in memory, as mincore(2) says."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    page, there, pages = mmap.PAGESIZE, 0, 0
+    for path in folder.rglob("*"):
+        if not path.is_file() or not path.stat().st_size:
+            continue
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+            content = np.frombuffer(mapped, np.uint8)
+            found = np.zeros(-(-len(content) // page), np.uint8)
+            lengths = ctypes.c_size_t(len(content))
+            if libc.mincore(ctypes.c_void_p(content.ctypes.data), lengths, ctypes.c_void_p(found.ctypes.data)):
+                raise OSError(ctypes.get_errno(), "mincore", str(path))
+            there, pages = there + int((found & 1).sum()), pages + len(found)
+            del content  # which would keep the file mapped
+    return there / pages if pages else 1.0
 
 
 def size_of(folder: Path) -> int:

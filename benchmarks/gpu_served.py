@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from gpu_memory import Gpu, processes, watching
-from gpu_run import GIB, LOOK, Failed, Results, Row, end, started, tail
+from gpu_run import GIB, LOOK, Failed, Results, Row, end, in_memory, started, why
 from tritonclient.grpc import InferenceServerClient
 
 from ditforge.client import Client
@@ -71,9 +71,9 @@ def serving(repository: Path, log: Path, seconds: float) -> Iterator[Server]:
     try:
         while not (found := SERVING.search(said.read_text(errors="replace"))):
             if process.poll() is not None:
-                raise Failed(f"the server ended with {process.returncode}: {tail(errors)}")
+                raise Failed(f"the server ended with {process.returncode}: {why(errors)}")
             if time.perf_counter() - began > limit:
-                raise Failed(f"the server was not ready within {limit:.0f} s: {tail(errors)}")
+                raise Failed(f"the server was not ready within {limit:.0f} s: {why(errors)}")
             time.sleep(LOOK / 5)
         yield Server(found[1], process.pid, began, time.perf_counter() - began)
     finally:
@@ -203,6 +203,7 @@ def served(
 ) -> None:
     """Start a server once, and measure on it the stages that are asked for."""
     before = gpu.used if gpu else 0
+    results.note("served", files_in_memory=in_memory(repository))
     with watching(gpu, before) as watch, serving(repository, log, results.left) as server:
         results.note("served", ready_s=server.ready)
         if "serve" in stages:

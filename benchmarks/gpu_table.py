@@ -34,9 +34,18 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def outcome(row: Row) -> str:
-    """Why a row has no figures; empty if it has."""
-    why = row.get("failed") or row.get("skipped") or ""
-    return str(why).replace("|", "/")[:200]
+    """Why a row has no figures; empty if it has. What failed is told at length below the tables."""
+    return "failed: see below" if row.get("failed") else str(row.get("skipped") or "")
+
+
+def files(rows: dict[str, Row]) -> str:
+    """Whether the repository's files had to be read from disk when the server started; empty if none was started."""
+    start = rows.get("served")
+    if start is None:
+        return ""
+    if "files_in_memory" not in start:
+        return " Whether the repository's files were in memory when the server started was not recorded."
+    return f" When the server started, {100 * start['files_in_memory']:.3g} % of the repository's bytes were in memory."
 
 
 def about(rows: dict[str, Row]) -> list[str]:
@@ -52,7 +61,7 @@ def about(rows: dict[str, Row]) -> list[str]:
         f"{number(found.get('memory_gib'))} GiB of memory, Python {found.get('python')}, {versions}.",
         "",
         f"{found.get('model')} in {found.get('precision')} by {found.get('compiler')}, with random weights, {pixels} "
-        "pixels, batch 1. Files were in memory. Written by these commands, of which a later one adds to the earlier:",
+        f"pixels, batch 1.{files(rows)} Written by these commands, of which a later one adds to the earlier:",
         "",
         *(f"    {command}" for command in found.get("commands", [])),
         "",
@@ -201,9 +210,19 @@ def beside(rows: dict[str, Row]) -> list[str]:
     return ["## Diffusers beside", "", note, "", *table(headings, lines)]
 
 
+def failed(rows: dict[str, Row]) -> list[str]:
+    """Everything that failed, with all that is known of why."""
+    why = [
+        (name, " ".join(str(text).split()).replace("|", "/"))
+        for name, row in rows.items()
+        for text in [*filter(None, [row.get("failed")]), *row.get("errors", []), *row.get("failures", [])]
+    ]
+    return ["## What failed", "", *table(("what", "why"), why)] if why else []
+
+
 def report(file: Path, rows: dict[str, Row]) -> None:
     """Write the page."""
-    parts = (about, made, served, clients, cards, beside)
+    parts = (about, made, served, clients, cards, beside, failed)
     text = "\n".join(line for part in parts for line in part(rows)).rstrip()
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text + "\n")

@@ -1,6 +1,7 @@
 """What models take of a GPU's memory: reckoned beside what TensorRT-RTX wants, and the plans that follow.
 
     python benchmarks/memory.py --out docs/memory.md
+    python benchmarks/memory.py --plans --out docs/memory.md    # the table of plans alone, which takes seconds
 
 Needs no GPU: TensorRT-RTX says what its engines take when it compiles them. Networks have their real width, the DiT and
 T5 a few of their blocks, and random weights. What stands before the heading "Measured" is kept as it is.
@@ -29,13 +30,14 @@ from ditforge.export.graph.measure_footprint import measure
 from ditforge.export.onnx_export import export_network
 from ditforge.export.quantisation.precision import parse_precision
 from ditforge.plan_report import Fit, fit_of
-from ditforge.plan_subject import Subject, Wanted, measured
+from ditforge.plan_subject import Wanted, read_subject
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from compiled_sizes import compiled_sizes, sample_shapes
 
 MODEL = "flux.1-dev"
 HEADING = "## Measured"
+PLANS = f"## {MODEL} on some cards"
 COMPARED = (
     ("dit", "fp8-weights", "SM89"),
     ("dit", "int8-weights", "SM86"),
@@ -79,9 +81,7 @@ def compare(checkpoint: Checkpoint, name: str, precision: str, capability: str) 
 
 def plans() -> Iterator[list[str]]:
     """A row for each card: its precision, and for each size the peak in GiB and the strategy."""
-    with random_checkpoint(Path(MODEL)) as opened:
-        found = measured(opened, Wanted(CheckpointSource(Path(MODEL))))
-    subject = Subject(found.model, found.footprints)
+    subject = read_subject(Wanted(CheckpointSource(Path(MODEL), random_weights=True)))
     compilers = [find_compiler(name) for name in COMPILERS]
     for card in CARDS:
         target = find_target(card)
@@ -103,10 +103,18 @@ def markdown(headings: tuple[str, ...], rows: list[list[str]]) -> list[str]:
 
 
 def main() -> None:
-    """Compile, reckon, and write the tables below the heading."""
+    """Write the tables below the headings."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--plans", action="store_true", help="make the table of plans alone anew")
     options = parser.parse_args()
+    kept = options.out.read_text()
+    before = kept.partition(PLANS)[0] if options.plans else "\n".join([kept.partition(HEADING)[0] + made(), "", ""])
+    options.out.write_text(before + planned())
+
+
+def made() -> str:
+    """The table of what engines take: compile and reckon."""
     rows = []
     with tempfile.TemporaryDirectory() as temporary, random_checkpoint(cut_down(Path(temporary))) as opened:
         for name, precision, capability in COMPARED:
@@ -133,11 +141,18 @@ def main() -> None:
         f'its 24; the blocks are all alike. "compiled" is what {compiler} says its engine takes.',
         "",
         *markdown(headings, rows),
-        "",
-        f"## {MODEL} on some cards",
+    ]
+    return "\n".join(text)
+
+
+def planned() -> str:
+    """The table of plans for cards."""
+    text = [
+        PLANS,
         "",
         "Each cell has the peak in GiB and the plan, for pictures of up to that many pixels on each side. Engines are",
         f"those of `{COMPILERS[0]}`, and of `{COMPILERS[1]}` for cards that it alone has.",
+        f"`ditforge plan {MODEL} --gpu GPU --compiler NAME` makes plans for engines of others.",
         '"offload N of M": the DiT is in M segments, of which N are loaded and freed, or stream, in each step.',
         '"t5 offload N" means that T5 is in N segments, all of which are loaded and freed for each prompt, and that',
         "the DiT stays. The seconds are those of a step, estimated as `ditforge plan` does.",
@@ -145,8 +160,7 @@ def main() -> None:
         *markdown(("card", "memory", "precision", "512", "1024", "1536", "2048"), list(plans())),
         "",
     ]
-    before, _, _ = options.out.read_text().partition(HEADING)
-    options.out.write_text(before + "\n".join(text))
+    return "\n".join(text)
 
 
 if __name__ == "__main__":

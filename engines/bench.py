@@ -22,7 +22,7 @@ from ditforge.engines.verify import example, varying_sizes
 from ditforge.errors import UserError
 from ditforge.manifest import Component, Manifest
 from ditforge.model import MAX_BATCH, Model
-from ditforge.option import option, setting
+from ditforge.option import command, option, setting
 from ditforge.placement import CPU
 
 WARM = 3  # calls that do not count: the first of a size may compile, allocate or record
@@ -101,6 +101,7 @@ def bench(
     """
     found = manifest.read(folder, "engines")
     manifest.check_components(found, folder, [TOKENIZER])
+    check_executable(folder, found)
     width, height = parse_size(size, found.model)
     check_numbers(found, batch, runs)
     report = progress or (lambda component, done, total: None)
@@ -132,6 +133,16 @@ def bench(
     steps = found.model.default_steps
     picture_s = picture_time(timings, found.model)
     return Bench(device, found.model.name, width, height, batch, runs, tuple(timings), steps, picture_s, step)
+
+
+def check_executable(folder: Path, found: Manifest) -> None:
+    """Raise UserError, with what can be done instead, if engines in `folder` are for another machine's GPU."""
+    targets = {engine.target for engine in found.engines.values()}
+    if why := local_gpu.why_not_here(targets):
+        wanted = " or ".join(sorted(targets - {CPU}))
+        fix = f"{command('ditforge bench {}', folder)}   on a machine with {wanted}"
+        rebuilt = "ditforge build ONNX_DIR --gpu cpu --out DIR   builds for this one"
+        raise UserError(f"the engines in {folder} do not run here: {why}", f"{fix}; or {rebuilt}")
 
 
 def step_of(timing: Timing, found: Manifest, size: tuple[int, int], samples: int) -> Step:

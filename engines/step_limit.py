@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
+
+from ditforge.temporary_folder import temporary_folder
 
 if TYPE_CHECKING:
     import torch
@@ -143,8 +144,8 @@ def by_onnxruntime() -> Rates:
         finally:
             session.close()
 
-    with TemporaryDirectory() as folder:
-        product, attention = write_graphs(Path(folder))
+    with temporary_folder() as folder:
+        product, attention = write_graphs(folder)
         return Rates(product_operations() / seconds(product), attention_operations() / seconds(attention))
 
 

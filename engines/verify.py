@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from ditforge.errors import DitforgeError, UserError
 from ditforge.manifest import Component, Manifest, Tensor
 from ditforge.model import Model
 from ditforge.option import command
+from ditforge.temporary_folder import filled, temporary_folder
 
 PROMPTS = ("a photograph of a lighthouse at night", "")
 SIZE = (128, 192)  # height and width in pixels of what is compared, where the engines take it: not square
@@ -192,8 +192,10 @@ def run_component(folder: Path, found: Manifest, name: str, inputs: Arrays) -> A
     graph = folder / f"{name}.onnx"
     if component.dtype != "bf16":
         return run_graph(graph, component, inputs)
-    with TemporaryDirectory() as temporary:
-        return run_graph(write_fp32_graph(graph, Path(temporary)), component, inputs)
+    with temporary_folder() as folder:
+        with filled(folder):
+            graph = write_fp32_graph(graph, folder)
+        return run_graph(graph, component, inputs)
 
 
 def run_graph(graph: Path, component: Component, inputs: Arrays) -> Arrays:

@@ -15,17 +15,17 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, TimeoutError as StillRunning
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, BinaryIO
 
 from typing_extensions import Self, TypedDict, Unpack
 
-from ditforge import __version__, folders, local_gpu, manifest, write_errors
+from ditforge import __version__, folders, local_gpu, manifest, temporary_folder, write_errors
 from ditforge.errors import DitforgeError, UserError
 from ditforge.option import are_flags, command, option
 from ditforge.real_path import current_folder
@@ -232,7 +232,7 @@ def start(repo: Path, /, on_event: Callable[[str], object] | None = None, **opti
     find_tritonserver()
     claimed = claim_ports(made)
     named = made.log is not None
-    folder = current_folder() if named else Path(tempfile.mkdtemp(prefix="ditforge-serve-"))
+    folder = current_folder() if named else Path(mkdtemp(prefix="ditforge-serve-", dir=temporary_folder.check()))
     file = folder / (made.log or "tritonserver.log")
     made = made.model_copy(update={"http_port": claimed.get("http_port"), "log": file})
     with appended(file, f"ditforge {__version__} serves {made.repo}") as output:

@@ -88,7 +88,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # ditforge's errors say what matters of gRPC's log
     warnings.simplefilter("default", DitforgeWarning)
-    warnings.showwarning = lambda message, *args, **kwargs: tell(f"warning: {message}")
+    verbosity.divert_warnings(lambda message: tell(f"warning: {message}"))
     output, errors = cast(TextIO, terminal.Checked(sys.stdout)), cast(TextIO, terminal.Unfailing(sys.stderr))
     with redirect_stdout(output), redirect_stderr(errors):
         run()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from shlex import quote
+from types import MappingProxyType
 
 from ditforge.errors import UserError
 
@@ -24,6 +26,7 @@ class Keys:
     written: set[str] = field(default_factory=set)
 
 
+_renamed: ContextVar[Mapping[str, str]] = ContextVar("ditforge.option.renamed", default=MappingProxyType({}))
 _keys: ContextVar[Keys | None] = ContextVar("ditforge.option.keys", default=None)
 
 
@@ -44,13 +47,30 @@ class Option(str):
                 return json.dumps(name)
             if not keys.replaceable:
                 return f"{json.dumps(name)}: {value}"
-        return self.flag if _flags else str.__str__(self)
+        return own_flags(self.flag) if _flags else str.__str__(self)
 
     def __format__(self, spec: str) -> str:
         return format(str(self), spec)
 
     def __add__(self, other: str) -> str:
         return str(self) + other
+
+
+def own_flags(text: str) -> str:
+    """A text with flags as the command calls them that runs others."""
+    for name, own in _renamed.get().items():
+        text = re.sub(rf"(?<![\w-]){name}(?![\w-])", own, text)
+    return text
+
+
+@contextmanager
+def renamed(flags: Mapping[str, str]) -> Iterator[None]:
+    """Write flags under other names until the block ends, by which a command has the options of others that it runs."""
+    token = _renamed.set(flags)
+    try:
+        yield
+    finally:
+        _renamed.reset(token)
 
 
 def option(python: str, flag: str = "") -> str:

@@ -64,10 +64,14 @@ class Fit:
 
 @dataclass(frozen=True)
 class GpuPlan:
-    """The plan for a model on one GPU, for each size. precision: empty if the GPU lacks the one that is asked for."""
+    """The plan for a model on one GPU, for each size.
+
+    compiler: whose engines are planned. precision: empty if the GPU lacks the one that is asked for.
+    """
 
     gpu: str
     memory_gb: float
+    compiler: str
     precision: str
     sizes: tuple[Fit, ...]
 
@@ -115,13 +119,13 @@ def plan_for(
     target: Target, subject: Subject, precision: str | None, sizes: Sequence[int], compiler: str | None
 ) -> GpuPlan:
     """Plan a model on one GPU. The result has no sizes if the GPU lacks the precision."""
-    memory = float(target.memory_gb or 0)
+    memory, maker = float(target.memory_gb or 0), compiler or choose(target)[0]
     if precision is not None and any(precision not in gpus.precisions(one) for one in target.capabilities):
-        return GpuPlan(target.name, memory, "", ())
+        return GpuPlan(target.name, memory, maker, "", ())
     chosen, parts = subject.parts(target, precision)
-    traits = find_compiler(compiler or choose(target)[0]).traits
+    traits = find_compiler(maker).traits
     fits = tuple(fit_of(target, subject.model, parts, chosen, side, traits) for side in sizes)
-    return GpuPlan(target.name, memory, chosen, fits)
+    return GpuPlan(target.name, memory, maker, chosen, fits)
 
 
 def fit_of(target: Target, model: Model, parts: Sequence[Part], precision: str, side: int, traits: Traits) -> Fit:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 
 from ditforge.errors import DitforgeWarning, UserError
 from ditforge.plain_text import plain
 
 LOGGER = "ditforge"  # the parent of the loggers of all modules
 _verbose = _quiet = False
+log = logging.getLogger(__name__)
 
 
 class ToStandardError(logging.Handler):
@@ -43,6 +45,18 @@ def choose(verbose: bool, quiet: bool) -> None:
 def choose_also(verbose: bool, quiet: bool) -> None:
     """Choose like choose(), in addition to what was chosen before."""
     choose(verbose or _verbose, quiet or _quiet)
+
+
+def divert_warnings(tell: Callable[[str], object]) -> None:
+    """Tell users the warnings that are for them, and leave those of libraries, which developers need, to the log."""
+
+    def show(message: Warning | str, category: type[Warning], *args: object, **kwargs: object) -> None:
+        if issubclass(category, DitforgeWarning):
+            tell(str(message))
+        else:
+            log.info("%s: %s", category.__name__, message)
+
+    warnings.showwarning = show
 
 
 def is_quiet() -> bool:

@@ -26,6 +26,15 @@ def fix(error: OSError, otherwise: str) -> str:
     return otherwise
 
 
+def is_full(error: BaseException | None) -> bool:
+    """Whether `error` was raised for want of space, by the system or by native code, which says so in words alone."""
+    while error is not None:
+        if getattr(error, "errno", None) in FULL or any(os.strerror(number) in str(error) for number in FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def size_limit() -> int | None:
     """The most bytes that a file of this process may have, or None if there is no such limit."""
     import resource  # imported here, because clients also run on systems that do not have it

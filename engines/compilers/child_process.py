@@ -1,8 +1,8 @@
 """Compiling in a process of its own, so that all the memory a compiler took is given back, and Ctrl-C ends it at once.
 
 `python -m ditforge.engines.compilers.child_process` is the child. It reads a call from its standard input, and writes
-progress, its log and the outcome to its standard output. It ends when its input is closed, and so when its parent dies.
-Whatever it starts is in its group of processes, and ends with it.
+progress, its log, its warnings and the outcome to its standard output. It ends when its input is closed, and so when
+its parent dies. Whatever it starts is in its group of processes, and ends with it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from logging.handlers import QueueHandler
@@ -23,9 +24,9 @@ from types import MappingProxyType
 from typing import Any, BinaryIO, TypeVar
 
 from ditforge.engines.compilers import Job, Progress, find_compiler
-from ditforge.errors import DitforgeError
-from ditforge.option import are_flags, as_flags, option
-from ditforge.verbosity import LOGGER
+from ditforge.errors import DitforgeError, DitforgeWarning
+from ditforge.option import are_flags, as_flags
+from ditforge.verbosity import LOGGER, divert_warnings
 
 T = TypeVar("T")
 Tell = Callable[[str, Any], None]  # how a child tells its parent: the kind of what it tells, and that itself
@@ -39,7 +40,7 @@ def compile_apart(compiler_name: str, job: Job) -> list[Path]:
     Raises DitforgeError if the process is killed, for example by the system when memory runs out.
     """
     silent = replace(job, progress=print)  # which can be pickled; the child's own progress takes its place
-    fix = f"{option('segments')} with a larger number, or free some memory"
+    fix = f"{FREE_MEMORY}; or ditforge build ONNX_DIR --segments N --out DIR   with a larger number"
     return call_apart(compile_with, compiler_name, silent, name=job.name, progress=job.progress, if_killed=fix)
 
 
@@ -89,9 +90,11 @@ def call_apart(
 
 
 def told(kind: str, content: Any) -> None:
-    """Take what a child told: write its log, or raise its error."""
+    """Take what a child told: write its log, give its warning, or raise its error."""
     if kind == "log":
         logging.getLogger(content.name).handle(content)
+    elif kind == "warning":
+        warnings.warn(content, DitforgeWarning, stacklevel=2)
     else:
         raise content
 
@@ -142,8 +145,9 @@ class Told(QueueHandler):
 
 
 def log_to(tell: Tell) -> None:
-    """Tell the log of this process, and write it nowhere else."""
+    """Tell the log and the warnings of this process, and write them nowhere else."""
     logging.getLogger(LOGGER).handlers[:] = [Told(tell)]
+    divert_warnings(lambda message: tell("warning", message))
 
 
 def end_with(source: BinaryIO) -> None:

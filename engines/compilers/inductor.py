@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version as installed_versio
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditforge import cxx_compiler, digests, install_hint, regions
+from ditforge import cxx_compiler, digests, install_hint, regions, temporary_folder
 from ditforge.engines import gpus
 from ditforge.engines.compilers import NUMPY_DTYPES, Compiler, Job, Progress, Ranges, Shape, side_by_side
 from ditforge.engines.compilers.child_process import call_apart
@@ -57,8 +57,12 @@ def settings() -> dict[str, str]:
 
 
 def check(name: str, component: Component, target: Target) -> None:
-    """Raise UserError without a C++ compiler, or if the target is not this machine's GPU, or out of PyTorch's reach."""
+    """Raise UserError without a C++ compiler, or if the target is not this machine's GPU, or out of PyTorch's reach.
+
+    Also raises it where no temporary files can be written, which Inductor and the C++ compiler do.
+    """
     version()
+    temporary_folder.check()
     if not cxx_compiler.works():
         raise UserError(f"{NAME} needs a C++ compiler, and {cxx_compiler.name()} is none", cxx_compiler.fix())
     if not any(file.endswith(regions.SUFFIX) for file in component.files):

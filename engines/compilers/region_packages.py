@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ditforge import temporary_folder, write_errors
 from ditforge.engines.compilers import package_cache
 from ditforge.engines.compilers.package_cache import Package
 from ditforge.engines.compilers.region_lowering import Lowered, load_program, lower
 from ditforge.engines.compilers.side_by_side import FORK, Add, Task
 from ditforge.engines.runtime.inductor import load_package
-from ditforge.errors import DitforgeError
+from ditforge.errors import DitforgeError, UserError
 
 GPU_MEMORY = 2 * 2**30  # bytes that each may take on the GPU, to see which kernel is the fastest
 # The headers of PyTorch would be compiled once for all packages of a process, which takes longer than they save one.
@@ -32,7 +33,14 @@ def tasks_of(name: str, packages: Sequence[Package]) -> list[Task]:
     missing = [package for package in packages if not kept.take(package)]
     log.info("%s: %d of %d packages are in the cache", name, len(packages) - len(missing), len(packages))
     return [
-        Task(name, f"{name}: {package.kind}", write_package, (package, name), len(package.content))
+        Task(
+            name,
+            f"{name}: {package.kind}",
+            write_package,
+            (package, name),
+            len(package.content),
+            makes=kept.path_of(package).name,
+        )
         for package in missing
     ]
 
@@ -43,8 +51,14 @@ def room_on(device: torch.device) -> int | None:
 
 
 def write_package(package: Package, name: str, *, add: Add) -> None:
-    """Compile a package of the network `name` beside others, and keep it in the cache."""
+    """Compile a package of the network `name` beside others, and keep it in the cache.
+
+    It is taken from there if the same has been compiled meanwhile: blocks of several kinds can have equal programs.
+    """
     del add  # of one package no other task comes
+    if package_cache.Packages().take(package):
+        log.info("%s: %s: the same as one that was compiled in this build", name, package.kind)
+        return
     with timing_alone():
         spent = compile_package(package, name, APART)
     package_cache.Packages().keep(package)
@@ -72,7 +86,7 @@ def timing_alone() -> Iterator[None]:
 def compile_package(package: Package, name: str, more: Mapping[str, Any] | None = None) -> tuple[float, float]:
     """Compile a package, and load it. Returns the seconds of tracing and of compiling.
 
-    `more` are settings beside its own. Raises DitforgeError if it fails.
+    `more` are settings beside its own. Raises DitforgeError if it fails, and UserError for want of space on a disk.
     """
     begun = time.perf_counter()
     device = torch.device(package.device)
@@ -88,7 +102,13 @@ def compile_package(package: Package, name: str, more: Mapping[str, Any] | None 
                 lowered, package_path=str(package.path), inductor_configs={**package.settings, **(more or {})}
             )
         load_package(package.path, device)  # with a C++ compiler that does not suit PyTorch, this would crash
+    except UserError:
+        raise
     except Exception as error:  # the compiler's have no common class
+        if write_errors.is_full(error):
+            places = f"for temporary files in {temporary_folder.find()}, or for packages in {package.path.parent}"
+            problem = f"Inductor cannot compile {package.kind} of {name}: there is no space left {places}"
+            raise UserError(problem, temporary_folder.more_room()) from error
         reason = " ".join(str(error).split())[:1000]
         problem = f"Inductor cannot compile {package.kind} of {name}: {reason}"
         raise DitforgeError(problem, "report it with the export") from error

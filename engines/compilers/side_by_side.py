@@ -41,6 +41,8 @@ class Task:
     name: the network that it is for. doing: what it does, for people.
     size: the bytes that it works on. Of the tasks that wait, the largest is begun first, so that none is left alone at
         the end (Graham 1969, "Bounds on multiprocessing timing anomalies").
+    makes: what it makes, if another task may make the same. Such tasks are done one after the other, so that all but
+        the first find it made.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Task:
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     size: int
+    makes: str = ""
 
 
 def how_many() -> int:
@@ -70,9 +73,13 @@ def run(tasks: Sequence[Task], at_once: int, progress: Progress) -> list[Any]:
     gc.freeze()  # what is there already is not looked at again in forks, which would copy it
     try:
         while waiting or running:
-            waiting.sort(key=lambda numbered: numbered[1].size)
-            while waiting and len(running) < at_once:
-                number, task = waiting.pop()
+            while len(running) < at_once:
+                making = {task.makes for _, task, _ in running.values() if task.makes}
+                free = [numbered for numbered in waiting if numbered[1].makes not in making]
+                if not free:
+                    break
+                number, task = largest = max(free, key=lambda numbered: numbered[1].size)
+                waiting.remove(largest)
                 connection, process = begin(task)
                 running[connection] = number, task, process
                 progress(task.doing, len(results), known)

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ditforge import temporary_folder
 from ditforge.engines.compilers import NUMPY_DTYPES, Arrays, Shape
 from ditforge.engines.compilers.inductor_engine import SUFFIX, WEIGHTS, Description, Variant, read
 from ditforge.engines.runtime.ranges import find_range
@@ -77,9 +78,11 @@ def load_engine(
 def load_package(path: Path, device: torch.device) -> Any:
     """Load a package. PyTorch's own function would compile a C++ program the first time in a process, for 40 s.
 
-    Raises DitforgeError, or BadZipFile, if the package is damaged: loading its code would end the process.
+    Raises DitforgeError, or BadZipFile, if the package is damaged: loading its code would end the process. Raises
+    UserError if there is no room for temporary files, among which PyTorch unpacks it.
     """
     with ZipFile(path) as archive:
+        temporary_folder.check(sum(file.file_size for file in archive.infolist()))
         if damaged := archive.testzip():
             raise DitforgeError(f"{path} is damaged: {damaged} in it has changed", f"{NEXT_COMMAND['engines']}   again")
     number = torch.cuda.current_device() if device.type == "cuda" else -1

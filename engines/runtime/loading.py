@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ditforge import manifest
-from ditforge.engines.compilers import Arrays, LoadedEngine, find_compiler, streamed_segments
+from ditforge.engines.compilers import Arrays, Compiler, LoadedEngine, find_compiler, streamed_segments
 from ditforge.engines.memory.memory_plan import gibibytes
 from ditforge.engines.runtime.one_at_a_time import gpu_lock
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
@@ -32,7 +32,7 @@ def load_engine(folder: Path, files: dict[str, File], made: Engine) -> LoadedEng
     does not hold it.
     """
     manifest.check_files(folder, files, fix=AGAIN)
-    compiler = find_compiler(made.compiler)
+    compiler = maker(folder, made.compiler)
     frugally, budget = compiler.load_frugally, made.placement.weight_budget
     if budget is not None and frugally is None:
         problem = f"the engine in {folder} is to stream its weights, which engines of {made.compiler} cannot"
@@ -90,6 +90,14 @@ def stream(loaders: Sequence[Callable[[], LoadedEngine]], size: int, folder: Pat
         warnings.warn(why, DitforgeWarning, stacklevel=2)
         return []
     return streamed
+
+
+def maker(folder: Path, name: str) -> Compiler:
+    """The compiler that made an engine. Raises UserError if it is not installed."""
+    try:
+        return find_compiler(name)
+    except UserError as error:
+        raise UserError(f"the engine in {folder} cannot be loaded: {error.problem}", AGAIN) from error
 
 
 class OnDemand:

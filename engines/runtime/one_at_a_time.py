@@ -7,11 +7,11 @@ users ask at once, or when a server starts and tries all of its engines.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
-from pathlib import Path
+
+from ditforge import temporary_folder
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"  # where servers have GPUs of their own, they need not wait for each other
 
@@ -20,13 +20,17 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"  # where servers have GPUs of their own, they n
 def gpu_lock() -> Iterator[None]:
     """Hold the lock of this user on the GPUs that are visible, once no other process has it; all wait for it.
 
-    The system releases the lock of a process that ends.
+    The system releases the lock of a process that ends. Raises UserError if the lock's file cannot be written.
     """
     import fcntl
 
     gpus = sha256(os.environ.get(VISIBLE, "").encode()).hexdigest()[:8]
-    path = Path(tempfile.gettempdir()) / f"ditforge-{os.getuid()}-{gpus}.lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    folder = temporary_folder.find()
+    path = folder / f"ditforge-{os.getuid()}-{gpus}.lock"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise temporary_folder.unwritable(folder, error) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

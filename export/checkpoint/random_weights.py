@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from ditforge.export.checkpoint.weights import Weights
 from ditforge.export.families import find_published, published_models
 from ditforge.export.graph.tracing import dry_run
 from ditforge.export.network import Network
+from ditforge.temporary_folder import filled, temporary_folder
 
 SEED = 0
 DTYPE = torch.bfloat16  # the large checkpoints are published in this dtype
@@ -49,14 +49,15 @@ def random_checkpoint(folder: Path, seed: int = SEED) -> Iterator[Checkpoint]:
         names = ", ".join(published_models())
         raise UserError(f"{folder} is not a folder", f"give one in diffusers' layout, or a name: {names}")
     open_checkpoint(source)
-    with TemporaryDirectory(prefix="ditforge-") as temporary:
-        copy = Path(temporary) / (hub.title(source) or source.resolve().name)
-        for path in sorted(path for path in source.rglob("*") if path.is_file() and path.suffix in DESCRIPTIONS):
-            target = copy / path.relative_to(source)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-        opened = open_checkpoint(copy)
-        make_tokenizers(opened)
+    with temporary_folder() as temporary:
+        copy = temporary / (hub.title(source) or source.resolve().name)
+        with filled(temporary):
+            for path in sorted(path for path in source.rglob("*") if path.is_file() and path.suffix in DESCRIPTIONS):
+                target = copy / path.relative_to(source)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+            opened = open_checkpoint(copy)
+            make_tokenizers(opened)
         yield replace(opened, seed=seed)
 
 

@@ -20,6 +20,7 @@ from ditforge.cli import app
 from ditforge.engines.build import build
 from ditforge.errors import UserError
 from ditforge.export.disk_space import check_space
+from ditforge.stage_folder import OTHER_OUT
 from ditforge.triton_repo.server import how_it_ended, start
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -43,7 +44,7 @@ def check(fix: str, command: str) -> None:
         parsed.make_parser(parsed.context_class(parsed)).parse_args(list(arguments))
     rest = COMMAND.sub("", fix)
     known = {flag for parameter in COMMANDS[command].params for flag in parameter.opts}
-    for flag in re.findall(r"(?<![\\w-])--[a-z][a-z-]+", rest):
+    for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", rest):
         assert flag in known, f"{command} has no {flag}: {fix}"
 
 
@@ -55,9 +56,17 @@ def paths(schnell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str,
     for engine in (described := json.loads((gpu / "manifest.json").read_text()))["engines"].values():
         engine["target"] = engine["cache_key"]["target"] = "sm_10"  # which no driver of today has
     (gpu / "manifest.json").write_text(json.dumps(described))
+    others = {}
+    for name, changed in {"GPU_ENGINES": {"target": "sm_10"}, "STRANGE": {"compiler": "strange"}}.items():
+        others[name] = shutil.copytree(schnell.engines, tmp_path / name)
+        described = json.loads((others[name] / "manifest.json").read_text())
+        for engine in described["engines"].values():
+            engine.update(changed)
+            engine["cache_key"].update(changed)
+        (others[name] / "manifest.json").write_text(json.dumps(described))
     (tmp_path / "file").touch()
     made = {"ONNX": schnell.onnx, "ENGINES": schnell.engines, "REPO": schnell.repository, "GPU": gpu}
-    return {**made, "CHECKPOINT": schnell.checkpoint, "TINY": TINY, "FILE": tmp_path / "file"}
+    return {**made, **others, "CHECKPOINT": schnell.checkpoint, "TINY": TINY, "FILE": tmp_path / "file"}
 
 
 CASES = {
@@ -89,9 +98,28 @@ CASES = {
     "verify TINY": "no stage of ditforge wrote it",
     "verify REPO --against ONNX": "is a repository, which is not compared",
     "verify ENGINES --gpu cpu": "No such option: --gpu",
+    "verify GPU_ENGINES --against ONNX": "cannot be executed: they are for sm_10",
+    "verify STRANGE --against ONNX": "unknown compiler 'strange'",
+    "bench GPU_ENGINES": "do not run here: they are for sm_10",
+    "bench STRANGE": "unknown compiler 'strange'",
+    "bench ENGINES --batch 0": "pictures at a time, not 0",
+    "up CHECKPOINT --gpu rtx4090 --gpu-memory 0.7 --port 0 --cache c -q": "does not fit",
     "repo ONNX --out o": "is a folder of ONNX graphs, and a folder of engines is what this takes",
     "inspect nowhere": "does not exist",
 }
+
+
+def test_up_names_its_own_options(
+    paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also where a stage is refused the folder that it was given."""
+
+    def refused(*arguments: object) -> None:
+        raise UserError("no room", OTHER_OUT)
+
+    monkeypatch.setattr("ditforge.export.onnx_export.export_checkpoint", refused)
+    result = run_here(["up", str(paths["CHECKPOINT"]), "--port", "0", "--cache", "c"], monkeypatch, capfd)
+    assert_error(result, "choose another --cache")
 
 
 @pytest.mark.parametrize("case", CASES)

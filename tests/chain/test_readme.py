@@ -17,6 +17,7 @@ from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
+import tomllib
 from command_line import PATIENCE
 from documents import CONTRIBUTING, DOCUMENTS, README, ROOT, Block, blocks, commands, parse, spans
 from PIL import Image
@@ -154,6 +155,13 @@ def test_blocks_that_install_name_what_there_is() -> None:
             assert set(words[-1].removeprefix(".[").removesuffix("]").split(",")) <= known
         else:
             assert words[:3] == ["python3", "-m", "venv"] or words[0] == ".", words
+
+
+def test_the_table_of_extras_is_that_of_the_package() -> None:
+    rows = README.read_text().partition("| extra |")[2].partition("\n\n")[0].splitlines()
+    listed = [extra for row in rows for extra in re.findall("`(.+?)`", row.split("|")[1])]
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert sorted(listed) == sorted(declared)
 
 
 def test_marks_are_known() -> None:

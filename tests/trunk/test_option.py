@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ditforge.errors import UserError
-from ditforge.option import as_flags, as_keys, check_names, command, option, setting
+from ditforge.option import as_flags, as_keys, check_names, command, option, renamed, setting
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -74,6 +74,19 @@ def test_an_option_of_a_file() -> None:
         assert f"{option('size')}; {size}" == '"size"; --size 16:9'
     assert written == {"size"}
     assert str(size) == 'size="16:9"'
+
+
+def test_a_command_that_runs_others_has_its_own_flags() -> None:
+    out = option("choose another out, or remove it first", "choose another --out, or remove it first")
+    with as_flags(), renamed({"--out": "--cache", "--batch": "--max-batch"}):
+        assert f"{setting('batch', 2)}; {option('max_batch')}; {out}" == (
+            "--max-batch 2; --max-batch; choose another --cache, or remove it first"
+        )
+        assert command("ditforge build {} --out DIR", "onnx") == "ditforge build onnx --out DIR"
+    with renamed({"--out": "--cache"}):
+        assert str(setting("out", "a")) == 'out="a"'
+    with as_flags():
+        assert str(setting("out", "a")) == "--out a"
 
 
 def test_a_command_is_quoted_for_a_shell() -> None:

@@ -11,6 +11,7 @@ import pytest
 from command_line import Result, assert_error, ditforge, run_here
 
 from ditforge import plan_report
+from ditforge.engines.compilers.choice import choose
 from ditforge.engines.gpus import GPUS, Target
 from ditforge.export.checkpoint.diffusers_folder import CONFIGS
 from ditforge.export.checkpoint.random_weights import random_checkpoint
@@ -43,7 +44,7 @@ def test_a_published_model_on_one_card(plan: Plan, tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     result = ditforge("plan", "FLUX.1-dev", "--gpu", "rtx3060", cwd=tmp_path)
     assert result.code == 0, result.err
-    assert result.out.startswith("flux.1-dev on rtx3060, 12 GiB, precision int8-weights\n")
+    assert result.out.startswith("flux.1-dev on rtx3060, 12 GiB, engines of tensorrt-rtx, precision int8-weights\n")
     for side in (512, 768, 1024, 1536, 2048):
         (line,) = re.findall(rf"^{side} x {side} .*$", result.out, re.MULTILINE)
         (peak,) = map(float, re.findall(PEAK, line))
@@ -59,6 +60,7 @@ def test_a_published_model_on_one_card(plan: Plan, tmp_path: Path, monkeypatch: 
     again = plan("black-forest-labs/FLUX.1-dev", "--random-weights", "--gpu", "h100", "--json")
     assert (again.code, again.err) == (0, "")
     (h100,) = json.loads(again.out)["gpus"]
+    assert h100["compiler"] == choose(Target("h100", ("sm_90",)))[0]
     (usual,) = (fit for fit in h100["sizes"] if fit["size"] == 1024)
     # What was measured on an H100 (benchmarks and data sheets), within what operators are counted differently by.
     assert usual["estimate"]["step_fast"] == pytest.approx(0.1336, rel=0.02)
@@ -82,10 +84,31 @@ def test_a_row_for_each_gpu(plan: Plan) -> None:
     assert result.code == 0, result.err
     title, heading, *rows = result.out.partition("\n\n")[0].splitlines()
     assert "up to 128 x 128" in title
-    assert heading.split() == ["--gpu", "memory", "precision", "takes", "strategy", "tile", "a", "step"]
+    assert heading.split() == [
+        "--gpu",
+        "memory",
+        "engines",
+        "of",
+        "precision",
+        "takes",
+        "strategy",
+        "tile",
+        "a",
+        "step",
+    ]
     assert [row.split()[0] for row in rows] == [gpu.name for gpu in GPUS]
     assert sum("resident" in row for row in rows) == sum("fp8-weights" in row for row in rows)
     assert any("lacks it" in row for row in rows)
+
+
+def test_whose_engines_are_planned(plan: Plan) -> None:
+    """Those of the compiler that is named, or of the one that `build` would take."""
+    named = plan(MODELS / "flux-tiny", "--gpu", "rtx4090", "--compiler", "inductor")
+    assert named.out.startswith("flux-tiny on rtx4090, 24 GiB, engines of inductor, precision fp8-weights\n")
+    rows = json.loads(plan(MODELS / "flux-tiny", "--json").out)["gpus"]
+    assert {row["gpu"]: row["compiler"] for row in rows} == {
+        gpu.name: choose(Target(gpu.name, (gpu.capability,)))[0] for gpu in GPUS
+    }
 
 
 def test_without_t5(plan: Plan) -> None:
@@ -107,7 +130,7 @@ def test_what_does_not_fit_the_gpu_that_is_named(plan: Plan, schnell) -> None:
     for gpu in ("rtx4090", "sm_89"):  # of the latter only what is said is known
         result = plan(schnell.onnx, "--gpu", gpu, "--gpu-memory", "0.5", "--size", "96")
         assert (result.code, result.err) == (1, "")
-        assert f"random-schnell on {gpu}, 0.5 GiB, " in result.out
+        assert f"random-schnell on {gpu}, 0.5 GiB, engines of tensorrt-rtx, precision " in result.out
         assert "does not fit" in result.out  # since CUDA takes more
 
 

@@ -13,12 +13,16 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ditforge import cxx_compiler, install_hint, local_gpu, terminal
 from ditforge.errors import UserError
 from ditforge.local_gpu import LocalGpu
 from ditforge.machine_memory import Memory, read_memory
 from ditforge.reports import Json, show
+
+if TYPE_CHECKING:
+    from ditforge.engines.compilers import Compiler
 
 # The extras that only some machines need → what they are needed for.
 ON_GPU = {
@@ -103,7 +107,7 @@ def examine() -> Machine:
         *both_runtimes(),
         inductor_finding(bool(gpus)),
         *onnxruntime_finding(),
-        *(compilers_finding(gpu) for gpu in gpus[:1]),
+        *compilers_findings(gpus[0] if gpus else None),
         triton_finding(),
     ]
     return Machine(tuple(findings), memory, disk, shm, tuple(gpus))
@@ -214,12 +218,7 @@ def inductor_finding(with_gpu: bool) -> Finding:
     except PackageNotFoundError:
         what = "needed only where its engines are compiled or run"
         return Finding(name, f"no torch ({what})", install_hint.install(name) if with_gpu else "")
-    found = find_spec("torch")
-    try:
-        text = (Path(found.origin or "").parent / "version.py").read_text() if found else ""
-    except OSError:
-        text = ""
-    cuda = re.search(r"^cuda\b.*= *['\"]([\d.]+)", text, re.MULTILINE)
+    cuda = torch_cuda()
     compiler = cxx_compiler.name()
     fixes = []
     if with_gpu and not cuda:
@@ -227,8 +226,19 @@ def inductor_finding(with_gpu: bool) -> Finding:
     missing = not cxx_compiler.works()
     if missing and (with_gpu or compiler != cxx_compiler.DEFAULT):
         fixes.append(cxx_compiler.fix())
-    shown = f"{torch}, {f'for CUDA {cuda[1]}' if cuda else 'for the CPU alone'}; C++ compiler {compiler}"
+    shown = f"{torch}, {f'for CUDA {cuda}' if cuda else 'for the CPU alone'}; C++ compiler {compiler}"
     return Finding(name, shown + (" is missing" if missing else ""), "; ".join(fixes))
+
+
+def torch_cuda() -> str:
+    """The version of CUDA for which the installed PyTorch was built; empty if it was built for the CPU alone."""
+    found = find_spec("torch")
+    try:
+        text = (Path(found.origin or "").parent / "version.py").read_text() if found else ""
+    except OSError:
+        text = ""
+    cuda = re.search(r"^cuda\b.*= *['\"]([\d.]+)", text, re.MULTILINE)
+    return cuda[1] if cuda else ""
 
 
 def onnxruntime_finding() -> list[Finding]:
@@ -248,19 +258,42 @@ def onnxruntime_finding() -> list[Finding]:
     return [Finding("ONNX Runtime", f"{name} {version(name)}: {providers}; its engines need no torch")]
 
 
-def compilers_finding(gpu: LocalGpu) -> Finding:
-    """Which compilers can compile here for the GPU, the default first, and why the others cannot."""
-    name = "compilers"
+def compilers_findings(gpu: LocalGpu | None) -> list[Finding]:
+    """What each compiler can compile for here, and which of them can for the GPU, if there is one."""
     try:
-        from ditforge.engines.compilers import choice
-        from ditforge.engines.gpus import Target
+        from ditforge.engines.compilers import compilers
     except ModuleNotFoundError as error:
-        return Finding(name, f"unknown: {error.name} is not installed", install_hint.install("engines"))
+        return [Finding("compilers", f"unknown: {error.name} is not installed", install_hint.install("engines"))]
+    each = [compiler_finding(compiler, gpu.capability if gpu else "") for compiler in compilers()]
+    return [*each, suited_finding(gpu)] if gpu else each
+
+
+def compiler_finding(compiler: Compiler, here: str) -> Finding:
+    """For what a compiler can compile on this machine, whose GPU is `here` (empty: none), or how it is installed."""
+    anywhere, name = compiler.compiles_on == "any machine", f"compiler {compiler.name}"
+    able = [device for device in compiler.executes if anywhere or device in (local_gpu.CPU, here)]
+    lacks = ""
+    if compiler.name == "inductor":
+        lacks = "" if cxx_compiler.works() else "; it needs a C++ compiler"
+        able = [] if lacks else [device for device in able if device == local_gpu.CPU or torch_cuda()]
+    itself = "" if anywhere else "; for a GPU, on that GPU itself"
+    try:
+        shown = f"{compiler.version()}: compiles here for {', '.join(able) or 'nothing'}{lacks}{itself}"
+    except UserError as error:
+        return Finding(name, f"{error.problem}; it compiles for {', '.join(compiler.executes)}{itself}", error.fix)
+    return Finding(name, shown, cxx_compiler.fix() if lacks else "")
+
+
+def suited_finding(gpu: LocalGpu) -> Finding:
+    """Which compilers can compile here for the GPU, the default first, and why the others cannot."""
+    from ditforge.engines.compilers import choice
+    from ditforge.engines.gpus import Target
+
     target = Target(gpu.product, (gpu.capability,))
     suited = {compiler.name: choice.why_not_here(compiler, target) for compiler in choice.able_for((gpu.capability,))}
     able, unable = [one for one in suited if not suited[one]], [why for why in suited.values() if why]
     shown = f"{', '.join(able) or 'none'} for {gpu.capability}"
-    return Finding(name, "; ".join([shown, *unable]), "" if able else install_hint.install("engines"))
+    return Finding("compilers", "; ".join([shown, *unable]), "" if able else install_hint.install("engines"))
 
 
 def triton_finding() -> Finding:

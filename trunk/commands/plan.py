@@ -65,7 +65,7 @@ def say(report: PlanReport) -> None:
     """Print the table of one GPU and where its networks are, or a row for each GPU if none was named."""
     if report.fits is None:
         terminal.say(f"{report.model}, pictures of up to {report.shown} x {report.shown} (--size plans for others):")
-        headings = ("--gpu", "memory", "precision", "takes", "strategy", "tile", "a step")
+        headings = ("--gpu", "memory", "engines of", "precision", "takes", "strategy", "tile", "a step")
         terminal.table(headings, [gpu_row(gpu, report.shown) for gpu in report.gpus])
     else:
         say_one(report, report.gpus[0])
@@ -77,7 +77,7 @@ def gpu_row(gpu: GpuPlan, size: int) -> tuple[str, ...]:
     """The row of a GPU, for pictures of that size."""
     from ditforge.engines.memory.memory_plan import gibibytes
 
-    known = gpu.gpu, f"{gpu.memory_gb:g} GiB"
+    known = gpu.gpu, f"{gpu.memory_gb:g} GiB", gpu.compiler
     if not gpu.sizes:
         return *known, "lacks it", "", "", "", ""
     fit = next(fit for fit in gpu.sizes if fit.size == size)
@@ -104,7 +104,9 @@ def say_one(report: PlanReport, gpu: GpuPlan) -> None:
     from ditforge.engines.memory.memory_plan import PHASES, gibibytes
     from ditforge.plan_report import say_places, segments_of
 
-    terminal.say(f"{report.model} on {gpu.gpu}, {gpu.memory_gb:g} GiB, precision {gpu.precision}")
+    terminal.say(
+        f"{report.model} on {gpu.gpu}, {gpu.memory_gb:g} GiB, engines of {gpu.compiler}, precision {gpu.precision}"
+    )
     rows = [
         (f"{f.size} x {f.size}", strategy(f), tile(f), gibibytes(f.peak), step(f.estimate), picture(f.estimate))
         for f in gpu.sizes

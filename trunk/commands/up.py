@@ -17,6 +17,7 @@ from ditforge.commands.repo import say_written
 from ditforge.commands.serve import serve_in_foreground
 from ditforge.downloading import downloaded
 from ditforge.errors import UserError
+from ditforge.option import renamed
 from ditforge.options import (
     Gpu,
     MaxBatch,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from ditforge.export.onnx_export import ExportOptions
     from ditforge.triton_repo.server import Options
 
+OWN_FLAGS = {"--out": "--cache", "--batch": "--max-batch"}  # what the stages call its options → its own names
 LONGEST_NAME = 80  # characters of the name of a folder in the cache, without the digest
 
 
@@ -61,7 +63,8 @@ def up(
     check(options)
     check_cache(cache)
     origin = source.of(checkpoint, t5_precision, random_weights)
-    repository = prepare(Wanted(origin, gpu, precision, calibration, sizes, max_batch), cache)
+    with renamed(OWN_FLAGS):
+        repository = prepare(Wanted(origin, gpu, precision, calibration, sizes, max_batch), cache)
     serve_in_foreground(repository, options)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from command_line import PATIENCE, eventually, popen
+from command_line import PATIENCE, assert_error, ditforge, eventually, popen
 from exports import alone
 
 from ditforge import manifest
@@ -88,6 +89,21 @@ def test_a_process_that_is_killed(dit: Path, tmp_path: Path, victim: str) -> Non
     assert "error: the compiler was killed by SIGKILL while it compiled dit" in said
     eventually(lambda: all(map(has_ended, started)))
     assert {path.name for path in tmp_path.iterdir()} <= {"onnx", "cache"}
+
+
+def test_a_build_prints_no_warnings_of_libraries(dit: Path, tmp_path: Path) -> None:
+    done = ditforge("build", dit, *ARGUMENTS, "--verbose", cwd=tmp_path)
+    assert done.code == 0, done.err
+    own = re.compile(r"\[build\] |\d\d:\d\d:\d\d (INFO|DEBUG) ditforge\.")
+    assert [line for line in done.err.splitlines() if not own.match(line)] == []
+
+
+def test_no_build_begins_without_a_folder_for_temporary_files(
+    dit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
+    refused = ditforge("build", dit, *ARGUMENTS, cwd=tmp_path)
+    assert_error(refused, tmp_path / "missing", "which TMPDIR names: No such file or directory", "TMPDIR=FOLDER")
 
 
 def test_networks_are_compiled_side_by_side(schnell, tmp_path: Path) -> None:

@@ -63,6 +63,18 @@ def test_what_was_compiled_is_not_compiled_again(tmp_path: Path, cache: Path, co
     assert len(list(cache.iterdir())) == 1
 
 
+def test_equal_packages_of_one_build_are_compiled_once(tmp_path: Path, compiled: list[str]) -> None:
+    """Both were missing when the build was planned."""
+    first, second, other = (tmp_path / f"{name}.pt2" for name in ("first", "second", "other"))
+    packages = [package(first), package(second), package(other, content=b"another program")]
+    tasks = tasks_of("t5", packages)
+    assert [one.makes == tasks[0].makes for one in tasks] == [True, True, False]
+    for one in tasks:
+        one.function(*one.arguments, add=None)
+    assert compiled == ["first", "other"]
+    assert first.read_bytes() == second.read_bytes() != other.read_bytes()
+
+
 @pytest.mark.parametrize(
     "change",
     [

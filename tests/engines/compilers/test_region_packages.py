@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_disk import in_tmpfs
 from torch import Tensor, nn
 from torch._inductor import codecache, cpu_vec_isa
 
@@ -65,11 +67,55 @@ def test_packages_are_compiled_beside_each_other(tmp_path: Path, cache: Path) ->
     assert not tasks_of("dit", packages), "all of them are in the cache"
 
 
+def test_equal_packages_are_compiled_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Although there is room for both at a time."""
+    content = program(4)
+    packages = [package(tmp_path / f"{name}.pt2", content, 4) for name in ("first", "second")]
+    with caplog.at_level("INFO", "ditforge"):
+        do_apart(tasks_of("t5", packages), "cpu", lambda *_: None)
+    assert caplog.text.count(": traced in ") == 1
+    assert packages[0].path.read_bytes() == packages[1].path.read_bytes()
+
+
 def test_what_fails_beside_others_is_an_error_that_names_it(tmp_path: Path) -> None:
     packages = [package(tmp_path / "no" / f"{number}.pt2", program(4), 4) for number in range(2)]
     with pytest.raises(DitforgeError, match=r"Inductor cannot compile [01] of dit") as error:
         do_apart(tasks_of("dit", packages), "cpu", lambda *_: None)
     assert error.value.fix
+
+
+# Loads a package for the CPU, then compiles another; both fail.
+WITHOUT_ROOM = """
+import pickle, sys
+from pathlib import Path
+import torch
+from ditforge.engines.compilers.region_packages import compile_package
+from ditforge.engines.runtime.inductor import load_package
+from ditforge.errors import UserError
+
+made, wanted = pickle.loads(Path(sys.argv[1]).read_bytes())
+for attempt in (lambda: load_package(made.path, torch.device("cpu")), lambda: compile_package(wanted, "dit")):
+    try:
+        attempt()
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_package_without_room_for_temporary_files(tmp_path: Path) -> None:
+    """It is neither loaded nor compiled, and it is said why."""
+    made, wanted = (package(tmp_path / f"{width}.pt2", program(width), width) for width in (4, 6))
+    region_packages.compile_package(made, "dit")
+    (tmp_path / "packages").write_bytes(pickle.dumps((made, wanted)))
+    small = tmp_path / "small"
+    small.mkdir()
+    done = in_tmpfs(small, "size=64k", sys.executable, "-c", WITHOUT_ROOM, tmp_path / "packages", cwd=tmp_path)
+    assert done.code == 0, done.err
+    loading, first, compiling, second = done.out.splitlines()
+    assert loading.endswith(f"written in {small}, which TMPDIR names: No space left on device")
+    assert f"cannot compile 6 of dit: there is no space left for temporary files in {small}, or" in compiling
+    for fix in (first, second):
+        assert fix.startswith("fix:   free some space, or TMPDIR=FOLDER")
 
 
 def test_the_log_of_a_task_is_ours(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

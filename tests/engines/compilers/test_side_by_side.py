@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from command_line import eventually
 from ditforge import machine_processors
 from ditforge.engines.compilers import side_by_side
 from ditforge.engines.compilers.side_by_side import Add, Task, how_many, run
-from ditforge.errors import DitforgeError, UserError
+from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 from ditforge.machine_memory import Memory
 
 LONG = 600  # seconds; whoever waits for it was not ended
@@ -75,6 +77,17 @@ def test_no_more_are_done_at_a_time(tmp_path: Path, at_once: int) -> None:
     assert most_at_once(tmp_path) == at_once
 
 
+def test_tasks_that_make_the_same_are_done_one_after_the_other(tmp_path: Path) -> None:
+    """Others are done beside them, and all are done."""
+    for folder, makes in (("equal", ["x", "x", "x"]), ("mixed", ["x", "x", ""]), ("none", ["", "", ""])):
+        (tmp_path / folder).mkdir()
+        tasks = [
+            replace(task(tmp_path / folder, name, 0.4), makes=made) for name, made in zip("abc", makes, strict=True)
+        ]
+        assert run(tasks, 3, silent) == ["a", "b", "c"]
+    assert [most_at_once(tmp_path / folder) for folder in ("equal", "mixed", "none")] == [1, 2, 3]
+
+
 @pytest.mark.parametrize(("most", "expected"), [(None, 3), (2, 2), (0, 1)])
 def test_tasks_add_tasks_and_say_how_many_at_a_time(tmp_path: Path, most: int | None, expected: int) -> None:
     said: list[tuple[str, int, int]] = []
@@ -84,6 +97,26 @@ def test_tasks_add_tasks_and_say_how_many_at_a_time(tmp_path: Path, most: int | 
     assert most_at_once(tmp_path) == expected
     begun = [doing for doing, _, _ in said]
     assert begun.index("c") < begun.index("b") < begun.index("a"), "the largest is begun first"
+
+
+def warning(category: type[Warning], *, add: Add) -> None:
+    del add
+    warnings.warn(f"a {category.__name__}", category, stacklevel=2)
+
+
+def test_warnings_for_users_are_told_and_those_of_libraries_are_logged(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kinds = FutureWarning, DitforgeWarning, UserWarning
+    tasks = [Task("dit", kind.__name__, warning, (kind,), 0) for kind in kinds]
+    with pytest.warns() as given:
+        run(tasks, 1, silent)
+    assert [(one.category, str(one.message)) for one in given] == [(DitforgeWarning, "a DitforgeWarning")]
+    assert capfd.readouterr().err == "" and not caplog.text
+    with caplog.at_level("INFO", "ditforge"), pytest.warns(DitforgeWarning):
+        run(tasks, 1, silent)
+    assert sorted(caplog.messages) == ["FutureWarning: a FutureWarning", "UserWarning: a UserWarning"]
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

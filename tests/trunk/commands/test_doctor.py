@@ -17,7 +17,7 @@ from command_line import ditforge
 from ditforge import local_gpu
 from ditforge.commands import doctor
 from ditforge.commands.doctor import Finding
-from ditforge.engines.compilers import inductor
+from ditforge.engines.compilers import inductor, tensorrt_common, tensorrt_rtx
 from ditforge.errors import UserError
 from ditforge.local_gpu import LocalGpu
 from ditforge.machine_memory import Memory
@@ -79,6 +79,45 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_gpu, "local_gpus", nothing)
     assert "engines run on the CPU here" in found("GPU").found
     assert doctor.examine().gpus == ()
+
+
+def test_each_compiler_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them compile for GPUs that are not there; the others do so on the GPU itself."""
+
+    def nothing() -> list[LocalGpu]:
+        raise UserError("this machine has no NVIDIA GPU", "")
+
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(local_gpu, "local_gpus", nothing)
+    rtx, onnxruntime, inductor = (found(f"compiler {name}") for name in ("tensorrt-rtx", "onnxruntime", "inductor"))
+    version_of = tensorrt_rtx.version()
+    assert rtx == Finding(
+        "compiler tensorrt-rtx", f"{version_of}: compiles here for sm_75, sm_80, sm_86, sm_89, sm_120, sm_121"
+    )
+    assert onnxruntime.found.startswith(f"{version('onnxruntime')}: compiles here for cpu, sm_75, ")
+    assert inductor.found == f"{version('torch')}: compiles here for cpu; for a GPU, on that GPU itself"
+    assert not rtx.fix and not onnxruntime.fix and not inductor.fix
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    lacking = found("compiler inductor")
+    assert "compiles here for nothing; it needs a C++ compiler" in lacking.found and "CXX" in lacking.fix
+
+
+def test_how_each_compiler_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_common, "version", no_package)
+    monkeypatch.setattr(inductor, "installed_version", no_package)
+    for name, extra in (("tensorrt-rtx", "tensorrt-rtx"), ("tensorrt", "tensorrt"), ("inductor", "inductor")):
+        lacking = found(f"compiler {name}")
+        assert "is not installed; it compiles for " in lacking.found
+        assert f"[{extra}]" in lacking.fix
+        assert lacking.found.endswith("on that GPU itself") == (name != "tensorrt-rtx")
+
+
+def test_inductor_compiles_for_the_gpu_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = LocalGpu("NVIDIA H100 80GB HBM3", "sm_90", 80 * 2**30, 78 * 2**30, "580.95.05")
+    monkeypatch.setattr(local_gpu, "local_gpus", lambda: [card])
+    for cuda, devices in (("13.0", "cpu, sm_90"), ("", "cpu")):
+        monkeypatch.setattr(doctor, "torch_cuda", lambda cuda=cuda: cuda)
+        assert f"compiles here for {devices}; for a GPU, on that GPU itself" in found("compiler inductor").found
 
 
 def test_a_gpu_its_memory_and_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:

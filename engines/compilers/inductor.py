@@ -156,15 +156,16 @@ def compile_programs(
 
     from ditforge.engines.compilers import region_weights
     from ditforge.engines.compilers.package_cache import Example, Package
-    from ditforge.engines.compilers.region_packages import room_on, tasks_of
+    from ditforge.engines.compilers.region_packages import LargestKernel, room_on, tasks_of
 
     begun = time.perf_counter()
     device = torch.device(device_of(job.target))
     kinds, lowered, parts = lower_kinds(found, program, device)
     variants: list[Variant] = []
     packages: list[Package] = []
+    kernel = LargestKernel()
     for smallest, largest in [pair for shapes in job.shapes or [{}] for pair in ranges_of(shapes, job.component)]:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True), kernel:
             tensors = [
                 trace_sizes(job.component, found, kinds, lowered, sizes, device) for sizes in (smallest, largest)
             ]
@@ -179,7 +180,7 @@ def compile_programs(
             )
         names = {kind: path.name for kind, path in paths.items()}
         variants.append(Variant(smallest=smallest, largest=largest, packages=names))
-    add(tasks_of(job.name, packages), room_on(device))
+    add(tasks_of(job.name, packages), room_on(device, kernel.bytes))
     planned = time.perf_counter()
     weights = job.engine.with_name(job.engine.name + WEIGHTS)
     calls = region_weights.write(weights, found, kinds, lowered, weight)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ditforge import temporary_folder, write_errors
 from ditforge.engines.compilers import package_cache
@@ -19,7 +21,7 @@ from ditforge.engines.compilers.side_by_side import FORK, Add, Task
 from ditforge.engines.runtime.inductor import load_package
 from ditforge.errors import DitforgeError, UserError
 
-GPU_MEMORY = 2 * 2**30  # bytes that each may take on the GPU, to see which kernel is the fastest
+CONTEXT = 2**30  # bytes of the GPU's memory that each process takes beside the tensors of the kernels that it times
 # The headers of PyTorch would be compiled once for all packages of a process, which takes longer than they save one.
 APART = {"aot_inductor.precompile_headers": False}
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -45,9 +47,27 @@ def tasks_of(name: str, packages: Sequence[Package]) -> list[Task]:
     ]
 
 
-def room_on(device: torch.device) -> int | None:
-    """How many packages can be compiled at a time by the free memory of the device. None: it is no limit."""
-    return int(torch.cuda.mem_get_info()[0] // GPU_MEMORY) if device.type == "cuda" else None
+class LargestKernel(TorchDispatchMode):
+    """Within this context, `bytes` is the most that a single operator has taken and given, of all that were run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = operator(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, results)) if isinstance(leaf, torch.Tensor)]
+        self.bytes = max(self.bytes, sum({id(tensor): tensor.nbytes for tensor in tensors}.values()))
+        return results
+
+
+def room_on(device: torch.device, kernel: int) -> int | None:
+    """How many packages can be compiled at a time by the free memory of the device. None: it is no limit.
+
+    `kernel` is the most bytes that a kernel takes and gives. When kernels are timed, their tensors are there twice at
+    most: a kernel that writes into what it reads is given a copy.
+    """
+    return int(torch.cuda.mem_get_info()[0] // (CONTEXT + 2 * kernel)) if device.type == "cuda" else None
 
 
 def write_package(package: Package, name: str, *, add: Add) -> None:

@@ -16,6 +16,7 @@ import torch
 from small_disk import in_tmpfs
 from torch import Tensor, nn
 from torch._inductor import codecache, cpu_vec_isa
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ditforge.engines.compilers import region_packages
 from ditforge.engines.compilers.inductor import ENVIRONMENT, do_apart
@@ -122,6 +123,22 @@ def test_the_log_of_a_task_is_ours(tmp_path: Path, caplog: pytest.LogCaptureFixt
     with caplog.at_level("INFO", "ditforge"):
         do_apart(tasks_of("dit", [package(tmp_path / "4.pt2", program(4), 4)]), "cpu", lambda *_: None)
     assert re.search(r"dit: 4: traced in [\d.]+ s, compiled in [\d.]+ s", caplog.text)
+
+
+def test_the_gpus_memory_is_shared_by_what_the_largest_kernel_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all operators, in all sizes; a tensor that is taken twice is there once."""
+    seen = region_packages.LargestKernel()
+    for rows in (8, 4):
+        with FakeTensorMode(), seen:
+            x, weight = torch.empty(rows, 16), torch.empty(16, 32, dtype=torch.float32)
+            product = x @ weight
+            product * product
+    assert seen.bytes == 4 * (8 * 16 + 16 * 32 + 8 * 32)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (24 << 30, 24 << 30))
+    assert region_packages.room_on(torch.device("cpu"), 1 << 40) is None
+    assert region_packages.room_on(torch.device("cuda"), 1 << 20) == 23
+    assert region_packages.room_on(torch.device("cuda"), 7 << 30) == 1
+    assert region_packages.room_on(torch.device("cuda"), 1 << 40) == 0  # one at a time, whatever becomes of it
 
 
 # Whoever asks for a GPU ends the process.

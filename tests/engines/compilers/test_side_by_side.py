@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from ditforge.engines.compilers import side_by_side
 from ditforge.engines.compilers.side_by_side import Add, Task, how_many, run
 from ditforge.errors import DitforgeError, DitforgeWarning, UserError
 from ditforge.machine_memory import Memory
+from ditforge.verbosity import LOGGER
 
 LONG = 600  # seconds; whoever waits for it was not ended
 
@@ -105,8 +107,9 @@ def warning(category: type[Warning], *, add: Add) -> None:
 
 
 def test_warnings_for_users_are_told_and_those_of_libraries_are_logged(
-    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(logging.getLogger(LOGGER), "handlers", [])  # that of a command, which tests may have run here
     kinds = FutureWarning, DitforgeWarning, UserWarning
     tasks = [Task("dit", kind.__name__, warning, (kind,), 0) for kind in kinds]
     with pytest.warns() as given:

@@ -47,11 +47,11 @@ def tasks_of(name: str, packages: Sequence[Package]) -> list[Task]:
     ]
 
 
-class LargestKernel(TorchDispatchMode):
+class LargestKernel(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within this context, `bytes` is the most that a single operator has taken and given, of all that were run."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -11,6 +11,7 @@ import logging
 import os
 import stat
 import uuid
+import weakref
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tritonclient.grpc import service_pb2 as pb
 from ditforge.client.answer import DTYPES, Output, WrongAnswer
 from ditforge.shared_memory import BYTES, FOLDER, LARGE, OFFSET, REGION, SHM, aligned, extend
 
+MOST_IDLE = 16  # files that wait for the next call; more, of many calls at once, are removed
 log = logging.getLogger("ditforge.client")
 
 
@@ -44,15 +46,21 @@ class LocalTensors:
                 file.remove()
             raise
         if file is not None:
-            file.end = 0
-            self.idle.append(file)
+            if len(self.idle) < MOST_IDLE:
+                file.end = 0
+                self.idle.append(file)
+            else:
+                file.remove()
             if self.closed:
                 self.close()
 
     def take(self) -> TensorFile | None:
         """An idle file, or a new one."""
         with contextlib.suppress(IndexError):  # another thread may take the last one
-            return self.idle.pop()
+            while True:
+                file = self.idle.pop()
+                if file.process == os.getpid():
+                    return file  # others are those of the process that this one is a fork of
         with contextlib.suppress(OSError):
             return TensorFile(self.folder)
         return None
@@ -66,7 +74,11 @@ class LocalTensors:
 
 
 class TensorFile:
-    """A file that holds tensors of one call after the other. Raises OSError if it cannot be made."""
+    """A file that holds tensors of one call after the other. Raises OSError if it cannot be made.
+
+    It is removed when nobody refers to it any more, and at the end of the process. A fork of the process has it too,
+    but must not use it, and closes it only.
+    """
 
     def __init__(self, folder: Path) -> None:
         import fcntl  # which only Unix has, as it has /dev/shm
@@ -74,7 +86,9 @@ class TensorFile:
         self.path = folder / uuid.uuid4().hex
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         self.descriptor = os.open(self.path, flags, 0o600)
-        fcntl.flock(self.descriptor, fcntl.LOCK_EX)  # the server removes files that nobody has locked
+        self.process = os.getpid()
+        self.remove = weakref.finalize(self, remove, self.path, self.descriptor, self.process)
+        fcntl.lockf(self.descriptor, fcntl.LOCK_EX)  # the server removes files that no process has locked
         self.size = 0  # bytes that have memory
         self.end = 0  # of what this call has in it
 
@@ -110,11 +124,13 @@ class TensorFile:
             raise WrongAnswer(f"expected {output} in shared memory, got less")
         return array
 
-    def remove(self) -> None:
-        """Remove the file, and close it."""
+
+def remove(path: Path, descriptor: int, process: int) -> None:
+    """Close a file, and remove it if this is the process that made it."""
+    if process == os.getpid():
         with contextlib.suppress(OSError):
-            self.path.unlink()
-        os.close(self.descriptor)
+            path.unlink()
+    os.close(descriptor)
 
 
 def find(name: str) -> LocalTensors | None:

@@ -215,7 +215,7 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
         try:
             place = (picture or "", metadata.get(KEPT_KEY, "")) if name == DIT and KEPT_KEY in metadata else None
             with contextlib.ExitStack() as held:
-                places = self.local.take(request, raw, self.largest, held)
+                places = self.local.take(request, raw, self.largest)
                 filled = self.kept.find(request, place, self.keeps) if place else None
                 if filled:
                     held.callback(self.kept.release, filled)

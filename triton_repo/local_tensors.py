@@ -10,8 +10,8 @@ import fcntl
 import os
 import stat
 import time
-from collections.abc import MutableMapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,14 +23,15 @@ from ditforge.triton_repo.refusal import Refused, Status
 from ditforge.triton_repo.wire import Raw
 
 SWEPT_EVERY = 60.0  # seconds; also how old a file is at least that is removed, as it is locked soon after it is made
+OPENING = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 PARAMETERS = {REGION: "string_param", OFFSET: "int64_param", BYTES: "int64_param"}
 
 
 @dataclass(frozen=True)
 class Place:
-    """A part of an open file: where it begins, and its bytes."""
+    """A part of the file of this name: where it begins, and its bytes."""
 
-    descriptor: int
+    file: str
     start: int
     size: int
 
@@ -45,12 +46,12 @@ class LocalTensors:
         if self.folder is not None:
             self.folder.mkdir(mode=0o700)
 
-    def take(self, request: pb.ModelInferRequest, raw: list[Raw], most: int, held: ExitStack) -> dict[str, Place]:
+    def take(self, request: pb.ModelInferRequest, raw: list[Raw], most: int) -> dict[str, Place]:
         """Read the inputs of a request that are in a file, and put them among the raw contents.
 
-        They have at most `most` bytes in all. Returns where outputs are to be written, by name; the file stays open
-        until `held` is closed. Nothing in the request speaks of the file afterwards. Raises BadRequest where the
-        request is wrong, and Refused where there is no such file.
+        They have at most `most` bytes in all. Returns where outputs are to be written, by name. Nothing in the request
+        speaks of the file afterwards, and it is not kept open, since many requests can be under way. Raises BadRequest
+        where the request is wrong, and Refused where there is no such file.
         """
         tensors = [tensor for tensor in (*request.inputs, *request.outputs) if REGION in tensor.parameters]
         if not tensors or self.folder is None:
@@ -58,87 +59,101 @@ class LocalTensors:
         (name, *others) = {tensor.parameters[REGION].string_param for tensor in tensors}
         if others:
             raise BadRequest("all tensors of a request that are in shared memory are in one file")
-        descriptor = self.open(name)
-        held.callback(os.close, descriptor)
-        size = os.fstat(descriptor).st_size
-        places = [taken(tensor.name, tensor.parameters, descriptor, size) for tensor in tensors]
-        count = sum(REGION in tensor.parameters for tensor in request.inputs)
-        if len(raw) + count != len(request.inputs):
-            raise BadRequest("inputs are in shared memory or in raw_input_contents, one for each")
-        if sum(place.size for place in places[:count]) > most:
-            raise BadRequest(f"the inputs of a request have at most {most} bytes in shared memory")
-        found, sent = iter(places), iter(list(raw))
-        raw[:] = [read(next(found)) if REGION in tensor.parameters else next(sent) for tensor in request.inputs]
+        with self.open(name) as descriptor:
+            size = os.fstat(descriptor).st_size
+            places = [taken(tensor.name, tensor.parameters, size) for tensor in tensors]
+            count = sum(REGION in tensor.parameters for tensor in request.inputs)
+            if len(raw) + count != len(request.inputs):
+                raise BadRequest("inputs are in shared memory or in raw_input_contents, one for each")
+            if sum(place.size for place in places[:count]) > most:
+                raise BadRequest(f"the inputs of a request have at most {most} bytes in shared memory")
+            found, sent = (read(descriptor, place) for place in places[:count]), iter(list(raw))
+            raw[:] = [next(found) if REGION in tensor.parameters else next(sent) for tensor in request.inputs]
         for tensor in tensors:
             tensor.parameters.clear()
         return {tensor.name: place for tensor, place in zip(tensors[count:], places[count:], strict=True)}
 
-    def open(self, name: str) -> int:
-        """Open the file of this name. Raises Refused if there is none that is this user's."""
+    @contextmanager
+    def open(self, name: str) -> Iterator[int]:
+        """Open the file of this name for the duration of the block. Raises Refused if there is none of this user's."""
         assert self.folder is not None
-        if FILE.fullmatch(name):
-            with suppress(OSError):
-                flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-                descriptor = os.open(self.folder / name, flags)
-                found = os.fstat(descriptor)
-                if stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid():
-                    return descriptor
-                os.close(descriptor)
-        raise Refused(Status.NOT_FOUND, "this server has no such file in shared memory; send the tensors")
+        missing = Refused(Status.NOT_FOUND, "this server has no such file in shared memory; send the tensors")
+        if not FILE.fullmatch(name):
+            raise missing
+        try:
+            descriptor = os.open(self.folder / name, OPENING)
+        except OSError:
+            raise missing from None
+        try:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
+                raise missing
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def give(self, response: pb.ModelInferResponse, raw: list[Raw], places: dict[str, Place]) -> None:
         """Write the contents of outputs to their places, and leave nothing of these to be sent.
 
-        What finds no room, or has another size than was asked for, is sent.
+        What finds no room, or has another size than was asked for, is sent. A file never becomes larger.
         """
-        for number, output in enumerate(response.outputs):
-            place = places.get(output.name)
-            if place is not None and len(raw[number]) == place.size and write(place, raw[number]):
-                raw[number] = b""
+        if not places:
+            return
+        (name,) = {place.file for place in places.values()}
+        with suppress(Refused), self.open(name) as descriptor:  # where the client has gone, the answer is lost anyway
+            size = os.fstat(descriptor).st_size
+            for number, output in enumerate(response.outputs):
+                place = places.get(output.name)
+                if place is None or len(raw[number]) != place.size or place.start + place.size > size:
+                    continue
+                if write(descriptor, place, raw[number]):
+                    raw[number] = b""
 
     def sweep(self) -> None:
         """Remove the files of clients that have ended without doing so, now and then. The others hold a lock."""
         if self.folder is None or time.monotonic() - self.swept < SWEPT_EVERY:
             return
         self.swept = time.monotonic()
-        for path in self.folder.iterdir():
-            with suppress(OSError):
-                if time.time() - path.lstat().st_mtime > SWEPT_EVERY:
-                    remove_unlocked(path)
+        with suppress(OSError):  # somebody else may have removed the folder; then tensors are sent
+            for path in self.folder.iterdir():
+                with suppress(OSError):
+                    if time.time() - path.lstat().st_mtime > SWEPT_EVERY:
+                        remove_unlocked(path)
 
 
-def taken(name: str, parameters: MutableMapping[str, pb.InferParameter], descriptor: int, size: int) -> Place:
-    """Where the parameters of the tensor `name` say that it is, in an open file of `size` bytes."""
+def taken(name: str, parameters: MutableMapping[str, pb.InferParameter], size: int) -> Place:
+    """Where the parameters of the tensor `name` say that it is, in a file of `size` bytes."""
     kinds = {key: value.WhichOneof("parameter_choice") for key, value in parameters.items()}
     if kinds != PARAMETERS:
         raise BadRequest(f"{shown(name)} has the parameters {', '.join(PARAMETERS)}, or none")
     start, count = parameters[OFFSET].int64_param, parameters[BYTES].int64_param
     if not 0 <= start <= start + count <= size or not count:
-        raise BadRequest(f"{shown(name)} is not in the {size} bytes of its file: {count} bytes from {start} on")
-    return Place(descriptor, start, count)
+        where = f"{count} bytes from {start} on"
+        raise BadRequest(f"{shown(name)} is not in the {size} bytes of its file in shared memory: {where}")
+    return Place(parameters[REGION].string_param, start, count)
 
 
-def read(place: Place) -> bytes:
+def read(descriptor: int, place: Place) -> bytes:
     """Read a tensor. Raises BadRequest if the file has become shorter meanwhile."""
-    content = os.pread(place.descriptor, place.size, place.start)
+    content = os.pread(descriptor, place.size, place.start)
     if len(content) != place.size:
         raise BadRequest("the file in shared memory was cut short")
     return content
 
 
-def write(place: Place, content: Raw) -> bool:
+def write(descriptor: int, place: Place, content: Raw) -> bool:
     """Write a tensor. Returns whether there was room for all of it."""
     try:
-        return os.pwrite(place.descriptor, content, place.start) == place.size
+        return os.pwrite(descriptor, content, place.start) == place.size
     except OSError:
         return False
 
 
 def remove_unlocked(path: Path) -> None:
     """Remove a file unless somebody holds a lock on it. Raises OSError if somebody does."""
-    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = os.open(path, OPENING)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink()
     finally:
         os.close(descriptor)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from ditforge import shared_memory
 from ditforge.client import AsyncClient, Client, local_tensors
 from ditforge.client.answer import Output, WrongAnswer
 from ditforge.client.connection import Connection
-from ditforge.client.local_tensors import LocalTensors, TensorFile, find
+from ditforge.client.local_tensors import MOST_IDLE, LocalTensors, TensorFile, find
 from ditforge.client.replica import INFER, Replica
 from ditforge.client.settings import ConnectionSettings
 from ditforge.shared_memory import LARGE
@@ -211,8 +212,8 @@ def test_what_a_killed_client_leaves_is_not_locked(server: Server) -> None:
     subprocess.run([sys.executable, "-c", KILLED, server.url], check=False, timeout=120)
     eventually(lambda: list(folder(server).iterdir()))
     (left,) = folder(server).iterdir()
-    with left.open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with left.open("r+b") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     left.unlink()
 
 
@@ -228,3 +229,79 @@ def test_a_server_that_is_started_again(tiny, expected: list[np.ndarray], sent: 
                 picture = client.generate(PROMPT, seed=1, steps=3, width=256, height=256)
                 assert np.array_equal(np.asarray(picture), expected[0]) and max(sent) < LARGE
                 assert list(folder(second).iterdir())
+
+
+def in_a_fork(work: Callable[[], object]) -> int:
+    """Call a function in a fork of this process, and return its exit code."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_fork_has_files_of_its_own(tmp_path: Path) -> None:
+    """It would write into those of its parent, at the same places at the same time."""
+    local = LocalTensors(tmp_path)
+    with local.file() as file:
+        assert file is not None
+        path = file.path
+    del file
+
+    def work() -> None:
+        with local.file() as own:
+            assert own is not None and own.path != path and not own.path.samefile(path)
+        local.close()
+        assert list(tmp_path.iterdir()) == [path]
+
+    assert in_a_fork(work) == 0
+    assert in_a_fork(local.close) == 0
+    with local.file() as same:
+        assert same is not None and same.path == path and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_client_that_is_dropped_leaves_nothing(tmp_path: Path) -> None:
+    local = LocalTensors(tmp_path)
+    with local.file() as file:
+        assert file is not None
+        descriptor = file.descriptor
+    del local, file
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
+DROPPED = """
+import sys
+from ditforge.client import Client
+Client(sys.argv[1]).generate("x", seed=0, steps=1, width=256, height=256)
+kept = Client(sys.argv[1])
+kept.generate("x", seed=0, steps=1, width=256, height=256)
+"""
+
+
+def test_a_process_that_closes_no_client_leaves_nothing(server: Server) -> None:
+    subprocess.run([sys.executable, "-c", DROPPED, server.url], check=True, timeout=120)
+    assert not list(folder(server).iterdir())
+
+
+def test_no_more_files_wait_than_are_of_use(tmp_path: Path) -> None:
+    local = LocalTensors(tmp_path)
+    with contextlib.ExitStack() as calls:
+        for _ in range(3 * MOST_IDLE):
+            calls.enter_context(local.file())
+    assert len(list(tmp_path.iterdir())) == MOST_IDLE
+
+
+def test_a_file_that_somebody_cut_short(server: Server, expected: list[np.ndarray]) -> None:
+    """The tensors are sent then."""
+    with Client(server.url) as client:
+        client.generate(PROMPT, seed=1, steps=1, width=256, height=256)
+        for path in folder(server).iterdir():
+            os.truncate(path, 0)
+        picture = client.generate(PROMPT, seed=1, steps=3, width=256, height=256)
+    assert np.array_equal(np.asarray(picture), expected[0])

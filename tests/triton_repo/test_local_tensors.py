@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ import pytest
 from hostile import dit_inputs, output, refused, request, said, stub
 from tritonclient.grpc import service_pb2 as pb
 
+from ditforge.client import Client
 from ditforge.shared_memory import BYTES, OFFSET, REGION
 from ditforge.triton_repo import local_tensors
 from ditforge.triton_repo.limits import BadRequest
@@ -168,25 +169,34 @@ def test_a_file_that_is_cut_short_meanwhile(server: Server, file: Path) -> None:
 def test_no_more_is_read_than_a_message_may_have(tmp_path: Path) -> None:
     local, made = LocalTensors(tmp_path / "clients"), referring("0" * 32)
     (tmp_path / "clients" / ("0" * 32)).write_bytes(bytes(2 * SIZE))
-    with ExitStack() as held:
-        raw = [b""] * 4
-        assert local.take(made, raw, SIZE, held)["velocity"].size == SIZE
-        assert raw[0] == bytes(SIZE)
-    with ExitStack() as held, pytest.raises(BadRequest, match=f"at most {SIZE - 1} bytes"):
-        local.take(referring("0" * 32), [b""] * 4, SIZE - 1, held)
+    raw: list[bytes | memoryview] = [b""] * 4
+    assert local.take(made, raw, SIZE)["velocity"].size == SIZE
+    assert raw[0] == bytes(SIZE)
+    with pytest.raises(BadRequest, match=f"at most {SIZE - 1} bytes"):
+        local.take(referring("0" * 32), [b""] * 4, SIZE - 1)
 
 
 def test_another_users_file_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     local, name = LocalTensors(tmp_path / "clients"), "0" * 32
     (tmp_path / "clients" / name).touch()
-    os.close(local.open(name))
+    with local.open(name) as descriptor:
+        assert os.fstat(descriptor).st_size == 0
     monkeypatch.setattr(os, "getuid", lambda: 12345)
-    with pytest.raises(Refused, match="send the tensors"):
-        local.open(name)
+    with pytest.raises(Refused, match="send the tensors"), local.open(name):
+        pass
+
+
+HOLDING = """
+import fcntl, sys
+file = open(sys.argv[1], "r+b")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
 
 
 def test_what_clients_leave_behind_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not what somebody has locked, and not what was made just now, which is not locked yet."""
+    """Not what a process has locked, and not what was made just now, which is not locked yet."""
     monkeypatch.setattr(local_tensors, "SWEPT_EVERY", 0.0)
     local = LocalTensors(tmp_path / "clients")
     used, left, new = (tmp_path / "clients" / (digit * 32) for digit in "abc")
@@ -195,12 +205,48 @@ def test_what_clients_leave_behind_is_removed(tmp_path: Path, monkeypatch: pytes
     os.utime(used, (0, 0))
     os.utime(left, (0, 0))
     os.utime(new, (2**33, 2**33))
-    with used.open() as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    command = [sys.executable, "-c", HOLDING, str(used)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout and holder.stdout.readline() == b"locked\n"
         local.sweep()
         assert used.exists() and not left.exists() and new.exists()
+        holder.kill()
     local.sweep()
     assert not used.exists()
+
+
+@pytest.mark.parametrize("becomes", [0, SIZE, 2 * SIZE - 1])
+def test_a_file_never_grows(tmp_path: Path, becomes: int) -> None:
+    """The answer is sent where its owner has cut the file short, or removed it."""
+    local, made, name = LocalTensors(tmp_path / "clients"), referring("0" * 32), "0" * 32
+    file = tmp_path / "clients" / name
+    file.write_bytes(bytes(2 * SIZE))
+    places = local.take(made, [b""] * 4, SIZE)
+    answer = pb.ModelInferResponse()
+    answer.outputs.add(name="velocity")
+    os.truncate(file, becomes)
+    raw: list[bytes | memoryview] = [b"\1" * SIZE]
+    local.give(answer, raw, places)
+    assert raw == [b"\1" * SIZE] and file.stat().st_size == becomes
+    file.unlink()
+    local.give(answer, raw, places)
+    assert raw == [b"\1" * SIZE] and not file.exists()
+
+
+def test_without_the_folder_tensors_are_sent(tiny) -> None:
+    """Somebody may clean /dev/shm while the server runs."""
+    with start(tiny.repository, port=0) as server:
+        place = folder(server)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(local_tensors, "SWEPT_EVERY", 0.0)
+            local = LocalTensors(place.with_name(place.name + "-other"))
+            assert local.folder is not None
+            local.folder.rmdir()
+            local.sweep()
+        place.rmdir()
+        assert "send the tensors" in refused(server.url, referring("0" * 32), "NOT_FOUND")
+        with Client(server.url) as client:
+            assert client.generate("a large red circle", seed=0, steps=2, width=256, height=256).size == (256, 256)
 
 
 def test_only_the_user_can_open_the_folder(server: Server) -> None:

@@ -44,7 +44,14 @@ def forks(pid: int) -> Iterator[psutil.Process]:
 
 def compiles(pid: int) -> bool:
     """Whether a C++ compiler runs for a package."""
-    return any(process.name().startswith("cc1plus") for process in descendants(pid))
+    return any(name_of(process).startswith("cc1plus") for process in descendants(pid))
+
+
+def name_of(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:  # it has ended meanwhile
+        return ""
 
 
 def descendants(pid: int) -> list[psutil.Process]:

@@ -251,6 +251,7 @@ def load(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget
 @pytest.fixture(autouse=True)
 def no_memory_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)  # where engines that are closed leave what was compiled
+    MADE.clear()  # an error that a test before this one caught may still hold its arrays
     monkeypatch.setattr(tensorrt_runtime, "_scratch", None)
     monkeypatch.setattr(tensorrt_runtime, "_loaded", weakref.WeakSet())
 

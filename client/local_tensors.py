@@ -7,7 +7,6 @@ server is on another machine or in a container, tensors are sent.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import stat
 import uuid
@@ -21,10 +20,9 @@ from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2 as pb
 
 from ditforge.client.answer import DTYPES, Output, WrongAnswer
-from ditforge.shared_memory import BYTES, FOLDER, LARGE, OFFSET, REGION, SHM, aligned, extend
+from ditforge.shared_memory import FOLDER, LARGE, SHM, aligned, extend, refer
 
 MOST_IDLE = 16  # files that wait for the next call; more, of many calls at once, are removed
-log = logging.getLogger("ditforge.client")
 
 
 class LocalTensors:
@@ -98,9 +96,7 @@ class TensorFile:
         if size < LARGE or (end > self.size and not extend(self.descriptor, self.size, end)):
             return None
         self.size, self.end = max(self.size, end), end
-        parameters[REGION].string_param = self.path.name
-        parameters[OFFSET].int64_param = start
-        parameters[BYTES].int64_param = size
+        refer(parameters, self.path.name, start, size)
         return start
 
     def put(self, parameters: MutableMapping[str, pb.InferParameter], array: NDArray[Any]) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 from tritonclient.grpc import service_pb2 as pb
 
-from ditforge.shared_memory import BYTES, OFFSET, REGION, aligned, extend
+from ditforge.shared_memory import aligned, extend, refer
 
 REGISTER = "/inference.GRPCInferenceService/SystemSharedMemoryRegister"
 log = logging.getLogger(__name__)
@@ -51,9 +51,7 @@ class Arena:
     def refer(self, parameters: MutableMapping[str, pb.InferParameter], start: int, size: int) -> None:
         """Have a tensor's parameters say that its content is in the part which begins at `start`."""
         assert self.file is not None, "without a file there is nothing to share"
-        parameters[REGION].string_param = self.file.name
-        parameters[OFFSET].int64_param = start
-        parameters[BYTES].int64_param = size
+        refer(parameters, self.file.name, start, size)
 
     def take(self, size: int) -> int | None:
         """Take a part of so many bytes. Returns where it begins, or None if there is no such room."""

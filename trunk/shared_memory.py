@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import MutableMapping
 from pathlib import Path
+from typing import Any
 
 SHM = Path("/dev/shm")
 FOLDER = re.compile(r"ditforge-[a-z0-9_+-]{1,100}")  # the name of a server's folder
@@ -26,6 +28,13 @@ SPARED = 256 << 20  # bytes of the file system that stay free, because Triton ne
 def aligned(size: int) -> int:
     """The number of bytes rounded up, so that what follows begins at an aligned address."""
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def refer(parameters: MutableMapping[str, Any], region: str, start: int, size: int) -> None:
+    """Have a tensor's parameters say that its `size` bytes are in the region, from `start` on."""
+    parameters[REGION].string_param = region
+    parameters[OFFSET].int64_param = start
+    parameters[BYTES].int64_param = size
 
 
 def extend(descriptor: int, size: int, end: int) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import eventually
-from hostile import dit_inputs
+from hostile import clients_folder, dit_inputs
 from tritonclient.grpc import service_pb2 as pb
 
 from ditforge import shared_memory
@@ -35,11 +35,6 @@ PROMPT = "a large red circle"
 def server(tiny) -> Iterator[Server]:
     with start(tiny.repository, port=0) as server:
         yield server
-
-
-def folder(server: Server) -> Path:
-    (found,) = Path("/dev/shm").glob(f"ditforge-triton-*-{server.pid}-*+clients")
-    return found
 
 
 @pytest.fixture
@@ -82,7 +77,7 @@ def test_pictures_are_the_same_and_nothing_is_left(server: Server, expected: lis
     found = pictures(server.url)
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
     assert max(sent) < LARGE
-    assert not list(folder(server).iterdir())
+    assert not list(clients_folder(server).iterdir())
 
 
 def test_elsewhere_tensors_are_sent(server: Server, through_messages: None, sent: list[int]) -> None:
@@ -97,10 +92,10 @@ def test_many_pictures_at_once(server: Server, expected: list[np.ndarray]) -> No
             return np.asarray(client.generate(PROMPT, seed=1, steps=3, width=256, height=256))
 
         made = list(pool.map(make, range(16)))
-        assert 0 < len(list(folder(server).iterdir())) <= 8  # they are used again
+        assert 0 < len(list(clients_folder(server).iterdir())) <= 8  # they are used again
     # pictures that Triton batches may be rounded otherwise
     assert all(np.abs(picture.astype(int) - expected[0].astype(int)).max() <= 1 for picture in made)
-    assert not list(folder(server).iterdir())
+    assert not list(clients_folder(server).iterdir())
 
 
 def test_an_async_client(server: Server, expected: list[np.ndarray], sent: list[int]) -> None:
@@ -109,7 +104,7 @@ def test_an_async_client(server: Server, expected: list[np.ndarray], sent: list[
             return np.asarray(await client.generate(PROMPT, seed=1, steps=3, width=256, height=256))
 
     assert np.array_equal(asyncio.run(make()), expected[0])
-    assert max(sent) < LARGE and not list(folder(server).iterdir())
+    assert max(sent) < LARGE and not list(clients_folder(server).iterdir())
 
 
 @pytest.mark.parametrize("lost", ["file", "folder"])
@@ -126,14 +121,14 @@ def test_a_file_that_the_server_does_not_have(server: Server, sent: list[int], l
         if lost == "folder":
             local.folder = other
             local.idle.clear()
-        for path in folder(server).iterdir():
+        for path in clients_folder(server).iterdir():
             path.unlink()
         again = connection.infer("dit", inputs)["velocity"]
         np.testing.assert_array_equal(again, velocity)
         assert sent[-2] < LARGE < sent[-1]
         connection.infer("dit", inputs)
         assert sent[-1] > LARGE  # until the server is asked again what it has
-    assert not list(other.iterdir()) and not list(folder(server).iterdir())
+    assert not list(other.iterdir()) and not list(clients_folder(server).iterdir())
 
 
 def test_where_there_is_no_room_tensors_are_sent(
@@ -210,8 +205,8 @@ def test_what_a_killed_client_leaves_is_not_locked(server: Server) -> None:
     import fcntl
 
     subprocess.run([sys.executable, "-c", KILLED, server.url], check=False, timeout=120)
-    eventually(lambda: list(folder(server).iterdir()))
-    (left,) = folder(server).iterdir()
+    eventually(lambda: list(clients_folder(server).iterdir()))
+    (left,) = clients_folder(server).iterdir()
     with left.open("r+b") as file:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     left.unlink()
@@ -228,7 +223,7 @@ def test_a_server_that_is_started_again(tiny, expected: list[np.ndarray], sent: 
                 sent.clear()
                 picture = client.generate(PROMPT, seed=1, steps=3, width=256, height=256)
                 assert np.array_equal(np.asarray(picture), expected[0]) and max(sent) < LARGE
-                assert list(folder(second).iterdir())
+                assert list(clients_folder(second).iterdir())
 
 
 def in_a_fork(work: Callable[[], object]) -> int:
@@ -286,7 +281,7 @@ kept.generate("x", seed=0, steps=1, width=256, height=256)
 
 def test_a_process_that_closes_no_client_leaves_nothing(server: Server) -> None:
     subprocess.run([sys.executable, "-c", DROPPED, server.url], check=True, timeout=120)
-    assert not list(folder(server).iterdir())
+    assert not list(clients_folder(server).iterdir())
 
 
 def test_no_more_files_wait_than_are_of_use(tmp_path: Path) -> None:
@@ -301,7 +296,7 @@ def test_a_file_that_somebody_cut_short(server: Server, expected: list[np.ndarra
     """The tensors are sent then."""
     with Client(server.url) as client:
         client.generate(PROMPT, seed=1, steps=1, width=256, height=256)
-        for path in folder(server).iterdir():
+        for path in clients_folder(server).iterdir():
             os.truncate(path, 0)
         picture = client.generate(PROMPT, seed=1, steps=3, width=256, height=256)
     assert np.array_equal(np.asarray(picture), expected[0])

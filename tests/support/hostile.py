@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import socket
+from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2 as pb, service_pb2_grpc
+
+from ditforge.triton_repo.server import Server
 
 DTYPES = {np.dtype(np.float32): "FP32", np.dtype(np.int32): "INT32", np.dtype(np.uint8): "UINT8"}
 UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
@@ -18,6 +21,12 @@ PATH = re.compile(r"(^|[\s'\"(:])/[\w.-]+/")
 def stub(url: str) -> service_pb2_grpc.GRPCInferenceServiceStub:
     """The server's methods, with no client between."""
     return service_pb2_grpc.GRPCInferenceServiceStub(grpc.insecure_channel(url, UNLIMITED))
+
+
+def clients_folder(server: Server) -> Path:
+    """Where a server has clients on this machine place their tensors."""
+    (found,) = Path("/dev/shm").glob(f"ditforge-triton-*-{server.pid}-*+clients")
+    return found
 
 
 def dit_inputs(height: int = 16, width: int = 16, seed: int = 0) -> dict[str, np.ndarray]:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hostile import dit_inputs, output, refused, request, said, stub
+from hostile import clients_folder, dit_inputs, output, refused, request, said, stub
 from tritonclient.grpc import service_pb2 as pb
 
 from ditforge.client import Client
-from ditforge.shared_memory import BYTES, OFFSET, REGION
+from ditforge.shared_memory import OFFSET, REGION, refer
 from ditforge.triton_repo import local_tensors
 from ditforge.triton_repo.limits import BadRequest
 from ditforge.triton_repo.local_tensors import LocalTensors
@@ -31,33 +31,22 @@ def server(tiny) -> Iterator[Server]:
         yield server
 
 
-def folder(server: Server) -> Path:
-    (found,) = Path("/dev/shm").glob(f"ditforge-triton-*-{server.pid}-*+clients")
-    return found
-
-
 @pytest.fixture
 def file(server: Server) -> Iterator[Path]:
     """A file with latents, and room for a velocity behind them."""
-    made = folder(server) / uuid.uuid4().hex
+    made = clients_folder(server) / uuid.uuid4().hex
     made.write_bytes(dit_inputs()["latents"].tobytes() + bytes(SIZE))
     yield made
     made.unlink(missing_ok=True)
 
 
-def refer(tensor, region: str, start: int, size: int) -> None:
-    tensor.parameters[REGION].string_param = region
-    tensor.parameters[OFFSET].int64_param = start
-    tensor.parameters[BYTES].int64_param = size
-
-
 def referring(region: str, start: int = 0, size: int = SIZE) -> pb.ModelInferRequest:
     """A request for a step whose latents are in a file, and whose velocity shall go there, behind them."""
     made = request("dit", dit_inputs())
-    refer(made.inputs[0], region, start, size)
+    refer(made.inputs[0].parameters, region, start, size)
     del made.raw_input_contents[0]
     made.outputs.add(name="velocity")
-    refer(made.outputs[0], region, SIZE, SIZE)
+    refer(made.outputs[0].parameters, region, SIZE, SIZE)
     return made
 
 
@@ -75,7 +64,7 @@ def test_an_output_of_another_size_is_sent(server: Server, file: Path, room: int
     with file.open("ab") as more:
         more.write(bytes(64))
     made = referring(file.name)
-    refer(made.outputs[0], file.name, SIZE, room)
+    refer(made.outputs[0].parameters, file.name, SIZE, room)
     assert output(stub(server.url).ModelInfer(made, timeout=60)) == expected
     assert not any(file.read_bytes()[SIZE:])
 
@@ -135,10 +124,10 @@ def test_a_file_that_is_not_there_is_refused(server: Server, file: Path, region:
     """So that the client sends its tensors. Links are not followed, and what is no file is not opened for long."""
     if region == "link":
         region = uuid.uuid4().hex
-        (folder(server) / region).symlink_to(file)
+        (clients_folder(server) / region).symlink_to(file)
     elif region == "pipe":
         region = uuid.uuid4().hex
-        os.mkfifo(folder(server) / region)
+        os.mkfifo(clients_folder(server) / region)
     assert "send the tensors" in refused(server.url, referring(region), "NOT_FOUND")
 
 
@@ -236,7 +225,7 @@ def test_a_file_never_grows(tmp_path: Path, becomes: int) -> None:
 def test_without_the_folder_tensors_are_sent(tiny) -> None:
     """Somebody may clean /dev/shm while the server runs."""
     with start(tiny.repository, port=0) as server:
-        place = folder(server)
+        place = clients_folder(server)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(local_tensors, "SWEPT_EVERY", 0.0)
             local = LocalTensors(place.with_name(place.name + "-other"))
@@ -250,4 +239,4 @@ def test_without_the_folder_tensors_are_sent(tiny) -> None:
 
 
 def test_only_the_user_can_open_the_folder(server: Server) -> None:
-    assert folder(server).stat().st_mode & 0o077 == 0
+    assert clients_folder(server).stat().st_mode & 0o077 == 0

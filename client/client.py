@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, overload
 
@@ -143,8 +144,11 @@ def run(calls: Calls, request: Request, callback: Callback | None = None) -> lis
     had to be repeated, and if a picture has a single colour.
     """
     model = calls.model
-    text, negative = encode(calls, request)
     shape = model.latent_channels, request.height // model.vae_factor, request.width // model.vae_factor
+    noise = BatchNoise(request.seeds, shape)
+    with ThreadPoolExecutor(1) as aside:  # the first noise is drawn while the server encodes the prompts
+        drawn = aside.submit(noise)
+        text, negative = encode(calls, request)
     sigmas = np.array(request.sigmas, np.float32)
 
     def evaluate(inputs: Mapping[str, NDArray[Any]]) -> Array:
@@ -159,12 +163,12 @@ def run(calls: Calls, request: Request, callback: Callback | None = None) -> lis
         return calls.infer(VAE_DECODER, {"latents": latents})["image"]
 
     denoise = guided(evaluate, model, request, sigmas, text, negative)
-    latents = sample(request, denoise, BatchNoise(request.seeds, shape), callback)
+    latents = sample(request, denoise, drawn.result(), noise, callback)
     pixels = decode(decoder, latents, model.vae_factor, request.vae_tile)
     images = [Image.fromarray(image) for image in pixels]
     for index, image in enumerate(images):
         image.info[METADATA_KEY] = json.dumps(request.parameters(index, model), ensure_ascii=False)
-        if (pixels[index] == pixels[index, 0, 0]).all():
+        if has_one_colour(pixels[index]):
             # The last node of the decoder turns NaN into a pixel value, so a single colour is the only sign of NaN.
             which = f"picture {index + 1} of {len(images)}" if len(images) > 1 else "the picture"
             warn(f"{which} is of one colour everywhere, {image.getpixel((0, 0))}: vae_decoder may have failed")
@@ -173,13 +177,17 @@ def run(calls: Calls, request: Request, callback: Callback | None = None) -> lis
     return images
 
 
-def sample(request: Request, denoise: Denoise, noise: Noise, callback: Callback | None) -> Array:
-    """Run the request's sampler from noise. Returns latents, float32 [B, C, h, w].
+def has_one_colour(picture: Pixels) -> bool:
+    """Whether all pixels of a picture, uint8 [H, W, 3], are equal. A few are compared first, and mostly differ."""
+    return bool((picture[::16, ::16] == picture[0, 0]).all() and (picture == picture[0, 0]).all())
+
+
+def sample(request: Request, denoise: Denoise, latents: Array, noise: Noise, callback: Callback | None) -> Array:
+    """Run the request's sampler from the noise `latents`. Returns latents, float32 [B, C, h, w].
 
     Raises UserError if a user's own sampler does not return latents of that shape, and DitforgeError if they are not
     finite.
     """
-    latents = noise()
     sigmas = np.array(request.sigmas, np.float32)
     made = find_sampler(request.sampler)(denoise, latents, sigmas, noise, callback, **request.sampler_options)
     if not isinstance(made, np.ndarray) or made.shape != latents.shape or made.dtype.kind != "f":
@@ -196,7 +204,7 @@ def check_finite(array: Array, tensor: str, where: str, fix: str = "") -> None:
 
     `fix` is what to do if it is not the engines that have to be looked into.
     """
-    broken = np.count_nonzero(~np.isfinite(array))
+    broken = array.size - np.count_nonzero(np.isfinite(array))
     if broken:
         problem = f"{tensor} is not finite (NaN or infinity) in {broken} of {array.size} elements: {where}"
         engines = "ditforge verify ENGINE_DIR --against ONNX_DIR   or export in another --precision"

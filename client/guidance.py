@@ -43,9 +43,9 @@ def guided(
         used = inputs_in_window if in_window else inputs
         batch = len(used["prompt_embeds"])
         timestep = np.full(batch, sigma, np.float32)
-        velocity = evaluate({"latents": np.concatenate([latents] * (batch // count)), "timestep": timestep, **used})
         if negative is None:
-            return velocity
+            return evaluate({"latents": latents, "timestep": timestep, **used})
+        velocity = evaluate({"latents": np.concatenate([latents] * (batch // count)), "timestep": timestep, **used})
         without, with_prompt, *fewer = np.split(velocity, batch // count)
         velocity = without + scale * (with_prompt - without)
         return velocity + request.skip_layer_guidance * (with_prompt - fewer[0]) if fewer else velocity

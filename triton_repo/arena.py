@@ -7,8 +7,10 @@ import mmap
 import os
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
+import numpy as np
 from tritonclient.grpc import service_pb2 as pb
 
 from ditforge.shared_memory import aligned, extend, refer
@@ -53,6 +55,16 @@ class Arena:
         assert self.file is not None, "without a file there is nothing to share"
         refer(parameters, self.file.name, start, size)
 
+    def view(self, start: int, size: int) -> memoryview:
+        """The `size` bytes from `start` on."""
+        return memoryview(self.memory)[start : start + size]
+
+    def find(self, content: bytes | memoryview) -> int | None:
+        """Where a content begins, if it is here."""
+        if isinstance(content, bytes) or content.obj is not self.memory:
+            return None
+        return address(content) - address(self.memory)
+
     def take(self, size: int) -> int | None:
         """Take a part of so many bytes. Returns where it begins, or None if there is no such room."""
         size = aligned(size)
@@ -79,3 +91,9 @@ class Arena:
         """Give back the part that begins there."""
         place = next(number for number, (begin, _) in enumerate(self.used) if begin == start)
         del self.used[place]
+
+
+def address(memory: Any) -> int:
+    """The address of the first byte of what has Python's buffer interface."""
+    found: int = np.frombuffer(memory, np.uint8).__array_interface__["data"][0]
+    return found

@@ -63,7 +63,8 @@ class Capacity:
         """
         self.waiting += 1
         try:
-            await asyncio.wait_for(self.readers.acquire(), ARRIVAL)
+            taking = self.readers.acquire()
+            await (asyncio.wait_for(taking, ARRIVAL) if self.readers.locked() else taking)
         except asyncio.TimeoutError:
             raise Refused(BUSY, "the server reads as many messages as it can; ask again later") from None
         finally:

@@ -29,12 +29,13 @@ from ditforge.contract import (
     ENGINES_KEY,
     KEEPS_PARAMETER,
     KEPT_KEY,
-    LATENTS,
     PICTURE_KEY,
     SHARED_MEMORY_PARAMETER,
+    TEXT_ENCODERS,
+    TEXT_ENCODERS_CLIP,
     TEXT_OUTPUTS,
     VAE_DECODER,
-    VELOCITY,
+    VAE_ENCODER,
 )
 from ditforge.triton_repo import wire
 from ditforge.triton_repo.capacity import Capacity, arrived, started
@@ -58,6 +59,7 @@ DESCRIBING = {
 }  # the methods that are forwarded, and their messages
 LIVE, READY = f"{SERVICE}ServerLive", f"{SERVICE}ServerReady"
 PROBES = {LIVE, READY, HEALTH}  # answered without reading a message, and even under full load
+SIZED = {DIT, VAE_DECODER, VAE_ENCODER, TEXT_ENCODERS, TEXT_ENCODERS_CLIP}  # inputs' shapes give those of the outputs
 OPEN = {*PROBES, f"{SERVICE}ModelReady"}  # which need no token
 SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"  # grpc.health.v1.HealthCheckResponse: field 1 is the status
 LONGEST_QUESTION = 4096  # bytes of a message that asks about the server or a model
@@ -74,7 +76,7 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
     token: the token that clients have to send; None if they need none.
     forgone: the folder with the names of requests for which nobody waits any more.
     kept: what is kept of pictures' inputs for their later steps.
-    lent: the memory in which large tensors of a step go to Triton and come back.
+    lent: the memory in which large tensors go to Triton and come back.
     local: the files in which tensors of clients on this machine come and go.
     doubted: gets the name of a model when Triton complains about the model's process.
     """
@@ -215,7 +217,7 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
         try:
             place = (picture or "", metadata.get(KEPT_KEY, "")) if name == DIT and KEPT_KEY in metadata else None
             with contextlib.ExitStack() as held:
-                places = self.local.take(request, raw, self.largest)
+                places = self.local.take(request, raw, self.largest, partial(self.lent.part, held))
                 filled = self.kept.find(request, place, self.keeps) if place else None
                 if filled:
                     held.callback(self.kept.release, filled)
@@ -281,7 +283,7 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
         request.id = name
         if left is not None:
             request.parameters["timeout"].int64_param = max(int(left * 1e6), 1)
-        if request.model_name == DIT:
+        if request.model_name in SIZED:
             self.lend(request, raw, held)
         message = wire.message(request, raw)
         raw.clear()  # what came from the wire need not stay until the answer
@@ -295,21 +297,21 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
             if not running.done():
                 self.forgo(name, running, held.pop_all())
             raise
+        except grpc.aio.AioRpcError:
+            self.lent.forget(request)
+            raise
         response, contents = wire.parse_answer(answer)
         response.id = asked
         self.lent.complete(request, response, contents)
         return response, contents
 
     def lend(self, request: pb.ModelInferRequest, raw: list[wire.Raw], held: contextlib.ExitStack) -> None:
-        """Have a step's large tensors go to Triton and come back in shared memory, as far as there is room."""
-        dit = self.models[DIT]
-        sizes = {tensor.name: len(content) for tensor, content in zip(request.inputs, raw, strict=False)}
+        """Have large tensors go to Triton and come back in shared memory, as far as there is room."""
         self.lent.lend_inputs(request, raw, held)
         if not request.outputs:
             asked = pb.ModelInferRequest.InferRequestedOutputTensor
-            request.outputs.extend(asked(name=name) for name in dit.outputs)
-        if LATENTS in sizes and dit.outputs.get(VELOCITY) == dit.limits.inputs[LATENTS].dtype:  # of the same shape
-            self.lent.lend_output(request, VELOCITY, sizes[LATENTS], held)
+            request.outputs.extend(asked(name=name) for name in self.models[request.model_name].outputs)
+        self.lent.lend_outputs(request, held)
 
     def forgo(self, name: str, running: asyncio.Future[bytes], held: contextlib.ExitStack) -> None:
         """Note for the models, until Triton is done with this request, that nobody waits for it any more."""

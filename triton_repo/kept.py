@@ -63,10 +63,9 @@ class KeptInputs:
         """Add the tensors and their contents to a request. Raises Refused if it has no raw contents itself."""
         if len(raw) != len(request.inputs):
             raise Refused(Status.ABORTED, "kept inputs need others as raw contents; send them all")
-        view = memoryview(self.arena.memory)
         for tensor, start, size in entry.tensors:
             request.inputs.append(tensor)
-            raw.append(view[start : start + size])
+            raw.append(self.arena.view(start, size))
 
     def refer(self, request: pb.ModelInferRequest, raw: list[Raw], entry: Entry) -> None:
         """Have Triton read the contents of a filled request, which are the last ones, from the file."""

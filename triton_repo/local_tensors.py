@@ -10,7 +10,7 @@ import fcntl
 import os
 import stat
 import time
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,13 @@ from ditforge.triton_repo.wire import Raw
 SWEPT_EVERY = 60.0  # seconds; also how old a file is at least that is removed, as it is locked soon after it is made
 OPENING = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 PARAMETERS = {REGION: "string_param", OFFSET: "int64_param", BYTES: "int64_param"}
+
+
+Memory = Callable[[int], memoryview | None]  # gives memory of so many bytes, or None
+
+
+def nowhere(size: int) -> None:
+    """No memory."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +53,13 @@ class LocalTensors:
         if self.folder is not None:
             self.folder.mkdir(mode=0o700)
 
-    def take(self, request: pb.ModelInferRequest, raw: list[Raw], most: int) -> dict[str, Place]:
+    def take(
+        self, request: pb.ModelInferRequest, raw: list[Raw], most: int, memory: Memory = nowhere
+    ) -> dict[str, Place]:
         """Read the inputs of a request that are in a file, and put them among the raw contents.
 
-        They have at most `most` bytes in all. Returns where outputs are to be written, by name. Nothing in the request
+        They have at most `most` bytes in all, and are read into what `memory` returns for a number of bytes, or into
+        new memory if that is None. Returns where outputs are to be written, by name. Nothing in the request
         speaks of the file afterwards, and it is not kept open, since many requests can be under way. Raises BadRequest
         where the request is wrong, and Refused where there is no such file.
         """
@@ -67,7 +77,7 @@ class LocalTensors:
                 raise BadRequest("inputs are in shared memory or in raw_input_contents, one for each")
             if sum(place.size for place in places[:count]) > most:
                 raise BadRequest(f"the inputs of a request have at most {most} bytes in shared memory")
-            found, sent = (read(descriptor, place) for place in places[:count]), iter(list(raw))
+            found, sent = (read(descriptor, place, memory) for place in places[:count]), iter(list(raw))
             raw[:] = [next(found) if REGION in tensor.parameters else next(sent) for tensor in request.inputs]
         for tensor in tensors:
             tensor.parameters.clear()
@@ -133,10 +143,14 @@ def taken(name: str, parameters: MutableMapping[str, pb.InferParameter], size: i
     return Place(parameters[REGION].string_param, start, count)
 
 
-def read(descriptor: int, place: Place) -> bytes:
+def read(descriptor: int, place: Place, memory: Memory) -> Raw:
     """Read a tensor. Raises BadRequest if the file has become shorter meanwhile."""
-    content = os.pread(descriptor, place.size, place.start)
-    if len(content) != place.size:
+    if (there := memory(place.size)) is None:
+        content: Raw = os.pread(descriptor, place.size, place.start)
+        size = len(content)
+    else:
+        content, size = there, os.preadv(descriptor, [there], place.start)
+    if size != place.size:
         raise BadRequest("the file in shared memory was cut short")
     return content
 

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, Protocol
@@ -36,13 +37,20 @@ class Step:
     index: the number of the step, from 0 to total - 1.
     total: the number of steps.
     sigma: the noise level at which the step begins.
-    denoised: the model's estimate of the finished latents, [B, C, h, w], made at that noise level.
+    latents: those at which it begins, [B, C, h, w].
+    velocity: what the model predicts for them, of the same shape.
     """
 
     index: int
     total: int
     sigma: float
-    denoised: Array
+    latents: Array
+    velocity: Array
+
+    @cached_property
+    def denoised(self) -> Array:
+        """The model's estimate of the finished latents, [B, C, h, w]. It is computed when it is first asked for."""
+        return self.latents - self.sigma * self.velocity
 
 
 Callback = Callable[[Step], object]

@@ -29,7 +29,7 @@ def sample_ddim(
     for i, (sigma, sigma_next) in enumerate(pairwise(map(float, sigmas))):
         velocity = denoise(latents, sigmas[i])
         if callback:
-            callback(Step(i, len(sigmas) - 1, sigmas[i], denoised=latents - sigma * velocity))
+            callback(Step(i, len(sigmas) - 1, sigmas[i], latents, velocity))
         fresh = 0.0
         if eta > 0 and sigma_next > 0:
             decay = (1 - sigma) * sigma_next / (sigma * (1 - sigma_next))

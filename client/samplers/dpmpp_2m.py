@@ -19,9 +19,10 @@ def sample_dpmpp_2m(
         lambdas = np.log(1 - sigmas) - np.log(sigmas)  # -inf at sigma 1, inf at 0
     previous = latents
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        denoised = latents - sigma * denoise(latents, sigma)
+        velocity = denoise(latents, sigma)
         if callback:
-            callback(Step(i, len(sigmas) - 1, sigma, denoised))
+            callback(Step(i, len(sigmas) - 1, sigma, latents, velocity))
+        denoised = latents - sigma * velocity
         target = denoised
         if i > 0 and sigma_next > 0:
             h_last, h = lambdas[i] - lambdas[i - 1], lambdas[i + 1] - lambdas[i]

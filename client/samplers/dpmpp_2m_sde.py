@@ -25,9 +25,10 @@ def sample_dpmpp_2m_sde(
     """
     previous, h_last = latents, math.inf
     for i, (sigma, sigma_next) in enumerate(pairwise(map(float, sigmas))):
-        denoised = latents - sigma * denoise(latents, sigmas[i])
+        velocity = denoise(latents, sigmas[i])
         if callback:
-            callback(Step(i, len(sigmas) - 1, sigmas[i], denoised))
+            callback(Step(i, len(sigmas) - 1, sigmas[i], latents, velocity))
+        denoised = latents - sigma * velocity
         if sigma_next == 0:
             return denoised
         # exp(-h), where h is the length of the step in log(alpha / sigma). A step from sigma 1 is infinitely long, so

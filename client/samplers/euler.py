@@ -15,6 +15,6 @@ def sample_euler(
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         velocity = denoise(latents, sigma)
         if callback:
-            callback(Step(i, len(sigmas) - 1, sigma, denoised=latents - sigma * velocity))
+            callback(Step(i, len(sigmas) - 1, sigma, latents, velocity))
         latents = latents + (sigma_next - sigma) * velocity
     return latents

@@ -26,7 +26,7 @@ def sample_euler_ancestral(
     for i, (sigma, sigma_next) in enumerate(pairwise(map(float, sigmas))):
         velocity = denoise(latents, sigmas[i])
         if callback:
-            callback(Step(i, len(sigmas) - 1, sigmas[i], denoised=latents - sigma * velocity))
+            callback(Step(i, len(sigmas) - 1, sigmas[i], latents, velocity))
         down = sigma_next * (1 + eta * (sigma_next / sigma - 1))
         latents = latents + (down - sigma) * velocity
         if down < sigma_next:

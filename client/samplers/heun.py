@@ -16,7 +16,7 @@ def sample_heun(
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         velocity = denoise(latents, sigma)
         if callback:
-            callback(Step(i, len(sigmas) - 1, sigma, denoised=latents - sigma * velocity))
+            callback(Step(i, len(sigmas) - 1, sigma, latents, velocity))
         dt = sigma_next - sigma
         if sigma_next > 0:
             velocity = (velocity + denoise(latents + dt * velocity, sigma_next)) / 2

@@ -15,9 +15,10 @@ def sample_lcm(
     calls denoise once a step, and noise once in each step but the last.
     """
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        latents = latents - sigma * denoise(latents, sigma)
+        velocity = denoise(latents, sigma)
         if callback:
-            callback(Step(i, len(sigmas) - 1, sigma, denoised=latents))
+            callback(Step(i, len(sigmas) - 1, sigma, latents, velocity))
+        latents = latents - sigma * velocity
         if sigma_next > 0:
             latents = (1 - sigma_next) * latents + sigma_next * noise()
     return latents

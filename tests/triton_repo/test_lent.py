@@ -67,6 +67,8 @@ def test_what_is_elsewhere_in_shared_memory_stays_there(lent: LentTensors) -> No
 @pytest.mark.parametrize("why", ["no Triton was told", "no room", "numbers in lists"])
 def test_what_cannot_be_lent_is_sent(lent: LentTensors, why: str) -> None:
     made, raw = message(LARGE, 10)
+    if why != "numbers in lists":
+        answered(lent, made, LARGE)
     lent.arena.shared = why != "no Triton was told"
     if why == "no room":
         lent.arena.take(lent.arena.size)
@@ -75,13 +77,63 @@ def test_what_cannot_be_lent_is_sent(lent: LentTensors, why: str) -> None:
     before = list(raw)
     with ExitStack() as held:
         lent.lend_inputs(made, raw, held)
-        lent.lend_output(made, "out", LARGE if why != "numbers in lists" else 0, held)
+        lent.lend_outputs(made, held)
     assert raw == before
     assert not any(REGION in tensor.parameters for tensor in (*made.inputs, *made.outputs))
     answer, contents = pb.ModelInferResponse(), [b"as it is"]
-    answer.outputs.add(name="out")
+    answer.outputs.add(name="out", datatype="UINT8", shape=(1, 8))
     lent.complete(made, answer, contents)
     assert contents == [b"as it is"]
+
+
+def answered(lent: LentTensors, made: pb.ModelInferRequest, size: int) -> None:
+    """Have it see an answer to this request, whose output has so many bytes."""
+    answer = pb.ModelInferResponse()
+    answer.outputs.add(name="out", datatype="UINT8", shape=(1, size))
+    lent.complete(made, answer, [bytes(size)])
+
+
+def lent_output(lent: LentTensors, made: pb.ModelInferRequest) -> bool:
+    """Whether the output of this request is lent."""
+    with ExitStack() as held:
+        lent.lend_outputs(made, held)
+        found = REGION in made.outputs[0].parameters
+    made.outputs[0].parameters.clear()
+    assert not lent.arena.used
+    return found
+
+
+def test_an_output_is_lent_once_its_size_is_known(lent: LentTensors, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as the inputs have the same shapes, and nothing failed; the least used of too many is forgotten."""
+    monkeypatch.setattr("ditforge.triton_repo.lent.MOST_KNOWN", 3)
+    made, other = message(LARGE, 10)[0], message(LARGE, 11)[0]
+    assert not lent_output(lent, made)
+    answered(lent, made, LARGE)
+    assert lent_output(lent, made) and not lent_output(lent, other)
+    answered(lent, made, LARGE - 1)
+    assert not lent_output(lent, made)
+    answered(lent, made, LARGE)
+    lent.forget(made)
+    assert not lent_output(lent, made)
+    lent.forget(made)
+    one, *others = (message(size)[0] for size in (1, 2, 3, 4))
+    for asked in (one, made, *others[:2]):
+        answered(lent, asked, LARGE)
+    assert lent_output(lent, made) and not lent_output(lent, one)
+    answered(lent, others[2], LARGE)
+    assert not lent_output(lent, made) and lent_output(lent, others[0])
+
+
+def test_what_was_read_into_it_is_not_moved(lent: LentTensors, tmp_path: Path) -> None:
+    made, raw = message(LARGE, LARGE)
+    with ExitStack() as held:
+        (there := lent.part(held, LARGE))[:] = b"\5" * LARGE
+        raw[1] = there
+        lent.lend_inputs(made, raw, held)
+        assert not raw and len(lent.arena.used) == 2
+        start = made.inputs[1].parameters[OFFSET].int64_param
+        assert (tmp_path / "lent").read_bytes()[start : start + LARGE] == b"\5" * LARGE
+    assert not lent.arena.used and lent.part(ExitStack(), LARGE - 1) is None
 
 
 def test_an_answer_is_put_together(lent: LentTensors) -> None:
@@ -91,8 +143,9 @@ def test_an_answer_is_put_together(lent: LentTensors) -> None:
     answer = pb.ModelInferResponse(model_name="dit", id="mine", raw_output_contents=[b"abc", b""])
     answer.outputs.add(name="other", datatype="UINT8", shape=(1, 3))
     answer.outputs.add(name="out", datatype="FP32", shape=(1, LARGE // 4 - 1))
+    answered(lent, made, LARGE)
     with ExitStack() as held:
-        lent.lend_output(made, "out", LARGE, held)
+        lent.lend_outputs(made, held)
         start = made.outputs[0].parameters[OFFSET].int64_param
         lent.arena.memory[start : start + LARGE] = b"\7" * LARGE
         response, contents = wire.parse_answer(answer.SerializeToString())
@@ -114,6 +167,22 @@ def test_a_large_step_is_that_of_small_ones(server: Server) -> None:
     velocities = [np.frombuffer(data, np.float32) for data in (output(answer), b"".join(small))]
     np.testing.assert_allclose(*velocities, rtol=0, atol=1e-4)
     assert "large tensors are sent" not in server.log.read_text()
+
+
+def tensors(answer: pb.ModelInferResponse) -> dict[str, tuple[str, list[int], bytes]]:
+    """The outputs of an answer."""
+    pairs = zip(answer.outputs, answer.raw_output_contents, strict=True)
+    return {one.name: (one.datatype, list(one.shape), content) for one, content in pairs}
+
+
+def test_pictures_and_embeddings_come_back_as_before(server: Server) -> None:
+    """The first answer is sent, and the next one lent, whether a model gives it or an ensemble of several."""
+    prompts = np.array([[b"a red circle"], [b"a blue square"], [b"two green stars"], [b""]], np.object_)
+    latents = dit_inputs(48, 48)["latents"]
+    for asked in (request("text_encoders", {"prompt": prompts}), request("vae_decoder", {"latents": latents})):
+        first, *others = (tensors(stub(server.url).ModelInfer(asked, timeout=60)) for _ in range(3))
+        assert max(len(content) for _, _, content in first.values()) >= LARGE
+        assert others == [first, first]
 
 
 def test_memory_is_given_back_whatever_becomes_of_a_request(server: Server) -> None:

@@ -226,7 +226,6 @@ class Execution:
 
     def read_weights(self, path: Path, budget: int | None) -> None:
         """Read the weights of all calls: as many as the budget allows to the device, and others to pinned memory."""
-        resident = 0
         with WeightsReader(path) as file:
             for call in self.description.calls:
                 places, size = [], 0
@@ -237,9 +236,10 @@ class Execution:
                 self.blocks.append(Block(places, size))
             if self.shared:
                 self.shared.copying.wait_stream(self.shared.computing)  # memory may have been another engine's
-            for block, call in zip(self.blocks, self.description.calls, strict=True):
-                if budget is None or resident + block.size <= budget:
-                    resident += block.size
+            sizes = [block.size for block in self.blocks]
+            stays = [True] * len(sizes) if budget is None else spread(sizes, budget)
+            for block, call, stay in zip(self.blocks, self.description.calls, stays, strict=True):
+                if stay:
                     memory = torch.empty(block.size, dtype=torch.uint8, device=self.device)
                     block.read(file, call.weights, memory, self.shared.staging if self.shared else None)
                     block.tensors = block.views(memory)
@@ -395,6 +395,24 @@ class Execution:
             self.loaded.clear()
             if self.shared:
                 torch.cuda.empty_cache()
+
+
+def spread(sizes: Sequence[int], budget: int) -> list[bool]:
+    """Which blocks of these sizes stay on the GPU, with at most `budget` bytes in all. They are spread over the calls.
+
+    So blocks are copied all the time while others compute. Were those that stay together, none would be copied for as
+    long as these compute.
+    """
+    stays, kept, passed, total = list[bool](), 0, 0, max(sum(sizes), 1)
+    for size in sizes:
+        passed += size
+        stays.append((kept + size / 2) * total <= passed * budget and kept + size <= budget)
+        kept += size if stays[-1] else 0
+    for number, size in enumerate(sizes):  # what the rounding has left
+        if not stays[number] and kept + size <= budget:
+            stays[number] = True
+            kept += size
+    return stays
 
 
 class Slots:

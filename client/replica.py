@@ -308,10 +308,14 @@ class Replica:
             before.close()
 
     def _lose(self, local: LocalTensors) -> None:
-        """Note that a server at this address does not have the folder: it is another one than has told of it."""
+        """Note that a server at this address does not have the folder: it is another one than has told of it.
+
+        Before the next call, the server is asked again what it has.
+        """
         with self._lock:
             if self._local is local:
                 self._local, self._folder, self._losses = None, "", self._losses + 1
+        self._served = None
         local.close()
 
     def _answer(

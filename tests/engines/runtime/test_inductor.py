@@ -12,8 +12,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from exports import alone
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from ditforge import manifest
 from ditforge.engines.build import BuildOptions, build

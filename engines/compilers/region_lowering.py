@@ -23,6 +23,7 @@ from ditforge.regions import Call, Stored
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
 EIGHT_BIT = {"fp8": E4M3, "fp8-weights": E4M3, "int8-weights": torch.int8}
+INTO_HEADS = (torch.ops.aten.unflatten.int, torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 # What only checks what was true when the program was traced.
 CHECKS = ("aten._assert_tensor_metadata.default", "aten._assert_scalar.default", "aten.sym_constrain_range.default")
 
@@ -164,7 +165,8 @@ class Lowered(nn.Module):
         for place, node in enumerate(self.nodes[self.inputs :]):
             if place not in own:
                 values[node] = next(operands)
-        results: dict[int, tuple[Tensor, ...]] = {}
+        results: dict[int, Tensor] = {}
+        parts: dict[Node, tuple[Tensor, int]] = {}
         for node in self.program.graph.nodes:
             if node.op == "placeholder":
                 continue
@@ -173,9 +175,12 @@ class Lowered(nn.Module):
             if node in takers:
                 number, place = takers[node]
                 if number not in results:
-                    made = multiplied(values[node.args[0]], self.schemes[number], given[number], self.exact)
-                    results[number] = torch.split(made, list(self.products[number].rows), dim=-1)
-                values[node] = results[number][place]
+                    results[number] = multiplied(values[node.args[0]], self.schemes[number], given[number], self.exact)
+                rows = self.products[number].rows
+                parts[node] = results[number], sum(rows[:place])
+                values[node] = results[number].narrow(-1, sum(rows[:place]), rows[place])
+            elif node.target in INTO_HEADS and node.args[0] in parts:
+                values[node] = in_heads(self.called(node, values), *parts[node.args[0]])
             elif str(node.target) not in CHECKS:
                 values[node] = self.called(node, values)
         raise AssertionError("a program without outputs")
@@ -197,6 +202,19 @@ class Lowered(nn.Module):
         if node.target is torch.ops.aten.gelu.default and kwargs.get("approximate") == "tanh" and not self.exact:
             return tanh_gelu(args[0])
         return node.target(*args, **kwargs)
+
+
+def in_heads(made: Tensor, whole: Tensor, start: int) -> Tensor:
+    """Return `made`, which is a part of the tensor `whole` in another shape, in a way that copies nothing.
+
+    The part is the last dimension of `whole` from `start` on. Where it was split into heads, [..., heads, width], all
+    of `whole` is, and some of the heads are taken: Inductor knows how these lie in memory, and attention reads them
+    there. Of a part that is split afterwards, it does not, and makes a copy.
+    """
+    *front, heads, width = made.shape
+    if front != list(whole.shape[:-1]) or start % width or whole.shape[-1] % width:
+        return made
+    return whole.unflatten(-1, (-1, width)).narrow(-2, start // width, heads)
 
 
 def multiplied(x: Tensor, scheme: str, operands: Sequence[Tensor], exact: bool) -> Tensor:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from ditforge import manifest, regions
 from ditforge.engines.compilers import Arrays, inductor, onnxruntime
-from ditforge.engines.compilers.region_lowering import Lowered, rotated, run_fake, tanh_gelu
+from ditforge.engines.compilers.region_lowering import Lowered, in_heads, lower, rotated, run_fake, tanh_gelu
 from ditforge.engines.compilers.region_weights import as_torch, read_operand
 from ditforge.engines.verify import example
 
@@ -97,6 +97,43 @@ def test_linears_that_read_the_same_are_one_product(schnell) -> None:
     names = {kind: [len(product.nodes) for product in part.products] for kind, part in lowered.items()}
     assert names["single_block"] == [1, 4, 1]  # the modulation; query, key, value and the MLP; both results
     assert sorted(names["double_block"]) == [1, 1, 1, 1, 1, 1, 2, 3, 3]  # modulations are of text and image
+
+
+def test_attention_reads_values_where_their_product_wrote_them(schnell) -> None:
+    """A single block's values are some heads of one product that was split into heads as a whole. See `in_heads`."""
+    archive = schnell.onnx / "dit.programs"
+    found = regions.read(archive)
+    _, lowered, _ = inductor.lower_kinds(found, lambda kind: regions.read_program(archive, kind), CPU)
+    block = lowered["single_block"]
+    traced = [node.meta["val"] for node in block.nodes[: block.inputs]]
+    shapes = [
+        [size if isinstance(size, int) else (2, 8)[axis] for axis, size in enumerate(one.shape)] for one in traced
+    ]
+    examples = [torch.zeros(shape, dtype=one.dtype) for shape, one in zip(shapes, traced, strict=True)]
+    program = lower(block, examples, [() for _ in examples])
+    (attention,) = [node for node in program.graph.nodes if "scaled_dot_product" in str(node.target)]
+    chain, node = [], attention.args[2]
+    while len(node.args) and "linear" not in str(node.target):
+        chain.append(str(node.target).removeprefix("aten.").partition(".")[0])
+        node = node.args[0]
+    assert chain == ["transpose", "narrow", "unflatten"]
+
+
+def test_a_part_of_a_product_in_heads() -> None:
+    """Only where the product as a whole can be split into such heads."""
+    whole = torch.arange(2.0 * 3 * 12).reshape(2, 3, 12)
+    for start, rows, width, shared in (
+        (4, 4, 2, True),
+        (8, 4, 4, True),
+        (0, 12, 3, True),
+        (2, 4, 4, False),
+        (0, 10, 5, False),
+    ):
+        part = whole.narrow(-1, start, rows).unflatten(-1, (-1, width))
+        found = in_heads(part, whole, start)
+        assert torch.equal(found, part) and (found is not part) == shared
+    turned = whole.narrow(-1, 0, 6).reshape(3, 2, 2, 3)
+    assert in_heads(turned, whole, 0) is turned
 
 
 @pytest.mark.parametrize("interleaved", [True, False])

@@ -214,7 +214,7 @@ def in_heads(made: Tensor, whole: Tensor, start: int) -> Tensor:
     *front, heads, width = made.shape
     if front != list(whole.shape[:-1]) or start % width or whole.shape[-1] % width:
         return made
-    return whole.unflatten(-1, (-1, width)).narrow(-2, start // width, heads)
+    return whole.view(*front, whole.shape[-1] // width, width).narrow(-2, start // width, heads)
 
 
 def multiplied(x: Tensor, scheme: str, operands: Sequence[Tensor], exact: bool) -> Tensor:

@@ -116,7 +116,7 @@ def test_attention_reads_values_where_their_product_wrote_them(schnell) -> None:
     while len(node.args) and "linear" not in str(node.target):
         chain.append(str(node.target).removeprefix("aten.").partition(".")[0])
         node = node.args[0]
-    assert chain == ["transpose", "narrow", "unflatten"]
+    assert chain == ["transpose", "narrow", "view"]
 
 
 def test_a_part_of_a_product_in_heads() -> None:

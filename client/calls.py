@@ -28,6 +28,7 @@ from ditforge.contract import ENGINES_KEY, PICTURE_KEY
 from ditforge.errors import DitforgeError
 from ditforge.model import Model
 
+JUST_BEFORE = 0.1  # seconds before the picture's time is over: a call that ends then was given no more time
 log = logging.getLogger("ditforge.client")
 
 
@@ -115,7 +116,9 @@ class Calls:
                     failure, before = failed.failure, failures.get(replica.url)
                     if failure.reason is None:
                         raise call_error(replica.url, what, failure, self._settings) from failed
-                    if self._answered or not (before and before.ending and failure.reason == WENT_AWAY):
+                    late = failure.status == "DEADLINE_EXCEEDED" and time.monotonic() > self._deadline - JUST_BEFORE
+                    gone = failure.reason == WENT_AWAY and not self._answered
+                    if not (before and (late or (gone and before.ending))):  # else what was before says more
                         failures[replica.url] = failure
                     retries.failed(time.monotonic())
                     reasons[replica.url, failure.reason] = None

@@ -174,6 +174,22 @@ def test_the_pictures_time_ends_it_all(make: Any, between: Front) -> None:
         client.generate("a", **SMALL)
 
 
+@pytest.mark.parametrize("make", BOTH)
+def test_a_last_try_without_time_hides_no_reason(make: Any, between: Front) -> None:
+    """The server has refused before, in words. That it does not answer in what is left of the time says less."""
+
+    def refuse(call: Call) -> Refusal:
+        if len(between.calls) > 1:
+            time.sleep(3)
+        return FULL
+
+    between.refuse = refuse
+    late = r"not finished within 3 s: it was at text_encoders, where .* was busy"
+    with make(between.url, timeout=3) as client, pytest.raises(DitforgeError, match=late):
+        client.generate("a", **SMALL)
+    assert len(between.calls) == 2
+
+
 def test_a_cancelled_task_waits_for_no_retry(between: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     between.refuse = lambda call: FULL if call.model == "dit" else None
     monkeypatch.setattr(retry, "FIRST_WAIT", 1000.0)

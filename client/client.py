@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, overload
 
@@ -144,11 +143,8 @@ def run(calls: Calls, request: Request, callback: Callback | None = None) -> lis
     had to be repeated, and if a picture has a single colour.
     """
     model = calls.model
+    text, negative = encode(calls, request)
     shape = model.latent_channels, request.height // model.vae_factor, request.width // model.vae_factor
-    noise = BatchNoise(request.seeds, shape)
-    with ThreadPoolExecutor(1) as aside:  # the first noise is drawn while the server encodes the prompts
-        drawn = aside.submit(noise)
-        text, negative = encode(calls, request)
     sigmas = np.array(request.sigmas, np.float32)
 
     def evaluate(inputs: Mapping[str, NDArray[Any]]) -> Array:
@@ -163,7 +159,7 @@ def run(calls: Calls, request: Request, callback: Callback | None = None) -> lis
         return calls.infer(VAE_DECODER, {"latents": latents})["image"]
 
     denoise = guided(evaluate, model, request, sigmas, text, negative)
-    latents = sample(request, denoise, drawn.result(), noise, callback)
+    latents = sample(request, denoise, BatchNoise(request.seeds, shape), callback)
     pixels = decode(decoder, latents, model.vae_factor, request.vae_tile)
     images = [Image.fromarray(image) for image in pixels]
     for index, image in enumerate(images):
@@ -182,12 +178,13 @@ def has_one_colour(picture: Pixels) -> bool:
     return bool((picture[::16, ::16] == picture[0, 0]).all() and (picture == picture[0, 0]).all())
 
 
-def sample(request: Request, denoise: Denoise, latents: Array, noise: Noise, callback: Callback | None) -> Array:
-    """Run the request's sampler from the noise `latents`. Returns latents, float32 [B, C, h, w].
+def sample(request: Request, denoise: Denoise, noise: Noise, callback: Callback | None) -> Array:
+    """Run the request's sampler from noise. Returns latents, float32 [B, C, h, w].
 
     Raises UserError if a user's own sampler does not return latents of that shape, and DitforgeError if they are not
     finite.
     """
+    latents = noise()
     sigmas = np.array(request.sigmas, np.float32)
     made = find_sampler(request.sampler)(denoise, latents, sigmas, noise, callback, **request.sampler_options)
     if not isinstance(made, np.ndarray) or made.shape != latents.shape or made.dtype.kind != "f":

@@ -9,6 +9,7 @@ lies in what is left, as on such a card. Memory is imitated alone: the speed is 
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 import sys
 import threading
@@ -78,13 +79,13 @@ class Gpu:
 
 
 def processes() -> list[str]:
-    """What nvidia-smi says of the processes on the GPU, a line each; in a container it may see none."""
+    """What nvidia-smi says of processes on the GPU, a line each, without folders; in a container it may see none."""
     command = ["nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader"]
     try:
         made = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return [str(error)]
-    return made.stdout.splitlines()
+    return [re.sub(r"\S*/", "", line) for line in made.stdout.splitlines()]
 
 
 class Watch:

@@ -63,8 +63,7 @@ class Capacity:
         """
         self.waiting += 1
         try:
-            taking = self.readers.acquire()
-            await (asyncio.wait_for(taking, ARRIVAL) if self.readers.locked() else taking)
+            await asyncio.wait_for(self.readers.acquire(), ARRIVAL)
         except asyncio.TimeoutError:
             raise Refused(BUSY, "the server reads as many messages as it can; ask again later") from None
         finally:

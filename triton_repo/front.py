@@ -302,7 +302,8 @@ class Front(grpc.GenericRpcHandler):  # type: ignore[misc]
             raise
         response, contents = wire.parse_answer(answer)
         response.id = asked
-        self.lent.complete(request, response, contents)
+        if request.model_name in SIZED:
+            self.lent.complete(request, response, contents)
         return response, contents
 
     def lend(self, request: pb.ModelInferRequest, raw: list[wire.Raw], held: contextlib.ExitStack) -> None:

@@ -26,7 +26,6 @@ SWEPT_EVERY = 60.0  # seconds; also how old a file is at least that is removed, 
 OPENING = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 PARAMETERS = {REGION: "string_param", OFFSET: "int64_param", BYTES: "int64_param"}
 
-
 Memory = Callable[[int], memoryview | None]  # gives memory of so many bytes, or None
 
 
@@ -59,9 +58,9 @@ class LocalTensors:
         """Read the inputs of a request that are in a file, and put them among the raw contents.
 
         They have at most `most` bytes in all, and are read into what `memory` returns for a number of bytes, or into
-        new memory if that is None. Returns where outputs are to be written, by name. Nothing in the request
-        speaks of the file afterwards, and it is not kept open, since many requests can be under way. Raises BadRequest
-        where the request is wrong, and Refused where there is no such file.
+        new memory if that is None. Returns where outputs are to be written, by name. Nothing in the request speaks of
+        the file afterwards, and it is not kept open, since many requests can be under way. Raises BadRequest where the
+        request is wrong, and Refused where there is no such file.
         """
         tensors = [tensor for tensor in (*request.inputs, *request.outputs) if REGION in tensor.parameters]
         if not tensors or self.folder is None:

@@ -177,8 +177,8 @@ class Lowered(nn.Module):
                 if number not in results:
                     results[number] = multiplied(values[node.args[0]], self.schemes[number], given[number], self.exact)
                 rows = self.products[number].rows
-                parts[node] = results[number], sum(rows[:place])
-                values[node] = results[number].narrow(-1, sum(rows[:place]), rows[place])
+                parts[node] = whole, start = results[number], sum(rows[:place])
+                values[node] = whole.narrow(-1, start, rows[place])
             elif node.target in INTO_HEADS and node.args[0] in parts:
                 values[node] = in_heads(self.called(node, values), *parts[node.args[0]])
             elif str(node.target) not in CHECKS:
